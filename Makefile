@@ -1,0 +1,48 @@
+# `make` alone lists the targets.
+PYTHON ?= python3.11
+PROFILE ?= laptop
+# More arguments for pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for torch without CUDA.
+PIP_ARGS ?=
+# More arguments for pytest, e.g. TESTS="tests/test_losses.py -x".
+TESTS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup book test lab bench clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s%s\n", $$1, $$2}'
+	@echo "Profile of make book: PROFILE=$(PROFILE). Python: PYTHON=$(PYTHON)."
+
+setup: $(STAMP)  ## make .venv with the pinned versions (book, test, lab and bench do this by themselves)
+
+# The stamp is written last: an interrupted installation is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "$(PYTHON) was not found. Python 3.11 is needed; name another one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) -V 2>&1), but constraints.txt is made for Python 3.11. Name it with: make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { \
+	  echo "$(PYTHON) cannot make virtual environments (on Debian and Ubuntu: apt install python3.11-venv)." >&2; exit 1; }
+	$(BIN)/python -c '' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS) -e '.[cpu,lab,dev]'
+	@touch $@
+
+book: $(STAMP)  ## run what is missing, execute the notebooks and build the book
+	$(BIN)/adaptive-margins reproduce --profile $(PROFILE)
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest $(TESTS)
+
+lab: $(STAMP)  ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+bench: $(STAMP)  ## time the loss against Sentence Transformers' MarginMSELoss
+	$(BIN)/python benchmarks/run.py
+
+clean:  ## remove the built book and caches of tools; keeps .venv, runs/, collections/ and cache/
+	rm -rf _build book/_executed .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
