@@ -1,0 +1,1 @@
+"""Collections (passages, queries, qrels) and the triples that encoders are trained on."""
