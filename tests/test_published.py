@@ -14,9 +14,7 @@ PAPER = load()
 
 def row3(model: str, target: str, in_batch: str) -> Row3:
     (row,) = (
-        r
-        for r in PAPER.table3.rows
-        if (r.model, r.target, r.in_batch) == (model, target, in_batch)
+        r for r in PAPER.table3.rows if (r.model, r.target, r.in_batch) == (model, target, in_batch)
     )
     return row
 

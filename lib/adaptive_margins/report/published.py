@@ -53,20 +53,22 @@ class Time(_Entry):
         return 60 * int(hours) + int(minutes)
 
 
-class Row1(_Entry):
+class _Row(_Entry):
+    row: int
+
+
+class Row1(_Row):
     """A row of Table 1."""
 
-    row: int
     model: str
     parameters: str
     embedding: str
     dimensions: int
 
 
-class Row2(_Entry):
+class Row2(_Row):
     """A row of Table 2; roles as in the data frames."""
 
-    row: int
     role: Literal["q", "d+", "d-max", "d-mid", "d-min"]
     text: str
     rho: Printed | None = None
@@ -74,10 +76,9 @@ class Row2(_Entry):
     loss: Printed | None = None
 
 
-class Row3(_Entry):
+class Row3(_Row):
     """A row of Table 3. ``epsilon`` is from the released code, the paper does not print it."""
 
-    row: int
     model: str
     target: Literal["static", "adaptive", "distributed"]
     in_batch: InBatch
@@ -87,10 +88,9 @@ class Row3(_Entry):
     triples: Triples
 
 
-class Row4(_Entry):
+class Row4(_Row):
     """A row of Table 4."""
 
-    row: int
     block: str
     loss: str
     sampling: str
@@ -101,7 +101,7 @@ class Row4(_Entry):
     triples: Triples
 
 
-Row = TypeVar("Row", Row1, Row2, Row3, Row4)
+Row = TypeVar("Row", bound=_Row)
 
 
 class Table(_Entry, Generic[Row]):
