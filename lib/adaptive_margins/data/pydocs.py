@@ -38,6 +38,9 @@ QUERY_WORDS = (4, 30)
 """Fewest and most words of a query."""
 MIN_PASSAGE_WORDS = 20
 """Fewest words of a passage."""
+MIN_PROSE_WORDS = 10
+"""Fewest words that a docstring has beside its summary and its lists of parameters and results. Many
+methods of estimators have no more than "X: training data. y: ignored.", which answers nothing."""
 MAX_ANSWERS = 8
 """A query that more passages than this answer (grade ≥ 2) asks for nothing in particular; it is
 dropped, its passages stay."""
@@ -290,7 +293,7 @@ _ORDER = {
     **dict.fromkeys(("example", "examples"), 4),
     **dict.fromkeys(("see also", "reference", "references"), None),  # not part of the passage
 }
-_FIELDS = {1, 3}
+_PROSE, _FIELDS = {0, 2}, {1, 3}
 _KEPT_DIRECTIVES = {"note", "warning", "important", "tip", "hint", "caution", "attention", "danger"}
 
 
@@ -311,7 +314,8 @@ def parse_docstring(
         lead, *paragraphs = paragraphs
     summary, rest = _first_sentence(lead)
     query = _plain(summary, name, kind).rstrip(".:; ")
-    if not QUERY_WORDS[0] <= len(query.split()) <= QUERY_WORDS[1] or not _normal_form(query):
+    content = set(_normal_form(query)) - {"function", "method", "class"}
+    if not QUERY_WORDS[0] <= len(query.split()) <= QUERY_WORDS[1] or len(content) < 2:
         return None
 
     see_also: dict[str, None] = {}  # a set that keeps its order
@@ -325,8 +329,9 @@ def parse_docstring(
             parts += [(rank, text) for text in texts]
     parts.sort(key=lambda part: part[0])
 
+    prose = _plain("\n".join(text for rank, text in parts if rank in _PROSE), name, kind).split()
     words = _plain("\n".join(text for _, text in parts), name, kind).split()
-    if len(words) < MIN_PASSAGE_WORDS:
+    if len(prose) < MIN_PROSE_WORDS or len(words) < MIN_PASSAGE_WORDS:
         return None
     return query, " ".join(words[:max_words]), tuple(see_also)
 
@@ -439,17 +444,21 @@ def _first_sentence(paragraph: str) -> tuple[str, str]:
 
 _MARKUP = [
     (re.compile(r"Read more in the :ref:`[^`]*`\.?"), " "),  # a link, and the first words of many
+    (re.compile(r":ref:`[^`<]*`"), " "),  # a label, whose title is elsewhere
     (re.compile(r"%\([^)]*\)s"), " "),  # what a decorator would fill in
     (re.compile(r":[\w:+.-]+:`~([^`<>]*\.)?([^`<>.]+)`"), r"\2"),  # :func:`~a.b` is shown as b
     (re.compile(r":[\w:+.-]+:`!?([^`<>]+?)\s*(?:<[^`>]*>)?`"), r"\1"),
     (re.compile(r"`([^`<>]+?)\s*<[^`>]*>`_*"), r"\1"),  # links
     (re.compile(r"\s?\[[\w.#*]+\]_"), ""),  # citations
-    (re.compile(r"\s?\((?:[Ss]ee|cf\.)?\s*\)(?!\w)"), ""),  # what is left of them
+    (
+        re.compile(r"\s?\((?:see|cf\.)\s*\)|[,;]? see:?\s*(?=\.(?:\s|$))", re.I),
+        "",
+    ),  # what is left of them
     (re.compile(r"^\s*:(?:rtype|type)\b.*$", re.M), " "),
     (re.compile(r"^\s*:(?:param|arg|keyword|raises|ivar)\s+([^:]+):", re.M), r"\1:"),
     (re.compile(r"^\s*:returns?:", re.M), " "),
     (re.compile(r"`+~?([^`]*)`+_*"), r"\1"),
-    (re.compile(r"(?<![\w*])\*{1,2}([^\s*](?:[^*]*[^\s*])?)\*{1,2}(?![\w*])"), r"\1"),
+    (re.compile(r"(?<![\w*'\"])\*{1,2}(\w(?:[^*'\"]*\w)?)\*{1,2}(?![\w*])"), r"\1"),
     (re.compile(r"<?https?://[^\s>]+>?"), " "),
     (re.compile(r"[\\$|]"), " "),
     (re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]"), " "),  # "\a" in a docstring is a bell
@@ -461,6 +470,7 @@ def _plain(text: str, name: str, kind: str) -> str:
     text = mask_name(text, name, kind)
     for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)
+    text = re.sub(rf"\b{kind} {kind}\b", kind, text)  # "the HermiteE class"
     return " ".join(text.split())
 
 
@@ -473,17 +483,12 @@ def mask_name(text: str, name: str, kind: str) -> str:
     """
     if name not in text:
         return text
-    own = re.escape(name)
+    own = rf"(?<![\w.])(?:[A-Za-z_]\w*\.)*{name}(?!\w)"  # with what qualifies it
     if re.search(r"[_0-9]|[a-z][A-Z]|[A-Z]{2}[a-z]", name):
-        return re.sub(rf"(?<![\w.])(?:[A-Za-z_]\w*\.)*{own}(?!\w)", kind, text)
-    text = re.sub(
-        r"`+[^`]+`+",
-        lambda m: re.sub(rf"(?<![\w.])(?:[A-Za-z_]\w*\.)*{own}(?!\w)", kind, m[0]),
-        text,
-    )
-    return re.sub(
-        rf"(?<![\w.])(?:(?:[A-Za-z_]\w*\.)+{own}(?!\w)|{own}(?=\(|\.[A-Za-z_]))", kind, text
-    )
+        return re.sub(own, kind, text)
+    marked = re.sub(r"`+[^`]+`+", lambda match: re.sub(own, kind, match[0]), text)
+    code = rf"(?<![\w.])(?:(?:[A-Za-z_]\w*\.)+{name}(?!\w)|{name}(?=\(|\.[A-Za-z_]))"
+    return re.sub(code, kind, marked)
 
 
 # ── What counts as the same ───────────────────────────────────────────────────────────────────
