@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ast
 import json
+import multiprocessing
 import os
 import re
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,8 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Scalar]) -> None:
     """Raise NotebookError unless the notebook declares every one of ``parameters``."""
     if unknown := sorted(set(parameters) - set(defaults := parameter_defaults(notebook))):
         raise NotebookError(
-            f"{notebook} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(defaults))}"
+            f"{notebook} has no parameter {', '.join(unknown)}; "
+            f"it has {', '.join(sorted(defaults))}"
         )
 
 
@@ -139,7 +142,7 @@ def execute(
 
 
 def tidied(executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The executed notebook as a page, without what papermill, kernel and widgets add on their own."""
+    """The executed notebook as a page, without what papermill, kernel and widgets add."""
     page = nbformat.from_dict(executed)
     page.metadata = nbformat.from_dict(
         {"kernelspec": _KERNEL, "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
@@ -165,20 +168,20 @@ def tidied(executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def worker_settings(environment: Mapping[str, str]) -> None:
-    """Prepare a worker process: environment for its kernels; it ends with the build, SIGKILL included."""
+    """Prepare a worker process: the environment of its kernels, and its end with the build's."""
     os.environ.update(environment)
-    parent = os.getppid()
+    if (parent := multiprocessing.parent_process()) is None:
+        return
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
+    def end_with_parent() -> None:
+        wait([parent.sentinel])
         os._exit(1)  # the kernel watches this process in the same way
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def paths_to_hide(**places: Path) -> dict[str, str]:
-    """Replacements that take paths out of a page, longest first: ``places``, Python, the user's home."""
+    """Replacements that take paths out of a page, longest first: ``places``, Python, the home."""
     found: dict[str, Any] = {str(path): name for name, path in places.items()}
     found.setdefault(sys.prefix, ".venv")
     found.setdefault(sys.base_prefix, "python")
