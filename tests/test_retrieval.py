@@ -1,0 +1,561 @@
+import dataclasses
+import gzip
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import faiss
+import numpy as np
+import pytest
+import pytrec_eval
+
+from adaptive_margins.data.collection import DataError, Texts
+from adaptive_margins.retrieval import (
+    BM25,
+    IndexSettings,
+    approximation_recall,
+    build_index,
+    choose_index,
+    exact_search,
+    read_run,
+    rerank,
+    search_index,
+    top,
+    write_run,
+)
+
+PASSAGES = Texts(
+    ["p1", "p2", "p3", "p4", "p5"],
+    [
+        "Sorts an array in place and returns nothing.",
+        "Returns the indices that would sort an array along an axis.",
+        "Sorted arrays: sorting, sorts.",
+        "Reads a table from a comma separated file.",
+        "the of and",
+    ],
+)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def clustered(n: int, dim: int, seed: int, centre_seed: int = 0) -> np.ndarray:
+    """Unit vectors around 20 centres, as embeddings lie."""
+    centres = np.random.default_rng(centre_seed).normal(size=(20, dim))
+    rng = np.random.default_rng(seed)
+    return unit(centres[rng.integers(20, size=n)] + 0.7 * rng.normal(size=(n, dim)))
+
+
+def names(prefix: str, n: int) -> list[str]:
+    return [f"{prefix}{i}" for i in range(n)]
+
+
+def brute_force(queries, passages, qids, ids, depth):
+    """Inner products in float64, rounded to float32, then trec_eval's order; query by query."""
+    run = {}
+    for qid, q in zip(qids, queries, strict=True):
+        scores = [
+            (float(np.float32(np.dot(q.astype(float), p.astype(float)))), i)
+            for p, i in zip(passages, ids, strict=True)
+        ]
+        run[qid] = {i: s for s, i in sorted(scores, reverse=True)[:depth]}
+    return run
+
+
+# ---- order
+
+
+def test_top_orders_ties_by_descending_docid():
+    assert top({"a": 1.0, "c": 1.0, "b": 2.0, "B": 1.0}, 3) == [("b", 2.0), ("c", 1.0), ("a", 1.0)]
+    assert top({"a": 1.0}, 9) == [("a", 1.0)]
+    assert top({}, 3) == []
+
+
+def test_top_is_trec_evals_order_also_where_32_bits_cannot_tell_scores_apart():
+    rng = np.random.default_rng(3)
+    base = rng.integers(0, 6, size=40) / 7
+    scores = {f"d{i}": float(x + rng.choice([0, 1e-10])) for i, x in enumerate(base)}
+    for position, (docid, _) in enumerate(top(scores), start=1):
+        evaluator = pytrec_eval.RelevanceEvaluator({"q": {docid: 1}}, {"recip_rank"})
+        assert evaluator.evaluate({"q": scores})["q"]["recip_rank"] == pytest.approx(1 / position)
+
+
+def test_top_returns_scores_as_they_were():
+    assert top({"a": 0.1 + 0.2}, 1) == [("a", 0.1 + 0.2)]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300])
+def test_top_rejects_scores_that_are_not_finite(bad):
+    with pytest.raises(ValueError, match=r"'b' must be a finite 32-bit number, not"):
+        top({"a": 1.0, "b": bad}, 2)
+
+
+def test_top_rejects_depth_below_one():
+    with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
+        top({"a": 1.0}, 0)
+
+
+# ---- BM25
+
+
+def lucene_bm25(documents, query, k1=0.9, b=0.4):
+    """The formula, on tokens: idf = ln(1 + (N - df + .5) / (df + .5)), tf / (tf + k1 (1 - b + b l / avg))."""
+    average = sum(map(len, documents)) / len(documents)
+    scores = []
+    for document in documents:
+        tf = Counter(document)
+        score = 0.0
+        for term in query:
+            df = sum(term in d for d in documents)
+            idf = math.log(1 + (len(documents) - df + 0.5) / (df + 0.5))
+            score += idf * tf[term] / (tf[term] + k1 * (1 - b + b * len(document) / average))
+        scores.append(score)
+    return scores
+
+
+def test_bm25_is_the_formula():
+    # Stemmed and without stop words, by hand.
+    tokens = [
+        ["sort", "array", "place", "return", "noth"],
+        ["return", "indic", "would", "sort", "array", "along", "axi"],
+        ["sort", "array", "sort", "sort"],
+        ["read", "tabl", "from", "comma", "separ", "file"],
+        [],
+    ]
+    expected = lucene_bm25(tokens, ["sort", "array", "axi", "array"])
+    run = BM25(PASSAGES).search(Texts(["q"], ["Sorting THE arrays; axis of an array"]), 10)
+    assert run["q"] == pytest.approx(
+        {i: s for i, s in zip(PASSAGES.ids, expected, strict=True) if s > 0}, rel=1e-5
+    )
+
+
+def test_bm25_leaves_out_what_shares_no_term():
+    queries = Texts(
+        ["none", "stop", "empty", "some"], ["zebra quagga", "the of", "", "table zebra"]
+    )
+    run = BM25(PASSAGES).search(queries, 100)
+    assert run["none"] == run["stop"] == run["empty"] == {}
+    assert list(run["some"]) == ["p4"]
+    assert list(run) == queries.ids
+
+
+def test_bm25_cuts_in_trec_evals_order():
+    passages = Texts(names("d", 12), ["one word here"] * 12)
+    run = BM25(passages).search(Texts(["q"], ["word"]), 3)
+    assert list(run["q"]) == ["d9", "d8", "d7"]
+
+
+def test_bm25_of_passages_without_terms():
+    assert BM25(Texts(["a", "b"], ["the", ""])).search(Texts(["q"], ["word"]), 5) == {"q": {}}
+
+
+def test_bm25_errors():
+    with pytest.raises(ValueError, match="at least one passage"):
+        BM25(Texts([], []))
+    with pytest.raises(ValueError, match="depth must be at least 1, not -2"):
+        BM25(PASSAGES).search(Texts(["q"], ["array"]), -2)
+
+
+def test_bm25_does_not_depend_on_the_hash_seed_and_prints_nothing():
+    code = (
+        "from adaptive_margins.retrieval import BM25\n"
+        "from adaptive_margins.data.collection import Texts\n"
+        "words = 'alpha beta gamma delta epsilon zeta eta theta iota kappa lambda'.split()\n"
+        "texts = [' '.join(words[i % 11:] + words[: i % 5]) for i in range(60)]\n"
+        "bm25 = BM25(Texts([str(i) for i in range(60)], texts))\n"
+        "print(bm25.search(Texts(['q'], ['kappa alpha theta zeta beta']), 20))\n"
+    )
+    outputs = set()
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stderr == ""
+        outputs.add(done.stdout)
+    assert len(outputs) == 1
+
+
+# ---- reranking
+
+
+def test_rerank_is_the_cosine_of_embeddings_of_any_length():
+    rng = np.random.default_rng(1)
+    queries, passages = (
+        rng.normal(size=(3, 8)),
+        rng.normal(size=(10, 8)) * rng.uniform(0.01, 99, (10, 1)),
+    )
+    qids, docids = names("q", 3), names("d", 10)
+    candidates = {"q2": {"d1": 9.0, "d7": 8.0, "d3": 7.0}, "q0": {"d9": 1.0}, "q1": {}}
+    run = rerank(candidates, queries, qids, passages, docids)
+    assert {q: set(hits) for q, hits in run.items()} == {
+        q: set(hits) for q, hits in candidates.items()
+    }
+    for qid, hits in run.items():
+        assert list(hits.items()) == top(hits)
+        for docid, score in hits.items():
+            q, d = queries[int(qid[1:])], passages[int(docid[1:])]
+            cosine = (
+                sum(x * y for x, y in zip(q, d, strict=True))
+                / math.dist(q, q * 0)
+                / math.dist(d, d * 0)
+            )
+            assert score == pytest.approx(cosine, abs=1e-6)
+
+
+def test_rerank_of_a_zero_embedding_is_zero_and_identical_embeddings_tie():
+    passages = np.tile(np.random.default_rng(0).normal(size=16), (50, 1)).astype(np.float32)
+    passages[7] = 0
+    docids = names("d", 50)
+    hits = rerank({"q": dict.fromkeys(docids, 1.0)}, passages[:1], ["q"], passages, docids)["q"]
+    assert hits.pop("d7") == 0
+    assert set(hits.values()) == {1.0}
+    assert list(hits) == sorted(hits, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"candidates": {"q": {"d0": 1.0, "d5": 1.0}}},
+            "candidate 'd5' of query 'q' has no embedding",
+        ),
+        ({"candidates": {"r": {"d0": 1.0}}}, "query 'r' of the candidates has no embedding"),
+        ({"docids": ["d0"]}, r"passage embeddings must have shape \(1, D\).*not \(2, 4\)"),
+        ({"docids": ["d0", "d0"]}, "passage ids must be unique"),
+        (
+            {"query_embeddings": np.ones((1, 3))},
+            "query embeddings have 3 dimensions, passage embeddings 4",
+        ),
+        (
+            {"passage_embeddings": np.full((2, 4), np.nan)},
+            r"passage embedding in row 0 \('d0'\) is not finite",
+        ),
+    ],
+)
+def test_rerank_errors(change, message):
+    arguments = {
+        "candidates": {"q": {"d0": 1.0}},
+        "query_embeddings": np.ones((1, 4)),
+        "qids": ["q"],
+        "passage_embeddings": np.ones((2, 4)),
+        "docids": ["d0", "d1"],
+    }
+    with pytest.raises(ValueError, match=message):
+        rerank(**{**arguments, **change})
+
+
+# ---- exact search
+
+
+@pytest.mark.parametrize("n", [1, 5, 50, 300])
+def test_exact_search_is_brute_force(n):
+    queries, passages = clustered(7, 24, 1), clustered(n, 24, 2)
+    qids, ids = names("q", 7), names("d", n)
+    for depth in (1, 10, 1000):
+        run = exact_search(queries, passages, qids, ids, depth)
+        expected = brute_force(queries, passages, qids, ids, depth)
+        assert {q: list(h.items()) for q, h in run.items()} == {
+            q: list(h.items()) for q, h in expected.items()
+        }
+
+
+def test_exact_search_cuts_ties_as_trec_eval_does():
+    passages = np.repeat(clustered(40, 48, 5), 25, axis=0)  # each passage 25 times
+    order = np.random.default_rng(0).permutation(1000)
+    queries, qids, ids = clustered(60, 48, 6), names("q", 60), names("d", 1000)
+    run = exact_search(queries, passages[order], qids, ids, 30)
+    expected = brute_force(queries, passages[order], qids, ids, 30)
+    assert {q: list(h) for q, h in run.items()} == {q: list(h) for q, h in expected.items()}
+
+
+def test_exact_search_errors():
+    good = clustered(4, 8, 0)
+    with pytest.raises(
+        ValueError, match="query embeddings have 6 dimensions, passage embeddings 8"
+    ):
+        exact_search(good[:, :6], good, names("q", 4), names("d", 4), 2)
+    with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
+        exact_search(good, good, names("q", 4), names("d", 4), 0)
+    with pytest.raises(ValueError, match="passage ids must be unique"):
+        exact_search(good, good, names("q", 4), ["a"] * 4, 2)
+
+
+# ---- FAISS index
+
+
+def test_settings_follow_the_size_of_the_collection():
+    for n in (1, 5, 38, 300, 623, 624, 700, 2_000, 7_000, 9_984, 13_000, 99_999, 100_000, 900_000):
+        for dim in (384, 768, 100, 37):
+            s = choose_index(n, dim, depth=20)
+            assert s.flat == (n < 624)
+            if s.flat:
+                assert f"{n} passages are too few" in s.note
+                continue
+            assert s.factory.startswith(f"OPQ{s.m},IVF{s.nlist}_HNSW32,PQ{s.m}")
+            assert s.factory.endswith(",RFlat")
+            assert dim % s.m == 0 and s.m <= 32
+            assert 39 * s.nlist <= n < 39 * 2 * s.nlist
+            assert 4 <= s.bits <= 8 and 39 * 2**s.bits <= n
+            assert s.nprobe <= s.nlist
+            assert s.nprobe * n / s.nlist >= 8 * 20 or s.nprobe == s.nlist
+
+
+def test_settings_at_the_papers_size_are_the_papers():
+    settings = choose_index(8_841_823, 768, depth=1000)
+    assert settings.factory == "OPQ32,IVF262144_HNSW32,PQ32,RFlat"
+    assert settings.nprobe * 8_841_823 / settings.nlist > 8 * 1000
+
+
+def test_more_hits_need_more_lists():
+    assert (
+        choose_index(900_000, 64, depth=20_000).nprobe > choose_index(900_000, 64, depth=10).nprobe
+    )
+
+
+@pytest.mark.parametrize(("n", "dim", "depth"), [(0, 8, 1), (8, 0, 1), (8, 8, 0)])
+def test_settings_errors(n, dim, depth):
+    with pytest.raises(ValueError, match="must be at least 1, not 0"):
+        choose_index(n, dim, depth=depth)
+
+
+@pytest.mark.parametrize("n", [1, 5, 50, 300, 700, 2000])
+def test_index_finds_what_exact_search_finds(n, capfd):
+    queries, passages = clustered(100, 64, 1), clustered(n, 64, 2)
+    qids, ids = names("q", 100), names("d", n)
+    settings = choose_index(n, 64, depth=20)
+    index = build_index(passages, settings, seed=3)
+    run = search_index(index, settings, queries, qids, ids, 20)
+    exact = exact_search(queries, passages, qids, ids, 20)
+    assert approximation_recall(run, exact, 20) > (0.95 if n > 623 else 0.9999)
+    if settings.flat:
+        assert run == exact
+    for qid in qids:
+        assert len(run[qid]) == min(20, n)
+        assert list(run[qid].items()) == top(run[qid])
+        assert all(exact[qid].get(docid, score) == score for docid, score in run[qid].items())
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture(scope="module")
+def built():
+    passages = clustered(2000, 64, 2)
+    settings = choose_index(2000, 64)
+    return passages, settings, build_index(passages, settings, seed=3)
+
+
+def test_index_is_what_the_settings_say(built):
+    _, settings, index = built
+    ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
+    assert (ivf.nlist, ivf.pq.M, ivf.pq.nbits) == (settings.nlist, settings.m, settings.bits)
+    assert isinstance(faiss.downcast_index(ivf.quantizer), faiss.IndexHNSWFlat)
+    assert isinstance(index, faiss.IndexRefineFlat)
+    assert index.metric_type == faiss.METRIC_INNER_PRODUCT
+
+
+def test_index_is_deterministic_and_leaves_the_number_of_threads_alone(built):
+    passages, settings, index = built
+    before = faiss.omp_get_max_threads()
+    again = build_index(passages, settings, seed=3)
+    assert faiss.omp_get_max_threads() == before
+    assert np.array_equal(faiss.serialize_index(index), faiss.serialize_index(again))
+    other = build_index(passages, settings, seed=4)
+    assert not np.array_equal(faiss.serialize_index(index), faiss.serialize_index(other))
+
+
+def test_search_fills_the_depth_even_from_one_list(built):
+    passages, settings, index = built
+    one = dataclasses.replace(settings, nprobe=1, k_factor=1)
+    queries, qids, ids = clustered(30, 64, 9), names("q", 30), names("d", 2000)
+    run = search_index(index, one, queries, qids, ids, 500)
+    assert list(run) == qids
+    assert {len(hits) for hits in run.values()} == {500}
+    assert {len(hits) for hits in search_index(index, one, queries, qids, ids, 5000).values()} == {
+        2000
+    }
+    few = search_index(index, one, queries, qids, ids, 5)
+    exact = exact_search(queries, passages, qids, ids, 5)
+    assert approximation_recall(few, exact, 5) < 0.9  # nprobe acts
+
+
+def test_search_orders_identical_passages_as_trec_eval_does():
+    passages = np.repeat(clustered(60, 32, 1), 20, axis=0)
+    settings = choose_index(1200, 32, depth=30)
+    index = build_index(passages, settings, seed=1)
+    queries, qids, ids = clustered(25, 32, 2), names("q", 25), names("d", 1200)
+    run = search_index(index, settings, queries, qids, ids, 30)
+    expected = brute_force(queries, passages, qids, ids, 30)
+    assert {q: list(h.items()) for q, h in run.items()} == {
+        q: list(h.items()) for q, h in expected.items()
+    }
+
+
+def test_index_of_few_different_passages_and_of_a_zero_embedding(capfd):
+    passages = np.repeat(clustered(3, 32, 1), 300, axis=0)
+    passages[0] = 0
+    settings = choose_index(900, 32)
+    index = build_index(passages, settings, seed=1)
+    run = search_index(index, settings, passages[:2], ["zero", "q"], names("d", 900), 400)
+    assert {len(hits) for hits in run.values()} == {400}
+    assert set(run["zero"].values()) == {0.0}
+    assert capfd.readouterr() == ("", "")
+
+
+def test_build_index_errors():
+    passages = clustered(700, 32, 0)
+    settings = choose_index(700, 32)
+    with pytest.raises(ValueError, match=r"row 5 has length 2, expected 1"):
+        scaled = passages.copy()
+        scaled[5] *= 2
+        build_index(scaled, settings, seed=1)
+    with pytest.raises(ValueError, match="32 dimensions, the index settings 64"):
+        build_index(passages, choose_index(700, 64), seed=1)
+    with pytest.raises(
+        ValueError, match=r"12 passages are too few for OPQ32.*choose_index\(12, 32\)"
+    ):
+        build_index(passages[:12], settings, seed=1)
+    with pytest.raises(ValueError, match=r"row 3 \(3\) is not finite"):
+        holed = passages.copy()
+        holed[3, 3] = np.inf
+        build_index(holed, settings, seed=1)
+
+
+def test_search_index_errors(built):
+    _, settings, index = built
+    queries = clustered(2, 64, 0)
+    with pytest.raises(ValueError, match="the index has 2000 vectors, but 3 different docids"):
+        search_index(index, settings, queries, names("q", 2), names("d", 3), 5)
+    with pytest.raises(ValueError, match="query embeddings have 32 dimensions, the index 64"):
+        search_index(index, settings, queries[:, :32], names("q", 2), names("d", 2000), 5)
+    with pytest.raises(ValueError, match="depth must be at least 1"):
+        search_index(index, settings, queries, names("q", 2), names("d", 2000), 0)
+
+
+def test_settings_of_ones_own():
+    passages = clustered(500, 16, 4)
+    settings = IndexSettings(
+        "OPQ4,IVF8_HNSW32,PQ4x4,RFlat", 16, nlist=8, nprobe=8, m=4, bits=4, k_factor=50, sample=500
+    )
+    index = build_index(passages, settings, seed=0)
+    ids = names("d", 500)
+    assert search_index(index, settings, passages[:9], ids[:9], ids, 10) == exact_search(
+        passages[:9], passages, ids[:9], ids, 10
+    )
+
+
+def test_approximation_recall():
+    exact = {"q1": {"a": 3.0, "b": 2.0, "c": 1.0}, "q2": {"a": 1.0}, "q3": {}}
+    approx = {"q1": {"a": 3.0, "c": 1.0, "d": 0.5}, "q3": {"z": 1.0}}
+    assert approximation_recall(exact, exact, 2) == 1
+    # q1: a of {a, b}; q2: nothing; q3: nothing to find, left out.
+    assert approximation_recall(approx, exact, 2) == (1 / 2 + 0) / 2
+    with pytest.raises(ValueError, match="no hits"):
+        approximation_recall(approx, {"q": {}}, 2)
+
+
+# ---- run files
+
+RUN = {
+    "q10": {"b": 0.1 + 0.2, "a": 1e-30, "c": -2.5},
+    "q1": {"d1": 1.0, "d3": 1.0, "d2": float(np.float32(0.1))},
+}
+
+
+@pytest.mark.parametrize("name", ["x.run", "x.run.gz"])
+def test_runs_survive_a_round_trip_and_equal_runs_give_equal_bytes(tmp_path, name):
+    path = tmp_path / name
+    write_run(RUN, path, "tag")
+    assert read_run(path) == RUN
+    first = path.read_bytes()
+    reordered = {q: dict(reversed(RUN[q].items())) for q in reversed(RUN)}
+    write_run(reordered, path, "tag")
+    assert path.read_bytes() == first
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_run_files_look_as_trec_wants_them(tmp_path):
+    write_run(RUN, tmp_path / "x.run", "mine")
+    assert (tmp_path / "x.run").read_text().splitlines() == [
+        "q1 Q0 d3 1 1.0 mine",
+        "q1 Q0 d1 2 1.0 mine",
+        "q1 Q0 d2 3 0.10000000149011612 mine",
+        "q10 Q0 b 1 0.30000000000000004 mine",
+        "q10 Q0 a 2 1e-30 mine",
+        "q10 Q0 c 3 -2.5 mine",
+    ]
+
+
+def test_numpy_scores_are_written_as_numbers(tmp_path):
+    write_run({"q": {"d": np.float32(0.5)}}, tmp_path / "x.run", "t")
+    assert (tmp_path / "x.run").read_text() == "q Q0 d 1 0.5 t\n"
+
+
+@pytest.mark.parametrize(
+    ("run", "tag"),
+    [({"q": {"a b": 1.0}}, "t"), ({"": {"a": 1.0}}, "t"), ({"q": {"a": 1.0}}, "a tag")],
+)
+def test_what_a_run_file_cannot_hold_is_not_written(tmp_path, run, tag):
+    with pytest.raises(ValueError, match="non-empty and without white space"):
+        write_run(run, tmp_path / "x.run", tag)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.run"
+    write_run(RUN, path, "old")
+    before = path.read_bytes()
+
+    def full(self, data):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_run(RUN, path, "new")
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x.run"]
+
+
+def test_every_malformed_line_is_named(tmp_path):
+    path = tmp_path / "x.run"
+    path.write_bytes(
+        b"q Q0 a 1 2.0 t\n"
+        b"q Q0 b 2 1.0\n"
+        b"q Q0 a 3 0.5 t\n"
+        b"q Q0 c 4 nan t\n"
+        b"q Q0 d 5 high t\n"
+        b"\n"
+        b"q Q0 \xff 6 0.1 t\n"
+    )
+    with pytest.raises(DataError) as error:
+        read_run(path)
+    assert str(error.value).splitlines()[1:] == [
+        f"  {path}:2: 6 columns expected (qid Q0 docid rank score tag), 5 found",
+        f"  {path}:3: passage 'a' occurs twice for query 'q'",
+        f"  {path}:4: score 'nan' is not a finite number",
+        f"  {path}:5: score 'high' is not a finite number",
+        f"  {path}:6: 6 columns expected (qid Q0 docid rank score tag), 0 found",
+        f"  {path}:7: not valid UTF-8 (byte 6 of the line)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-12], lambda b: b"no gzip", lambda b: b[:20] + b"\0\0\0" + b[23:]]
+)
+def test_a_damaged_gzip_file_is_named(tmp_path, damage):
+    path = tmp_path / "x.run.gz"
+    path.write_bytes(damage(gzip.compress(b"q Q0 a 1 2.0 t\nq Q0 b 2 1.0 t\n")))
+    with pytest.raises(DataError, match=r"x\.run\.gz: truncated or damaged gzip file"):
+        read_run(path)
+
+
+def test_an_empty_run(tmp_path):
+    write_run({"q": {}}, tmp_path / "x.run", "t")
+    assert read_run(tmp_path / "x.run") == {}
