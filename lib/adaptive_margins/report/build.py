@@ -14,7 +14,7 @@ import multiprocessing
 import re
 import shutil
 import subprocess
-import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -88,12 +88,13 @@ def build(
             return site.pages
         if home != source:
             shutil.copy(source / "_config.yml", home)
-            shutil.copytree(
-                source / "book",
-                home / "book",
-                ignore=shutil.ignore_patterns("_executed"),
-                dirs_exist_ok=True,
-            )
+            for folder in ("book", "lib"):  # pages quote from the library
+                shutil.copytree(
+                    source / folder,
+                    home / folder,
+                    ignore=shutil.ignore_patterns("_executed", "__pycache__", "*.egg-info"),
+                    dirs_exist_ok=True,
+                )
         site.write_pages(chosen, settings)
         return site.build_book()
 
@@ -284,25 +285,18 @@ class Site:
         say("[book] building")
         started = time.monotonic()
         shutil.rmtree(partial_folder, ignore_errors=True)
-        command = [
-            sys.executable,
-            "-m",
-            "jupyter_book",
-            "build",
-            "book",
-            "-n",
-            "-W",
-            "--keep-going",
-        ]
-        command += ["--config", "_config.yml", "--path-output", partial_folder.name]
+        command = [str(Path(sysconfig.get_path("scripts")) / "jupyter-book"), "build", "book"]
+        command += ["-n", "-W", "--keep-going", "--config", "_config.yml"]
+        command += ["--path-output", partial_folder.name]
         log = self.pages / "book.log"
         with log.open("w") as file:
             code = subprocess.run(
                 command, cwd=self.home, stdout=file, stderr=subprocess.STDOUT, check=False
             ).returncode
         if code or not (partial_folder / "_build" / "html" / "index.html").is_file():
-            text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text())
-            told = [line for line in text.splitlines() if re.search("WARNING|ERROR|rror:", line)]
+            lines = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text()).splitlines()
+            shutil.rmtree(partial_folder, ignore_errors=True)
+            told = [line for line in lines if re.search("WARNING|ERROR|rror:", line)] or lines[-20:]
             raise BuildError(
                 "\n".join(["the book did not build:", *told[:40], f"all of it: {log}"])
             )

@@ -1,0 +1,389 @@
+"""The build on tiny notebooks: what counts as finished, what happens when something fails or is killed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+
+from adaptive_margins import store
+from adaptive_margins.profiles import load_profile
+from adaptive_margins.report import build as build_module
+from adaptive_margins.report import pages
+from adaptive_margins.report.build import BuildError, Progress, Site, build, select
+from adaptive_margins.report.execute import NotebookError, execute, parameter_defaults
+
+PARAMETERS = 'profile = "laptop"\ndata_folder = ""'
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_notebook(path: Path, *sources: str, parameters: str | None = PARAMETERS) -> Path:
+    cells = [nbformat.v4.new_markdown_cell(f"# Notebook {path.stem}")]
+    if parameters is not None:
+        cells.append(nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}))
+    cells += [nbformat.v4.new_code_cell(source) for source in sources]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kernel = {"name": "python3", "display_name": "Mine", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    return path
+
+
+def write_run(home: Path, run_id: str, content: str = "{}") -> None:
+    folder = home / "runs" / run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(content)
+
+
+WRITES_DATA = """
+from pathlib import Path
+import os, sys, warnings
+(Path(data_folder) / "figure3.csv").write_text("encoder,value,run_id\\nminilm-1,0.5,aa11\\n")
+print(profile, data_folder, sys.executable, os.environ["ADAPTIVE_MARGINS_HOME"])
+warnings.warn("look")
+"""
+
+
+@pytest.fixture
+def site(tmp_path):
+    home = tmp_path / "home"
+    write_run(home, "aa11")
+    return Site(home, "smoke")
+
+
+def test_a_finished_notebook_is_left_alone_until_something_changes(site, tmp_path, capsys):
+    first = write_notebook(tmp_path / "notebooks" / "01_data.ipynb", WRITES_DATA)
+    second = write_notebook(tmp_path / "notebooks" / "02_plain.ipynb", "1 + 1")
+    site.execute([first, second])
+    told = capsys.readouterr().err
+    assert "[notebooks 0/2] 01_data: started" in told
+    assert "[notebooks 2/2]" in told
+    assert "left" in told
+
+    page = (site.pages / "01_data.ipynb").read_text()
+    assert "smoke book/_executed/data" in page  # the parameters that were passed
+    for place in (tmp_path, Path.home(), sys.prefix, ROOT):
+        assert str(place) not in page
+    executed = nbformat.reads(page, as_version=4)
+    tags = [cell.metadata.get("tags", []) for cell in executed.cells]
+    assert ["injected-parameters", "remove-cell"] in tags
+    assert executed.metadata.kernelspec.name == "python3"
+    assert "papermill" not in page
+    assert (site.pages / "data" / "figure3.csv").is_file()
+    assert sorted(p.name for p in site.pages.iterdir() if not p.name.startswith("0")) == [
+        "data",
+        "receipts",
+    ]
+    receipt = json.loads(site.receipt(first).read_text())
+    assert list(receipt["results"]) == ["aa11"]
+    assert set(receipt["outputs"]) == {"01_data.ipynb", "data/figure3.csv"}
+    assert receipt["key"]["versions"]["torch"].startswith("2.")
+    assert receipt["seconds"] > 0
+
+    before = (site.pages / "01_data.ipynb").stat().st_mtime_ns
+    site.execute([first, second])
+    assert "2 of 2 are finished" in capsys.readouterr().err
+    assert (site.pages / "01_data.ipynb").stat().st_mtime_ns == before
+
+    def becomes_stale(change, undo):
+        assert site.finished(first) is not None
+        change()
+        stale = site.finished(first) is None
+        undo()
+        return stale and site.finished(second) is not None
+
+    result = site.home / "runs" / "aa11" / "result.json"
+    data = site.pages / "data" / "figure3.csv"
+    kept, source = data.read_text(), first.read_text()
+    text = site.receipt(first).read_text()
+    assert becomes_stale(lambda: result.write_text('{"other": 1}'), lambda: result.write_text("{}"))
+    assert becomes_stale(result.unlink, lambda: result.write_text("{}"))
+    assert becomes_stale(data.unlink, lambda: data.write_text(kept))
+    assert becomes_stale(lambda: data.write_text(kept + "x"), lambda: data.write_text(kept))
+    assert becomes_stale(
+        lambda: first.write_text(source.replace("look", "see")), lambda: first.write_text(source)
+    )
+    assert becomes_stale(
+        lambda: site.receipt(first).write_text(text[: len(text) // 2]),
+        lambda: site.receipt(first).write_text(text),
+    )
+    assert Site(site.home, "laptop").finished(first) is None
+
+
+def test_other_code_or_versions_make_a_notebook_stale(site, tmp_path, monkeypatch):
+    notebook = write_notebook(tmp_path / "01_x.ipynb")
+    before = site.key(notebook)
+    assert site.key(notebook) == before
+    monkeypatch.setattr(pages, "versions", lambda: {"torch": "1"})
+    monkeypatch.setattr(build_module, "library_hash", lambda: "other")
+    after = site.key(notebook)
+    assert {k for k in before if before[k] != after[k]} == {"library", "versions"}
+
+
+def test_failed_and_killed_notebooks_are_kept_and_named(site, tmp_path):
+    error = write_notebook(tmp_path / "n" / "01_error.ipynb", "print('so far')", "1 / 0")
+    killed = write_notebook(tmp_path / "n" / "02_killed.ipynb", "import os; os._exit(9)", "2")
+    never = write_notebook(tmp_path / "n" / "03_never.ipynb", "3")
+    with pytest.raises(BuildError) as caught:
+        site.execute([error, killed, never])
+    message = str(caught.value)
+    assert "ZeroDivisionError" in message
+    for notebook in (error, killed):
+        kept = site.pages / f"{notebook.stem}.failed.ipynb"
+        assert kept.is_file()
+        assert str(kept) in message
+    assert "so far" in (site.pages / "01_error.failed.ipynb").read_text()
+    for notebook in (error, killed, never):
+        assert site.finished(notebook) is None
+        assert not (site.pages / notebook.name).exists()
+        assert not site.receipt(notebook).exists()
+    assert not list(site.pages.glob("*.running.ipynb"))
+    assert not (site.pages / "03_never.failed.ipynb").exists()  # nothing starts after a failure
+
+
+SLEEPS = """
+import os, time
+from pathlib import Path
+Path("pid").write_text(str(os.getpid()))
+while not Path("go").exists():
+    time.sleep(0.1)
+"""
+
+
+def test_a_killed_build_leaves_nothing_that_counts_and_goes_on(site, tmp_path):
+    notebook = write_notebook(tmp_path / "notebooks" / "01_sleeps.ipynb", SLEEPS)
+    pid = notebook.parent / "pid"
+    # A fork has everything imported already; what it starts are processes of their own all the same.
+    child = multiprocessing.get_context("fork").Process(target=site.execute, args=([notebook],))
+    child.start()
+    try:
+        wait_for(lambda: pid.is_file() and pid.read_text(), 60)
+    finally:
+        child.kill()
+        child.join()
+    kernel = int(pid.read_text())
+    wait_for(lambda: not alive(kernel), 30)
+    assert site.finished(notebook) is None
+    assert not (site.pages / notebook.name).exists()
+    (notebook.parent / "go").touch()
+    site.execute([notebook])
+    assert site.finished(notebook) is not None
+    assert not (site.pages / "01_sleeps.running.ipynb").exists()
+
+
+def wait_for(condition, seconds):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/status")  # a zombie that nobody reaps is not alive
+    return not (status.is_file() and "\nState:\tZ" in status.read_text())
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        (None, "has 0 code cells tagged `parameters`, expected exactly one"),
+        ('profile = "laptop"', "has no parameter data_folder; it has profile"),
+        ('profile = "laptop"\ndata_folder = []', "plain scalars, found: data_folder = []"),
+        ("import os", "plain scalars, found: import os"),
+        ("profile = ", "invalid syntax"),
+    ],
+)
+def test_wrong_parameters_stop_the_build_before_any_run(tmp_path, parameters, message):
+    (tmp_path / "_config.yml").touch()
+    write_notebook(tmp_path / "notebooks" / "01_ok.ipynb")
+    write_notebook(tmp_path / "notebooks" / "02_bad.ipynb", parameters=parameters)
+    called = []
+    with pytest.raises(NotebookError, match=r"02_bad\.ipynb") as caught:
+        build("smoke", home=tmp_path, source=tmp_path, run=lambda: called.append(1))
+    assert message in str(caught.value)
+    assert not called
+
+
+def test_an_unknown_parameter_names_those_there_are(tmp_path):
+    notebook = write_notebook(tmp_path / "01_a.ipynb", parameters='profile: str = "x"\nsteps = -1')
+    assert parameter_defaults(notebook) == {"profile": "x", "steps": -1}
+    with pytest.raises(NotebookError, match="has no parameter step; it has profile, steps"):
+        execute(notebook, tmp_path / "out.ipynb", {"step": 3}, cwd=tmp_path)
+    (tmp_path / "02_b.ipynb").write_text(notebook.read_text()[:50])
+    with pytest.raises(NotebookError, match=r"02_b\.ipynb is not a notebook"):
+        parameter_defaults(tmp_path / "02_b.ipynb")
+
+
+def test_a_full_disk_leaves_no_page_and_no_receipt(site, tmp_path, monkeypatch):
+    notebook = write_notebook(tmp_path / "notebooks" / "01_x.ipynb", "1")
+    page = site.pages / "01_x.ipynb"
+
+    def full(source, output, **kwargs):
+        Path(output).write_text("{")  # papermill had begun to write
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("papermill.execute_notebook", full)
+        with pytest.raises(NotebookError, match="No space left on device"):
+            execute(notebook, page, {}, cwd=tmp_path)
+    assert not page.exists()
+
+    def no_receipt(path, text):
+        raise store.StoreError(f"{path} could not be written: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_text", no_receipt)
+        with pytest.raises(BuildError, match=r"01_x\.ipynb.*No space left on device"):
+            site.execute([notebook])
+    assert site.finished(notebook) is None
+
+
+def test_two_builds_do_not_mix(tmp_path):
+    write_notebook(tmp_path / "notebooks" / "01_x.ipynb")
+    (tmp_path / "_config.yml").touch()
+    folder = tmp_path / "book" / "_executed"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(BuildError, match="another build is writing"):
+            build("smoke", home=tmp_path, source=tmp_path)
+
+
+def test_notebooks_are_selected_by_number_or_name(tmp_path):
+    paths = [
+        write_notebook(tmp_path / f"0{i}_{n}.ipynb") for i, n in ((1, "a"), (2, "b"), (3, "c"))
+    ]
+    assert select(tmp_path) == paths
+    assert select(tmp_path, ["03", "notebooks/01_a.ipynb"]) == [paths[0], paths[2]]
+    with pytest.raises(BuildError, match=r"no notebook '07'; there are 01_a, 02_b, 03_c"):
+        select(tmp_path, ["07"])
+    with pytest.raises(BuildError, match="has no notebooks"):
+        select(tmp_path / "none")
+
+
+def test_progress_estimates_from_last_time_then_from_this_time():
+    a, b, c = Path("a"), Path("b"), Path("c")
+    progress = Progress({a: None, b: 30.0, c: None}, workers=2)
+    assert progress.left() == (30 + 30 + 30) / 2
+    progress.done(a, 10.0)
+    assert progress.left() == (30 + 10) / 2
+    assert Progress({a: None}, workers=1).left() is None
+
+
+STUBS = {"cover.md": "Stub.", "datasheet.md": "# Data sheet", "provenance.md": "# Provenance"}
+
+
+def stub_pages(home, profile, receipts):
+    for name, text in STUBS.items():
+        store.write_text(home / "book" / "_executed" / name, text + "\n")
+    pages.write_images(home / "book" / "_executed" / "images")
+
+
+def test_the_book_is_built_strictly_and_only_when_something_changed(tmp_path, monkeypatch, capsys):
+    """The real prose pages, with empty notebooks in the place of the real ones."""
+    monkeypatch.setattr(pages, "write", stub_pages)
+    source, home = tmp_path / "checkout", tmp_path / "home"
+    contents = (ROOT / "book" / "_toc.yml").read_text().split()
+    names = [word.removeprefix("_executed/") for word in contents if word.startswith("_executed/0")]
+    for name in names:
+        write_notebook(source / "notebooks" / f"{name}.ipynb")
+    monkeypatch.setattr(Site, "execute", pretend_to_execute)
+    quoted = (ROOT / "lib").rglob("*.py")
+    for path in [ROOT / "_config.yml", *(ROOT / "book").rglob("*"), *quoted]:
+        if path.is_file() and "_executed" not in path.parts:
+            copy = source / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    there = sorted(source.rglob("*"))
+
+    index = build("smoke", home=home, source=source)
+    assert index == home / "_build" / "html" / "index.html"
+    assert sorted(source.rglob("*")) == there  # the checkout is not touched
+    html = BeautifulSoup(index.read_text(), "html.parser")
+    links = {a["href"] for a in html.select("nav.bd-links a")}
+    assert {"method.html", "reproduce.html", *(f"_executed/{n}.html" for n in names)} <= links
+    assert html.select_one("figure#fig-regimes img")["alt"].startswith("Two flows of data")
+    assert "Stub." in html.get_text()
+    assert f"Open {index}" in capsys.readouterr().err
+
+    built = index.stat().st_mtime_ns
+    build("smoke", home=home, source=source)
+    assert "nothing has changed" in capsys.readouterr().err
+    assert index.stat().st_mtime_ns == built
+
+    page = source / "book" / "reproduce.md"
+    page.write_text(page.read_text() + "\n{ref}`nowhere`\n")
+    with pytest.raises(BuildError, match=r"reproduce\.md.*nowhere"):
+        build("smoke", home=home, source=source)
+    assert index.stat().st_mtime_ns == built  # the last whole book is still there
+    assert not (home / ".book.partial").exists()  # so that no warning is missing the next time
+
+
+def pretend_to_execute(site, notebooks, *, force=False):
+    site.pages.mkdir(parents=True, exist_ok=True)
+    for notebook in notebooks:
+        (site.pages / notebook.name).write_bytes(notebook.read_bytes())
+
+
+def table4() -> pd.DataFrame:
+    rows = [
+        ("no distillation", "BM25", "—", "ours", 0.50),
+        ("not in the paper", "Encoder as it comes", "—", "not in the paper", 0.40),
+        ("self-distillation", "Adaptive", "✗", "ours", 0.52),
+        ("self-distillation", "Adaptive", "✓", "ours", 0.45),
+        ("self-distillation", "Distributed", "✓", "ours", 0.55),
+        ("not in the paper", "Softmax (MNRL)", "✓", "not in the paper", 0.56),
+        ("teacher", "TAS-B", "✗", "published: Hofstätter et al.", 0.712),
+    ]
+    return pd.DataFrame(
+        [
+            {
+                "block": b,
+                "loss": n,
+                "in_batch": i,
+                "source": s,
+                "set": t,
+                "measure": m,
+                "value": v + d,
+            }
+            for b, n, i, s, v in rows
+            for t, d in (("test1", 0), ("test2", 0.01))
+            for m in ("nDCG@10", "R(rel=2)@20")
+        ]
+    )
+
+
+def test_the_cover_tells_where_bm25_and_softmax_stand(tmp_path):
+    profile = load_profile("smoke")
+    path = tmp_path / "table4.csv"
+    table4().to_csv(path, index=False)
+    text = pages.cover(profile, path)
+    assert "| Loss | nDCG@10, test1 | R@20, test1 | nDCG@10, test2 | R@20, test2 |" in text
+    assert "| Adaptive, in-batch | 0.450 | 0.450 | 0.460 | 0.460 |" in text
+    assert "0.712" not in text  # published numbers are not ours
+    assert "among the margin losses is 0.550 (Distributed)" in text
+    assert "BM25's own order reaches 0.500 (+0.050)" in text
+    assert "the softmax loss reaches 0.560 (−0.010)" in text
+    assert "has not been computed" in pages.cover(profile, None)
+
+
+def test_machine_and_versions_name_no_machine():
+    facts = pages.machine()
+    assert facts["cores"] >= 1
+    assert str(facts["memory"]).endswith("GiB")
+    assert os.uname().nodename not in json.dumps(facts)
+    found = pages.versions()
+    assert {"Python", "torch", "papermill", "jupyter-book", "faiss-cpu"} <= set(found)
+    assert "ruff" not in found
