@@ -48,7 +48,7 @@ def evaluate(qrels: Qrels, run: Run, measures: Sequence[str]) -> Evaluation:
     ranked = {
         qid: {docid: -float(rank) for rank, (docid, _) in enumerate(top(hits), start=1)}
         for qid, hits in run.items()
-        if qid in qrels and hits
+        if qid in qrels
     }
     per_query: dict[str, dict[str, float]] = {m: dict.fromkeys(qrels, 0.0) for m in parsed}
     for notation, measure in parsed.items():

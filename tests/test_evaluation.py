@@ -1,0 +1,340 @@
+import math
+
+import numpy as np
+import pytest
+import pytrec_eval
+from scipy import stats
+
+from adaptive_margins.evaluation import (
+    evaluate,
+    label,
+    paired_interval,
+    paired_tost,
+    unjudged_at,
+)
+
+MEASURES = ["nDCG@10", "nDCG@3", "Success(rel=2)@5", "R(rel=2)@20", "R(rel=2)@50", "RR(rel=2)@10"]
+
+
+def random_data(seed: int):
+    """Graded qrels and a run of coarse scores (many ties), with queries missing on either side."""
+    rng = np.random.default_rng(seed)
+    docids = [f"d{i}" for i in range(60)]
+    qrels = {
+        f"q{i}": {str(d): int(rng.integers(0, 4)) for d in rng.choice(docids, 15, replace=False)}
+        for i in range(12)
+    }
+    qrels["q0"] = {"d1": 1, "d2": 0}  # nothing of grade 2
+    qrels["q1"] = {"d1": 0}  # nothing relevant
+    run = {
+        f"q{i}": {
+            str(d): float(rng.integers(0, 5)) / 3
+            for d in rng.choice(docids, rng.integers(1, 41), replace=False)
+        }
+        for i in range(15)
+    }
+    del run["q3"]
+    run["q4"] = {}
+    return qrels, run
+
+
+def ranking(hits):
+    return sorted(hits, key=lambda d: (hits[d], d), reverse=True)
+
+
+def ndcg(judged, ranked, k):
+    gain = sum(judged.get(d, 0) / math.log2(r + 1) for r, d in enumerate(ranked[:k], start=1))
+    ideal = sorted(judged.values(), reverse=True)[:k]
+    best = sum(g / math.log2(r + 1) for r, g in enumerate(ideal, start=1))
+    return gain / best if best else 0.0
+
+
+def success(judged, ranked, k):
+    return float(any(judged.get(d, 0) >= 2 for d in ranked[:k]))
+
+
+def recall(judged, ranked, k):
+    relevant = {d for d, g in judged.items() if g >= 2}
+    return len(relevant & set(ranked[:k])) / len(relevant) if relevant else 0.0
+
+
+def reciprocal_rank(judged, ranked, k):
+    return next((1 / r for r, d in enumerate(ranked[:k], start=1) if judged.get(d, 0) >= 2), 0.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_measures_are_those_of_naive_loops(seed):
+    qrels, run = random_data(seed)
+    found = evaluate(qrels, run, MEASURES)
+    naive = [(ndcg, 10), (ndcg, 3), (success, 5), (recall, 20), (recall, 50), (reciprocal_rank, 10)]
+    assert list(found.mean) == list(found.per_query) == MEASURES
+    for measure, (function, k) in zip(MEASURES, naive, strict=True):
+        expected = {q: function(judged, ranking(run.get(q, {})), k) for q, judged in qrels.items()}
+        assert found.per_query[measure] == pytest.approx(expected, abs=1e-12)
+        assert found.mean[measure] == pytest.approx(sum(expected.values()) / 12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_measures_are_those_of_trec_eval(seed):
+    qrels, run = random_data(seed)
+    found = evaluate(qrels, run, MEASURES[:5])
+    names = {"ndcg_cut.3,10", "success.5", "recall.20,50"}
+    trec = pytrec_eval.RelevanceEvaluator(qrels, names, relevance_level=2).evaluate(run)
+    for measure, name in zip(
+        MEASURES, ["ndcg_cut_10", "ndcg_cut_3", "success_5", "recall_20", "recall_50"], strict=False
+    ):
+        expected = {q: trec[q][name] if q in trec else 0.0 for q in qrels}
+        assert found.per_query[measure] == pytest.approx(expected, abs=1e-12)
+
+
+def test_ties_count_as_in_trec_eval_for_every_tool():
+    # d2 comes before d1; RR with a cut-off is computed by another tool than nDCG.
+    found = evaluate(
+        {"q": {"d1": 3}}, {"q": {"d1": 1.0, "d2": 1.0 + 1e-12}}, ["RR@10", "RR", "Success@1"]
+    )
+    assert found.mean == {"RR@10": 0.5, "RR": 0.5, "Success@1": 0.0}
+
+
+def test_missing_queries_count_zero_and_unjudged_queries_do_not_count():
+    qrels = {"a": {"d": 2}, "b": {"d": 2}, "c": {}}
+    found = evaluate(qrels, {"a": {"d": 1.0}, "z": {"d": 1.0}}, ["Success(rel=2)@5"])
+    assert found.per_query == {"Success(rel=2)@5": {"a": 1.0, "b": 0.0, "c": 0.0}}
+    assert found.mean == {"Success(rel=2)@5": pytest.approx(1 / 3)}
+    assert evaluate(qrels, {}, ["nDCG@10"]).mean == {"nDCG@10": 0.0}
+
+
+def test_a_run_may_be_shallower_than_the_cutoff():
+    assert evaluate({"q": {"a": 2, "b": 2}}, {"q": {"a": 1.0}}, ["R(rel=2)@1000"]).mean == {
+        "R(rel=2)@1000": 0.5
+    }
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["ndcg@10", "Hits@5", "nDCG@", "nDCG@10@5", "nDCG@0", "nDCG@-3", "nDCG@2.5", "Success(rel=2)", "R(rel=0)@5",
+     "R(rel='x')@5", "R(foo=1)@5", "alpha_nDCG@10", "", None],
+)  # fmt: skip
+def test_a_bad_measure_is_named_with_examples_of_good_ones(bad):
+    with pytest.raises(ValueError, match="cannot compute the measure") as error:
+        evaluate({"q": {"d": 1}}, {"q": {"d": 1.0}}, ["nDCG@10", bad])
+    assert repr(bad) in str(error.value)
+    assert '"Success(rel=2)@5"' in str(error.value)
+
+
+def test_evaluate_errors():
+    with pytest.raises(ValueError, match="qrels are empty"):
+        evaluate({}, {"q": {"d": 1.0}}, ["nDCG@10"])
+    with pytest.raises(ValueError, match="no measure"):
+        evaluate({"q": {"d": 1}}, {}, [])
+    with pytest.raises(ValueError, match="score of passage 'd' must be a finite"):
+        evaluate({"q": {"d": 1}}, {"q": {"d": math.nan}}, ["nDCG@10"])
+
+
+def test_labels():
+    assert label("Success(rel=2)@5") == "Hits@5"
+    assert label("Success(rel=2)@100") == "Hits@100"
+    assert label("R(rel=2)@20") == "R@20"
+    assert label("nDCG@10") == "nDCG@10"
+    assert label("AP(rel=2)") == "AP"
+    with pytest.raises(ValueError, match="'Hits@5'"):
+        label("Hits@5")
+
+
+def test_unjudged_at():
+    qrels = {"a": {"d1": 0, "d2": 3}, "b": {"d9": 1}}
+    run = {"a": {"d1": 3.0, "x": 2.0, "d2": 1.0}, "b": {"y": 1.0}, "z": {"d1": 1.0}}
+    assert unjudged_at(run, qrels, 2) == 2 / 3  # x and y of d1, x, y
+    assert unjudged_at(run, qrels, 9) == 2 / 4
+    with pytest.raises(ValueError, match="no hit"):
+        unjudged_at({"z": {"d": 1.0}}, qrels, 5)
+    with pytest.raises(ValueError, match="depth must be at least 1"):
+        unjudged_at(run, qrels, 0)
+
+
+# ---- paired tests
+
+
+def as_runs(differences, base=0.5):
+    qids = [f"q{i}" for i in range(len(differences))]
+    return (
+        {q: base + d for q, d in zip(qids, differences, strict=True)},
+        dict.fromkeys(reversed(qids), base),  # the order of queries must not matter
+    )
+
+
+def test_tost_worked_by_hand():
+    # Differences d = .00 .02 .04 .02 .02:
+    #   n = 5, mean = .10 / 5 = .02
+    #   squared deviations: .0004 0 .0004 0 0, sum .0008; variance .0008 / 4 = .0002
+    #   SE = sqrt(.0002 / 5) = sqrt(.00004) = .006324555
+    #   lower test: t = (.02 + .05) / SE = 11.0680; upper test: t = (.02 - .05) / SE = -4.7434
+    #   p is the larger of the two, that of t = -4.7434 with 4 degrees of freedom. With 4 degrees
+    #   P(T < -t) = 1/2 - s (3 - s²) / 4 where s = t / sqrt(t² + 4):
+    #     t² = .0009 / .00004 = 22.5; s² = 22.5 / 26.5 = .8490566; s = .9214427;
+    #     s (3 - s²) / 4 = .9214427 · 2.1509434 / 4 = .4954928; p = .0045072
+    #   t table, 4 degrees: t(.95) = 2.131847, so the interval at 1 - 2 · .05 is
+    #     .02 ± 2.131847 · .006324555 = .02 ± .0134830
+    result = paired_tost(*as_runs([0.00, 0.02, 0.04, 0.02, 0.02]))
+    assert result.n == 5
+    assert result.difference == pytest.approx(0.02)
+    assert result.p == result.p_adjusted == pytest.approx(0.0045072, abs=1e-7)
+    assert (result.low, result.high) == pytest.approx((0.0065170, 0.0334830), abs=1e-6)
+    assert result.equivalent is True
+
+    # Among 4 comparisons: 4 p = .0180290 < .05. t(.9875), 4 degrees, solves
+    # 1/2 - s (3 - s²) / 4 = .0125 and is 3.495406: .02 ± 3.495406 · .006324555 = .02 ± .0221069.
+    result = paired_tost(*as_runs([0.00, 0.02, 0.04, 0.02, 0.02]), comparisons=4)
+    assert result.p_adjusted == pytest.approx(0.0180290, abs=1e-7)
+    assert (result.low, result.high) == pytest.approx((-0.0021069, 0.0421069), abs=1e-6)
+    assert result.equivalent is True
+
+    # Among 12: 12 p = .0540869 > .05.
+    assert paired_tost(*as_runs([0.00, 0.02, 0.04, 0.02, 0.02]), comparisons=12).equivalent is False
+
+
+def test_tost_is_two_one_sided_t_tests_and_its_interval_says_the_same():
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    for _ in range(300):
+        n, m = int(rng.integers(2, 80)), int(rng.integers(1, 6))
+        margin, alpha = rng.uniform(0.02, 0.1), rng.uniform(0.01, 0.2)
+        d = rng.normal(rng.uniform(-0.08, 0.08), rng.uniform(0.01, 0.2), n)
+        a, b = as_runs(d)
+        result = paired_tost(a, b, margin=margin, alpha=alpha, comparisons=m)
+        x = np.array([a[q] - b[q] for q in a])
+        lower = stats.ttest_1samp(x, -margin, alternative="greater").pvalue
+        upper = stats.ttest_1samp(x, margin, alternative="less").pvalue
+        assert result.p == pytest.approx(max(lower, upper))
+        assert result.p_adjusted == pytest.approx(min(1, m * max(lower, upper)))
+        t = stats.t.ppf(1 - alpha / m, n - 1)
+        half = t * x.std(ddof=1) / math.sqrt(n)
+        assert (result.low, result.high) == pytest.approx((x.mean() - half, x.mean() + half))
+        assert result.equivalent == (-margin < result.low and result.high < margin)
+        outcomes.add(result.equivalent)
+    assert outcomes == {True, False}
+
+
+def test_tost_is_symmetric():
+    a, b = as_runs(np.random.default_rng(1).normal(0.01, 0.1, 50))
+    there, back = paired_tost(a, b), paired_tost(b, a)
+    assert there.p == pytest.approx(back.p)
+    assert (there.low, there.high) == pytest.approx((-back.high, -back.low))
+
+
+@pytest.mark.parametrize(
+    ("difference", "equivalent"),
+    [(0.0, True), (0.02, True), (-0.049, True), (0.05, False), (-0.05, False), (0.3, False)],
+)
+def test_tost_without_variance(difference, equivalent, recwarn):
+    base = np.random.default_rng(0).uniform(0, 0.7, 43)  # so that differences differ by rounding
+    a = {f"q{i}": x + difference for i, x in enumerate(base)}
+    b = {f"q{i}": x for i, x in enumerate(base)}
+    result = paired_tost(a, b, comparisons=4)
+    assert result.equivalent is equivalent
+    assert result.p == result.p_adjusted == (0.0 if equivalent else 1.0)
+    assert result.low == result.high == result.difference == pytest.approx(difference)
+    assert len(recwarn) == 0
+
+
+PAIR = {"a": 0.1, "b": 0.4, "c": 0.2}
+
+
+@pytest.mark.parametrize("test", [paired_tost, paired_interval])
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (PAIR, {"a": 0.1, "b": 0.2}, r"1 queries are missing in the second run, e\.g\. \['c'\]"),
+        ({"b": 0.1}, PAIR, r"2 queries are missing in the first run, e\.g\. \['a', 'c'\]"),
+        ({"a": 0.1}, {"a": 0.1}, "at least 2 queries, got 1"),
+        ({}, {}, "at least 2 queries, got 0"),
+        (PAIR, {**PAIR, "b": math.nan}, "query 'b' has a value that is not finite: 0.4, nan"),
+        ({**PAIR, "c": math.inf}, PAIR, "query 'c' has a value that is not finite: inf, 0.2"),
+    ],
+)
+def test_paired_tests_reject_what_cannot_be_paired(test, a, b, message):
+    with pytest.raises(ValueError, match=message):
+        test(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"margin": 0.0}, "margin must be above 0, not 0.0"),
+        ({"margin": math.nan}, "margin must be above 0, not nan"),
+        ({"alpha": 0.5}, "alpha must lie between 0 and 0.5, not 0.5"),
+        ({"alpha": 0.0}, "alpha must lie between 0 and 0.5, not 0.0"),
+        ({"comparisons": 0}, "comparisons must be at least 1, not 0"),
+    ],
+)
+def test_tost_rejects_senseless_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        paired_tost(PAIR, PAIR, **options)
+
+
+def rejections(rng, trials, n, mean, sd, comparisons=1):
+    return [
+        paired_tost(*as_runs(rng.normal(mean, sd, n)), comparisons=comparisons).equivalent
+        for _ in range(trials)
+    ]
+
+
+@pytest.mark.parametrize("mean", [0.05, -0.05])
+def test_error_rate_at_the_margin_is_alpha(mean):
+    # At a true difference of exactly the margin, equivalence is declared wrongly with probability
+    # alpha = .05 (the other of the two tests is then passed all but always: 600 queries, SD .25,
+    # SE .0102, nearly ten SE away).
+    trials = 2000
+    wrong = sum(rejections(np.random.default_rng(7), trials, 600, mean, 0.25))
+    low, high = stats.binom.interval(0.999, trials, 0.05)
+    assert low <= wrong <= high
+
+
+def test_family_wise_error_rate_with_bonferroni_is_at_most_alpha():
+    # Four comparisons with one reference, all at the margin: they share the reference's noise.
+    rng, trials, n = np.random.default_rng(8), 1000, 60
+    families = wrong = 0
+    for _ in range(trials):
+        reference = rng.normal(0.5, 0.1, n)
+        others = [rng.normal(0.55, 0.1, n) for _ in range(4)]
+        results = [
+            paired_tost(dict(enumerate(o)), dict(enumerate(reference)), comparisons=4).equivalent
+            for o in others
+        ]
+        families += any(results)
+        wrong += sum(results)
+    assert families <= stats.binom.ppf(0.999, trials, 0.05)
+    # Each single comparison is made at alpha / 4 (they are correlated, so the bounds are wide).
+    assert 0.4 * 0.0125 < wrong / (4 * trials) < 2 * 0.0125
+
+
+def test_power_between_equal_means():
+    # 600 queries, SD of the differences .25, alpha .05 / 4: |t| must stay within
+    # .05 / (.25 / sqrt(600)) - t(.9875, 599) = 4.90 - 2.25 = 2.65, so the power is about .99;
+    # with 43 queries (TREC DL 2019) 1.31 - 2.32 < 0: no chance at all.
+    rng = np.random.default_rng(9)
+    assert 0.97 < np.mean(rejections(rng, 500, 600, 0.0, 0.25, 4)) <= 1
+    assert np.mean(rejections(rng, 500, 43, 0.0, 0.25, 4)) < 0.02
+
+
+def test_paired_interval_is_the_t_interval():
+    rng = np.random.default_rng(2)
+    d = rng.normal(0.03, 0.1, 40)
+    a, b = as_runs(d)
+    difference, low, high = paired_interval(a, b, confidence=0.9)
+    interval = stats.ttest_1samp([a[q] - b[q] for q in a], 0).confidence_interval(0.9)
+    assert difference == pytest.approx(d.mean())
+    assert (low, high) == pytest.approx((interval.low, interval.high))
+    wide = paired_interval(a, b)
+    assert wide[1] < low < high < wide[2]
+
+
+def test_paired_interval_without_variance(recwarn):
+    assert paired_interval(PAIR, PAIR) == (0, 0, 0)
+    assert paired_interval(*as_runs([0.25, 0.25, 0.25])) == pytest.approx((0.25, 0.25, 0.25))
+    assert len(recwarn) == 0
+
+
+@pytest.mark.parametrize("confidence", [0, 1, 95, math.nan])
+def test_paired_interval_rejects_a_senseless_confidence(confidence):
+    with pytest.raises(ValueError, match="confidence must lie between 0 and 1"):
+        paired_interval(PAIR, PAIR, confidence=confidence)
