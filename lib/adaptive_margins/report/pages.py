@@ -189,7 +189,7 @@ def provenance(profile: Profile, receipts: Receipts, runs: Iterable[StoredRun]) 
         ),
         "## Machine",
         *(
-            table(["", ""], [[key.capitalize(), value] for key, value in m.items()])
+            table(["What", "Value"], [[key.capitalize(), value] for key, value in m.items()])
             for m in machines
         ),
         "## Notebooks",
