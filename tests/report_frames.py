@@ -144,3 +144,173 @@ def gains(loss: str = "adaptive") -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+# --- tables ---
+
+
+def table1() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "encoder": name,
+            "base": f"all-MiniLM-L6-v2, last {k} layers trained",
+            "parameters": 22_713_216,
+            "trained": 1_774_464 * k,
+            "embedding": "mean",
+            "dimensions": 384,
+            "run_id": run_id("start", name),
+        }
+        for k, name in enumerate(ENCODERS, 1)
+    )
+
+
+def table2() -> pd.DataFrame:
+    nan = float("nan")
+    positive, own = 0.74, 0.31
+    rows = [
+        (
+            "q",
+            "numpy.fft.fft",
+            "Compute the one-dimensional discrete Fourier <transform>.",
+            nan,
+            nan,
+        ),
+        (
+            "d+",
+            "numpy.fft.fft",
+            "This function computes the n-point DFT & more. " * 8,
+            positive,
+            nan,
+        ),
+        ("d-max", "scipy.fft.dct", "Return the Discrete Cosine Transform.", own, 0.81),
+        ("d-mid", "os.path.join", "Join path components.", 0.05, 0.52),
+        ("d-min", "abc.ABC", "Helper class.", -0.02, 0.44),
+    ]
+    return pd.DataFrame(
+        {
+            "role": role,
+            "id": id,
+            "text": text,
+            "rho": rho,
+            "target": target,
+            "loss_table": (positive - rho - target) ** 2,
+            "loss_equation": (positive - own - target) ** 2,
+            "run_id": run_id("table2"),
+            "qid": "q17",
+        }
+        for role, id, text, rho, target in rows
+    )
+
+
+VARIANTS = (
+    ("static", False),
+    ("static", True),
+    ("adaptive", False),
+    ("adaptive", True),
+    ("distributed", False),
+)
+
+
+def compare(values: dict, reference: str | None, comparisons: int, half: float = 0.03) -> dict:
+    """Per run id a test against ``reference`` or the best, as experiments makes it."""
+    against = reference or max(values, key=values.get)
+    rows = {}
+    for id, value in values.items():
+        difference = value - values[against]
+        same = id == against
+        low, high = difference - half, difference + half
+        rows[id] = {
+            "value": value,
+            "difference": float("nan") if same else difference,
+            "low": float("nan") if same else low,
+            "high": float("nan") if same else high,
+            "p": float("nan") if same else 0.01,
+            "p_adjusted": float("nan") if same else 0.01 * comparisons,
+            "comparisons": comparisons,
+            "equivalent": not same and low > -0.05 and high < 0.05,
+            "reference_run_id": against,
+        }
+    return rows
+
+
+def table3(
+    encoders=ENCODERS, edit=lambda encoder, target, in_batch, measure, value: value
+) -> pd.DataFrame:
+    """``edit`` changes a value before the tests are made."""
+    rng = np.random.default_rng(33)
+    rows = []
+    for (e, encoder), name, measure in product(enumerate(encoders), TESTS, (NDCG, RECALL)):
+        base = 0.47 if measure == NDCG else 0.80
+        shift = {"static": 0.010, "adaptive": 0.0, "distributed": 0.012}
+        values = {}
+        for target, in_batch in VARIANTS:
+            value = base + 0.008 * e + shift[target] - 0.015 * in_batch + rng.normal(0, 0.003)
+            values[run_id(encoder, target, in_batch)] = edit(
+                encoder, target, in_batch, measure, value
+            )
+        tests = compare(values, None, len(VARIANTS) - 1)
+        for target, in_batch in VARIANTS:
+            id = run_id(encoder, target, in_batch)
+            static = target == "static"
+            rows.append(
+                {
+                    "encoder": encoder,
+                    "target": target,
+                    "epsilon": 0.2 if static else float("nan"),
+                    "in_batch": in_batch,
+                    "set": name,
+                    "measure": measure,
+                    "best": tests[id]["reference_run_id"] == id,
+                    **tests[id],
+                    "seconds": (79.6 if static else 12.4)
+                    * (e + 1)
+                    * (40 if static and e == 2 else 1),
+                    "sweep_seconds": 66.0 * (e + 1) if static else 0.0,
+                    "triples": 1024 + 256 * e,
+                    "run_id": id,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+LISTED = (
+    ("self-distillation", "Adaptive", "Rand.", "✗", "ours", 0.482, 0.815, 1280),
+    ("self-distillation", "Adaptive", "Rand.", "✓", "ours", 0.471, 0.809, 1024),
+    ("self-distillation", "Distributed", "Rand.", "✓", "ours", 0.492, 0.821, 1536),
+    ("no distillation", "BM25", "—", "—", "ours", 0.447, 0.762, 0),
+    ("no distillation", "Static (tuned)", "Rand.", "✗", "ours", 0.489, 0.818, 1536),
+    ("no distillation", "Static (tuned)", "Rand.", "✓", "ours", 0.470, 0.801, 1280),
+    ("no distillation", "Static (ε = 1)", "Rand.", "✗", "ours", 0.431, 0.768, 512),
+    ("not in the paper", "Softmax (MNRL)", "Rand.", "✓", "not in the paper", 0.487, 0.824, 1536),
+    ("not in the paper", "Encoder as it comes", "—", "—", "not in the paper", 0.438, 0.771, 0),
+)
+
+
+def table4(edit=lambda loss, in_batch, measure, value: value) -> pd.DataFrame:
+    rows = []
+    reference = run_id("Softmax (MNRL)", "✓")
+    for (s, name), (m, measure) in product(enumerate(TESTS), enumerate((NDCG, RECALL))):
+        values = {
+            run_id(x[1], x[3]): edit(x[1], x[3], measure, x[5 + m] + 0.006 * s) for x in LISTED
+        }
+        tests = compare(values, reference, len(LISTED) - 1)
+        for block, loss, sampling, in_batch, source, *_, triples in LISTED:
+            id = run_id(loss, in_batch)
+            block_best = max(values[run_id(x[1], x[3])] for x in LISTED if x[0] == block)
+            test = {k: v for k, v in tests[id].items() if k not in ("p", "comparisons")}
+            rows.append(
+                {
+                    "block": block,
+                    "loss": loss,
+                    "sampling": sampling,
+                    "in_batch": in_batch,
+                    "source": source,
+                    "set": name,
+                    "measure": measure,
+                    "best": values[id] == block_best,
+                    **test,
+                    "triples": triples,
+                    "run_id": id,
+                }
+            )
+    return pd.DataFrame(rows)

@@ -6,7 +6,7 @@ share their axes. A large filled mark with its value is a maximum, as in the pap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -19,7 +19,16 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, MaxNLocator, MultipleLocator, StrMethodFormatter
 
-from .marks import SMALL, End, encoder_label, end_labels, measure_label, style, value_labels
+from .marks import (
+    SMALL,
+    End,
+    encoder_label,
+    end_labels,
+    measure_label,
+    require,
+    style,
+    value_labels,
+)
 
 WIDTH = 7.5  # inches; text of 9 points is then about 12 px high in a page column 700 px wide
 GREY, PALE = "#595959", "#8c8c8c"
@@ -67,7 +76,7 @@ def figure3(
     spans the lowest and the highest. ``labels`` renames encoders. ``references``: value by measure, drawn dotted.
     Raises ValueError on missing columns, and on a curve without exactly one maximum.
     """
-    _check(data, STATIC, "figure3")
+    require(data, STATIC, "figure3")
     seeds = data.groupby("encoder")["seed"].nunique().max()
     band = f" (band: lowest and highest of {seeds} seeds)" if seeds > 1 else ""
     figure = _small_multiples(
@@ -89,7 +98,7 @@ def figure4(
     ``data`` has one row an evaluation and measure, with the columns ``CURVE`` and one batch size. ``references``: value
     by measure (BM25's own order), drawn as a dotted line. Raises ValueError as figure3, and on several batch sizes.
     """
-    _check(data, CURVE, "figure4")
+    require(data, CURVE, "figure4")
     sizes = _unique(data["batch_size"])
     if len(sizes) > 1:
         raise ValueError(f"figure4 shows one batch size, got {sizes}")
@@ -110,7 +119,7 @@ def figure5(
 
     ``data`` has the columns ``CURVE``; the rest as in figure4.
     """
-    _check(data, CURVE, "figure5")
+    require(data, CURVE, "figure5")
     figure = _small_multiples(
         data, "triples", "batch_size", "batch size {}".format, "triples seen", labels, references, reference_label
     )  # fmt: skip
@@ -125,7 +134,7 @@ def figure6(data: pd.DataFrame, *, labels: Mapping[str, str] | None = None) -> F
     sizes; first and last span stand side by side on a broken axis. The axis on the right is the target
     T = (1 + φ) / 2. Raises ValueError on missing columns, an unknown part, several windows or spans.
     """
-    _check(data, TARGETS, "figure6")
+    require(data, TARGETS, "figure6")
     encoders, sizes = _unique(data["encoder"]), sorted(_unique(data["batch_size"]))
     parts = [part for part in ("first", "last") if part in set(data["part"])]
     if len(parts) < data["part"].nunique():
@@ -208,14 +217,6 @@ def _drawing() -> Iterator[None]:
     finally:
         for number in set(plt.get_fignums()) - before:
             plt.close(number)
-
-
-def _check(data: pd.DataFrame, columns: Iterable[str], name: str) -> None:
-    missing = [column for column in columns if column not in data]
-    if missing:
-        raise ValueError(f"{name}: columns {missing} are missing, got {list(data.columns)}")
-    if data.empty:
-        raise ValueError(f"{name}: the frame has no rows")
 
 
 def _unique(values: pd.Series) -> list[Any]:

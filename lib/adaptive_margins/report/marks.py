@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from operator import itemgetter
 from zlib import crc32
 
 import numpy as np
+import pandas as pd
 from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
@@ -68,6 +69,15 @@ def style(encoder: str) -> Style:
     markers = ("X", "p", "<", ">", "h", "*")  # none of a known encoder
     colour, marker = divmod(crc32(encoder.encode()) % (len(_COLORS) * len(markers)), len(markers))
     return Style(_COLORS[colour], markers[marker])
+
+
+def require(data: pd.DataFrame, columns: Iterable[str], name: str) -> None:
+    """Raise ValueError, naming what is missing, unless ``data`` has rows and all ``columns``."""
+    missing = [column for column in columns if column not in data]
+    if missing:
+        raise ValueError(f"{name}: columns {missing} are missing, got {list(data.columns)}")
+    if data.empty:
+        raise ValueError(f"{name}: the frame has no rows")
 
 
 def encoder_label(encoder: str, labels: Mapping[str, str] | None = None) -> str:
