@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -45,6 +46,7 @@ def write_run(home: Path, run_id: str, content: str = "{}") -> None:
 
 WRITES_DATA = """
 from pathlib import Path
+from types import SimpleNamespace
 import os, sys, warnings
 (Path(data_folder) / "figure3.csv").write_text("encoder,value,run_id\\nminilm-1,0.5,aa11\\n")
 print(profile, data_folder, sys.executable, os.environ["ADAPTIVE_MARGINS_HOME"])
@@ -152,6 +154,7 @@ def test_failed_and_killed_notebooks_are_kept_and_named(site, tmp_path):
 SLEEPS = """
 import os, time
 from pathlib import Path
+from types import SimpleNamespace
 Path("pid").write_text(str(os.getpid()))
 while not Path("go").exists():
     time.sleep(0.1)
@@ -387,3 +390,22 @@ def test_machine_and_versions_name_no_machine():
     found = pages.versions()
     assert {"Python", "torch", "papermill", "jupyter-book", "faiss-cpu"} <= set(found)
     assert "ruff" not in found
+
+
+def test_provenance_lists_machine_notebooks_runs_and_fingerprints():
+    config = SimpleNamespace(
+        encoder="minilm-1", weights="sha256:53aa", collection="c0ffee", loss="margin", target=0.2,
+        in_batch=True, batch_size=32, triples=64, patience=0, seed=7,
+    )  # fmt: skip
+    result = {"train_seconds": 61.25, "eval_seconds": 2.0, "peak_bytes": 3 << 29}
+    run = SimpleNamespace(run_id="aa11", config=config, result=result)
+    machine = {"processor": "P | Q", "cores": 2}
+    receipt = {"machine": machine, "finished": "2026-01-01T00:00:00Z", "seconds": 12.5}
+    text = pages.provenance(load_profile("smoke"), {"01_x": receipt, "02_y": receipt}, [run])
+    assert "| `aa11` | minilm-1 | static ε = 0.2, in-batch, B 32, 64 triples | 7 | 61.2 |" in text
+    assert "| 2.0 | 1.50 |" in text
+    assert "1:01 of training" in text
+    assert "| collection | `c0ffee` |" in text
+    assert "| 02_y | 2026-01-01T00:00:00Z | 12.5 |" in text
+    assert text.count("| Processor | P \\| Q |") == 1
+    assert "name: smoke" in text
