@@ -1,4 +1,4 @@
-"""A test collection: passages, query sets and graded qrels, with its files and its fingerprint."""
+"""A collection: passages, query sets, graded qrels and training triples; its files and fingerprint."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ Qrels = dict[str, dict[str, int]]
 """Query id → docid → grade."""
 Run = dict[str, dict[str, float]]
 """Query id → docid → score."""
+Triple = tuple[str, str, str]
+"""Query id, docid of the positive, docid of the negative."""
 
 _SHOWN = 20  # malformed lines listed in one error
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
@@ -113,7 +115,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Collection:
-    """Passages, query sets and qrels.
+    """Passages, query sets, qrels, and the triples to train on.
 
     Attributes:
         name: what the collection is called, e.g. "PyDocs".
@@ -121,10 +123,11 @@ class Collection:
         queries: set name ("train", "validation", "test1", "test2") → query ids and texts.
         qrels: the same set names → query id → docid → grade (an integer).
         sources: where the texts come from: distribution → version.
+        triples: what encoders are trained on, in order; may be empty.
 
     Raises:
-        ValueError: queries and qrels have different sets, or qrels name an unknown query or
-            passage, or a grade is not an integer.
+        ValueError: queries and qrels have different sets, or qrels or triples name an unknown
+            query or passage, or a grade is not an integer.
     """
 
     name: str
@@ -132,6 +135,7 @@ class Collection:
     queries: dict[str, Texts]
     qrels: dict[str, Qrels]
     sources: dict[str, str] = field(default_factory=dict)
+    triples: list[Triple] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if set(self.queries) != set(self.qrels):
@@ -149,10 +153,16 @@ class Collection:
                         raise ValueError(
                             f"grade of {qid!r}, {docid!r} must be an integer, not {grade!r}"
                         )
+        train = self.queries.get("train", Texts([], []))
+        for qid, *docids in self.triples:
+            if qid not in train:
+                raise ValueError(f"a triple has the query {qid!r}, which is not in the set 'train'")
+            if unknown := [docid for docid in docids if docid not in self.passages]:
+                raise ValueError(f"a triple has the unknown passage {unknown[0]!r}")
 
     @cached_property
     def fingerprint(self) -> str:
-        """First 16 hex digits of a SHA-256 over name, ids, texts (in order), qrels and sources."""
+        """16 hex digits of a SHA-256 over name, ids, texts (in order), qrels, sources, triples."""
         content = [
             self.name,
             self.passages.ids,
@@ -160,13 +170,16 @@ class Collection:
             {name: [texts.ids, texts.texts] for name, texts in self.queries.items()},
             self.qrels,
             self.sources,
+            self.triples,
         ]
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode("utf-8")).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
-        """Write ``collection.tsv``, ``queries.SET.tsv``, ``qrels.SET.txt`` and ``sources.json``.
+        """Write it as a folder of text files.
 
+        ``collection.tsv`` (docid, passage), ``queries.SET.tsv`` (query id, query),
+        ``qrels.SET.txt`` (TREC: query id, 0, docid, grade), ``triples.tsv`` and ``sources.json``.
         The files are written into a temporary folder beside ``folder``, which is renamed when it
         is whole. A folder that already holds this collection is left as it is.
 
@@ -187,6 +200,7 @@ class Collection:
                 for qid, judged in sorted(self.qrels[name].items())
                 for docid, grade in sorted(judged.items())
             )
+        files["triples.tsv"] = "".join("\t".join(triple) + "\n" for triple in self.triples)
         about = {"name": self.name, "fingerprint": self.fingerprint, "sources": self.sources}
         files["sources.json"] = json.dumps(about, indent=2, sort_keys=True) + "\n"
 
@@ -237,9 +251,18 @@ class Collection:
             )
         if not queries:
             problems.add(folder, 0, "no file queries.SET.tsv")
+        train = queries.get("train", Texts([], []))
+        triples: list[Triple] = []
+        for number, (qid, positive, negative) in read_columns(folder / "triples.tsv", 3, problems):
+            if qid not in train:
+                problems.add(folder / "triples.tsv", number, f"{qid!r} is not a training query")
+            for docid in (positive, negative):
+                if docid not in passages:
+                    problems.add(folder / "triples.tsv", number, f"unknown passage {docid!r}")
+            triples.append((qid, positive, negative))
         problems.check()
 
-        collection = cls(about["name"], passages, queries, qrels, about["sources"])
+        collection = cls(about["name"], passages, queries, qrels, about["sources"], triples)
         for expected, origin in (
             (about["fingerprint"], "sources.json"),
             (folder.name, "the folder's name"),

@@ -168,7 +168,7 @@ def build_pydocs(
         passages=Texts(list(docids.values()), [passages[p] for p in kept]),
         queries=sets,
         qrels=qrels,
-        sources=_versions(names),
+        sources=source_versions(names),
     )
 
 
@@ -209,8 +209,8 @@ def _root(package: str) -> Path:
     return Path(spec.origin)
 
 
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-    """Distribution name → version of each package, and Python's own."""
+def source_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Distribution → version of each top-level package ("unknown" where it has none), and Python's."""
     versions = {"python": platform.python_version()}
     distributions = importlib.metadata.packages_distributions()
     for package in packages:

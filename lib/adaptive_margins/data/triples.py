@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
-from collections.abc import Iterable
-from pathlib import Path
 
-from adaptive_margins.data.collection import Problems, Qrels, Run, read_columns
-
-Triple = tuple[str, str, str]
-"""Query id, docid of the positive, docid of the negative."""
+from adaptive_margins.data.collection import Qrels, Run, Triple
 
 log = logging.getLogger(__name__)
 
@@ -76,27 +70,3 @@ def sample_triples(
                 (qid, positives[number % len(positives)], negatives[number % len(negatives)])
             )
     return triples[:count]
-
-
-def write_triples(triples: Iterable[Triple], path: Path) -> None:
-    """Write ``qid TAB positive TAB negative`` lines; the file appears only when it is whole."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes("".join("\t".join(triple) + "\n" for triple in triples).encode("utf-8"))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def read_triples(path: Path) -> list[Triple]:
-    """Read what `write_triples` wrote; `DataError` lists malformed lines as ``file:line``."""
-    problems = Problems()
-    triples: list[Triple] = []
-    for number, (qid, positive, negative) in read_columns(Path(path), 3, problems):
-        if qid and positive and negative:
-            triples.append((qid, positive, negative))
-        else:
-            problems.add(Path(path), number, "an empty id")
-    problems.check()
-    return triples
