@@ -8,7 +8,7 @@ own observations and numbers come from ``published.yaml``; rules of thumb ("abou
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import pandas as pd
@@ -127,6 +127,13 @@ def _near(curve: pd.DataFrame, noise: float | None) -> set[float]:
     return set(curve.loc[curve["value"] >= curve["value"].max() - (noise or 0), "target"])
 
 
+def _apart(near: Sequence[set[float]]) -> int:
+    """Do the best targets of curves differ? 1: they do; -1: all have the same one; 0: cannot be told."""
+    if len(near) < 2 or set.intersection(*near):
+        return -1 if len(near) > 1 and len(set.union(*near)) == 1 else 0
+    return 1
+
+
 def _tuning(curves: pd.DataFrame, noise: Noise, main: str) -> str:
     gains: list[tuple[str, float]] = []
     for (_, _, measure), own in curves.groupby(["encoder", "in_batch", "measure"], sort=False):
@@ -161,16 +168,12 @@ def _best_by_encoder(curves: pd.DataFrame, noise: Noise, main: str, labels: Labe
             f"{encoder_label(encoder, labels)} {target:g}" for encoder, target in best.items()
         )
         text = f"{SIDES[bool(in_batch)]} {listed}"
-        common = set.intersection(*(_near(own, noise[main]) for own in groups.values()))
-        different = len(set(best.values()))
-        if different == 1:
-            weights.append(-1 if len(best) > 1 else 0)
-        elif noise[main] is not None and common:
-            weights.append(0)
+        near = [_near(own, noise[main]) for own in groups.values()]
+        common = set.intersection(*near)
+        weights += [_apart(pair) for pair in combinations(near, 2)]
+        if common and len(set(best.values())) > 1:
             some = ", ".join(f"{target:g}" for target in sorted(common))
             text += f" (but ε = {some} is within the seed spread of the best for all of them)"
-        else:
-            weights += [1] if different == len(best) else [1, -1]
         parts.append(text)
     return _observation(
         "encoder", weights, f"best ε by {measure_label(main)}: {'; '.join(parts)}.", noise[main]
@@ -185,8 +188,7 @@ def _best_by_measure(curves: pd.DataFrame, noise: Noise) -> str:
     for _, rows in curves.groupby(["encoder", "in_batch"], sort=False):
         groups = {str(measure): own for measure, own in rows.groupby("measure", sort=False)}
         differs.append(len({_argbest(own) for own in groups.values()}) > 1)
-        common = set.intersection(*(_near(own, noise[measure]) for measure, own in groups.items()))
-        weights.append(-1 if not differs[-1] else 0 if common else 1)
+        weights.append(_apart([_near(own, noise[measure]) for measure, own in groups.items()]))
     names = " and ".join(map(measure_label, measures))
     text = f"the best ε differs between {names} in {_count(differs)} pairs of encoder and setting"
     if noise[measures[0]] is not None:

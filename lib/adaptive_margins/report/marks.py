@@ -183,9 +183,11 @@ def value_labels(axis: Axes, dots: Sequence[tuple[float, float, str]]) -> None:
     taken = [np.array([*(c - 4 * pixel), *(c + 4 * pixel)]) for c in centres]
     half = np.array([1.32 * SMALL, 0.5 * SMALL]) * pixel  # half the size of ".512"
     around = [
-        (dx, dy) for far in (9, 13, 18) for dx, dy in product((0, -1, 1), (1, -1, 0))
-        for dx, dy in [(dx * far * 1.6, dy * far)] if (dx, dy) != (0, 0)
-    ]  # fmt: skip
+        (1.6 * far * across, far * up)
+        for far in (9.0, 13.0, 18.0)
+        for across, up in product((0, -1, 1), (1, -1, 0))
+        if across or up
+    ]
 
     def cost(box: np.ndarray, offset: tuple[float, float], centre: np.ndarray) -> float:
         overlaps: float = sum(
