@@ -204,37 +204,18 @@ def available() -> list[str]:
 def load_profile(profile: str | Path, **overrides: Any) -> Profile:
     """Read a profile by name (``laptop``) or path (``my.yaml``).
 
-    ``overrides`` replace values by dotted key with ``__`` for the dot (``static__triples=64``); ``None`` leaves a value.
+    A file may name another profile with ``extends`` and then holds only what differs from it. ``overrides`` replace values
+    by dotted key with ``__`` for the dot (``static__triples=64``); ``None`` leaves a value.
     Raises ProfileError naming the file, each bad key, its value and what is allowed.
     """
-    path = Path(profile) if str(profile).endswith((".yaml", ".yml")) else None
-    if path is None:
-        if str(profile) not in available():
-            raise ProfileError(
-                f"unknown profile {str(profile)!r}: known are {', '.join(available())}, or give a .yaml file"
-            )
-        source, text = (
-            f"profiles/{profile}.yaml",
-            (files(__name__) / f"{profile}.yaml").read_text("utf-8"),
-        )
-    else:
-        if not path.is_file():
-            raise ProfileError(f"profile file {path} does not exist")
-        source, text = str(path), path.read_text("utf-8")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ProfileError(f"{source} is not YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ProfileError(f"{source}: expected keys and values, got {type(values).__name__}")
+    source, values = _read(str(profile))
     for dotted, value in overrides.items():
-        if value is None:
-            continue
-        *parents, key = dotted.split("__")
-        node = values
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[key] = value
+        if value is not None:
+            *parents, key = dotted.split("__")
+            node: dict[str, Any] = {key: value}
+            for parent in reversed(parents):
+                node = {parent: node}
+            values = _merged(values, node)
     try:
         return Profile.model_validate(values)
     except ValidationError as error:
@@ -244,3 +225,43 @@ def load_profile(profile: str | Path, **overrides: Any) -> Profile:
             for e in error.errors()
         ]
         raise ProfileError(f"{source} has {len(lines)} error(s):\n" + "\n".join(lines)) from None
+
+
+def _read(profile: str, extended_by: tuple[str, ...] = ()) -> tuple[str, dict[str, Any]]:
+    """Where a profile stands, and its values, those it extends included."""
+    if profile in extended_by:
+        raise ProfileError(
+            f"profiles extend each other in a circle: {' → '.join((*extended_by, profile))}"
+        )
+    if profile.endswith((".yaml", ".yml")):
+        path, source = Path(profile), profile
+        if not path.is_file():
+            raise ProfileError(f"profile file {path} does not exist")
+        text = path.read_text("utf-8")
+    elif profile in available():
+        source = f"profiles/{profile}.yaml"
+        text = (files(__name__) / f"{profile}.yaml").read_text("utf-8")
+    else:
+        raise ProfileError(
+            f"unknown profile {profile!r}: known are {', '.join(available())}, or give a .yaml file"
+        )
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ProfileError(f"{source} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ProfileError(f"{source}: expected keys and values, got {type(values).__name__}")
+    if (base := values.pop("extends", None)) is not None:
+        _, inherited = _read(str(base), (*extended_by, profile))
+        values = _merged(inherited, values)
+    return source, values
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` in it, mapping by mapping; anything else is replaced."""
+    merged = dict(base)
+    for key, value in changes.items():
+        below = merged.get(key)
+        both = isinstance(value, dict) and isinstance(below, dict)
+        merged[key] = _merged(below, value) if both else value  # type: ignore[arg-type]
+    return merged
