@@ -125,7 +125,7 @@ def build_pydocs(
     def position(text: str) -> str:  # an order that tells nothing of package and module
         return hashlib.sha256(f"{seed} {text}".encode()).hexdigest()
 
-    # What must stay together: a query with its own passages, near-identical queries.
+    # What must stay together: a query with its own passages, and near-identical queries.
     offset = len(passages)
     links = [(p, offset + q) for q in asked for p in own[q]]
     part_of = _connected(offset + len(queries), links + [(offset + a, offset + b) for a, b in near])
@@ -229,9 +229,10 @@ def _scan(package: str, root: Path, max_words: int) -> Iterator[Documented]:
     top = () if package == "stdlib" else (package,)
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = set(subfolders) - _SKIPPED_FOLDERS
-        for path in (
-            Path(folder, n) for n in names if re.fullmatch(r"(?!test_|conftest).*\.py", n)
-        ):
+        for name in names:
+            if not re.fullmatch(r"(?!test_|conftest).*\.py", name):
+                continue
+            path = Path(folder, name)
             parts = top + path.relative_to(root).with_suffix("").parts
             files.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
     files.sort()
@@ -355,8 +356,12 @@ def _without_code(lines: list[str]) -> list[str]:
             while i < len(lines) and lines[i].strip():
                 i += 1
             continue
+        if field := re.match(r":(\w+)\s*([^:`]*):(?!`)\s*(.*)", text):  # ":param x: what it is"
+            kept.append("")
+            if field[3] and field[1] not in ("type", "rtype"):
+                kept.append(f"{field[2]}: {field[3]}" if field[2] else field[3])
+            continue
         directive = re.match(r"\.\.(?:\s+([\w-]+)::|\s|$)\s*(.*)", text)
-        drops = text.endswith("::")
         if directive:
             kind, argument = directive.groups()
             block = [argument]
@@ -370,7 +375,7 @@ def _without_code(lines: list[str]) -> list[str]:
                 rest = textwrap.dedent("\n".join(block[1:])).splitlines()
                 kept += ["", *(indent + t for t in [argument, *_without_code(rest)]), ""]
             continue
-        if drops:
+        if text.endswith("::"):
             kept.append(line.replace("::", ":"))
             while i < len(lines) and (not lines[i].strip() or _indent(lines[i]) > _indent(line)):
                 i += 1
@@ -450,13 +455,8 @@ _MARKUP = [
     (re.compile(r":[\w:+.-]+:`!?([^`<>]+?)\s*(?:<[^`>]*>)?`"), r"\1"),
     (re.compile(r"`([^`<>]+?)\s*<[^`>]*>`_*"), r"\1"),  # links
     (re.compile(r"\s?\[[\w.#*]+\]_"), ""),  # citations
-    (
-        re.compile(r"\s?\((?:see|cf\.)\s*\)|[,;]? see:?\s*(?=\.(?:\s|$))", re.I),
-        "",
-    ),  # what is left of them
-    (re.compile(r"^\s*:(?:rtype|type)\b.*$", re.M), " "),
-    (re.compile(r"^\s*:(?:param|arg|keyword|raises|ivar)\s+([^:]+):", re.M), r"\1:"),
-    (re.compile(r"^\s*:returns?:", re.M), " "),
+    # What is left around them.
+    (re.compile(r"\s?\((?:see|cf\.)\s*\)|[,;]? see:?\s*(?=\.(?:\s|$))", re.I), ""),
     (re.compile(r"`+~?([^`]*)`+_*"), r"\1"),
     (re.compile(r"(?<![\w*'\"])\*{1,2}(\w(?:[^*'\"]*\w)?)\*{1,2}(?![\w*])"), r"\1"),
     (re.compile(r"<?https?://[^\s>]+>?"), " "),
