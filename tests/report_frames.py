@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-ENCODERS = ("minilm-1", "minilm-2", "minilm-3")
+ENCODERS = ("minilm-3", "minilm-4", "minilm-5")
 NDCG, HITS, RECALL = "nDCG@10", "Success(rel=2)@5", "R(rel=2)@20"
 MEASURES = (NDCG, HITS)
 TESTS = ("test1", "test2")

@@ -51,7 +51,7 @@ def test_known_encoders_differ_in_colour_and_in_marker():
 
 def test_style_is_stable():
     """In every run and process, for any name; an unknown one has no marker of a known one."""
-    assert (style("minilm-1").color, style("minilm-1").marker) == ("#0072b2", "o")
+    assert (style("minilm-3").color, style("minilm-3").marker) == ("#0072b2", "o")
     assert style("distilBERT") == style("distilbert")
     assert (style("my encoder").color, style("my encoder").marker) == ("#0072b2", "X")
     known = {style(name).marker for name in (*LAPTOP, *PAPER)}
@@ -68,7 +68,7 @@ def test_text_colour_is_legible_on_white(name):
 def test_names():
     assert encoder_label("distilbert") == "distilBERT"
     assert encoder_label("mine") == "mine"
-    assert encoder_label("minilm-1", {"minilm-1": "last layer"}) == "last layer"
+    assert encoder_label("minilm-3", {"minilm-3": "last layer"}) == "last layer"
     assert measure_label("Success(rel=2)@5") == "Hits@5"
     assert measure_label("R(rel=2)@20") == "R@20"
     assert measure_label("nDCG@10") == "nDCG@10"
@@ -143,7 +143,7 @@ def test_figure3_lines_are_the_frame(third, label, measure, in_batch):
     (start,) = lines(axis, "start").values()
     assert start.get_ydata() == pytest.approx(rows["start"].iloc[:2])
     ends = {text.get_text() for text in texts(axis, "end")}
-    assert ends == {"MiniLM-1", "MiniLM-2", "MiniLM-3", "step 0"} | (
+    assert ends == {"MiniLM-3", "MiniLM-4", "MiniLM-5", "step 0"} | (
         {"BM25"} if measure == frames.NDCG else set()
     )
 
@@ -152,15 +152,15 @@ def test_figure3_band_spans_the_seeds(third):
     data, figure = third
     axis = panel(figure, PANELS3[0][0])
     (band,) = axis.collections
-    assert band.get_gid() == "band minilm-1"
+    assert band.get_gid() == "band minilm-3"
     rows = data[
-        (data["encoder"] == "minilm-1") & ~data["in_batch"] & (data["measure"] == frames.NDCG)
+        (data["encoder"] == "minilm-3") & ~data["in_batch"] & (data["measure"] == frames.NDCG)
     ]
     heights = band.get_paths()[0].vertices
     for target, own in rows.groupby("target"):
         at = heights[np.isclose(heights[:, 0], target)][:, 1]
         assert at.min() == own["value"].min() and at.max() == own["value"].max()
-    seeds = lines(axis, "seeds")["minilm-1"]
+    seeds = lines(axis, "seeds")["minilm-3"]
     assert len(seeds.get_xdata()) == (rows["seed"] != 1).sum()
 
 
@@ -242,7 +242,7 @@ def test_labels_of_equal_lines_are_told_apart():
 
 def test_figure4_lines_maxima_and_reference():
     data = frames.figure4()
-    figure = figures.figure4(data, references=REFERENCES, labels={"minilm-1": "one layer"})
+    figure = figures.figure4(data, references=REFERENCES, labels={"minilm-3": "one layer"})
     assert figure.get_supxlabel() == "triples seen"
     for label, measure, in_batch in PANELS3:
         axis = panel(figure, label)
@@ -260,8 +260,8 @@ def test_figure4_lines_maxima_and_reference():
         assert not lines(axis, "start")
         assert {t.get_text() for t in texts(axis, "end")} == {
             "one layer",
-            "MiniLM-2",
-            "MiniLM-3",
+            "MiniLM-4",
+            "MiniLM-5",
             "BM25",
         }
 
@@ -312,7 +312,7 @@ def test_figure6_lines_and_axes():
         ticks = [text.get_text() for text in axis.get_xticklabels()]
         assert ticks == [str(rows["step"].min()), str(rows["step"].max())]
     assert [a.get_ylabel() for a in figure.axes] == ["φ(d⁺, d⁻)"] + [""] * 5
-    assert [t.get_text() for t in figure.texts[:3]] == ["MiniLM-1", "MiniLM-2", "MiniLM-3"]
+    assert [t.get_text() for t in figure.texts[:3]] == ["MiniLM-3", "MiniLM-4", "MiniLM-5"]
 
 
 def test_figure6_second_axis_is_the_target():
@@ -327,7 +327,7 @@ def test_figure6_second_axis_is_the_target():
 
 
 def test_figure6_of_a_short_training():
-    data = frames.figure6(encoders=("minilm-1",), steps=6, span=6, window=1)
+    data = frames.figure6(encoders=("minilm-3",), steps=6, span=6, window=1)
     figure = figures.figure6(data[data["part"] == "first"])
     assert len(figure.axes) == 1
     assert figure.get_supxlabel().endswith("not smoothed)")
@@ -347,7 +347,7 @@ def test_missing_columns_are_named(draw):
 
 def test_a_curve_needs_one_maximum():
     data = frames.figure3()
-    with pytest.raises(ValueError, match="minilm-1: expected one row with maximum, got 0"):
+    with pytest.raises(ValueError, match="minilm-3: expected one row with maximum, got 0"):
         figures.figure3(data.assign(maximum=False))
 
 
@@ -377,5 +377,5 @@ def test_a_frame_read_from_csv_gives_the_same_figure(tmp_path):
     data = frames.figure3()
     data.to_csv(tmp_path / "figure3.csv", index=False)
     again = figures.figure3(pd.read_csv(tmp_path / "figure3.csv"))
-    one = lines(figures.figure3(data).axes[0], "curve")["minilm-2"].get_ydata()
-    assert lines(again.axes[0], "curve")["minilm-2"].get_ydata() == pytest.approx(one)
+    one = lines(figures.figure3(data).axes[0], "curve")["minilm-4"].get_ydata()
+    assert lines(again.axes[0], "curve")["minilm-4"].get_ydata() == pytest.approx(one)

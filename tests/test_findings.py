@@ -65,33 +65,33 @@ def cases(peak, in_batch_loss=0.02, default=0.35):
         (encoder, in_batch, measure): grid(
             peak[encoder, measure], 0.5 - in_batch_loss * in_batch, default
         )
-        for encoder in ("minilm-1", "minilm-2")
+        for encoder in ("minilm-3", "minilm-4")
         for in_batch in (False, True)
         for measure in (NDCG, HITS)
     }
 
 
 APART = {
-    ("minilm-1", NDCG): 0.2,
-    ("minilm-1", HITS): 0.6,
-    ("minilm-2", NDCG): 0.4,
-    ("minilm-2", HITS): 0.8,
+    ("minilm-3", NDCG): 0.2,
+    ("minilm-3", HITS): 0.6,
+    ("minilm-4", NDCG): 0.4,
+    ("minilm-4", HITS): 0.8,
 }
 TOGETHER = dict.fromkeys(APART, 0.4)
 
 
 def test_sentence_on_the_best_target():
     data = static(cases(APART))
-    assert findings.sentence_best(data, "minilm-1") == (
-        "For MiniLM-1 without in-batch negatives the best ε is 0.2 (nDCG@10 .500, at step 0 .400);"
+    assert findings.sentence_best(data, "minilm-3") == (
+        "For MiniLM-3 without in-batch negatives the best ε is 0.2 (nDCG@10 .500, at step 0 .400);"
         " the spread over ε is .150, over 2 seeds at most .004: it differs more by ε than by seed."
     )
-    assert findings.sentence_best(data, "minilm-2", True, HITS, labels={"minilm-2": "two"}) == (
+    assert findings.sentence_best(data, "minilm-4", True, HITS, labels={"minilm-4": "two"}) == (
         "For two with in-batch negatives the best ε is 0.8 (Hits@5 .480, at step 0 .400);"
         " the spread over ε is .160 (one seed)."
     )
     wild = static(cases(APART), seeds=(0.0, -0.3))
-    assert findings.sentence_best(wild, "minilm-1").endswith(
+    assert findings.sentence_best(wild, "minilm-3").endswith(
         "over 2 seeds at most .300: it differs no more by ε than by seed."
     )
 
@@ -101,9 +101,9 @@ def test_figure3_all_as_in_the_paper():
     for number in (1, 2, 3, 4):
         assert head(text, "5.1", number) == "As in the paper"
     assert "8 of 8 curves; in nDCG@10 by +.130 to +.150, by more than .100 in 4 of 4" in text
-    assert "MiniLM-1 0.2, MiniLM-2 0.4" in bullet(text, "(Section 5.1, 2)")
+    assert "MiniLM-3 0.2, MiniLM-4 0.4" in bullet(text, "(Section 5.1, 2)")
     assert "(+.020)" in bullet(text, "(Section 5.1, 4)")
-    assert "is known for MiniLM-1: nDCG@10 .004, Hits@5 .004" in text
+    assert "is known for MiniLM-3: nDCG@10 .004, Hits@5 .004" in text
 
 
 def test_figure3_flips_with_the_data():
@@ -183,7 +183,7 @@ def adaptive(plain=EARLY, in_batch=LATE):
     return learning(
         {
             (e, side, 32): curve
-            for e in ("minilm-1", "minilm-2")
+            for e in ("minilm-3", "minilm-4")
             for side, curve in ((False, plain), (True, in_batch))
         }
     )
@@ -208,7 +208,7 @@ def test_figure4_as_in_the_paper():
     text = findings.figure4(adaptive())
     assert head(text, "5.2", 1) == "As in the paper, in this run"
     assert head(text, "5.2", 2) == "As in the paper, in this run"
-    assert "MiniLM-1 50%, MiniLM-2 50%" in text and "lower at the end in 2 of 2" in text
+    assert "MiniLM-3 50%, MiniLM-4 50%" in text and "lower at the end in 2 of 2" in text
     assert "is lower with than without in-batch negatives in 2 of 2 encoders (−.020)" in text
     assert "comes later in 2 of 2" in text
 
@@ -217,7 +217,7 @@ def test_figure4_flips_with_the_data():
     text = findings.figure4(adaptive(plain=LATE, in_batch=EARLY))
     assert head(text, "5.2", 1) == "Unlike the paper, in this run"
     assert head(text, "5.2", 2) == "Unlike the paper, in this run"
-    assert "MiniLM-1 100%" in text and "in 0 of 2 encoders (+.020)" in text
+    assert "MiniLM-3 100%" in text and "in 0 of 2 encoders (+.020)" in text
 
 
 def test_figure4_differences_within_the_seed_spread():
@@ -255,7 +255,7 @@ def distributed(small, large):
     return learning(
         {
             (e, False, size): curve
-            for e in ("minilm-1", "minilm-2")
+            for e in ("minilm-3", "minilm-4")
             for size, curve in ((16, small), (32, large))
         },
         kind="distributed",
@@ -302,7 +302,7 @@ def test_figure5_alone_compares_batch_sizes_only():
     assert "with batches of 16 after fewer than with 32 in 2 of 2" in text
     one = distributed(SOONER, SOON)
     text = findings.figure5(one[one["batch_size"] == 32])
-    assert "Section" not in text and "MiniLM-1" in text
+    assert "Section" not in text and "MiniLM-3" in text
 
 
 # --- Figure 6 ---
@@ -343,8 +343,8 @@ def test_figure6_follows_the_data():
 
 def test_table1_reads_the_frame():
     assert findings.table1(frames.table1()) == (
-        "- MiniLM-1 trains 8% of its 22.7M parameters; MiniLM-2 trains 16% of its 22.7M parameters;"
-        " MiniLM-3 trains 23% of its 22.7M parameters. Embeddings have 384 dimensions (paper: 768)."
+        "- MiniLM-3 trains 8% of its 22.7M parameters; MiniLM-4 trains 16% of its 22.7M parameters;"
+        " MiniLM-5 trains 23% of its 22.7M parameters. Embeddings have 384 dimensions (paper: 768)."
     )
 
 
@@ -491,13 +491,13 @@ def test_missing_columns_are_named(name):
 
 def test_a_single_encoder_and_setting_is_enough():
     """The smallest profile: sentences say that there is nothing to compare."""
-    data = frames.figure3(encoders=("minilm-1",), seeds={})
+    data = frames.figure3(encoders=("minilm-3",), seeds={})
     data = data[~data["in_batch"] & (data["measure"] == NDCG)]
     text = findings.figure3(data)
     assert [head(text, "5.1", n) for n in (2, 3, 4)] == ["Not decided by this run"] * 3
-    curve = frames.figure4(encoders=("minilm-1",), in_batches=(False,))
+    curve = frames.figure4(encoders=("minilm-3",), in_batches=(False,))
     assert head(findings.figure4(curve), "5.2", 2) == "Not decided by this run"
     assert (
-        head(findings.figure6(frames.figure6(encoders=("minilm-1",))), "5.3", 3)
+        head(findings.figure6(frames.figure6(encoders=("minilm-3",))), "5.3", 3)
         == "Not decided by this run"
     )

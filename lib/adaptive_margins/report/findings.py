@@ -420,6 +420,8 @@ def _change(
     if low is None or high is None or pd.isna(low) or pd.isna(high):
         word = "higher" if after > before else "lower" if after < before else "the same"
         return f"{text} ({word} in this run, no interval)"
+    if low == high == 0:
+        return f"{text} (the same run or the same ranking)"
     sure = "a gain" if low > 0 else "a loss" if high < 0 else "not told apart from 0"
     return f"{text} [{_signed(low)}, {_signed(high)}] ({sure})"
 
@@ -569,9 +571,8 @@ def table3(data: pd.DataFrame, *, published: Published | None = None) -> str:
     both = sum(a and b for a, b in zip(same, below, strict=True))
     neither = sum(not a and not b for a, b in zip(same, below, strict=True))
     bullets.append(
-        f"Of {len(tested)} comparisons with the best, {sum(same)} are equivalent and {sum(below)} are lower with an"
-        f" interval that excludes 0 ({both} of them equivalent all the same: lower, but within the margin);"
-        f" {neither} are undecided."
+        f"Comparisons with the best: {len(tested)}. Equivalent: {sum(same)}; lower, with an interval that excludes 0:"
+        f" {sum(below)}, of which {both} are equivalent all the same (lower, but within the margin); undecided: {neither}."
     )
     distributed, adaptive = [("distributed", False)], [("adaptive", False), ("adaptive", True)]
     times = [
@@ -776,8 +777,9 @@ def _count(flags: Iterable[Any]) -> str:
 
 
 def _signed(value: float, decimals: int = 3) -> str:
-    """+.031 or −.012."""
-    return f"{value:+.{decimals}f}".replace("-", "−").replace("+0.", "+.").replace("−0.", "−.")
+    """+.031, −.012, or .000 for what rounds to it."""
+    text = f"{value:+.{decimals}f}".replace("-", "−").replace("+0.", "+.").replace("−0.", "−.")
+    return text if text.strip("+−.0") else text[1:]
 
 
 def _plain(value: float) -> str:
@@ -797,7 +799,7 @@ def _times(ratios: Sequence[float]) -> str:
 
 
 def _bullets(texts: Iterable[str]) -> str:
-    return "\n".join(f"- {text[0].upper()}{text[1:]}" for text in texts)
+    return "\n".join(f"- {text}" for text in texts)
 
 
 def _records(data: pd.DataFrame) -> list[dict[str, Any]]:

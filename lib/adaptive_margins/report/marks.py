@@ -23,21 +23,14 @@ _BLACK, _ORANGE, _SKY, _GREEN, _YELLOW, _BLUE, _VERMILION, _PURPLE = (
 )
 _COLORS = (_BLUE, _VERMILION, _GREEN, _PURPLE, _ORANGE, _SKY)  # black and yellow: see design
 _STYLES = {
-    "minilm-1": (_BLUE, "o"),
-    "minilm-2": (_VERMILION, "s"),
-    "minilm-3": (_GREEN, "^"),
+    "minilm-3": (_BLUE, "o"),
+    "minilm-4": (_VERMILION, "s"),
+    "minilm-5": (_GREEN, "^"),
     "distilbert": (_PURPLE, "D"),
     "roberta": (_ORANGE, "v"),
     "mpnet": (_SKY, "P"),
 }
-_NAMES = {
-    "minilm-1": "MiniLM-1",
-    "minilm-2": "MiniLM-2",
-    "minilm-3": "MiniLM-3",
-    "distilbert": "distilBERT",
-    "roberta": "RoBERTa",
-    "mpnet": "MPNet",
-}
+_NAMES = {"minilm": "MiniLM", "distilbert": "distilBERT", "roberta": "RoBERTa", "mpnet": "MPNet"}
 
 
 @dataclass(frozen=True)
@@ -81,8 +74,11 @@ def require(data: pd.DataFrame, columns: Iterable[str], name: str) -> None:
 
 
 def encoder_label(encoder: str, labels: Mapping[str, str] | None = None) -> str:
-    """How an encoder is written; ``labels`` goes first, an unknown name stays as it is."""
-    return (labels or {}).get(encoder) or _NAMES.get(encoder.lower(), encoder)
+    """How an encoder is written (minilm-4 is MiniLM-4); ``labels`` goes first, an unknown name stays as it is."""
+    if labels and encoder in labels:
+        return labels[encoder]
+    family, dash, rest = encoder.partition("-")
+    return _NAMES.get(family.lower(), family) + dash + rest
 
 
 def measure_label(measure: str) -> str:
