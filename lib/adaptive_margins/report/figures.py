@@ -145,7 +145,7 @@ def figure6(data: pd.DataFrame, *, labels: Mapping[str, str] | None = None) -> F
 
     left, right, top, bottom, panel, between = 0.75, 0.75, 0.28, 0.5, 2.0, 0.2
     height = top + bottom + panel * len(sizes) + between * (len(sizes) - 1)
-    with _drawing():
+    with drawing():
         figure = plt.figure(figsize=(WIDTH, height))
         outer = figure.add_gridspec(
             len(sizes),
@@ -208,8 +208,8 @@ def figure6(data: pd.DataFrame, *, labels: Mapping[str, str] | None = None) -> F
 
 
 @contextmanager
-def _drawing() -> Iterator[None]:
-    """The style, and what is opened inside closed at the end: a notebook would show it twice."""
+def drawing() -> Iterator[None]:
+    """The style of all figures; what is opened inside is closed at the end, or a notebook would show it twice."""
     before = set(plt.get_fignums())
     try:
         with plt.rc_context(_RC):
@@ -242,7 +242,7 @@ def _small_multiples(
             f"references has the measures {list(references)}, the frame has {measures}"
         )
     names = {encoder: encoder_label(encoder, labels) for encoder in encoders}
-    with _drawing():
+    with drawing():
         lane = 0.24 + 0.078 * max(map(len, [*names.values(), reference_label]))
         figure, axes = _grid(len(measures), [title(value) for value in values], lane, xlabel)
         pending: list[tuple[Axes, list[End], list[tuple[float, float, str]]]] = []

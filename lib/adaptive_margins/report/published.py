@@ -137,6 +137,13 @@ class Observation(_Entry):
     text: str
 
 
+class Setting(_Entry):
+    """A part of the experiments' setting, in words."""
+
+    section: str
+    text: str
+
+
 class Note(_Entry):
     """A place where the paper's numbers disagree with each other or with its text."""
 
@@ -163,6 +170,7 @@ class Published(_Entry):
     table3: Table[Row3]
     table4: Table[Row4]
     observations: tuple[Observation, ...]
+    setup: dict[str, Setting]
     notes: tuple[Note, ...]
 
     @model_validator(mode="after")

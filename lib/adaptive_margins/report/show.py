@@ -1,0 +1,307 @@
+"""What the notebooks show beside figures and tables: the setting, the collection, gains, what the index costs.
+
+Texts are Markdown. Every number in them comes from the profile, the collection, a run, or ``published.yaml``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import product
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from adaptive_margins.data.collection import Collection
+from adaptive_margins.experiments import BM25_NAME, Reproduction
+from adaptive_margins.retrieval import top
+from adaptive_margins.store import StoredRun
+
+from . import figures
+from .marks import encoder_label, measure_label, score
+from .published import Published, load
+from .tables import interval, shorten
+
+NAMES = {
+    "collection": "Collection",
+    "encoders": "Encoders",
+    "lengths": "Text lengths",
+    "optimizer": "Optimiser",
+    "tuning": "Tuning, learning curves",
+    "tests": "Test queries",
+    "rerank": "Reranking",
+    "full": "Full ranking",
+    "static": "Static targets",
+    "adaptive": "Adaptive targets",
+    "distributed": "Distributed targets",
+    "target_plot": "Figure 6",
+    "comparison": "Training",
+    "reference": "Encoder, reference",
+}
+"""Parts of the setting, by their keys in ``published.yaml``."""
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table; a cell's line breaks and bars do not break it."""
+    lines = [[" ".join(str(c).split()).replace("|", "\\|") for c in row] for row in (header, *rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def heading(reproduction: Reproduction) -> str:
+    """Collection, its fingerprint and the profile: what a table of this run has in its caption."""
+    collection = reproduction.collection
+    return f"{collection.name} {collection.fingerprint}, profile {reproduction.profile.name}"
+
+
+def save(data: pd.DataFrame, data_folder: str | Path, name: str) -> None:
+    """Write what a figure or table shows to ``data_folder/NAME.csv``; an empty folder name writes nothing."""
+    if data_folder:
+        Path(data_folder).mkdir(parents=True, exist_ok=True)
+        data.to_csv(Path(data_folder) / f"{name}.csv", index=False)
+
+
+# --- the setting ------------------------------------------------------------------------------------------------------
+
+
+def setup(reproduction: Reproduction, *parts: str, published: Published | None = None) -> str:
+    """The profile's ``about``, and a table of ``parts`` of the setting (keys of `NAMES`): the paper's and this run's.
+
+    Raises KeyError on an unknown part.
+    """
+    paper, here = (published or load()).setup, _setting(reproduction)
+    table = markdown_table(
+        ["", "Paper", "Here"], ([NAMES[part], paper[part].text, here[part]] for part in parts)
+    )
+    about = " ".join(reproduction.profile.about.split())
+    return f"Profile **{reproduction.profile.name}**: {about}\n\n{table}\n"
+
+
+def _setting(reproduction: Reproduction) -> dict[str, str]:
+    p, c = reproduction.profile, reproduction.collection
+
+    def queries(name: str) -> str:
+        return f"{name}, {len(c.queries[name]):,} queries"
+
+    def measures(names: Iterable[str]) -> str:
+        return ", ".join(map(measure_label, names))
+
+    def sizes(values: Iterable[int]) -> str:
+        return "batches of " + " and ".join(map(str, values))
+
+    t, s = p.training, p.static
+    seeds = "; ".join(
+        f"{encoder_label(e)} with seeds {', '.join(map(str, dict.fromkeys([p.seed, *more])))}"
+        for e, more in s.seeds.items()
+    )
+    curve = "{:,} triples a run, {}, scores every {:,} triples".format
+    return {
+        "collection": f"{c.name}, {len(c.passages):,} passages, {len(c.triples):,} training triples",
+        "encoders": "; ".join(
+            f"{encoder_label(name)}: {e.label or e.base}" for name, e in p.encoders.items()
+        ),
+        "lengths": f"at most {p.lengths.query} tokens a query, {p.lengths.passage} a passage",
+        "optimizer": f"{t.optimizer}, {t.precision}, learning rate {t.learning_rate:g},"
+        f" weight decay {t.weight_decay:g}, seed {p.seed}",
+        "tuning": queries(p.sets.validation),
+        "tests": "; ".join(map(queries, p.sets.tests)),
+        "rerank": f"the first {p.candidates.depth} passages of BM25 are reranked; {measures(p.measures.rerank)}",
+        "full": f"every passage is ranked, by a FAISS index sized for the collection and exact re-ranking, to depth"
+        f" {p.measures.full_depth}; {measures(p.measures.full)}",
+        "static": f"ε in {', '.join(f'{x:g}' for x in s.targets)}; {s.triples:,} triples a run,"
+        f" {sizes([s.batch_size])}" + (f"; {seeds}" if seeds else ""),
+        "adaptive": curve(
+            p.adaptive.triples, sizes(p.adaptive.batch_sizes[:1]), p.adaptive.evaluate_every
+        ),
+        "distributed": curve(
+            p.distributed.triples, sizes(p.distributed.batch_sizes), p.distributed.evaluate_every
+        ),
+        "target_plot": f"rolling mean over {p.target_plot.window} batches, the first and last {p.target_plot.span}"
+        " batches",
+        "comparison": f"{sizes(p.comparison.batch_sizes[:1])}, decay γ = {p.comparison.decay:g} a step; stops after"
+        f" {p.comparison.patience} checks, one every {p.comparison.evaluate_every:,} triples, without a gain in"
+        f" {measure_label(p.measures.selection)} on {p.sets.validation}, or after {p.comparison.triples:,} triples",
+        "reference": f"{encoder_label(p.reference_encoder)}; † against the softmax loss",
+    }
+
+
+# --- the collection ---------------------------------------------------------------------------------------------------
+
+
+def counts(collection: Collection) -> str:
+    """Queries and judgements of each set, by grade."""
+    grades = sorted({g for q in collection.qrels.values() for j in q.values() for g in j.values()})
+    rows = []
+    for name, queries in collection.queries.items():
+        judged = [g for judgements in collection.qrels[name].values() for g in judgements.values()]
+        rows.append(
+            [name, f"{len(queries):,}", *(f"{judged.count(g):,}" for g in reversed(grades))]
+        )
+    return markdown_table(["Set", "Queries", *(f"Grade {g}" for g in reversed(grades))], rows)
+
+
+def lengths(collection: Collection) -> Figure:
+    """Histograms of the lengths, in words, of all queries and of all passages."""
+    queries = [text for texts in collection.queries.values() for text in texts.texts]
+    columns = {"queries": queries, "passages": collection.passages.texts}
+    with figures.drawing():
+        figure, axes = plt.subplots(1, 2, figsize=(figures.WIDTH, 2.2), layout="constrained")
+        for axis, (name, texts) in zip(axes, columns.items(), strict=True):
+            words = np.array([len(text.split()) for text in texts])
+            width = max(1, round((words.max() - words.min()) / 30))
+            bins = np.arange(words.min(), words.max() + width + 1, width) - 0.5
+            axis.hist(words, bins=list(bins), color="#0072b2", edgecolor="white", linewidth=0.4)
+            middle = float(np.median(words))
+            axis.axvline(middle, color=figures.GREY, linestyle=":")
+            axis.set_title(f"{len(texts):,} {name}, median {middle:g} words")
+            axis.set_xlabel("words")
+        axes[0].set_ylabel("texts")
+    return figure
+
+
+def example(reproduction: Reproduction, query_set: str, number: int, max_chars: int = 160) -> str:
+    """A query, the passages judged for it, and BM25's first candidates, each with rank and grade (a dash: none)."""
+    collection = reproduction.collection
+    qid = collection.queries[query_set].ids[number]
+    candidates = [docid for docid, _ in top(reproduction.candidates[query_set][qid])]
+    judged = collection.qrels[query_set].get(qid, {})
+    first = candidates[: max(3, min(5, len(candidates)))]
+    docids = [*first, *(d for d in sorted(judged, key=lambda d: -judged[d]) if d not in first)]
+    rows = [
+        [
+            str(candidates.index(d) + 1) if d in candidates else "—",
+            judged.get(d, "—"),
+            shorten(code_free(collection.passages[d]), max_chars),
+            f"`{d}`",
+        ]
+        for d in docids
+    ]
+    text = code_free(collection.queries[query_set][qid])
+    table = markdown_table(["BM25 rank", "Grade", "Passage", "Id"], rows)
+    return f"**{text}** (`{qid}` of {query_set})\n\n{table}\n"
+
+
+def triple(collection: Collection, number: int = 0, max_chars: int = 240) -> str:
+    """A training triple, as texts."""
+    qid, positive, negative = collection.triples[number]
+    parts = [("query", qid, collection.queries["train"][qid])]
+    parts += [
+        (n, d, collection.passages[d]) for n, d in (("positive", positive), ("negative", negative))
+    ]
+    rows = [[name, shorten(code_free(text), max_chars), f"`{id}`"] for name, id, text in parts]
+    return markdown_table(["", "Text", "Id"], rows)
+
+
+def code_free(text: str) -> str:
+    """A text from the collection, with the characters escaped that mean something in Markdown."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]()<>#$~^|!@" else c for c in text)
+
+
+def starts(reproduction: Reproduction) -> pd.DataFrame:
+    """BM25's own order and every encoder as it comes, on all sets: encoder, kind, set, measure, value, run_id.
+
+    ``kind`` is "rerank" (validation) or "full" (test sets).
+    """
+    p = reproduction.profile
+    wanted = [("rerank", p.sets.validation, p.measures.rerank)]
+    wanted += [("full", name, p.measures.full) for name in p.sets.tests]
+    rows = [
+        {
+            "encoder": run.config.encoder, "kind": kind, "set": name, "measure": measure,
+            "value": run.evaluation(kind, name).mean[measure], "run_id": run.run_id,
+        }
+        for run in reproduction.ensure(reproduction.start_configs())
+        for kind, name, measures in wanted
+        for measure in measures
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _ranker(encoder: str) -> str:
+    return "BM25" if encoder == BM25_NAME else encoder_label(encoder)
+
+
+def starts_table(data: pd.DataFrame) -> str:
+    """The frame of `starts` as a table, a row a ranker."""
+    columns = list(dict.fromkeys(zip(data["kind"], data["set"], data["measure"], strict=True)))
+    words = {"rerank": "reranking", "full": "full ranking"}
+    header = ["", *(f"{measure_label(m)}, {words[k]}, {s}" for k, s, m in columns), "Run"]
+    rows = []
+    for encoder, own in data.groupby("encoder", sort=False):
+        values = own.set_index(["kind", "set", "measure"])["value"]
+        run_id = own["run_id"].iloc[0]
+        rows.append([_ranker(str(encoder)), *(score(values[c]) for c in columns), f"`{run_id}`"])
+    return markdown_table(header, rows)
+
+
+def starts_found(data: pd.DataFrame) -> str:
+    """Where the encoders stand before training, against BM25's own order: bullets."""
+    bullets = []
+    for (kind, name, measure), rows in data.groupby(["kind", "set", "measure"], sort=False):
+        values = rows.set_index("encoder")["value"]
+        bm25, others = values[BM25_NAME], values.drop(BM25_NAME)
+        above = [_ranker(str(e)) for e in others.index[others > bm25]]
+        words = "Reranking" if kind == "rerank" else "Full ranking"
+        bullets.append(
+            f"- {words}, {name}: BM25's own order has {measure_label(str(measure))} {score(bm25)}; the encoders as they"
+            f" come {score(others.min())} to {score(others.max())}, above it: {', '.join(above) or 'none'}."
+        )
+    return "\n".join(bullets)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def gains(data: pd.DataFrame, labels: Mapping[str, str] | None = None) -> str:
+    """``Reproduction.gains`` as a table: step 0, best step, and the paired interval of their difference."""
+    several = data["in_batch"].nunique() > 1
+    rows = [
+        [
+            encoder_label(r.encoder, labels),
+            ("✓" if r.in_batch else "✗") if several else r.batch_size,
+            measure_label(r.measure),
+            score(r.start),
+            f"{score(r.best)} (step {r.step})",
+            f"{r.difference:+.3f} {interval(r.low, r.high)}".replace("-", "−"),
+            f"`{r.run_id}`",
+        ]
+        for r in data.itertuples()
+    ]
+    header = ["Encoder", "In-batch" if several else "Batch size", "Measure", "Step 0"]
+    return markdown_table([*header, "Best step", "Difference, 95 % interval", "Run"], rows)
+
+
+def index_cost(reproduction: Reproduction, data: pd.DataFrame) -> pd.DataFrame:
+    """What approximate search costs the runs of Table 3: a row a run, set and measure.
+
+    Columns: encoder, run_id, set, measure, full (by the FAISS index), exact (every passage compared), difference,
+    recall (share of the exact search's passages that the index finds, to the depth of full ranking), index.
+    """
+    p = reproduction.profile
+    rows = []
+    for run_id, encoder in dict(zip(data["run_id"], data["encoder"], strict=True)).items():
+        run = StoredRun(reproduction.store.folder / str(run_id))
+        index = run.result["index"]
+        for name, measure in product(p.sets.tests, p.measures.full):
+            full, exact = (run.evaluation(kind, name).mean[measure] for kind in ("full", "exact"))
+            rows.append(
+                {
+                    "encoder": encoder, "run_id": run_id, "set": name, "measure": measure, "full": full, "exact": exact,
+                    "difference": full - exact, "recall": index["recall_of_exact"][name], "index": index["factory"],
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def index_found(data: pd.DataFrame) -> str:
+    """The frame of `index_cost` in a sentence."""
+    low, high = data["difference"].min(), data["difference"].max()
+    kinds = " and ".join(f"`{kind}`" for kind in dict.fromkeys(data["index"]))
+    return (
+        f"With the index {kinds} the scores differ from those of an exact search by {low:+.3f} to {high:+.3f}".replace(
+            "-", "−"
+        )
+        + f"; it finds {data['recall'].min():.1%} to {data['recall'].max():.1%} of the passages that exact search does."
+    )
