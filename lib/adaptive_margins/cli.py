@@ -37,15 +37,31 @@ def reproduce(
     runs_only: Annotated[
         bool, typer.Option("--runs-only", help="Make the runs, not the book.")
     ] = False,
+    notebook: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Execute only this notebook (number or name), build no book. Repeatable."
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Execute notebooks that are finished, too.")
+    ] = False,
 ) -> None:
     """Make all runs of a profile, execute the notebooks and build the book. Goes on where it was interrupted."""
     from adaptive_margins.experiments import Reproduction
     from adaptive_margins.report.build import build
 
     reproduction = Reproduction.open(profile)
-    reproduction.run_all()
-    if not runs_only:
-        build(profile, home=reproduction.home)
+    if runs_only:
+        reproduction.run_all()
+    else:
+        build(
+            profile,
+            home=reproduction.home,
+            notebooks=notebook,
+            force=force,
+            run=reproduction.run_all,
+        )
 
 
 @app.command()
@@ -57,13 +73,13 @@ def profiles() -> None:
 
 
 def main() -> None:
-    """Entry point: known errors become one message and exit status 1."""
-    from adaptive_margins.profiles import ProfileError
-
+    """Entry point: an error that says what to do becomes one message and exit status 1."""
     try:
         app()
-    except ProfileError as error:
-        raise SystemExit(f"adaptive-margins: {error}") from None
+    except Exception as error:
+        if type(error).__module__.startswith("adaptive_margins."):
+            raise SystemExit(f"adaptive-margins: {error}") from None
+        raise
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,8 @@ import torch
 
 from adaptive_margins import retrieval
 from adaptive_margins.data import pydocs
+from adaptive_margins.data import triples as data_triples
 from adaptive_margins.data.collection import Collection, Run, Texts
-from adaptive_margins.data.triples import sample_triples
 from adaptive_margins.encoders import (
     Tokens,
     cached_states,
@@ -90,7 +91,7 @@ class Reproduction:
                 "negatives": self.profile.candidates.negative_ranks,
                 "triples": self.triples_needed,
                 "sources": pydocs.source_versions(settings.packages),
-                "format": 1,
+                "rules": [_file_digest(m) for m in (pydocs, data_triples, retrieval)],
             }
         )
         pointer = self.home / "cache" / "collections" / f"{key}.json"
@@ -109,7 +110,7 @@ class Reproduction:
         )
         low, high = self.profile.candidates.negative_ranks
         bm25 = retrieval.BM25(collection.passages)
-        triples = sample_triples(
+        triples = data_triples.sample_triples(
             collection.qrels["train"],
             bm25.search(collection.queries["train"], high),
             count=self.triples_needed,
@@ -1089,6 +1090,11 @@ def _is_first_maximum(frame: pd.DataFrame, by: list[str]) -> pd.Series:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _file_digest(module: ModuleType) -> str:
+    """Hash of a module's source: other rules make another collection."""
+    return hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()[:16]
 
 
 def _remove(folder: Path) -> None:
