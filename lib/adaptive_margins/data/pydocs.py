@@ -187,6 +187,11 @@ class Documented:
     see_also: tuple[str, ...]
 
     @property
+    def full_name(self) -> str:
+        """Module and qualified name."""
+        return f"{self.module}.{self.qualname}"
+
+    @property
     def owner(self) -> str:
         """The class that a method belongs to, "" for others."""
         return self.qualname.rpartition(".")[0]
@@ -349,7 +354,7 @@ def _without_code(lines: list[str]) -> list[str]:
     kept: list[str] = []
     i = 0
     while i < len(lines):
-        line = lines[i]
+        line = re.sub(r"^(\s*)(?:[-*+•]|#\.)\s+", r"\1  ", lines[i])  # without a bullet
         text = line.strip()
         i += 1
         if text.startswith(">>>"):
@@ -380,7 +385,7 @@ def _without_code(lines: list[str]) -> list[str]:
             while i < len(lines) and (not lines[i].strip() or _indent(lines[i]) > _indent(line)):
                 i += 1
             continue
-        kept.append(re.sub(r"^(\s*)(?:[-*+•]|#\.)\s+", r"\1  ", line))  # without a bullet
+        kept.append(line)
     return kept
 
 
@@ -451,6 +456,7 @@ _MARKUP = [
     (re.compile(r"Read more in the :ref:`[^`]*`\.?"), " "),  # a link, and the first words of many
     (re.compile(r":ref:`[^`<]*`"), " "),  # a label, whose title is elsewhere
     (re.compile(r"%\([^)]*\)s"), " "),  # what a decorator would fill in
+    (re.compile(r":math:`([^`]*)`"), r"\1"),
     (re.compile(r":[\w:+.-]+:`~([^`<>]*\.)?([^`<>.]+)`"), r"\2"),  # :func:`~a.b` is shown as b
     (re.compile(r":[\w:+.-]+:`!?([^`<>]+?)\s*(?:<[^`>]*>)?`"), r"\1"),
     (re.compile(r"`([^`<>]+?)\s*<[^`>]*>`_*"), r"\1"),  # links
@@ -557,8 +563,9 @@ def _see_also(docs: Sequence[Documented]) -> list[list[int]]:
     """For each object, the objects of its package that its "See Also" names.
 
     A name fits an object with the same last part whose full name has the other parts in this order
-    (packages re-export: "numpy.sort" is numpy._core.fromnumeric.sort). Of several that fit, those
-    of the same class win, then those of the same module; a name that still fits several is left.
+    (packages re-export: "numpy.sort" is numpy._core.fromnumeric.sort). Of several that fit, the one
+    of exactly this name wins, then those of the same class, then those of the same module; a name
+    that still fits several is left.
     """
     by_name: dict[tuple[str, str], list[int]] = defaultdict(list)
     for i, doc in enumerate(docs):
@@ -568,14 +575,13 @@ def _see_also(docs: Sequence[Documented]) -> list[list[int]]:
         found: list[int] = []
         for name in doc.see_also:
             parts = name.removeprefix("np.").split(".")
-            fitting = [
-                j
-                for j in by_name[doc.package, parts[-1]]
-                if j != i and _in_order(parts, f"{docs[j].module}.{docs[j].qualname}".split("."))
-            ]
+            same = [j for j in by_name[doc.package, parts[-1]] if j != i]
+            fitting = [j for j in same if _in_order(parts, docs[j].full_name.split("."))]
+            exact = [j for j in fitting if docs[j].full_name == name]
             here = [j for j in fitting if docs[j].module == doc.module]
             siblings = [j for j in here if docs[j].owner == doc.owner]
-            found += next((some for some in (fitting, siblings, here) if len(some) == 1), [])
+            scopes = (fitting, exact, siblings, here)
+            found += next((scope for scope in scopes if len(scope) == 1), [])
         result.append(found)
     return result
 
