@@ -223,7 +223,8 @@ class Site:
             self.pages / notebook.name,
             self.parameters(notebook),
             cwd=notebook.parent,
-            replacements=paths_to_hide(**places),
+            # Links that hold in notebooks/ must hold in book/_executed/, where the page lies.
+            replacements={**paths_to_hide(**places), "(../book/": "(../"},
         )
         return pool.submit(work)
 
