@@ -246,13 +246,14 @@ def hidden_states(
     with torch.inference_mode():
         for rows in _batches(order, tokens.lengths, batch_tokens):
             features = tokens.batch(rows)
-            states = model(**features, output_hidden_states=True).hidden_states
             keep = features["attention_mask"].bool().numpy()
+            features = {k: v.to(model.device) for k, v in features.items()}
+            states = model(**features, output_hidden_states=True).hidden_states
             place = np.concatenate(
                 [np.arange(tokens.offsets[r], tokens.offsets[r + 1]) for r in rows]
             )
             for k in layers:
-                out[k][place] = states[k].numpy()[keep]
+                out[k][place] = states[k].cpu().numpy()[keep]
 
 
 def _batches(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
@@ -276,11 +277,13 @@ def upper_layers(encoder: Any, trained_layers: int, table: np.ndarray) -> Any:
 
 
 def put_back(encoder: Any, upper: Any) -> Any:
-    """A copy of ``encoder`` whose last layers are those of ``upper`` (made by `upper_layers`): an ordinary model."""
+    """A copy of ``encoder`` with the layers of ``upper`` (made by `upper_layers`) and what follows them: an ordinary model."""
     whole = copy.deepcopy(encoder)
     trained = _bert(upper).encoder.layer
     for target, source in zip(_bert(whole).encoder.layer[-len(trained) :], trained, strict=True):
         target.load_state_dict(source.state_dict())
+    for target, source in zip(list(whole)[1:], list(upper)[1:], strict=True):
+        target.load_state_dict(source.state_dict())  # the linear layer of cls+linear is trained too
     return whole
 
 
@@ -301,7 +304,7 @@ def embed(
 
     Texts are batched by length, so that little is padded.
     """
-    rows = np.arange(len(tokens)) if rows is None else np.asarray(rows)
+    rows = np.arange(len(tokens)) if rows is None else np.asarray(rows, dtype=np.int64)
     order = np.argsort(tokens.lengths[rows], kind="stable")
     out: np.ndarray | None = None
     was_training = model.training
@@ -326,7 +329,8 @@ def cached_states(
 ) -> dict[int, np.ndarray]:
     """`hidden_states` of ``layers``, computed once and kept in ``folder`` as memory-mapped float32 files, one a layer.
 
-    ``encoder`` loads the encoder, if it is needed. Raises EncoderError for a file that is not what was written.
+    ``encoder`` loads the encoder, if it is needed. Raises EncoderError for a file that cannot be written, or is not what
+    was written.
     """
     paths = {k: folder / f"layer{k}.npy" for k in layers}
     missing = [k for k, path in paths.items() if not path.is_file()]
@@ -337,24 +341,35 @@ def cached_states(
         folder.mkdir(parents=True, exist_ok=True)
         partial = {k: folder / f"layer{k}.{os.getpid()}.partial" for k in missing}
         try:
-            out = {
-                k: np.lib.format.open_memmap(partial[k], mode="w+", dtype=np.float32, shape=shape)
-                for k in missing
-            }
+            out = {k: _allocate(partial[k], shape) for k in missing}
             hidden_states(model, tokens, missing, out)
             for k in missing:
                 out[k].flush()
                 partial[k].replace(paths[k])
+        except OSError as error:
+            size = len(missing) * shape[0] * shape[1] * 4 / 1e9
+            raise EncoderError(
+                f"{folder} could not be filled with {size:.2g} GB of hidden states: {error}; nothing was left there"
+            ) from error
         finally:
             for path in partial.values():
                 path.unlink(missing_ok=True)
     return {k: _read_states(path, rows) for k, path in paths.items()}
 
 
+def _allocate(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    table = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    with path.open(
+        "r+b"
+    ) as file:  # on a disk that is full only later, a mapped write ends the process without a word
+        os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END))
+    return table
+
+
 def _read_states(path: Path, rows: int) -> np.ndarray:
     try:
         table = np.load(path, mmap_mode="r")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError) as error:
         raise EncoderError(
             f"{path} cannot be read ({error}); delete it to compute it anew"
         ) from None

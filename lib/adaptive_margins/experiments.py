@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from sentence_transformers import SentenceTransformer
 
 from adaptive_margins import retrieval
 from adaptive_margins.data import pydocs
@@ -50,7 +52,7 @@ from adaptive_margins.evaluation import Evaluation, evaluate, paired_interval, p
 from adaptive_margins.losses import margin_loss
 from adaptive_margins.profiles import EncoderSettings, Profile, load_profile
 from adaptive_margins.store import Store, StoredRun, StoreError, home, write_text
-from adaptive_margins.training import RunConfig, train
+from adaptive_margins.training import RunConfig, TrainingError, train
 
 BM25_NAME = "bm25"
 VARIANTS = (
@@ -204,13 +206,8 @@ class Reproduction:
             np.concatenate([queries.offsets, passages.offsets[1:] + queries.offsets[-1]]),
             queries.pad,
         )
-        key = _digest(
-            [
-                weights_identity(settings),
-                self.collection.fingerprint,
-                self.profile.lengths.model_dump(),
-            ]
-        )
+        texts = hashlib.sha256(merged.ids.tobytes() + merged.offsets.tobytes()).hexdigest()
+        key = _digest([weights_identity(settings), texts])
         tables = cached_states(
             lambda: load_encoder(uncut, dropout=0.0, device=device),
             merged,
@@ -474,6 +471,7 @@ class Reproduction:
                         (self.comparison_config(encoder, target=0.0, in_batch=in_batch), False)
                     )
         rows += [(c, self.store.has(c)) for c in self.table4_configs()]
+        rows = list(dict(rows).items())  # ε = 1 may be the tuned one
         speeds = {
             e: self.calibrate(e)
             for e in self.profile.encoders
@@ -498,8 +496,9 @@ class Reproduction:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            size = self.profile.static.batch_size
-            rows = self.triple_rows(encoder)[: 3 * size].reshape(3, -1, 3)
+            some_rows = self.triple_rows(encoder)
+            size = min(self.profile.static.batch_size, len(some_rows) // 3)
+            rows = some_rows[: 3 * size].reshape(3, -1, 3)
             since = 0.0
             for i, batch in enumerate(rows):
                 if i == 1:
@@ -568,7 +567,13 @@ class Reproduction:
                 continue
             futures = {pool.submit(_work, config): config for config in ordered}
             for future in as_completed(futures):
-                progress.done(futures[future], future.result())
+                try:
+                    progress.done(futures[future], future.result())
+                except BrokenProcessPool:
+                    raise TrainingError(
+                        "a worker process was killed (out of memory?); finished runs are kept, and the same call makes "
+                        "the rest"
+                    ) from None
 
     def triple_rows(self, encoder: str) -> np.ndarray:
         """The training triples as (N, 3) rows of `queries` and of the passages."""
@@ -615,14 +620,14 @@ class Reproduction:
         model = encoder.fresh()
         work = self.home / "cache" / "work" / config.run_id
         result = None
-        last: dict[str, Run] = {}
+        seen: list[tuple[Evaluation, Run]] = []
 
         def evaluator(model: Any) -> Evaluation:
-            evaluation, _ = self.evaluate_rerank(encoder, model, config)
-            return evaluation
+            seen.append(self.evaluate_rerank(encoder, model, config))
+            return seen[-1][0]
 
         if config.loss == "none":
-            evaluation, last["run"] = self.evaluate_rerank(encoder, model, config)
+            evaluation = evaluator(model)
         else:
             start = self.untrained_config(config.encoder)
             initial = (
@@ -637,12 +642,17 @@ class Reproduction:
             )  # fmt: skip
             evaluation = result.kept
         evaluations = {"rerank": {config.validation: evaluation}}
-        runs: dict[str, dict[str, Run]] = {}
+        # What was kept is among what was seen, unless it is step 0 from the store or from before an interruption.
+        kept = [run for e, run in seen if e.per_query is evaluation.per_query]
+        kept = kept or [self.evaluate_rerank(encoder, model, config)[1]]
+        runs = {"rerank": {config.validation: kept[0]}}
         extra: dict[str, Any] = {}
         if config.test_sets:
-            full_evaluations, runs, extra = self._evaluate_full(encoder, model, config)
+            full_evaluations, full_runs, extra = self._evaluate_full(encoder, model, config)
             for mode, sets in full_evaluations.items():
                 evaluations.setdefault(mode, {}).update(sets)
+            for mode, rankings in full_runs.items():
+                runs.setdefault(mode, {}).update(rankings)
         stored = self.store.put(
             config, result, evaluations, runs, extra=extra,
             save_model=(lambda folder: save_encoder(encoder.whole_with(model), folder)) if config.save_model else None,
@@ -663,7 +673,7 @@ class Reproduction:
         index = retrieval.build_index(passages, settings, seed=config.seed)
         built = time.perf_counter() - since
         evaluations: dict[str, dict[str, Evaluation]] = {"rerank": {}, "full": {}, "exact": {}}
-        runs: dict[str, dict[str, Run]] = {"full": {}}
+        runs: dict[str, dict[str, Run]] = {"rerank": {}, "full": {}}
         recall: dict[str, float] = {}
         for name in config.test_sets:
             queries = self.collection.queries[name]
@@ -683,7 +693,7 @@ class Reproduction:
             evaluations["rerank"][name] = evaluate(qrels, reranked, config.rerank_measures)
             evaluations["full"][name] = evaluate(qrels, approximate, config.full_measures)
             evaluations["exact"][name] = evaluate(qrels, exact, config.full_measures)
-            runs["full"][name] = approximate
+            runs["rerank"][name], runs["full"][name] = reranked, approximate
             recall[name] = retrieval.approximation_recall(approximate, exact, config.full_depth)
         index_facts = {
             **dataclasses.asdict(settings), "embed_seconds": embedded, "build_seconds": built, "recall_of_exact": recall,
@@ -693,12 +703,11 @@ class Reproduction:
     def _execute_bm25(self, config: RunConfig) -> StoredRun:
         measures = {"rerank": config.rerank_measures, "full": config.full_measures}
         evaluations: dict[str, dict[str, Evaluation]] = {"rerank": {}, "full": {}}
-        runs: dict[str, dict[str, Run]] = {"full": {}}
+        runs: dict[str, dict[str, Run]] = {"rerank": {}, "full": {}}
         for name in self.evaluated_sets:
             qrels = self.collection.qrels[name]
-            evaluations["rerank"][name] = evaluate(
-                qrels, self.top_candidates(name), measures["rerank"]
-            )
+            runs["rerank"][name] = self.top_candidates(name)
+            evaluations["rerank"][name] = evaluate(qrels, runs["rerank"][name], measures["rerank"])
             if name in config.test_sets:
                 runs["full"][name] = self.candidates[name]
                 evaluations["full"][name] = evaluate(qrels, self.candidates[name], measures["full"])
@@ -856,12 +865,7 @@ class Reproduction:
         )
         config = self.variant_config(self.profile.reference_encoder, "distributed", False)
         run = self.ensure([config])[0]
-        settings = self.profile.encoders[config.encoder].model_copy(
-            update={"base": str(run.path / "model"), "sha256": None, "layers": None}
-        )
-        model = load_encoder(
-            settings, dropout=self.profile.training.dropout, device=self.profile.device
-        )
+        model = SentenceTransformer(str(run.path / "model"), device=self.profile.device)
         order = np.random.default_rng(config.seed).permutation(len(self.collection.triples))[
             : config.batch_size
         ]

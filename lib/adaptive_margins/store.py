@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 from pydantic import ValidationError
+from safetensors import SafetensorError
 
 from adaptive_margins.data.collection import Run
 from adaptive_margins.evaluation import Evaluation
@@ -52,7 +53,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         except OSError:
             if not path.is_dir():
                 raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise StoreError(f"{path} could not be written: {error}; nothing was left there") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -18,6 +18,7 @@ import psutil
 import torch
 from datasets import Dataset
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.losses.merged_forward import embed_columns
@@ -28,7 +29,7 @@ from torch.nn.functional import normalize
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
-from adaptive_margins.encoders import Tokens
+from adaptive_margins.encoders import Tokens, quiet
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.losses import margin_loss
 
@@ -39,7 +40,7 @@ COMPLETE = "COMPLETE"
 
 
 class TrainingError(RuntimeError):
-    """Training that cannot go on: a loss that is not finite, or too few triples."""
+    """Training that cannot go on: a loss that is not finite, too few triples, a checkpoint that cannot be written."""
 
 
 class RunConfig(BaseModel):
@@ -330,9 +331,24 @@ class _Trainer(SentenceTransformerTrainer):
         (folder / "progress.json").write_text(json.dumps(vars(progress)))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        os.sync()  # the marker must not reach the disk before what it vouches for
-        (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+            for (
+                file
+            ) in folder.iterdir():  # the marker must not reach the disk before what it vouches for
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            (folder / COMPLETE).touch()
+        except (
+            OSError,
+            SafetensorError,
+            RuntimeError,
+        ) as error:  # RuntimeError: torch.save on a full disk
+            shutil.rmtree(folder, ignore_errors=True)
+            raise TrainingError(
+                f"run {self.watch.config.run_id}: {folder} could not be written: {error}"
+            ) from error
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
         folder = Path(checkpoint_path)
@@ -411,7 +427,7 @@ def train(
         logging_strategy="no",
         eval_strategy="no",  # _Watch says when
         save_strategy="no",
-        save_total_limit=1,
+        save_total_limit=2,  # the older one is removed before the newer one is marked
         report_to="none",
         disable_tqdm=True,
         use_cpu=device == "cpu",
@@ -427,7 +443,8 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.watch = watch
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with quiet():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     progress = watch.progress
     stop_step = trainer.state.global_step

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -18,11 +26,32 @@ class ProfileError(ValueError):
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_are_known(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            unknown = {key: value for key, value in values.items() if key not in cls.model_fields}
+            if unknown:
+                told = ", ".join(
+                    f"{key!r} (with value {value!r})" for key, value in unknown.items()
+                )
+                raise ValueError(f"unknown key {told}; known are {', '.join(cls.model_fields)}")
+        return values
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_one(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("expected a number or a text, not yes or no")
+        return value
 
 
 class PyDocsSettings(_Settings):
     """The PyDocs collection (data/pydocs.py): packages to read, sizes of its query sets, length of a passage in words."""
+
+    query_sets: ClassVar[tuple[str, ...]] = ("validation", "test1", "test2")
 
     kind: Literal["pydocs"] = "pydocs"
     packages: tuple[str, ...] = Field(min_length=1)
@@ -106,6 +135,21 @@ class MeasureSettings(_Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _depth_suffices(self) -> MeasureSettings:
+        import ir_measures
+
+        for notation in (*self.rerank, *self.full):
+            try:
+                cutoff = ir_measures.parse_measure(notation).params.get("cutoff", 0)
+            except (NameError, ValueError, TypeError) as error:
+                raise ValueError(f"{notation!r} is not a measure of ir_measures: {error}") from None
+            if notation in self.full and cutoff > self.full_depth:
+                raise ValueError(
+                    f"{notation!r} needs a full_depth of {cutoff}, not {self.full_depth}"
+                )
+        return self
+
 
 class SetSettings(_Settings):
     """Names of the query sets used for tuning and learning curves, and for Tables 3 and 4."""
@@ -124,6 +168,12 @@ class StaticSettings(_Settings):
         default_factory=dict, description="further seeds per encoder"
     )
 
+    @model_validator(mode="after")
+    def _one_step(self) -> StaticSettings:
+        if self.triples < self.batch_size:
+            raise ValueError(f"triples {self.triples} do not fill a batch of {self.batch_size}")
+        return self
+
 
 class CurveSettings(_Settings):
     """Sections 5.2 and 5.3, Figures 4 to 6: learning curves; ``evaluate_every`` in triples."""
@@ -135,6 +185,8 @@ class CurveSettings(_Settings):
     @model_validator(mode="after")
     def _whole_steps(self) -> CurveSettings:
         for size in self.batch_sizes:
+            if self.triples < size:
+                raise ValueError(f"triples {self.triples} do not fill a batch of {size}")
             if self.evaluate_every % size:
                 raise ValueError(
                     f"evaluate_every {self.evaluate_every} is not a multiple of batch size {size}"
@@ -190,6 +242,13 @@ class Profile(_Settings):
                     raise ValueError(
                         f"{key} names encoder {name!r}; there are {sorted(self.encoders)}"
                     )
+        if "bm25" in self.encoders:
+            raise ValueError("an encoder cannot be named 'bm25': that is BM25's own row")
+        for name in (self.sets.validation, *self.sets.tests):
+            if name not in self.collection.query_sets:
+                raise ValueError(
+                    f"sets names {name!r}; the collection has {', '.join(self.collection.query_sets)}"
+                )
         return self
 
 
@@ -204,8 +263,9 @@ def available() -> list[str]:
 def load_profile(profile: str | Path, **overrides: Any) -> Profile:
     """Read a profile by name (``laptop``) or path (``my.yaml``).
 
-    A file may name another profile with ``extends`` and then holds only what differs from it. ``overrides`` replace values
-    by dotted key with ``__`` for the dot (``static__triples=64``); ``None`` leaves a value.
+    A file may name another profile with ``extends`` (a path is taken from where the file stands) and then holds only what
+    differs from it. ``overrides`` replace values by dotted key with ``__`` for the dot (``static__triples=64``); ``None``
+    leaves a value.
     Raises ProfileError naming the file, each bad key, its value and what is allowed.
     """
     source, values = _read(str(profile))
@@ -237,7 +297,10 @@ def _read(profile: str, extended_by: tuple[str, ...] = ()) -> tuple[str, dict[st
         path, source = Path(profile), profile
         if not path.is_file():
             raise ProfileError(f"profile file {path} does not exist")
-        text = path.read_text("utf-8")
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ProfileError(f"profile file {path} cannot be read: {error}") from None
     elif profile in available():
         source = f"profiles/{profile}.yaml"
         text = (files(__name__) / f"{profile}.yaml").read_text("utf-8")
@@ -252,6 +315,8 @@ def _read(profile: str, extended_by: tuple[str, ...] = ()) -> tuple[str, dict[st
     if not isinstance(values, dict):
         raise ProfileError(f"{source}: expected keys and values, got {type(values).__name__}")
     if (base := values.pop("extends", None)) is not None:
+        if str(base).endswith((".yaml", ".yml")):
+            base = os.path.normpath(Path(profile).parent / str(base))
         _, inherited = _read(str(base), (*extended_by, profile))
         values = _merged(inherited, values)
     return source, values
