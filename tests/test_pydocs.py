@@ -359,14 +359,14 @@ def test_what_hangs_together_is_in_one_set() -> None:
         ("Paint a fence in white colour", "Cover some wood with bright varnish"),
     ]
     layouts = set()
-    for seed in range(12):
+    for seed in range(6):
         collection = build(seed=seed)
         place = {text: name for name, texts in collection.queries.items() for text in texts.texts}
         assert all(place[one] == place[other] for one, other in pairs)
         sizes = {name: len(texts) for name, texts in collection.queries.items()}
         assert sizes["validation"] >= 2 and sizes["test1"] >= 3 and sizes["test2"] >= 3
         layouts.add(tuple(sorted(place.items())))
-    assert len(layouts) == 12  # the seed decides
+    assert len(layouts) == 6  # the seed decides
 
 
 @pytest.mark.usefixtures("minipkg")
@@ -472,7 +472,7 @@ def test_no_set_leaks_into_another(real: Collection) -> None:
         if a[0] != b[0]:
             assert len(one & other) < 0.8 * len(one | other), (a, b)
     own = {
-        name: {d for judged in qrels.values() for d, grade in judged.items() if grade == 3}
+        name: {d for judged in qrels.values() for d, grade in judged.items() if grade >= 2}
         for name, qrels in real.qrels.items()
     }
     for one_set, other_set in combinations(own.values(), 2):

@@ -85,7 +85,8 @@ def build_pydocs(
     word that may be decisive ("encode", "decode") or not ("by", "via"), so the passage of one gets
     grade 2 for the other: no correct answer counts as wrong. Passages that a docstring names under
     "See Also" have grade 1: its authors call them related, but they document something else.
-    Queries that are near-identical or share an own passage go into the same set.
+    Queries that share a passage of grade 2 or 3 go into the same set, near-identical ones therefore
+    too.
 
     Raises:
         ValueError: a package that is not installed, or too few queries for the sets asked for.
@@ -101,9 +102,11 @@ def build_pydocs(
     docs = [doc for name in names for doc in _scan(name, roots[name], max_words)]
 
     # Passages and queries are numbered; a number stands for all the texts that count as the same.
-    passage_of = _connected(len(docs), _similar([_trigrams(d.passage) for d in docs], SAME_PASSAGE))
-    forms = {form: n for n, form in enumerate(dict.fromkeys(_normal_form(d.query) for d in docs))}
-    query_of = [forms[_normal_form(doc.query)] for doc in docs]
+    passage_of = _connected(
+        len(docs), similar_pairs([_trigrams(d.passage) for d in docs], SAME_PASSAGE)
+    )
+    forms = {form: n for n, form in enumerate(dict.fromkeys(normal_form(d.query) for d in docs))}
+    query_of = [forms[normal_form(doc.query)] for doc in docs]
     passages = _representatives(passage_of, [doc.passage for doc in docs])
     queries = _representatives(query_of, [doc.query for doc in docs])
 
@@ -113,8 +116,7 @@ def build_pydocs(
     own: list[set[int]] = [set() for _ in queries]
     for query, passage in zip(query_of, passage_of, strict=True):
         own[query].add(passage)
-    near = _similar([frozenset(form) for form in forms], NEAR_QUERY)
-    for one, other in near:
+    for one, other in similar_pairs([frozenset(form) for form in forms], NEAR_QUERY):
         judged[one].update(dict.fromkeys(own[other], NEAR))
         judged[other].update(dict.fromkeys(own[one], NEAR))
     for query, found in enumerate(own):
@@ -125,10 +127,11 @@ def build_pydocs(
     def position(text: str) -> str:  # an order that tells nothing of package and module
         return hashlib.sha256(f"{seed} {text}".encode()).hexdigest()
 
-    # What must stay together: a query with its own passages, and near-identical queries.
+    # What must stay together: a query with the passages that answer it, and so, near-identical
+    # queries with each other.
     offset = len(passages)
-    links = [(p, offset + q) for q in asked for p in own[q]]
-    part_of = _connected(offset + len(queries), links + [(offset + a, offset + b) for a, b in near])
+    links = [(p, offset + q) for q in asked for p, grade in judged[q].items() if grade >= NEAR]
+    part_of = _connected(offset + len(queries), links)
     parts: dict[int, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
     for p in range(offset):
         parts[part_of[p]][0].append(p)
@@ -320,7 +323,7 @@ def parse_docstring(
         lead, *paragraphs = paragraphs
     summary, rest = _first_sentence(lead)
     query = _plain(summary, name, kind).rstrip(".:; ")
-    content = set(_normal_form(query)) - {"function", "method", "class"}
+    content = set(normal_form(query)) - {"function", "method", "class"}
     if not QUERY_WORDS[0] <= len(query.split()) <= QUERY_WORDS[1] or len(content) < 2:
         return None
 
@@ -507,7 +510,7 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", text.lower())
 
 
-def _normal_form(query: str) -> tuple[str, ...]:
+def normal_form(query: str) -> tuple[str, ...]:
     """The stemmed content words of a query, in their order."""
     return tuple(_stem(word) for word in _words(query) if word not in _STOP_WORDS)
 
@@ -517,7 +520,7 @@ def _trigrams(passage: str) -> frozenset[tuple[str, ...]]:
     return frozenset(zip(words, words[1:], words[2:], strict=False))
 
 
-def _similar(sets: Sequence[frozenset[Any]], threshold: float) -> list[tuple[int, int]]:
+def similar_pairs(sets: Sequence[frozenset[Any]], threshold: float) -> list[tuple[int, int]]:
     """All pairs of positions whose sets have a Jaccard similarity of at least ``threshold``.
 
     Such sets share one of the ⌊(1 − threshold) n⌋ + 1 rarest members of either, n being its size

@@ -1,0 +1,356 @@
+"""The book's data sheet of the collection, after Gebru et al. (2021): every number from the artefacts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from adaptive_margins.data import pydocs
+from adaptive_margins.data.collection import Collection, Run, Triple
+from adaptive_margins.report.marks import measure_label
+
+if TYPE_CHECKING:
+    from adaptive_margins.experiments import Reproduction
+
+_EXAMPLES = 4
+_CLOSEST = 3
+_SETS = ("train", "validation", "test1", "test2")
+
+
+def page(reproduction: Reproduction) -> str:
+    """The data sheet of an opened profile: its collection, its candidates, and BM25's stored scores."""
+    result = reproduction.ensure([reproduction.bm25_config()])[0].result
+    sets = reproduction.evaluated_sets
+    bm25 = {
+        name: {
+            measure: value
+            for mode in ("rerank", "full")
+            for measure, value in result[mode].get(name, {}).get("mean", {}).items()
+        }
+        for name in sets
+    }
+    candidates = {name: reproduction.top_candidates(name) for name in sets}
+    return datasheet(reproduction.collection, candidates, bm25, reproduction.collection.triples)
+
+
+def datasheet(
+    collection: Collection,
+    candidates: Mapping[str, Run],
+    bm25: Mapping[str, Mapping[str, float]],
+    triples: Sequence[Triple],
+) -> str:
+    """A page of MyST Markdown that begins with a heading.
+
+    Args:
+        collection: what is described.
+        candidates: set → the run that encoders rerank.
+        bm25: set → measure in ir_measures' notation → BM25's value.
+        triples: what encoders are trained on.
+    """
+    sets = sorted(collection.queries, key=lambda n: (_SETS.index(n) if n in _SETS else 9, n))
+    made_of_docstrings = collection.name == "PyDocs"
+    sections = [
+        f"# The collection: {collection.name}",
+        "A data sheet in the sense of {cite:t}`gebru2021`. Its numbers are computed from the files of"
+        f" the collection when this book is built. Fingerprint: `{collection.fingerprint}` (SHA-256"
+        " over ids, texts, judgements, sources and triples, first 16 digits).",
+        _MOTIVATION if made_of_docstrings else "",
+        "## Composition",
+        _counts(collection, sets),
+        "### Lengths",
+        _lengths(collection, sets),
+        "### Judgements",
+        _GRADES if made_of_docstrings else "",
+        _grades(collection, sets),
+        "### Examples",
+        _examples(collection),
+        _collection_process() if made_of_docstrings else "",
+        "## Splits, and what keeps them apart",
+        _SPLITS if made_of_docstrings else "",
+        _closest(collection, sets),
+        "## Candidates and BM25",
+        _bm25(collection, candidates, bm25, sets),
+        "## Training triples",
+        _triples(collection, triples),
+        "## Sources and their licences",
+        _licences(collection),
+        _LIMITS if made_of_docstrings else "",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+_MOTIVATION = """\
+## Motivation
+
+PyDocs lets everybody train and evaluate a retriever on real text within minutes, on a machine without a GPU and without
+a network: its texts are docstrings of Python packages that this project installs anyway. A query is the summary
+sentence of a docstring, and the passage to find is the rest of it. People wrote both, one to say briefly what the other
+explains, which is close to a question and its answer, and nobody had to label anything. PyDocs stands in for MS MARCO
+{cite:p}`nguyen2016` where that is too large. It was made for this book and for comparisons within it, not as a
+benchmark: numbers on PyDocs can be compared only where the fingerprint is the same."""
+
+_GRADES = f"""\
+Judgements are graded, and none was made by hand:
+
+- **{pydocs.OWN}**, the passage is the rest of the docstring that the query is the summary of. Where several docstrings
+  have the same summary (the same content words in the same order), they are one query, which each of their passages
+  answers.
+- **{pydocs.NEAR}**, the passage belongs to a docstring whose summary is nearly the same: content words with a Jaccard
+  similarity of {pydocs.NEAR_QUERY} or more. The word that differs may decide ("encode", "decode") or not ("by", "via"),
+  so such a passage may be the answer. Binary measures count grades of 2 and more as relevant, as the paper does for TREC
+  DL: no correct answer counts as wrong, and some wrong ones count as right.
+- **{pydocs.NEIGHBOUR}**, the query's docstring names the passage's object under "See Also". Its authors call it related;
+  it documents something else, so it does not answer the query.
+
+Every other passage is unjudged and counts as not relevant. A judged passage, of whatever grade, is never used as a
+negative."""
+
+_SPLITS = """\
+Queries that share a passage of grade 2 or 3 form a connected component, and queries that are nearly the same do share
+such passages. Components are put in the order of a seeded hash of their texts and dealt out whole: to validation until
+it has enough, then to the first and to the second test set, the rest to training. So no query of one set has a
+near-identical twin in another, and no passage that is relevant to a query of one set is relevant to one of another. All
+sets search the same passages, as in MS MARCO: a passage that is relevant to a test query may be a negative in training."""
+
+_LIMITS = """\
+## Limits
+
+- **Not questions.** Summary sentences are what authors write, not what people type. They are complete, well spelled and
+  written with the answer at hand.
+- **Sparse judgements.** Most queries have one correct passage. Another one may answer as well without being judged; then
+  it counts as wrong, for every system alike.
+- **Judgements by rule.** Grades follow from the structure of docstrings. A passage may fail to answer its own query,
+  for instance where the summary holds the only word that tells two functions apart.
+- **Narrow.** English technical prose about scientific Python. Nothing here says how an encoder does elsewhere, in
+  particular on MS MARCO.
+- **Known text.** Docstrings are public. Encoders pre-trained on the web, and those trained on code search or on
+  questions about programming, may have seen them, summary and body side by side.
+- **Tied to versions.** Other versions of the packages give another collection with another fingerprint. So does an
+  operating system that leaves out parts of the standard library."""
+
+
+def _collection_process() -> str:
+    low, high = pydocs.QUERY_WORDS
+    return f"""\
+## Collection process
+
+The source files of each package are parsed with Python's `ast`; no package is imported. Tests, copies of other
+packages' code, and everything private (a name that begins with an underscore, or a function within a function) are left
+out. Each docstring of a function, method or class then goes through the same steps:
+
+1. **Query.** The first sentence of the first paragraph, if it has {low} to {high} words.
+2. **Passage.** The rest, on one line, without doctests and other code, displayed formulas, references, "See Also", links
+   and markup. Its parts are put in this order: what the authors wrote about the object (the rest of the summary
+   paragraph and the extended summary), what it returns, notes, parameters and exceptions (their descriptions without
+   their types), the prose of examples. An encoder may read only the beginning of a passage, and in the order of the file
+   many would begin with "Parameters", "X : array-like of shape (n_samples, n_features)", a list that hundreds of
+   passages share. With the prose first, a passage begins as an answer would.
+3. **Length.** Passages are cut at a fixed number of words, near the mean length of MS MARCO's passages. A docstring with
+   fewer than {pydocs.MIN_PASSAGE_WORDS} words in the passage, or fewer than {pydocs.MIN_PROSE_WORDS} beside its lists
+   of parameters and results, is left out: "X: training data. y: ignored." answers nothing.
+4. **Names.** An object's own name is replaced by "function", "method" or "class" in query and passage wherever it is
+   code: in backticks, qualified, called, or not a word of English (`max_clique`, `KMeans`, `log1p`). Otherwise matching
+   a rare name would be enough. A natural word such as "sort" stays in prose.
+5. **Duplicates.** Passages whose word trigrams have a Jaccard similarity of {pydocs.SAME_PASSAGE} or more become one
+   passage. A summary that more than {pydocs.MAX_ANSWERS} passages answer ("Predict class probabilities for X.") asks
+   for nothing in particular; it is dropped as a query, its passages stay.
+
+Ids follow a seeded hash of the texts and tell nothing of package, module or name. The same versions of Python and the
+packages give the same bytes."""
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table: the first column is text, the others are numbers."""
+
+    def line(cells: Sequence[object]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+    rule = "| --- |" + " ---: |" * (len(header) - 1)
+    return "\n".join([line(header), rule, *(line(row) for row in rows)])
+
+
+def _html(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of texts that other people wrote: escaped HTML, so that no character means anything."""
+    lines = ['<div style="overflow-x: auto;">', '<table class="table">', "<thead><tr>"]
+    lines += [f'<th scope="col">{escape(cell)}</th>' for cell in header]
+    lines.append("</tr></thead><tbody>")
+    for row in rows:
+        lines.append("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>")
+    return "\n".join([*lines, "</tbody></table>", "</div>"])
+
+
+def _counts(collection: Collection, sets: Sequence[str]) -> str:
+    rows = []
+    for name in sets:
+        judged = collection.qrels[name].values()
+        rows.append(
+            [
+                name,
+                f"{len(collection.queries[name]):,}",
+                f"{sum(map(len, judged)):,}",
+                f"{len({d for j in judged for d, grade in j.items() if grade >= 2}):,}",
+            ]
+        )
+    total = sum(len(texts) for texts in collection.queries.values())
+    return f"{len(collection.passages):,} passages and {total:,} queries.\n\n" + _table(
+        ["set", "queries", "judgements", "passages of grade ≥ 2"], rows
+    )
+
+
+def _lengths(collection: Collection, sets: Sequence[str]) -> str:
+    texts = {"passages": collection.passages.texts}
+    texts |= {f"queries, {name}": collection.queries[name].texts for name in sets}
+    rows = []
+    for name, some in texts.items():
+        words = np.array([len(text.split()) for text in some] or [0])
+        quantiles = np.quantile(words, [0, 0.25, 0.5, 0.75, 1])
+        rows.append([name, f"{words.mean():.1f}", *(f"{q:.0f}" for q in quantiles)])
+    return "Words (separated by white space) of a text:\n\n" + _table(
+        ["", "mean", "least", "first quartile", "median", "third quartile", "most"], rows
+    )
+
+
+def _grades(collection: Collection, sets: Sequence[str]) -> str:
+    counted = {
+        name: Counter(g for judged in collection.qrels[name].values() for g in judged.values())
+        for name in sets
+    }
+    grades = sorted({grade for counts in counted.values() for grade in counts}, reverse=True)
+    rows = []
+    for name in sets:
+        several = sum(
+            sum(grade >= 2 for grade in judged.values()) > 1
+            for judged in collection.qrels[name].values()
+        )
+        rows.append([name, *(f"{counted[name][g]:,}" for g in grades), f"{several:,}"])
+    header = ["set", *(f"grade {grade}" for grade in grades), "queries with several of grade ≥ 2"]
+    return _table(header, rows)
+
+
+def _examples(collection: Collection) -> str:
+    """The first training queries, in the order of their ids, that have a passage of a lower grade."""
+    name = "train" if "train" in collection.queries else min(collection.queries)
+    rows: list[list[object]] = []
+    for qid in sorted(collection.qrels[name]):
+        judged = sorted(collection.qrels[name][qid].items(), key=lambda item: (-item[1], item[0]))
+        by_grade = {grade: docid for docid, grade in reversed(judged)}
+        if len(by_grade) < 2 or len(rows) >= 2 * _EXAMPLES:
+            continue
+        for grade in (max(by_grade), min(by_grade)):
+            query = "" if rows and grade != max(by_grade) else collection.queries[name][qid]
+            rows.append([query, grade, collection.passages[by_grade[grade]]])
+    return (
+        f"The first queries of the set {name}, in the order of their ids, that have passages of two"
+        " grades, with a passage of the highest and one of the lowest grade.\n\n"
+        + _html(["query", "grade", "passage"], rows)
+    )
+
+
+def _closest(collection: Collection, sets: Sequence[str]) -> str:
+    texts = [(name, text) for name in sets for text in collection.queries[name].texts]
+    content = [frozenset(pydocs.normal_form(text)) for _, text in texts]
+    pairs = sorted(
+        (-len(content[a] & content[b]) / len(content[a] | content[b]), texts[a], texts[b])
+        for a, b in pydocs.similar_pairs(content, 0.6)
+        if texts[a][0] != texts[b][0]
+    )
+    if not pairs:
+        return (
+            "No two queries of different sets have content words with a Jaccard similarity of 0.6."
+        )
+    rows = [
+        [f"{-negated:.2f}", f"{one[1]} ({one[0]})", f"{other[1]} ({other[0]})"]
+        for negated, one, other in pairs[:_CLOSEST]
+    ]
+    return (
+        f"The most similar queries of different sets have content words (stemmed, without stop words)"
+        f" with a Jaccard similarity of {-pairs[0][0]:.2f}:\n\n"
+        + _html(["similarity", "query", "query of another set"], rows)
+    )
+
+
+def _bm25(
+    collection: Collection,
+    candidates: Mapping[str, Run],
+    bm25: Mapping[str, Mapping[str, float]],
+    sets: Sequence[str],
+) -> str:
+    depth = max((len(scores) for run in candidates.values() for scores in run.values()), default=0)
+    measures = list(dict.fromkeys(measure for values in bm25.values() for measure in values))
+    rows = []
+    for name in (name for name in sets if name in candidates or name in bm25):
+        qrels, run = collection.qrels[name], candidates.get(name, {})
+        relevant = {q: {d for d, grade in j.items() if grade >= 2} for q, j in qrels.items()}
+        reachable = sum(bool(relevant[q] & run.get(q, {}).keys()) for q in relevant)
+        values = [bm25.get(name, {}).get(measure) for measure in measures]
+        rows.append(
+            [
+                name,
+                f"{reachable / max(len(qrels), 1):.3f}" if run else "",
+                *("" if value is None else f"{value:.3f}" for value in values),
+            ]
+        )
+    header = ["set", "with a relevant candidate", *map(measure_label, measures)]
+    return (
+        "Candidates come from BM25 {cite:p}`robertson2009,lu2024bm25s` in Lucene's variant, with"
+        " English stop words and stemming. What an encoder reranks is the first"
+        f" {depth} of a query, so no reranking can help a query without a relevant passage (grade ≥ 2)"
+        ' among them; the column "with a relevant candidate" is the share of queries that have one.'
+        " The other columns are what BM25's own order scores: Hits@k is the share of queries with a"
+        " relevant passage among the first k, R@k the share of a query's relevant passages.\n\n"
+        + _table(header, rows)
+    )
+
+
+def _triples(collection: Collection, triples: Sequence[Triple]) -> str:
+    if not triples:
+        return "None were sampled."
+    qrels = collection.qrels.get("train", {})
+    grades = Counter(qrels.get(qid, {}).get(positive) for qid, positive, _ in triples)
+    shares = ", ".join(
+        f"{n:,} of grade {g}" for g, n in sorted(grades.items(), key=str, reverse=True)
+    )
+    queries, positives, negatives = (len(set(column)) for column in zip(*triples, strict=True))
+    return (
+        f"{len(triples):,} triples of {queries:,} queries, {positives:,} different positives ({shares})"
+        f" and {negatives:,} different negatives. A negative is drawn from the BM25 candidates of the"
+        " query, below the first ranks, where unjudged answers would be; passages with a judgement are"
+        " never drawn. Each pass over the queries takes one triple of each, in a new order."
+    )
+
+
+def _licences(collection: Collection) -> str:
+    rows = []
+    for name, version in sorted(collection.sources.items()):
+        if name == "python":
+            rows.append(["Python (its standard library, where chosen)", version, "PSF-2.0"])
+        else:
+            rows.append([name, version, _licence(name)])
+    table = _table(["distribution", "version", "licence"], rows).replace("---: |", "--- |")
+    return (
+        "The texts stay under the licences of the packages they come from, as the installed packages"
+        " declare them. The collection is built where it is used and is not distributed.\n\n"
+        + table
+    )
+
+
+def _licence(distribution: str) -> str:
+    """What an installed distribution's metadata say: expression, else classifiers, else free text."""
+    try:
+        metadata = importlib.metadata.metadata(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not recorded"
+    if "License-Expression" in metadata:
+        return metadata["License-Expression"]
+    classified = [
+        text.rpartition(" :: ")[2]
+        for text in metadata.get_all("Classifier") or []
+        if text.startswith("License :: ")
+    ]
+    stated = metadata["License"].strip().splitlines() if "License" in metadata else []
+    return ", ".join(classified) or (stated[0].strip() if stated else "not recorded")
