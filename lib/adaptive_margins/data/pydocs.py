@@ -339,8 +339,10 @@ def parse_docstring(
     parts.sort(key=lambda part: part[0])
 
     prose = _plain("\n".join(text for rank, text in parts if rank in _PROSE), name, kind).split()
+    if len(prose) < MIN_PROSE_WORDS:
+        return None
     words = _plain("\n".join(text for _, text in parts), name, kind).split()
-    if len(prose) < MIN_PROSE_WORDS or len(words) < MIN_PASSAGE_WORDS:
+    if len(words) < MIN_PASSAGE_WORDS:
         return None
     return query, " ".join(words[:max_words]), tuple(see_also)
 
