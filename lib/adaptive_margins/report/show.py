@@ -263,14 +263,52 @@ def gains(data: pd.DataFrame, labels: Mapping[str, str] | None = None) -> str:
             ("✓" if r.in_batch else "✗") if several else r.batch_size,
             measure_label(r.measure),
             score(r.start),
-            f"{score(r.best)} (step {r.step})",
-            f"{r.difference:+.3f} {interval(r.low, r.high)}".replace("-", "−"),
-            f"`{r.run_id}`",
+            score(r.best),
+            r.step,
+            f"{r.difference:+.3f}\u00a0".replace("-", "−")
+            + interval(r.low, r.high).replace(" ", "\u00a0"),
+            f"`{r.run_id[:8]}`",
         ]
         for r in data.itertuples()
     ]
-    header = ["Encoder", "In-batch" if several else "Batch size", "Measure", "Step 0"]
-    return markdown_table([*header, "Best step", "Difference, 95 % interval", "Run"], rows)
+    header = ["Encoder", "In-batch" if several else "Batch", "Measure", "Step 0", "Best", "At step"]
+    return markdown_table([*header, "Difference, 95\u00a0% interval", "Run"], rows)
+
+
+def read_curves(data: pd.DataFrame, references: Mapping[str, float]) -> str:
+    """Figure 4 or 5 in a paragraph: each curve's start, maximum and end in the first measure, beside BM25's own order."""
+    measure = str(data["measure"].iloc[0])
+    rows = data[data["measure"] == measure]
+    by = "in_batch" if rows["in_batch"].nunique() > 1 else "batch_size"
+    sentences = [f"BM25's own order has {measure_label(measure)} {score(references[measure])}."]
+    for value, column in rows.groupby(by, sort=True):
+        parts = []
+        for encoder, curve in column.groupby("encoder", sort=False):
+            own = curve.sort_values("triples")
+            best = own[own["maximum"].astype(bool)].iloc[0]
+            parts.append(
+                f"{encoder_label(str(encoder))} starts at {score(own['value'].iloc[0])}, has its maximum,"
+                f" {score(best['value'])}, after {best['triples']:,} triples, and ends at {score(own['value'].iloc[-1])}"
+            )
+        where = f"Batches of {value}" if by == "batch_size" else figures.IN_BATCH[bool(value)]
+        sentences.append(f"{where[0].upper()}{where[1:]}: {'; '.join(parts)}.")
+    return " ".join(sentences)
+
+
+def read_targets(data: pd.DataFrame) -> str:
+    """Figure 6 in a paragraph: where φ and the target lie in the first and in the last step shown, smoothed."""
+
+    def spans(row: pd.Series) -> str:
+        phi = f"φ from {row['min']:.2f} to {row['max']:.2f}, mean {row['mean']:.2f}"
+        return f"{phi} (a target of {(1 + row['mean']) / 2:.2f})".replace("-", "−")
+
+    sentences = []
+    for encoder, rows in data.sort_values("step").groupby("encoder", sort=False):
+        first, last = rows.iloc[0], rows.iloc[-1]
+        sentences.append(
+            f"{encoder_label(str(encoder))}: in step {first['step']} {spans(first)}; in step {last['step']} {spans(last)}."
+        )
+    return " ".join(sentences)
 
 
 def index_cost(reproduction: Reproduction, data: pd.DataFrame) -> pd.DataFrame:
