@@ -118,6 +118,7 @@ class Reproduction:
             count=self.triples_needed,
             ranks=(low, high),
             seed=settings.seed,
+            min_grade=pydocs.OWN,
         )
         collection = dataclasses.replace(collection, triples=triples)
         folder = self.home / "collections" / collection.fingerprint
