@@ -240,7 +240,7 @@ def hidden_states(
 ) -> None:
     """Write what comes out of the first k transformer layers, for each k in ``layers``, to ``out[k]`` (tokens, D)."""
     model = copy.deepcopy(_bert(encoder)).eval()
-    model.encoder.layer = model.encoder.layer[: max(layers)]
+    model.encoder.layer = model.encoder.layer[: max(1, *layers)]  # without any, no states are given
     model.pooler = None
     order = np.argsort(tokens.lengths, kind="stable")
     with torch.inference_mode():
@@ -357,7 +357,7 @@ def cached_states(
     return {k: _read_states(path, rows) for k, path in paths.items()}
 
 
-def _allocate(path: Path, shape: tuple[int, int]) -> np.ndarray:
+def _allocate(path: Path, shape: tuple[int, int]) -> np.memmap:
     table = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     with path.open(
         "r+b"
@@ -376,6 +376,10 @@ def _read_states(path: Path, rows: int) -> np.ndarray:
     if len(table) != rows:
         raise EncoderError(
             f"{path} holds the states of {len(table)} tokens, expected {rows}; delete it to compute it anew"
+        )
+    if table.dtype != np.float32 or table.ndim != 2:
+        raise EncoderError(
+            f"{path} holds {table.ndim} dimensions of {table.dtype}, expected 2 of float32; delete it to compute it anew"
         )
     return table
 

