@@ -5,6 +5,7 @@ Texts are Markdown. Every number in them comes from the profile, the collection,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
@@ -45,7 +46,10 @@ NAMES = {
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A Markdown table; a cell's line breaks and bars do not break it."""
-    lines = [[" ".join(str(c).split()).replace("|", "\\|") for c in row] for row in (header, *rows)]
+    lines = [
+        [re.sub(r"[ \t\n]+", " ", str(cell)).strip().replace("|", "\\|") for cell in row]
+        for row in (header, *rows)
+    ]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -259,17 +263,17 @@ def gains(data: pd.DataFrame, labels: Mapping[str, str] | None = None) -> str:
     several = data["in_batch"].nunique() > 1
     rows = [
         [
-            encoder_label(r.encoder, labels),
-            ("✓" if r.in_batch else "✗") if several else r.batch_size,
-            measure_label(r.measure),
-            score(r.start),
-            score(r.best),
-            r.step,
-            f"{r.difference:+.3f}\u00a0".replace("-", "−")
-            + interval(r.low, r.high).replace(" ", "\u00a0"),
-            f"`{r.run_id[:8]}`",
+            encoder_label(r["encoder"], labels),
+            ("✓" if r["in_batch"] else "✗") if several else r["batch_size"],
+            measure_label(r["measure"]),
+            score(r["start"]),
+            score(r["best"]),
+            r["step"],
+            f"{r['difference']:+.3f}\u00a0".replace("-", "−")
+            + interval(r["low"], r["high"]).replace(" ", "\u00a0"),
+            f"`{r['run_id'][:8]}`",
         ]
-        for r in data.itertuples()
+        for r in data.to_dict("records")
     ]
     header = ["Encoder", "In-batch" if several else "Batch", "Measure", "Step 0", "Best", "At step"]
     return markdown_table([*header, "Difference, 95\u00a0% interval", "Run"], rows)
@@ -335,11 +339,14 @@ def index_cost(reproduction: Reproduction, data: pd.DataFrame) -> pd.DataFrame:
 
 def index_found(data: pd.DataFrame) -> str:
     """The frame of `index_cost` in a sentence."""
-    low, high = data["difference"].min(), data["difference"].max()
     kinds = " and ".join(f"`{kind}`" for kind in dict.fromkeys(data["index"]))
-    return (
-        f"With the index {kinds} the scores differ from those of an exact search by {low:+.3f} to {high:+.3f}".replace(
-            "-", "−"
-        )
-        + f"; it finds {data['recall'].min():.1%} to {data['recall'].max():.1%} of the passages that exact search does."
+    text = f"The FAISS index of these runs is {kinds}. "
+    recall = data["recall"]
+    if (data["difference"] == 0).all() and (recall == 1).all():
+        return text + "It finds what exact search finds, so no score differs."
+    low, high = data["difference"].min(), data["difference"].max()
+    text += (
+        f"Its scores differ from those of an exact search by {low:+.3f} to {high:+.3f}; it finds"
     )
+    text += f" {recall.min():.1%} to {recall.max():.1%} of the passages that exact search does."
+    return text.replace("-0", "−0")

@@ -49,12 +49,12 @@ CSS = """\
 .am-tables table.am-table > caption > span { display: inline-block; position: sticky; left: 0;
   max-width: calc(100cqw - 1em); }
 .am-tables .am-scroll table.am-table tr, .am-tables .am-scroll table.am-table tr:hover { background: none; }
-.am-tables .am-scroll table.am-table > * > tr > * { padding: .25em .5em; border: 0; color: inherit; background: none;
+.am-tables .am-scroll table.am-table > * > tr > * { padding: .25em .4em; border: 0; color: inherit; background: none;
   text-align: right; vertical-align: top; white-space: nowrap; font-weight: inherit; }
 .am-tables .am-scroll table.am-table > * > tr > .am-text { text-align: left; }
 .am-tables .am-scroll table.am-table > * > tr > .am-long { text-align: left; white-space: normal; min-width: 16em; }
 .am-tables .am-scroll table.am-table > thead > tr > th { border-bottom: 1px solid #8c8c8c; font-weight: 600;
-  vertical-align: bottom; }
+  vertical-align: bottom; white-space: normal; }
 .am-tables .am-scroll table.am-table > thead > tr > th[colspan] { text-align: center; }
 .am-tables .am-scroll table.am-table > tbody { border-bottom: 1px solid #8c8c8c80; }
 .am-tables .am-scroll table.am-table > tbody > tr > th.am-block { font-weight: 600; padding-top: .6em; }
