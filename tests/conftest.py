@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,3 +162,18 @@ def tiny_folder(tmp_path_factory) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+def run_config(**values: Any) -> Any:
+    """A small run's configuration, ``values`` in the place of its own."""
+    from adaptive_margins.training import RunConfig
+
+    config = {
+        "encoder": "tiny", "weights": "0" * 64, "pooling": "mean", "layers": None, "trained_layers": None,
+        "query_length": 8, "passage_length": 12, "loss": "margin", "target": "distributed", "in_batch": False,
+        "batch_size": 4, "triples": 28, "learning_rate": 1e-2, "weight_decay": 0.0, "decay": 1.0,
+        "optimizer": "adamw_torch_fused", "precision": "fp32", "dropout": 0.0, "seed": 1, "evaluate_every": 2,
+        "patience": 0, "keep": "best", "selection": "nDCG@10", "validation": "validation", "depth": 8,
+        "rerank_measures": ("nDCG@10",), "collection": "f" * 16, "code_version": 1,
+    }  # fmt: skip
+    return RunConfig.model_validate({**config, **values})

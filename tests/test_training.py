@@ -1,0 +1,642 @@
+"""Training against naive computations: loss, order, schedule, curve, early stopping, clocks, and what a kill leaves."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+from adaptive_margins import training
+from adaptive_margins.encoders import Tokens, load_encoder
+from adaptive_margins.evaluation import Evaluation
+from adaptive_margins.experiments import Reproduction
+from adaptive_margins.losses import margin_loss
+from adaptive_margins.profiles import EncoderSettings
+from adaptive_margins.store import StoredRun
+from adaptive_margins.training import (
+    COMPLETE,
+    TrainingError,
+    newest_checkpoint,
+    train,
+    trainable,
+)
+from conftest import ROOT, in_child, run_config
+
+TRIPLES = 40
+
+
+@pytest.fixture(scope="module")
+def material(tiny_folder):
+    """A tiny encoder, random texts and triples."""
+    rng = np.random.default_rng(5)
+
+    def texts(count: int, longest: int) -> Tokens:
+        ids = [[2, *rng.integers(5, 17, size=rng.integers(1, longest)), 3] for _ in range(count)]
+        return Tokens(np.concatenate(ids), np.cumsum([0, *map(len, ids)]), 0)
+
+    queries, passages = texts(12, 6), texts(30, 10)
+    triples = np.stack(
+        [
+            rng.integers(12, size=TRIPLES),
+            rng.integers(15, size=TRIPLES),
+            rng.integers(15, 30, size=TRIPLES),
+        ],
+        axis=1,
+    )
+    model = load_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=0.0)
+    return SimpleNamespace(queries=queries, passages=passages, triples=triples, model=model)
+
+
+class Script:
+    """An evaluator that says what it was told to, and remembers the weights it saw."""
+
+    def __init__(self, values=(), then=None):
+        self.values, self.seen, self.then = list(values), [], then
+
+    def __call__(self, model):
+        self.seen.append({k: v.detach().clone() for k, v in trainable(model).items()})
+        number = len(self.seen) - 1
+        if self.then is not None:
+            self.then(number)
+        value = self.values[number] if number < len(self.values) else 0.0
+        return Evaluation({"nDCG@10": value}, {"nDCG@10": {"q": value, "step": float(number)}})
+
+
+def measured(model):
+    """A measure that depends on the weights, to notice any difference."""
+    value = float(sum(p.detach().double().abs().sum() for p in trainable(model).values()))
+    return Evaluation({"nDCG@10": value}, {"nDCG@10": {"q": value}})
+
+
+def run(material, folder, evaluator=None, **values):
+    """Train a copy of the tiny model; returns it with the result."""
+    options = {k: values.pop(k) for k in ("initial", "checkpoint_every") if k in values}
+    model = values.pop("model", None) or copy.deepcopy(material.model)
+    triples = values.pop("rows", material.triples)
+    result = train(
+        run_config(**values), model, triples, material.queries, material.passages, evaluator or Script(),
+        folder=folder, **options,
+    )  # fmt: skip
+    return model, result
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """Every step's loss beside the embeddings it was computed from, each text embedded alone."""
+    steps = []
+    forward = training._RecordedLoss.forward
+
+    def spy(self, features, labels=None):
+        loss = forward(self, features, labels)
+        columns = []
+        for column in features:
+            vectors = []
+            for ids, mask in zip(column["input_ids"], column["attention_mask"], strict=True):
+                one = {
+                    "input_ids": ids[mask.bool()][None],
+                    "attention_mask": mask[mask.bool()][None],
+                }
+                with torch.no_grad():
+                    vectors.append(self.model(one)["sentence_embedding"][0])
+            columns.append(torch.stack(vectors))
+        steps.append((loss.item(), columns, features))
+        return loss
+
+    monkeypatch.setattr(training._RecordedLoss, "forward", spy)
+    return steps
+
+
+@pytest.fixture
+def trainers(monkeypatch):
+    """The trainers that were used, and the learning rate of each of their steps."""
+    seen = []
+    step = training._Trainer.training_step
+
+    def spy(self, *args, **kwargs):
+        if self not in seen:
+            seen.append(self)
+            self.rates = []
+        self.rates.append([group["lr"] for group in self.optimizer.param_groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(training._Trainer, "training_step", spy)
+    return seen
+
+
+@pytest.fixture
+def rows_seen(monkeypatch):
+    """The triples in the order in which they were trained on."""
+    seen = []
+    collate = training._TripleCollator.__call__
+
+    def spy(self, rows):
+        seen.extend((r["query"], r["positive"], r["negative"]) for r in rows)
+        return collate(self, rows)
+
+    monkeypatch.setattr(training._TripleCollator, "__call__", spy)
+    return seen
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target": 0.3},
+        {"target": 1, "in_batch": True, "error": "soft"},
+        {"target": "adaptive", "error": "absolute"},
+        {"target": "adaptive", "in_batch": True, "orientation": "released"},
+        {"target": "distributed"},
+        {"target": "distributed", "orientation": "released", "stop_gradient": True},
+    ],
+    ids=str,
+)
+def test_the_loss_is_that_of_the_embeddings(material, tmp_path, losses, settings):
+    run(material, tmp_path, **settings)
+    assert len(losses) == 7
+    for loss, columns, _ in losses:
+        assert loss == pytest.approx(margin_loss(*columns, **settings).item(), abs=1e-5)
+
+
+def test_the_softmax_loss_is_sentence_transformers_own(material, tmp_path, losses):
+    run(material, tmp_path, loss="softmax", target=None, in_batch=True, triples=4)
+    loss, columns, features = losses[0]
+    model = copy.deepcopy(material.model)
+    expected = MultipleNegativesRankingLoss(model)([dict(f) for f in features], None).item()
+    assert loss == pytest.approx(expected, abs=1e-5)
+    # And by hand: cosine × 20, all positives and negatives of the batch as choices.
+    q, p, n = (torch.nn.functional.normalize(c, dim=-1) for c in columns)
+    logits = 20 * q @ torch.cat([p, n]).T
+    by_hand = torch.nn.functional.cross_entropy(logits, torch.arange(4)).item()
+    assert loss == pytest.approx(by_hand, abs=1e-4)
+
+
+def test_targets_are_those_of_every_step(material, tmp_path, losses):
+    _, result = run(material, tmp_path)
+    assert result.targets["step"].tolist() == list(range(1, 8))
+    for row, (_, (_, positive, negative), _) in zip(
+        result.targets.itertuples(), losses, strict=True
+    ):
+        similarities = [
+            float(p @ n) / math.sqrt(float(p @ p) * float(n @ n))
+            for p in positive
+            for n in negative
+        ]
+        expected = (sum(similarities) / 16, min(similarities), max(similarities))
+        assert (row.mean, row.min, row.max) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_gradient_is_that_of_the_loss(material, tmp_path):
+    """One step of Adam from scratch moves each weight by the rate, against the sign of its gradient."""
+    model, _ = run(material, tmp_path, triples=4, keep="last", learning_rate=1e-3)
+    plain = copy.deepcopy(material.model)
+    first = material.triples[np.random.default_rng(1).permutation(TRIPLES)[:4]]
+    sets = (material.queries, material.passages, material.passages)
+    columns = [
+        plain(tokens.batch(first[:, i]))["sentence_embedding"] for i, tokens in enumerate(sets)
+    ]
+    margin_loss(*columns).backward()
+    after = dict(model.named_parameters())
+    compared = 0
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is None:
+            assert torch.equal(parameter, after[name]), name
+            continue
+        clear = parameter.grad.abs() > 1e-4  # where Adam's 1e-8 does not matter
+        expected = parameter - 1e-3 * parameter.grad.sign()
+        np.testing.assert_allclose(
+            after[name][clear].detach(), expected[clear].detach(), atol=2e-6, err_msg=name
+        )
+        compared += int(clear.sum())
+    assert compared > 1000
+
+
+# ---- optimiser -------------------------------------------------------------------------------------------------------
+
+
+def test_weight_decay_spares_layer_norm_and_bias(material, tmp_path, trainers):
+    run(material, tmp_path, weight_decay=0.25)
+    names = {id(p): name for name, p in trainers[0].model.named_parameters()}
+    decays = {
+        names[id(p)]: group["weight_decay"]
+        for group in trainers[0].optimizer.param_groups
+        for p in group["params"]
+    }
+    assert len(decays) == len(names)
+    assert {v for k, v in decays.items() if "LayerNorm" in k or k.endswith("bias")} == {0.0}
+    assert {v for k, v in decays.items() if "LayerNorm" not in k and k.endswith("weight")} == {0.25}
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+def test_the_rate_decays_by_gamma_a_step(material, tmp_path, trainers, decay):
+    run(material, tmp_path, decay=decay, learning_rate=0.02)
+    assert len(trainers[0].rates) == 7
+    for step, rates in enumerate(trainers[0].rates):
+        assert rates == [pytest.approx(0.02 * decay**step, rel=1e-12)] * len(rates)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch_fused", "adamw_torch", "adamw_8bit"])
+def test_optimisers_train(material, tmp_path, trainers, losses, optimizer):
+    model, _ = run(material, tmp_path, optimizer=optimizer, keep="last", learning_rate=1e-3)
+    kind = type(trainers[0].optimizer.optimizer)
+    if optimizer == "adamw_8bit":
+        assert kind.__module__.startswith("bitsandbytes")
+        assert {a["optim_bits"] for a in [trainers[0].optimizer.optimizer.args.__dict__]} == {8}
+    else:
+        assert kind is torch.optim.AdamW
+        fused = {g["fused"] for g in trainers[0].optimizer.param_groups}
+        assert fused == {True if optimizer == "adamw_torch_fused" else None} or fused == {False}
+    moved = [
+        float((a - b).detach().abs().max())
+        for a, b in zip(trainable(model).values(), trainable(material.model).values(), strict=True)
+    ]
+    assert 0 < max(moved) < 0.1
+    assert all(math.isfinite(loss) for loss, *_ in losses)
+
+
+def test_no_gradient_is_clipped(material, tmp_path, trainers):
+    run(material, tmp_path)
+    assert trainers[0].args.max_grad_norm == 0
+
+
+def test_bf16_trains(material, tmp_path, losses):
+    model, result = run(material, tmp_path, precision="bf16", keep="last", learning_rate=1e-3)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert result.stop_step == 7
+    assert all(math.isfinite(loss) for loss, *_ in losses)
+
+
+def test_frozen_parameters_stay(material, tmp_path):
+    model = copy.deepcopy(material.model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "layer.2." in name
+    trained, _ = run(material, tmp_path, model=model, keep="last", weight_decay=0.5)
+    for (name, before), after in zip(
+        material.model.named_parameters(), trained.parameters(), strict=True
+    ):
+        unused = "layer.2." not in name
+        assert torch.equal(before, after) == unused, name
+
+
+# ---- order -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_order_depends_on_the_seed_alone(material, tmp_path, rows_seen):
+    orders = {}
+    for number, (seed, values) in enumerate(
+        [
+            (1, {}),
+            (1, {"target": 0.5, "in_batch": True, "learning_rate": 1e-4, "evaluate_every": 3}),
+            (1, {"batch_size": 7, "evaluate_every": 0}),
+            (1, {"loss": "softmax", "target": None, "in_batch": True}),
+            (2, {}),
+        ]
+    ):
+        rows_seen.clear()
+        torch.manual_seed(number)
+        np.random.seed(number)
+        run(material, tmp_path / str(number), seed=seed, **values)
+        orders[number] = (seed, list(rows_seen))
+    expected = {
+        seed: [tuple(r) for r in material.triples[np.random.default_rng(seed).permutation(TRIPLES)]]
+        for seed in (1, 2)
+    }
+    assert expected[1] != expected[2]
+    for seed, order in orders.values():
+        assert order == expected[seed][:28]
+
+
+# ---- curve, early stopping, what is kept -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"), [(0, [0, 7]), (1, [*range(8)]), (3, [0, 3, 6, 7]), (7, [0, 7]), (9, [0, 7])]
+)
+def test_evaluations_are_every_k_steps_and_at_the_end(material, tmp_path, every, steps):
+    script = Script(range(10))
+    _, result = run(material, tmp_path, script, evaluate_every=every)
+    assert result.curve["step"].tolist() == steps
+    assert result.curve["triples"].tolist() == [4 * s for s in steps]
+    assert result.curve["nDCG@10"].tolist() == list(range(len(steps)))
+    assert list(result.curve.columns) == ["step", "triples", "seconds", "nDCG@10"]
+    assert len(script.seen) == len(steps)
+    assert (result.stop_step, result.triples) == (7, 28)
+
+
+def test_a_known_start_is_not_evaluated_again(material, tmp_path):
+    script = Script([1.0] * 9)
+    start = Evaluation({"nDCG@10": 5.0}, {"nDCG@10": {"q": 5.0}})
+    model, result = run(material, tmp_path, script, initial=start)
+    assert len(script.seen) == 4
+    assert result.curve["nDCG@10"].tolist() == [5.0, 1.0, 1.0, 1.0, 1.0]
+    assert result.kept == start
+    assert (result.best_step, result.kept_step) == (0, 0)
+    same(trainable(model), trainable(material.model))
+
+
+def same(a, b, tolerance=0.0):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(
+            a[name].detach(), b[name].detach(), rtol=0, atol=tolerance, err_msg=name
+        )
+
+
+@pytest.mark.parametrize(
+    ("values", "patience", "stop", "best"),
+    [  # evaluations at steps 0, 1, 2, …, 7
+        ([5, 4, 3, 2, 1, 0, 0, 0], 2, 2, 0),
+        ([0, 5, 4, 3, 9, 9, 9, 9], 2, 3, 1),
+        ([0, 5, 4, 6, 5, 5, 9, 9], 2, 5, 3),
+        ([0, 5, 5, 5, 5, 9, 9, 9], 3, 4, 1),  # equal is no gain, the first of equals is kept
+        ([0, 1, 2, 3, 4, 5, 6, 7], 1, 7, 7),
+        ([0, 1, 0, 0, 0, 0, 0, 2], 0, 7, 7),  # 0: no early stopping
+        ([0, 1, 0, 0, 0, 0, 0, 0], 6, 7, 1),
+        ([1, 0, 0, 0, 0, 0, 0, 0], 1, 1, 0),
+    ],
+    ids=str,
+)
+def test_early_stopping_and_the_best_state(material, tmp_path, values, patience, stop, best):
+    script = Script(values)
+    model, result = run(
+        material, tmp_path, script, evaluate_every=1, patience=patience, checkpoint_every=2
+    )
+    assert (result.stop_step, result.best_step, result.kept_step) == (stop, best, best)
+    assert result.curve["step"].tolist() == list(range(stop + 1))
+    assert len(result.targets) == stop
+    assert result.triples == 4 * stop
+    assert result.kept.mean == {"nDCG@10": values[best]}
+    assert result.kept.per_query["nDCG@10"] == {"q": values[best], "step": best}
+    same(trainable(model), script.seen[best])
+    if best:
+        assert not torch.equal(
+            *(s["0.model.encoder.layer.0.output.dense.weight"] for s in script.seen[best - 1 : best + 1])
+        )  # fmt: skip
+    else:
+        same(trainable(model), trainable(material.model))
+
+
+def test_keep_last(material, tmp_path):
+    script = Script([0, 9, 1, 2, 3])
+    model, result = run(material, tmp_path, script, keep="last")
+    assert (result.best_step, result.kept_step) == (2, 7)
+    assert result.kept.mean == {"nDCG@10": 3}
+    same(trainable(model), script.seen[-1])
+
+
+def test_the_clocks_of_training_and_evaluation_are_kept_apart(material, tmp_path, monkeypatch):
+    script = Script(range(9), then=lambda number: time.sleep(0.3))
+    save = training._Trainer._save_checkpoint
+
+    def slow(self, *args):
+        time.sleep(0.5)
+        save(self, *args)
+
+    monkeypatch.setattr(training._Trainer, "_save_checkpoint", slow)
+    since = time.perf_counter()
+    _, result = run(material, tmp_path, script, checkpoint_every=2)
+    whole = time.perf_counter() - since
+    assert 1.5 <= result.eval_seconds <= whole - 1.5  # five evaluations; three checkpoints
+    assert 0 < result.train_seconds <= whole - 3.0
+    seconds = result.curve["seconds"].tolist()
+    assert seconds[0] == 0
+    assert seconds == sorted(seconds)
+    assert seconds[-1] == result.train_seconds
+    assert result.peak_bytes > 50e6
+
+
+# ---- what cannot go on -----------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_names_run_and_settings(material, tmp_path):
+    config = run_config(learning_rate=1e30, target=0.4)
+    with pytest.raises(TrainingError) as error:
+        run(material, tmp_path, learning_rate=1e30, target=0.4)
+    for word in (config.run_id, "tiny", "target 0.4", "1e+30", "after step", "try a smaller rate"):
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "rows"), [({"triples": 44}, TRIPLES), ({"triples": 3}, TRIPLES), ({}, 27), ({}, 0)]
+)
+def test_too_few_triples(material, tmp_path, values, rows):
+    with pytest.raises(
+        TrainingError, match=rf"needs \d+ triples in batches of 4, there are {rows}"
+    ):
+        run(material, tmp_path, rows=material.triples[:rows], **values)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_in_a_checkpoint(material, tmp_path):
+    def fill():
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        run(material, tmp_path, checkpoint_every=2)
+
+    told = in_child(fill)
+    assert told.startswith(f"TrainingError: run {run_config().run_id}: {tmp_path / 'checkpoint-2'}")
+    assert "could not be written" in told
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+# ---- killed and resumed ----------------------------------------------------------------------------------------------
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in(name, number):
+    """Make the ``number``-th call (from 1) of a method of the trainer the last thing the process does."""
+    original, calls = getattr(training._Trainer, name), []
+
+    def deadly(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            die()
+        return original(self, *args, **kwargs)
+
+    setattr(training._Trainer, name, deadly)
+
+
+def kill_before_the_mark_of(name):
+    """All of a checkpoint is written and older ones are removed, but it is not marked as complete."""
+
+    def deadly(file):
+        if Path(f"/proc/self/fd/{file}").readlink().parent.name == name:
+            die()
+
+    os.fsync = deadly
+
+
+@pytest.mark.parametrize(
+    ("moment", "resumed_from"),
+    [
+        (lambda: kill_in("training_step", 2), None),
+        (lambda: kill_in("training_step", 6), 4),
+        (lambda: kill_in("_save_rng_state", 1), None),  # a checkpoint is half-written
+        (lambda: kill_in("_save_rng_state", 3), 4),
+        (lambda: kill_in("evaluate", 2), 2),
+        (lambda: kill_before_the_mark_of("checkpoint-6"), 4),
+    ],
+    ids=["before any", "step", "half of the first", "half of the third", "evaluation", "mark"],
+)  # fmt: skip
+def test_a_killed_run_ends_as_an_uninterrupted_one(
+    material, tiny_folder, tmp_path, moment, resumed_from
+):
+    dropout = 0.2  # so that the state of the random numbers counts, too
+    settings = EncoderSettings(base=str(tiny_folder("bert")))
+    values = {
+        "evaluate_every": 2, "patience": 3, "decay": 0.95, "weight_decay": 0.1, "dropout": dropout, "checkpoint_every": 2,
+    }  # fmt: skip
+
+    def go(folder):
+        model = load_encoder(settings, dropout=dropout)
+        return run(material, folder, measured, model=model, **values)
+
+    expected_model, expected = go(tmp_path / "whole")
+
+    def killed():
+        moment()
+        go(tmp_path / "killed")
+
+    assert in_child(killed) == "died"
+    checkpoint = newest_checkpoint(tmp_path / "killed")
+    assert (checkpoint and checkpoint.name) == (resumed_from and f"checkpoint-{resumed_from}")
+    model, result = go(tmp_path / "killed")
+    same(trainable(model), trainable(expected_model))
+    columns = ["step", "triples", "nDCG@10"]
+    pd.testing.assert_frame_equal(result.curve[columns], expected.curve[columns])
+    pd.testing.assert_frame_equal(result.targets, expected.targets)
+    for name in ("best_step", "kept_step", "stop_step", "triples", "kept"):
+        assert getattr(result, name) == getattr(expected, name)
+    seconds = result.curve["seconds"].tolist()
+    assert seconds == sorted(seconds)
+
+
+def test_a_step_of_early_stopping_is_not_resumed_past(material, tmp_path):
+    """Killed after it stopped but before it was stored, a run stops at the same step again."""
+    values = {"evaluate_every": 2, "patience": 1, "checkpoint_every": 2}
+    results = [run(material, tmp_path, Script([5, 6, 4, 9, 9]), **values)[1]]
+    assert newest_checkpoint(tmp_path).name == "checkpoint-2"
+    results.append(run(material, tmp_path, Script([4, 9, 9]), **values)[1])
+    assert [r.stop_step for r in results] == [4, 4]
+    assert [r.best_step for r in results] == [2, 2]
+
+
+def test_half_written_checkpoints_are_removed(tmp_path):
+    assert newest_checkpoint(tmp_path / "none") is None
+    for step in (2, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
+        if step < 12:
+            (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert not (tmp_path / "checkpoint-12").exists()
+
+
+def copy_home(home: Path, to: Path, without: set[str]) -> Path:
+    """A home with the collection, caches and runs of another, some runs left out."""
+    to.mkdir()
+    for name in ("collections", "cache"):
+        shutil.copytree(home / name, to / name)
+    shutil.copytree(home / "runs", to / "runs", ignore=shutil.ignore_patterns(*without))
+    return to
+
+
+def same_run(a: StoredRun, b: StoredRun):
+    """Equal but for clocks and memory."""
+    assert a.config == b.config
+    own = {"train_seconds", "eval_seconds", "peak_bytes", "index"}
+    assert {k: v for k, v in a.result.items() if k not in own} == {
+        k: v for k, v in b.result.items() if k not in own
+    }
+    pd.testing.assert_frame_equal(a.curve.drop(columns="seconds"), b.curve.drop(columns="seconds"))
+    pd.testing.assert_frame_equal(a.targets, b.targets)
+    assert sorted(p.name for p in a.path.iterdir()) == sorted(p.name for p in b.path.iterdir())
+    for file in a.path.glob("*.run.gz"):
+        assert file.read_bytes() == (b.path / file.name).read_bytes()
+
+
+def test_a_killed_run_of_a_profile_leaves_nothing_that_looks_finished(smoke, tmp_path):
+    config = smoke.variant_config("minilm-4", "distributed", False)
+    assert config.save_model
+    home = copy_home(smoke.home, tmp_path / "home", {config.run_id})
+    other = Reproduction(smoke.profile, home)
+    assert not other.store.has(config)
+    checkpoints = home / "cache" / "work" / config.run_id
+
+    def killed():
+        kill_in("training_step", 4)
+        other.execute(config)
+
+    assert in_child(killed) == "died"
+    assert newest_checkpoint(checkpoints).name == "checkpoint-2"
+    assert not other.store.has(config)
+
+    def killed_while_storing():
+        import adaptive_margins.store as store
+
+        store.write_run = lambda *_: die()
+        other.execute(config)
+
+    before = {p.name for p in (home / "runs").iterdir()}
+    assert in_child(killed_while_storing) == "died"
+    assert not other.store.has(config)
+    assert {p.name for p in (home / "runs").glob("[!.]*")} == before
+    assert checkpoints.is_dir()
+
+    stored = other.execute(config)
+    assert not checkpoints.exists()
+    expected = smoke.store.get(config)
+    same_run(stored, expected)
+    same(*(load_file(r.path / "model" / "model.safetensors") for r in (stored, expected)), 1e-6)
+
+
+def test_workers_end_with_their_parent_and_the_rest_is_made_later(smoke, tmp_path):
+    removed = [*smoke.figure4_configs(), *smoke.figure5_configs()]
+    ids = {c.run_id for c in removed}
+    home = copy_home(smoke.home, tmp_path / "home", ids)
+    code = "from adaptive_margins.cli import main; main()"
+    parent = psutil.Popen(
+        [os.sys.executable, "-c", code, "reproduce", "--profile", "smoke", "--runs-only"],
+        env={**os.environ, "ADAPTIVE_MARGINS_HOME": str(home)}, cwd=ROOT,
+    )  # fmt: skip
+    runs = home / "runs"
+    deadline = time.monotonic() + 200
+    while not any((runs / i).exists() for i in ids):
+        assert parent.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = parent.children(recursive=True)
+    assert len(workers) >= 2
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+    made = {i: (runs / i).stat().st_mtime_ns for i in ids if (runs / i).exists()}
+    assert 0 < len(made) < len(ids)
+    for path in runs.glob("[!.]*"):
+        stored = StoredRun(path)
+        assert stored.config.run_id == path.name
+        assert stored.result
+
+    Reproduction(smoke.profile.model_copy(update={"workers": 1}), home).run_all()
+    assert {i: (runs / i).stat().st_mtime_ns for i in made} == made
+    for config in removed:
+        same_run(StoredRun(runs / config.run_id), smoke.store.get(config))
