@@ -383,7 +383,8 @@ def test_table3_as_in_the_paper():
     assert line.startswith("- **Partly as in the paper**")
     # .1 below the best with a half-width of .03: none is equivalent, all are lower.
     assert "distributed targets are best or equivalent to the best in nDCG@10 in 0 of 6" in text
-    assert "48 comparisons with the best, 0 are equivalent and 48 are lower" in text
+    assert "Comparisons with the best: 48. Equivalent: 0; lower, with an interval" in text
+    assert "excludes 0: 48, of which 0" in text
 
 
 def test_table3_flips_with_the_data():

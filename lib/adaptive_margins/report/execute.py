@@ -158,11 +158,11 @@ def tidied(executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
         for output in cell.get("outputs", []):
-            output.get("data", {}).pop(_WIDGET, None)
             if "text" in output:
                 output["text"] = re.sub(r"\S*/ipykernel_\d+/\d+\.py", "notebook", output["text"])
         if "outputs" in cell:
-            cell["outputs"] = [o for o in cell["outputs"] if o.get("data", True)]
+            # The text that stands in for a widget, a progress bar mostly, is of no use on a page.
+            cell["outputs"] = [o for o in cell["outputs"] if _WIDGET not in o.get("data", {})]
     nbformat.validate(page)
     return page
 

@@ -416,14 +416,14 @@ def _change(
     before: float, after: float, low: float | None = None, high: float | None = None
 ) -> str:
     """From … to …, with how sure the difference is."""
-    text = f"from {score(before)} to {score(after)}, {_signed(after - before)}"
+    text = f"from {score(before)} to {score(after)}, {signed(after - before)}"
     if low is None or high is None or pd.isna(low) or pd.isna(high):
         word = "higher" if after > before else "lower" if after < before else "the same"
         return f"{text} ({word} in this run, no interval)"
     if low == high == 0:
         return f"{text} (the same run or the same ranking)"
     sure = "a gain" if low > 0 else "a loss" if high < 0 else "not told apart from 0"
-    return f"{text} [{_signed(low)}, {_signed(high)}] ({sure})"
+    return f"{text} [{signed(low)}, {signed(high)}] ({sure})"
 
 
 # --- Figure 6 ---------------------------------------------------------------------------------------------------------
@@ -736,7 +736,7 @@ def _against(row: Mapping[str, Any]) -> str:
     words = [side, "equivalent" if bool(row["equivalent"]) else ""]
     verdict = " but ".join(filter(None, words)) or "undecided"
     return (
-        f"{_signed(row['difference'])} [{_signed(row['low'])}, {_signed(row['high'])}], {verdict}"
+        f"{signed(row['difference'])} [{signed(row['low'])}, {signed(row['high'])}], {verdict}"
     )
 
 
@@ -776,7 +776,7 @@ def _count(flags: Iterable[Any]) -> str:
     return f"{sum(values)} of {len(values)}"
 
 
-def _signed(value: float, decimals: int = 3) -> str:
+def signed(value: float, decimals: int = 3) -> str:
     """+.031, −.012, or .000 for what rounds to it."""
     text = f"{value:+.{decimals}f}".replace("-", "−").replace("+0.", "+.").replace("−0.", "−.")
     return text if text.strip("+−.0") else text[1:]
@@ -789,7 +789,7 @@ def _plain(value: float) -> str:
 
 
 def _range(values: Sequence[float], decimals: int = 3) -> str:
-    low, high = _signed(min(values), decimals), _signed(max(values), decimals)
+    low, high = signed(min(values), decimals), signed(max(values), decimals)
     return low if low == high else f"{low} to {high}"
 
 

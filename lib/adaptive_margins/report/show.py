@@ -21,9 +21,10 @@ from adaptive_margins.retrieval import top
 from adaptive_margins.store import StoredRun
 
 from . import figures
+from .findings import signed
 from .marks import encoder_label, measure_label, score
 from .published import Published, load
-from .tables import interval, shorten
+from .tables import shorten
 
 NAMES = {
     "collection": "Collection",
@@ -269,8 +270,7 @@ def gains(data: pd.DataFrame, labels: Mapping[str, str] | None = None) -> str:
             score(r["start"]),
             score(r["best"]),
             r["step"],
-            f"{r['difference']:+.3f}\u00a0".replace("-", "−")
-            + interval(r["low"], r["high"]).replace(" ", "\u00a0"),
+            f"{signed(r['difference'])}\u00a0[{signed(r['low'])},\u00a0{signed(r['high'])}]",
             f"`{r['run_id'][:8]}`",
         ]
         for r in data.to_dict("records")
