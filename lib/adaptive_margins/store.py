@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from adaptive_margins.data.collection import Run
@@ -43,9 +42,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     If ``path`` appeared meanwhile (another process did the same work), that one is kept.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    partial = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        partial = Path(made)
         yield partial
         partial.chmod(0o755)
         try:
@@ -56,14 +57,15 @@ def new_folder(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise StoreError(f"{path} could not be written: {error}; nothing was left there") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
@@ -100,19 +102,19 @@ class StoredRun:
     @cached_property
     def config(self) -> RunConfig:
         """What was run."""
-        try:
-            return RunConfig.model_validate_json(self._read("config.json", Path.read_text))
-        except ValidationError as error:
+        config: RunConfig = self._read(
+            "config.json", lambda file: RunConfig.model_validate_json(file.read_text())
+        )
+        if config.run_id != self.run_id:
             raise StoreError(
-                f"{self.path / 'config.json'} is not a run's configuration: {error}"
-            ) from None
+                f"{self.path / 'config.json'} is that of run {config.run_id}; delete the folder {self.path}"
+            )
+        return config
 
     @cached_property
     def result(self) -> dict[str, Any]:
         """result.json as it is."""
-        result: dict[str, Any] = self._read(
-            "result.json", lambda file: json.loads(file.read_text())
-        )
+        result: dict[str, Any] = self._read("result.json", _read_result)
         return result
 
     @cached_property
@@ -130,9 +132,7 @@ class StoredRun:
         try:
             found = self.result[mode][query_set]
         except KeyError:
-            there = {
-                m: sorted(self.result[m]) for m in ("rerank", "full", "exact") if m in self.result
-            }
+            there = {m: sorted(self.result[m]) for m in _MODES if m in self.result}
             raise StoreError(
                 f"{self.path / 'result.json'} has no {mode} on {query_set!r}; it has {there}"
             ) from None
@@ -140,8 +140,26 @@ class StoredRun:
 
     def run(self, mode: str, query_set: str) -> Run:
         """The ranking behind `evaluation`."""
-        run: Run = self._read(f"{mode}.{query_set}.run.gz", read_run)
+        run: Run = self._read(f"{mode}.{query_set}.run.gz", _read_ranking)
         return run
+
+
+_MODES = ("rerank", "full", "exact")
+
+
+def _read_result(file: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(file.read_text())
+    for mode in _MODES:
+        for found in result.get(mode, {}).values():
+            if not {"mean", "per_query"} <= set(found):
+                raise ValueError(f"mean and per_query are missing in {mode}")
+    return result
+
+
+def _read_ranking(file: Path) -> Run:
+    if not file.stat().st_size:
+        raise ValueError("the file is empty")  # without any hit, it would still be a gzip file
+    return read_run(file)
 
 
 class Store:

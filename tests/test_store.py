@@ -1,0 +1,380 @@
+"""The store: whole folders or none, damaged files named, ids that depend on everything that matters, the contract's files."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from pydantic import ValidationError
+
+from adaptive_margins import store as store_module
+from adaptive_margins.evaluation import Evaluation
+from adaptive_margins.store import Store, StoredRun, StoreError, home, new_folder, write_text
+from adaptive_margins.training import CODE_VERSION, RunConfig, TrainingResult
+from conftest import in_child, run_config
+
+EVALUATION = Evaluation({"nDCG@10": 0.5}, {"nDCG@10": {"q1": 0.25, "q2": 0.75}})
+RUN = {"q1": {"d1": 0.1 + 0.2, "d2": 0.1}, "q2": {"d2": 1.0}}
+
+
+def training_result() -> TrainingResult:
+    curve = pd.DataFrame(
+        {"step": [0, 2], "triples": [0, 8], "seconds": [0.0, 1.5], "nDCG@10": [0.4, 0.5]}
+    )
+    targets = pd.DataFrame(
+        {"step": [1, 2], "mean": [0.1, 0.2], "min": [-0.5, -0.25], "max": [0.5, 0.75]}
+    )
+    return TrainingResult(
+        curve=curve, targets=targets, kept=EVALUATION, kept_step=2, best_step=2, stop_step=2, triples=8,
+        train_seconds=1.5, eval_seconds=0.5, peak_bytes=123456789,
+    )  # fmt: skip
+
+
+def put(store: Store, config: RunConfig | None = None, **options) -> StoredRun:
+    evaluations = {"rerank": {"validation": EVALUATION}, "full": {"test1": EVALUATION}}
+    runs = {"rerank": {"validation": RUN}, "full": {"test1": RUN}}
+    return store.put(config or run_config(), training_result(), evaluations, runs, **options)
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "runs")
+
+
+# ---- the contract ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_written_as_the_contract_says_and_read_back(store):
+    config = run_config()
+    assert not store.has(config)
+    put(store, extra={"index": {"nlist": 4}}, save_model=lambda folder: folder.mkdir())
+    assert store.has(config)
+    stored = Store(store.folder).get(config)
+    assert stored.path == store.path(config) == store.folder / config.run_id
+    assert sorted(p.name for p in stored.path.iterdir()) == [
+        "config.json", "curve.parquet", "full.test1.run.gz", "model", "rerank.validation.run.gz", "result.json",
+        "targets.parquet",
+    ]  # fmt: skip
+    assert stored.config == config
+    assert stored.evaluation("rerank", "validation") == EVALUATION
+    assert stored.run("full", "test1") == RUN
+    expected = training_result()
+    pd.testing.assert_frame_equal(stored.curve, expected.curve)
+    pd.testing.assert_frame_equal(stored.targets, expected.targets)
+
+    # As somebody else reads them.
+    written = json.loads((stored.path / "config.json").read_text())
+    promised = "encoder target in_batch orientation batch_size seed collection code_version"
+    assert set(promised.split()) <= set(written)
+    result = json.loads((stored.path / "result.json").read_text())
+    assert result["rerank"]["validation"] == {
+        "mean": {"nDCG@10": 0.5},
+        "per_query": {"nDCG@10": {"q1": 0.25, "q2": 0.75}},
+    }
+    assert {k: result[k] for k in ("train_seconds", "eval_seconds", "best_step", "stop_step")} == {
+        "train_seconds": 1.5, "eval_seconds": 0.5, "best_step": 2, "stop_step": 2,
+    }  # fmt: skip
+    assert (result["triples"], result["peak_bytes"], result["index"]) == (
+        8,
+        123456789,
+        {"nlist": 4},
+    )
+    lines = gzip.decompress((stored.path / "full.test1.run.gz").read_bytes()).decode().splitlines()
+    assert lines[0].split() == ["q1", "Q0", "d1", "1", repr(0.1 + 0.2), config.run_id]
+
+
+@pytest.mark.parametrize("target", [0.0, 0.3, 1, "adaptive", "distributed"])
+def test_targets_keep_their_type(store, target):
+    config = run_config(target=target)
+    put(store, config)
+    read = store.get(config).config.target
+    assert read == target
+    assert isinstance(read, str if isinstance(target, str) else float)
+
+
+def test_every_run_of_smoke_keeps_the_contract(smoke_home):
+    folders = sorted((smoke_home / "runs").iterdir())
+    assert not [f for f in folders if f.name.startswith(".")]
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text())
+        result = json.loads((folder / "result.json").read_text())
+        assert RunConfig.model_validate(config).run_id == folder.name
+        assert config["code_version"] == CODE_VERSION
+        assert (smoke_home / "collections" / config["collection"]).is_dir()
+        assert {"train_seconds", "eval_seconds", "best_step", "stop_step", "triples", "peak_bytes"} <= set(result)  # fmt: skip
+        expected = {f"{m}.{s}.run.gz" for m in ("rerank", "full") for s in result.get(m, ())}
+        assert {p.name for p in folder.glob("*.run.gz")} == expected
+        assert "rerank.validation.run.gz" in expected
+        if config["loss"] == "none":
+            assert not list(folder.glob("*.parquet"))
+            continue
+        curve = pd.read_parquet(folder / "curve.parquet")
+        measures = config["rerank_measures"]
+        assert list(curve.columns) == ["step", "triples", "seconds", *measures]
+        assert curve["step"].iloc[0] == 0
+        assert curve["step"].iloc[-1] == result["stop_step"]
+        assert result["triples"] == result["stop_step"] * config["batch_size"]
+        targets = pd.read_parquet(folder / "targets.parquet")
+        assert list(targets.columns) == ["step", "mean", "min", "max"]
+        assert targets["step"].tolist() == list(range(1, result["stop_step"] + 1))
+        assert (targets["min"] <= targets["mean"]).all()
+        assert (targets["mean"] <= targets["max"]).all()
+        assert (targets[["min", "max"]].abs() <= 1 + 1e-6).all().all()
+        assert result["peak_bytes"] > 0
+        assert result["train_seconds"] > 0
+
+
+def test_a_collection_as_used_is_there(smoke_home):
+    (folder,) = (
+        f for f in (smoke_home / "collections").iterdir() if (f / "bm25-50.test1.run.gz").is_file()
+    )
+    names = {p.name for p in folder.iterdir()}
+    assert {"collection.tsv", "triples.tsv"} <= names
+    for query_set in ("train", "validation", "test1", "test2"):
+        assert {f"queries.{query_set}.tsv", f"qrels.{query_set}.txt"} <= names
+
+
+# ---- ids -------------------------------------------------------------------------------------------------------------
+
+OTHER = {
+    "encoder": "other", "weights": "1" * 64, "pooling": "cls", "layers": 3, "trained_layers": 1, "query_length": 9,
+    "passage_length": 13, "loss": "softmax", "target": 0.5, "in_batch": True, "orientation": "released",
+    "error": "absolute", "stop_gradient": True, "batch_size": 7, "triples": 14, "learning_rate": 1e-3,
+    "weight_decay": 0.1, "decay": 0.5, "optimizer": "adamw_torch", "precision": "bf16", "dropout": None, "seed": 2,
+    "evaluate_every": 3, "patience": 1, "keep": "last", "selection": "AP", "validation": "test1", "depth": 9,
+    "rerank_measures": ("AP",), "test_sets": ("test1",), "full_measures": ("AP",), "full_depth": 7, "save_model": True,
+    "collection": "0" * 16, "code_version": 2,
+}  # fmt: skip
+
+
+def test_every_field_is_tried():
+    assert set(OTHER) == set(RunConfig.model_fields)
+
+
+@pytest.mark.parametrize("field", sorted(RunConfig.model_fields))
+def test_the_id_depends_on(field):
+    assert run_config(**{field: OTHER[field]}).run_id != run_config().run_id
+
+
+def test_ids_are_stable():
+    # If this fails, every stored run is made anew. Was that meant? Then raise CODE_VERSION, too.
+    assert run_config().run_id == "c679d7850036140d"
+    assert run_config(target=1).run_id == run_config(target=1.0).run_id
+    assert run_config(target=0).run_id != run_config(target=1).run_id
+    config = run_config(rerank_measures=["nDCG@10"])
+    assert RunConfig.model_validate_json(config.model_dump_json()).run_id == config.run_id
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("target", "dynamic"), ("loss", "hinge"), ("epsilon", 1.0), ("seed", None)]
+)
+def test_a_configuration_that_is_none(field, value):
+    with pytest.raises(ValidationError, match=field):
+        run_config(**{field: value})
+
+
+# ---- whole or not at all ---------------------------------------------------------------------------------------------
+
+
+def nothing_is_left(folder: Path) -> bool:
+    return not folder.exists() or not list(folder.iterdir())
+
+
+def test_an_error_in_the_middle_leaves_nothing(store):
+    with pytest.raises(ZeroDivisionError):
+        put(store, save_model=lambda folder: 1 / 0)
+    assert nothing_is_left(store.folder)
+    assert not store.has(run_config())
+
+
+@pytest.mark.parametrize(
+    "writer", ["write_run", "to_parquet", "write_text", "rename", "save_model"]
+)
+def test_a_full_disk_leaves_nothing_and_says_so(store, monkeypatch, writer):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    options = {}
+    if writer == "write_run":
+        monkeypatch.setattr(store_module, "write_run", full)
+    elif writer == "to_parquet":
+        monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
+    elif writer == "save_model":
+        options["save_model"] = full
+    else:
+        monkeypatch.setattr(Path, writer, full)
+    path = store.path(run_config())
+    with pytest.raises(
+        StoreError, match=rf"{path} could not be written: .*No space left on device"
+    ):
+        put(store, **options)
+    assert nothing_is_left(store.folder)
+
+
+def test_a_full_disk_of_the_system(store):
+    """With a limit on the size of files, as near to a full disk as a test comes without being root."""
+
+    def fill(size, save):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        put(store, save_model=save)
+
+    def save(folder):
+        from safetensors.numpy import save_file
+
+        folder.mkdir()
+        save_file({"a": np.zeros(100_000)}, folder / "model.safetensors")
+
+    path = store.path(run_config())
+    for size in (0, 100, 1500, 50_000):
+        told = in_child(lambda size=size: fill(size, save))
+        assert told.startswith(f"StoreError: {path} could not be written"), (size, told)
+        assert nothing_is_left(store.folder)
+
+
+def test_write_text_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a" / "note.json"
+    write_text(path, "one")
+    assert path.read_text() == "one"
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(StoreError, match=rf"{path} could not be written.*unchanged"):
+        write_text(path, "two")
+    assert path.read_text() == "one"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(StoreError, match="could not be written"):
+        put(Store(tmp_path / "runs"))
+
+
+def test_the_first_of_two_that_finish_the_same_run_is_kept(store):
+    path = store.path(run_config())
+    with new_folder(path) as mine:
+        (mine / "who").write_text("second")
+        with new_folder(path) as theirs:
+            (theirs / "who").write_text("first")
+    assert (path / "who").read_text() == "first"
+    assert list(store.folder.iterdir()) == [path]
+
+
+def finish_together(folder: Path, start: float, number: int) -> None:
+    time.sleep(max(0.0, start - time.time()))
+    put(Store(folder), extra={"number": number})
+
+
+def test_processes_that_finish_the_same_run(store):
+    context = multiprocessing.get_context("fork")
+    start = time.time() + 0.3
+    processes = [
+        context.Process(target=finish_together, args=(store.folder, start, n)) for n in range(4)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert [p.name for p in store.folder.iterdir()] == [run_config().run_id]
+    stored = store.get(run_config())
+    assert stored.result["number"] in range(4)
+    assert stored.run("full", "test1") == RUN
+
+
+# ---- damaged ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "half", "garbage"])
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("config.json", lambda r: r.config),
+        ("result.json", lambda r: r.evaluation("rerank", "validation")),
+        ("curve.parquet", lambda r: r.curve),
+        ("targets.parquet", lambda r: r.targets),
+        ("rerank.validation.run.gz", lambda r: r.run("rerank", "validation")),
+    ],
+)
+def test_a_damaged_file_is_named_with_what_to_do(store, name, read, damage):
+    stored = put(store)
+    file = stored.path / name
+    content = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(
+            {"empty": b"", "half": content[: len(content) // 2], "garbage": b"\xff\x00" * 99}[
+                damage
+            ]
+        )
+    with pytest.raises(StoreError) as error:
+        read(store.get(run_config()))
+    assert str(file) in str(error.value)
+    assert f"delete the folder {stored.path}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "3", "{}", '{"rerank": 3}', '{"rerank": {"validation": {}}}']
+)
+def test_a_result_of_another_shape(store, text):
+    stored = put(store)
+    (stored.path / "result.json").write_text(text)
+    with pytest.raises(StoreError, match=r"result\.json"):
+        store.get(run_config()).evaluation("rerank", "validation")
+
+
+def test_what_is_not_there_is_said(store):
+    with pytest.raises(
+        StoreError, match=rf"{run_config().run_id} \(tiny, target distributed\) is not in"
+    ):
+        store.get(run_config())
+    stored = put(store)
+    with pytest.raises(StoreError, match=r"no full on 'test2'; it has .*'full': \['test1'\]"):
+        stored.evaluation("full", "test2")
+    with pytest.raises(StoreError, match=r"full\.test2\.run\.gz is missing"):
+        stored.run("full", "test2")
+
+
+def test_a_configuration_from_another_version(store):
+    stored = put(store)
+    config = json.loads((stored.path / "config.json").read_text())
+    (stored.path / "config.json").write_text(json.dumps({**config, "new_field": 1}))
+    with pytest.raises(StoreError, match=r"config\.json cannot be read(.|\n)*new_field"):
+        _ = store.get(run_config()).config
+
+
+def test_a_run_whose_folder_has_another_name(store):
+    stored = put(store)
+    other = store.path(run_config(seed=2))
+    shutil.copytree(stored.path, other)
+    with pytest.raises(StoreError, match=f"{other}.*{stored.run_id}"):
+        _ = StoredRun(other).config
+
+
+# ---- home ------------------------------------------------------------------------------------------------------------
+
+
+def test_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADAPTIVE_MARGINS_HOME", str(tmp_path / "x" / ".."))
+    assert home() == tmp_path
+    monkeypatch.delenv("ADAPTIVE_MARGINS_HOME")
+    checkout = Path(__file__).resolve().parents[1]
+    assert home() == checkout
+    installed = tmp_path / "lib" / "python" / "site-packages" / "adaptive_margins" / "store.py"
+    monkeypatch.setattr(store_module, "__file__", str(installed))
+    monkeypatch.chdir(tmp_path)
+    assert home() == tmp_path
+    assert os.environ.get("ADAPTIVE_MARGINS_HOME") is None
