@@ -735,9 +735,7 @@ def _against(row: Mapping[str, Any]) -> str:
     side = "higher" if row["low"] > 0 else "lower" if row["high"] < 0 else ""
     words = [side, "equivalent" if bool(row["equivalent"]) else ""]
     verdict = " but ".join(filter(None, words)) or "undecided"
-    return (
-        f"{signed(row['difference'])} [{signed(row['low'])}, {signed(row['high'])}], {verdict}"
-    )
+    return f"{signed(row['difference'])} [{signed(row['low'])}, {signed(row['high'])}], {verdict}"
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
