@@ -43,6 +43,7 @@ NAMES = {
     "reference": "Encoder, reference",
 }
 """Parts of the setting, by their keys in ``published.yaml``."""
+OPTIMIZERS = {"adamw_torch_fused": "AdamW", "adamw_torch": "AdamW", "adamw_8bit": "8-bit AdamW"}
 
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
@@ -108,7 +109,7 @@ def _setting(reproduction: Reproduction) -> dict[str, str]:
             f"{encoder_label(name)}: {e.label or e.base}" for name, e in p.encoders.items()
         ),
         "lengths": f"at most {p.lengths.query} tokens a query, {p.lengths.passage} a passage",
-        "optimizer": f"{t.optimizer}, {t.precision}, learning rate {t.learning_rate:g},"
+        "optimizer": f"{OPTIMIZERS[t.optimizer]}, {t.precision}, learning rate {t.learning_rate:g},"
         f" weight decay {t.weight_decay:g}, seed {p.seed}",
         "tuning": queries(p.sets.validation),
         "tests": "; ".join(map(queries, p.sets.tests)),
