@@ -18,7 +18,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -473,23 +473,19 @@ class Reproduction:
                     )
         rows += [(c, self.store.has(c)) for c in self.table4_configs()]
         rows = list(dict(rows).items())  # ε = 1 may be the tuned one
-        speeds = {
-            e: self.calibrate(e)
-            for e in self.profile.encoders
-            if any(c.encoder == e and not done for c, done in rows)
-        }
         return pd.DataFrame(
             [
                 {
                     "encoder": c.encoder,
                     "what": describe(c, with_target=False),
-                    "seconds": 0.0 if done else self.expected_seconds(c, speeds),
+                    "seconds": 0.0 if done else self.expected_seconds(c),
                     "done": done,
                 }
                 for c, done in rows
             ]
         )
 
+    @functools.cache  # noqa: B019
     def calibrate(self, encoder: str) -> tuple[float, float]:
         """Seconds a triple in training and seconds a passage in embedding, one thread, measured in about a second."""
         loaded = self.encoder(encoder)
@@ -518,11 +514,11 @@ class Reproduction:
         finally:
             torch.set_num_threads(threads)
 
-    def expected_seconds(self, config: RunConfig, speeds: dict[str, tuple[float, float]]) -> float:
-        """What one worker is expected to need for a run, given `calibrate`'s speeds (a query counts as half a passage)."""
+    def expected_seconds(self, config: RunConfig) -> float:
+        """What one worker is expected to need for a run, by `calibrate` (a query counts as half a passage)."""
         if config.encoder == BM25_NAME:
             return 1.0
-        triple, passage = speeds[config.encoder]
+        triple, passage = self.calibrate(config.encoder)
         needed = self._validation_rows
         validation = (len(needed[1]) + len(needed[0]) / 2) * passage
         checks = config.steps // config.evaluate_every if config.evaluate_every else 1
@@ -557,10 +553,11 @@ class Reproduction:
         self.candidates  # noqa: B018
         starts = [c for c in missing if c.loss == "none"]
         others = [c for c in missing if c.loss != "none"]
-        progress = _Progress(missing)
+        expected = {c: self.expected_seconds(c) for c in missing}
+        progress = _Progress(expected, self.profile.workers)
         for group in (starts, others):  # step 0 first: the others take it from the store
             ordered = sorted(
-                group, key=_weight, reverse=True
+                group, key=expected.__getitem__, reverse=True
             )  # long runs first, so that workers end together
             if pool is None:
                 for config in ordered:
@@ -1106,32 +1103,24 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _weight(config: RunConfig) -> float:
-    """Relative length of a run, to start long ones first."""
-    return config.triples * (config.trained_layers or 12)
-
-
 class _Progress:
-    """A line per finished run: count, what, seconds, elapsed, time left."""
+    """A line per finished run: count, what, seconds, elapsed, time left by how the expectations held so far."""
 
-    def __init__(self, configs: Sequence[RunConfig]) -> None:
-        self.total, self.count = len(configs), 0
-        self.weight = sum(_weight(c) for c in configs)
+    def __init__(self, expected: Mapping[RunConfig, float], workers: int) -> None:
+        self.waiting, self.total, self.workers = dict(expected), len(expected), workers
         self.finished = 0.0
         self.since = time.perf_counter()
 
     def done(self, config: RunConfig, run: StoredRun) -> None:
-        self.count += 1
-        self.finished += _weight(config)
+        self.finished += self.waiting.pop(config)
         elapsed = time.perf_counter() - self.since
-        left = (
-            f", about {clock(elapsed / self.finished * (self.weight - self.finished))} left"
-            if self.finished
-            else ""
-        )
+        rest = sum(self.waiting.values())
+        # The other workers are on average half through a run.
+        under_way = rest / max(len(self.waiting), 1) * min(self.workers - 1, len(self.waiting)) / 2
+        left = clock(elapsed / (self.finished + under_way) * (rest - under_way))
         say(
-            f"[{self.count:3d}/{self.total}] {config.encoder} {describe(config)}: "
-            f"{run.result['train_seconds'] + run.result['eval_seconds']:.1f} s | {clock(elapsed)} elapsed{left}"
+            f"[{self.total - len(self.waiting):3d}/{self.total}] {config.encoder} {describe(config)}: "
+            f"{run.result['train_seconds'] + run.result['eval_seconds']:.1f} s | {clock(elapsed)} elapsed, about {left} left"
         )
 
 

@@ -19,7 +19,7 @@ import yaml
 
 from adaptive_margins.experiments import Reproduction, clock, describe
 from adaptive_margins.profiles import Profile
-from adaptive_margins.report import concepts
+from adaptive_margins.report import concepts, datasheet
 from adaptive_margins.store import StoredRun, write_text
 
 Receipts = Mapping[str, Mapping[str, Any]]
@@ -28,8 +28,6 @@ Receipts = Mapping[str, Mapping[str, Any]]
 
 def write(home: Path, profile: Profile, receipts: Receipts) -> None:
     """Write the generated pages and images into ``HOME/book/_executed``."""
-    from adaptive_margins.report import datasheet
-
     folder = home / "book" / "_executed"
     reproduction = Reproduction(profile, home)
     write_images(folder / "images")
