@@ -289,6 +289,7 @@ def load_profile(profile: str | Path, **overrides: Any) -> Profile:
 
 def _read(profile: str, extended_by: tuple[str, ...] = ()) -> tuple[str, dict[str, Any]]:
     """Where a profile stands, and its values, those it extends included."""
+    by = f" (which {extended_by[-1]} extends)" if extended_by else ""
     if profile in extended_by:
         raise ProfileError(
             f"profiles extend each other in a circle: {' → '.join((*extended_by, profile))}"
@@ -296,7 +297,7 @@ def _read(profile: str, extended_by: tuple[str, ...] = ()) -> tuple[str, dict[st
     if profile.endswith((".yaml", ".yml")):
         path, source = Path(profile), profile
         if not path.is_file():
-            raise ProfileError(f"profile file {path} does not exist")
+            raise ProfileError(f"profile file {path}{by} does not exist")
         try:
             text = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -306,7 +307,7 @@ def _read(profile: str, extended_by: tuple[str, ...] = ()) -> tuple[str, dict[st
         text = (files(__name__) / f"{profile}.yaml").read_text("utf-8")
     else:
         raise ProfileError(
-            f"unknown profile {profile!r}: known are {', '.join(available())}, or give a .yaml file"
+            f"unknown profile {profile!r}{by}: known are {', '.join(available())}, or give a .yaml file"
         )
     try:
         values = yaml.safe_load(text)

@@ -1,0 +1,113 @@
+"""A module imports only from those left of it.
+
+losses → profiles → data (collection, pydocs, triples) → encoders → retrieval → evaluation → training → store → experiments
+→ report (published first, then its pages, build last) → cli
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import adaptive_margins
+
+PACKAGE = Path(adaptive_margins.__file__).parent
+ORDER = [
+    "losses", "profiles", "data", "encoders", "retrieval", "evaluation", "training", "store", "experiments", "report", "cli",
+]  # fmt: skip
+DATA = ["collection", "triples", "pydocs"]
+
+
+def name_of(path: Path) -> str:
+    parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(p for p in parts if p != "__init__")
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules of this package that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:  # from . import x: level 1 is the file's own package
+                base = ["adaptive_margins", *path.relative_to(PACKAGE).parts][: -node.level]
+                module = ".".join([*base, module]).strip(".")
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found |= {n.removeprefix("adaptive_margins.") for n in names if n.startswith("adaptive_margins.")}  # fmt: skip
+    return found & MODULES.keys()
+
+
+MODULES: dict[str, Path] = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+
+
+def test_every_module_has_a_place():
+    assert {name.split(".")[0] for name in MODULES if name} == set(ORDER)
+
+
+def test_modules_import_from_the_left():
+    for name, path in MODULES.items():
+        if not name:
+            assert not imports(path)
+            continue
+        part = name.split(".")[0]
+        for other in imports(path):
+            theirs = other.split(".")[0]
+            if theirs != part:
+                assert ORDER.index(theirs) < ORDER.index(part), f"{name} imports {other}"
+            elif part == "data" and "." in other and "." in name:
+                assert DATA.index(other.split(".")[1]) < DATA.index(name.split(".")[1]), name
+
+
+def test_there_is_no_circle():
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " → ".join((*path, name))
+        if name in done:
+            return
+        for other in imports(MODULES[name]) - {name}:
+            visit(other, (*path, name))
+        done.add(name)
+
+    for name in MODULES:
+        visit(name, ())
+
+
+def test_nothing_reaches_into_notebooks_tests_or_benchmarks():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import)
+                else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            )  # fmt: skip
+            for name in names:
+                assert name.split(".")[0] not in ("notebooks", "tests", "benchmarks", "conftest")
+
+
+def test_light_parts_stay_light():
+    """The loss needs torch alone; profiles need no torch; the command's help needs neither."""
+    program = """
+        import json, sys
+        heavy = ["torch", "sentence_transformers", "transformers", "faiss", "pandas", "matplotlib"]
+        found = {}
+        import adaptive_margins.cli
+        found["cli"] = [m for m in heavy if m in sys.modules]
+        import adaptive_margins.profiles
+        adaptive_margins.profiles.available()
+        found["profiles"] = [m for m in heavy if m in sys.modules]
+        import adaptive_margins.losses
+        found["losses"] = [m for m in heavy if m in sys.modules]
+        print(json.dumps(found))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == {"cli": [], "profiles": [], "losses": ["torch"]}

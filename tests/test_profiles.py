@@ -1,0 +1,273 @@
+"""Profiles: those that are shipped load, those that are broken say where and why, overrides and inheritance."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from adaptive_margins import profiles
+from adaptive_margins.profiles import ProfileError, available, load_profile
+
+SHIPPED = Path(profiles.__file__).parent
+
+
+@pytest.fixture
+def values():
+    return yaml.safe_load((SHIPPED / "smoke.yaml").read_text("utf-8"))
+
+
+def changed(values, key, value):
+    """``values`` with a dotted key set, or (value ``...``) removed."""
+    values = copy.deepcopy(values)
+    *parents, last = key.split(".")
+    node = values
+    for parent in parents:
+        node = node[parent]
+    if value is ...:
+        del node[last]
+    else:
+        node[last] = value
+    return values
+
+
+def write(folder, values, name="my.yaml"):
+    path = folder / name
+    path.write_text(yaml.safe_dump(values, allow_unicode=True), "utf-8")
+    return path
+
+
+# ---- shipped ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", available())
+def test_shipped_profiles_load(name):
+    profile = load_profile(name)
+    assert profile.name == name
+    assert profile.about
+    assert profile.reference_encoder in profile.encoders
+    assert all(encoder.label for encoder in profile.encoders.values())
+    assert load_profile(SHIPPED / f"{name}.yaml") == profile
+    assert load_profile(str(SHIPPED / f"{name}.yaml")) == profile
+
+
+def test_which_profiles_are_shipped():
+    assert {"smoke", "laptop", "laptop-full"} <= set(available())
+    assert available() == sorted(available())
+
+
+def test_the_grids_that_were_promised():
+    grids = {name: load_profile(name).static.targets for name in ("laptop", "laptop-full")}
+    assert grids["laptop"] == tuple(i / 5 for i in range(6))
+    assert grids["laptop-full"] == tuple(i / 10 for i in range(11))
+    for name in grids:
+        profile = load_profile(name)
+        assert len(profile.encoders) == 3
+        assert profile.distributed.batch_sizes == (16, 32)
+        assert max(len(seeds) for seeds in profile.static.seeds.values()) == 3
+        assert profile.collection.validation >= 300
+        assert profile.collection.test >= 600
+    assert load_profile("laptop-full").encoders == load_profile("laptop").encoders
+
+
+def test_a_profile_cannot_be_changed():
+    profile = load_profile("smoke")
+    with pytest.raises(ValidationError, match="frozen"):
+        profile.seed = 3
+    with pytest.raises(ValidationError, match="frozen"):
+        profile.static.triples = 3
+
+
+# ---- broken ----------------------------------------------------------------------------------------------------------
+
+BROKEN = [
+    # key, value, what the message must hold besides the file
+    ("colour", "red", ["unknown key 'colour'", "'red'", "known are name, about, collection"]),
+    ("static.triple", 8, ["static", "unknown key 'triple'", "8", "known are targets, triples"]),
+    ("encoders.minilm-3.layer", 3, ["encoders.minilm-3", "unknown key 'layer'", "trained_layers"]),
+    ("static.triples", "many", ["static.triples", "'many'", "integer"]),
+    ("static.triples", 16.5, ["static.triples", "16.5", "integer"]),
+    ("static.triples", True, ["static.triples", "True", "a number"]),
+    ("static.triples", None, ["static.triples", "None", "integer"]),
+    ("static.triples", -16, ["static.triples", "-16", "greater than 0"]),
+    ("static.triples", 0, ["static.triples", "greater than 0"]),
+    ("static.triples", 4, ["static", "triples 4", "batch of 8"]),
+    ("adaptive.triples", 4, ["adaptive", "triples 4", "batch of 8"]),
+    ("static.targets", [], ["static.targets", "at least 1"]),
+    ("static.targets", 0.5, ["static.targets", "0.5", "tuple"]),
+    ("static.targets", [0.0, "adaptive"], ["static.targets.1", "'adaptive'", "number"]),
+    ("static.targets", [0.0, float("nan")], ["static.targets.1", "finite"]),
+    ("static.seeds", {"minilm-9": [1]}, ["static.seeds", "'minilm-9'", "minilm-3"]),
+    ("static.seeds", {"minilm-3": 1}, ["static.seeds.minilm-3", "(got 1)"]),
+    ("reference_encoder", "bert", ["reference_encoder", "'bert'", "minilm-3", "minilm-4"]),
+    ("encoders", {}, ["encoders", "at least 1"]),
+    ("encoders.minilm-3.trained_layers", 4, ["encoders.minilm-3", "trained_layers 4 of 3 layers"]),
+    ("encoders.minilm-3.layers", 0, ["encoders.minilm-3.layers", "greater than 0"]),
+    ("encoders.minilm-3.pooling", "max", ["encoders.minilm-3.pooling", "'max'", "'cls+linear'"]),
+    ("encoders.minilm-3.base", ..., ["encoders.minilm-3.base", "required"]),
+    ("adaptive.evaluate_every", 12, ["adaptive", "evaluate_every 12", "batch size 8"]),
+    ("distributed.evaluate_every", 12, ["distributed", "evaluate_every 12", "batch size 8"]),
+    ("comparison.evaluate_every", 4, ["comparison", "evaluate_every 4", "batch size 8"]),
+    ("comparison.decay", 1.5, ["comparison.decay", "1.5", "less than or equal to 1"]),
+    ("comparison.decay", 0, ["comparison.decay", "greater than 0"]),
+    ("comparison.patience", 0, ["comparison.patience", "greater than 0"]),
+    ("training.learning_rate", -1e-3, ["training.learning_rate", "-0.001", "greater than 0"]),
+    ("training.learning_rate", float("inf"), ["training.learning_rate", "finite"]),
+    ("training.optimizer", "sgd", ["training.optimizer", "'sgd'", "'adamw_8bit'"]),
+    ("training.precision", "int4", ["training.precision", "'int4'", "'bf16'"]),
+    ("training.dropout", 1.5, ["training.dropout", "1.5"]),
+    ("training.weight_decay", ..., ["training.weight_decay", "required"]),
+    ("candidates.negative_ranks", [20, 4], ["candidates", "20, 4", "smaller"]),
+    ("candidates.negative_ranks", [4], ["candidates.negative_ranks", "required"]),
+    ("candidates.depth", 0, ["candidates.depth", "greater than 0"]),
+    ("measures.selection", "AP", ["measures", "'AP'", "nDCG@10"]),
+    ("measures.rerank", ["nDCG@10", "Hits@5"], ["measures", "'Hits@5'", "ir_measures"]),
+    ("measures.full", ["R(rel=2)@51"], ["measures", "'R(rel=2)@51'", "full_depth of 51, not 50"]),
+    ("sets.validation", "dev", ["'dev'", "validation, test1, test2"]),
+    ("sets.tests", ["test1", "train"], ["'train'", "validation, test1, test2"]),
+    ("sets.tests", [], ["sets.tests", "at least 1"]),
+    ("collection.kind", "msmarco-v9", ["collection.kind", "'msmarco-v9'", "'pydocs'"]),
+    ("collection.packages", "numpy", ["collection.packages", "'numpy'"]),
+    ("collection.test", ..., ["collection.test", "required"]),
+    ("lengths", ..., ["lengths", "required"]),
+    ("lengths", [10, 12], ["lengths", "[10, 12]"]),
+    ("workers", 0, ["workers", "greater than 0"]),
+    ("target_plot.window", -1, ["target_plot.window", "-1", "greater than 0"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value", "words"), BROKEN, ids=lambda x: str(x)[:40])
+def test_a_broken_profile_says_where_and_why(tmp_path, values, key, value, words):
+    path = write(tmp_path, changed(values, key, value))
+    with pytest.raises(ProfileError) as error:
+        load_profile(path)
+    for word in (f"{path} has 1 error(s)", *words):
+        assert word in str(error.value)
+    assert "\n" in str(error.value)
+    assert "pydantic" not in str(error.value)
+
+
+def test_all_errors_are_listed(tmp_path, values):
+    values = changed(changed(values, "workers", 0), "training.optimizer", "sgd")
+    with pytest.raises(
+        ProfileError, match=r"has 2 error\(s\):\n  training.optimizer: .*\n  workers"
+    ):
+        load_profile(write(tmp_path, values))
+
+
+def test_bm25_is_no_encoder(tmp_path, values):
+    values["encoders"]["bm25"] = values["encoders"]["minilm-3"]
+    with pytest.raises(ProfileError, match="cannot be named 'bm25'"):
+        load_profile(write(tmp_path, values))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"static: [1, 2", "is not YAML"),
+        (b"a: 1\n b: 2", "is not YAML"),
+        (b"- 1\n- 2", "expected keys and values, got list"),
+        (b"", "expected keys and values, got NoneType"),
+        (b"just words", "expected keys and values, got str"),
+        (b"name: \xff\xfe", "cannot be read"),
+        (b"!!python/object/apply:os.system ['true']", "is not YAML"),
+        (b"extends: nothing-like-it", "unknown profile 'nothing-like-it' (which"),
+        (b"extends: [smoke]", "extends): known are"),
+        (b"extends: no.yaml", "no.yaml (which"),
+    ],
+)
+def test_a_file_that_is_no_profile(tmp_path, content, words):
+    path = tmp_path / "my.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ProfileError) as error:
+        load_profile(path)
+    assert words in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_names_that_are_not_there(tmp_path):
+    with pytest.raises(ProfileError, match=r"unknown profile 'lapto': known are .*laptop.*smoke"):
+        load_profile("lapto")
+    with pytest.raises(ProfileError, match=rf"{tmp_path}/no.yaml does not exist"):
+        load_profile(tmp_path / "no.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(ProfileError, match=r"folder\.yaml does not exist"):
+        load_profile(tmp_path / "folder.yaml")
+    with pytest.raises(ProfileError, match="unknown profile"):
+        load_profile("../profiles/smoke")
+
+
+# ---- overrides -------------------------------------------------------------------------------------------------------
+
+
+def test_overrides():
+    plain = load_profile("smoke")
+    changed = load_profile("smoke", seed=7, static__triples=64, candidates__negative_ranks=[5, 9])
+    assert (changed.seed, changed.static.triples) == (7, 64)
+    assert changed.candidates.negative_ranks == (5, 9)
+    assert changed.static.targets == plain.static.targets
+    assert load_profile("smoke", seed=None, static__triples=None) == plain
+    deep = load_profile("smoke", **{"encoders__minilm-3__label": "another"})
+    assert deep.encoders["minilm-3"].label == "another"
+    assert deep.encoders["minilm-4"] == plain.encoders["minilm-4"]
+    assert load_profile("smoke") == plain
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"sed": 7}, ["unknown key 'sed'", "7", "seed"]),
+        ({"static__triple": 64}, ["static", "unknown key 'triple'", "64", "triples"]),
+        ({"statics__triples": 64}, ["unknown key 'statics'", "64", "static"]),
+        ({"static__triples": "x"}, ["static.triples", "'x'"]),
+        ({"seed__deep": 1}, ["seed", "integer"]),
+        ({"static__targets__0": 1.0}, ["static.targets", "tuple"]),
+        ({"encoders__new__layers": 2}, ["encoders.new.base", "required"]),
+    ],
+    ids=str,
+)
+def test_overrides_that_are_none(overrides, words):
+    with pytest.raises(ProfileError) as error:
+        load_profile("smoke", **overrides)
+    for word in ("profiles/smoke.yaml", *words):
+        assert word in str(error.value)
+
+
+# ---- extends ---------------------------------------------------------------------------------------------------------
+
+
+def test_extends(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    write(tmp_path, {"extends": "smoke", "name": "a", "static": {"triples": 64}}, "a.yaml")
+    b = write(tmp_path / "deep", {"extends": "../a.yaml", "name": "b", "seed": 5}, "b.yaml")
+    plain = load_profile("smoke")
+    for place in (tmp_path, tmp_path / "deep", Path("/")):
+        monkeypatch.chdir(place)
+        for path in (b, Path(os.path.relpath(b))):
+            profile = load_profile(path)
+            assert (profile.name, profile.seed, profile.static.triples) == ("b", 5, 64)
+            assert profile.static.targets == plain.static.targets
+            assert profile.encoders == plain.encoders
+
+
+def test_extending_in_a_circle(tmp_path):
+    write(tmp_path, {"extends": "b.yaml"}, "a.yaml")
+    write(tmp_path, {"extends": "./a.yaml"}, "b.yaml")
+    with pytest.raises(ProfileError, match=r"circle: .*a\.yaml → .*b\.yaml → .*a\.yaml"):
+        load_profile(tmp_path / "a.yaml")
+    folder = tmp_path / "x"
+    folder.mkdir()
+    write(folder, {"extends": "../x/a.yaml"}, "a.yaml")
+    with pytest.raises(ProfileError, match="circle"):
+        load_profile(folder / "a.yaml")
+
+
+def test_an_error_in_what_is_extended_names_the_file_that_was_asked_for(tmp_path):
+    write(tmp_path, {"extends": "smoke", "seed": "x"}, "a.yaml")
+    b = write(tmp_path, {"extends": "a.yaml", "name": "b"}, "b.yaml")
+    with pytest.raises(ProfileError, match=rf"{b} has 1 error\(s\):\n  seed: .*\(got 'x'\)"):
+        load_profile(b)
