@@ -523,9 +523,9 @@ class Reproduction:
         validation = (len(needed[1]) + len(needed[0]) / 2) * passage
         checks = config.steps // config.evaluate_every if config.evaluate_every else 1
         tests = sum(len(self.collection.queries[s]) for s in config.test_sets)
-        full = (
-            (len(self.collection.passages) + tests / 2) * passage + 4.0 if config.test_sets else 0.0
-        )
+        passages = len(self.collection.passages)
+        index = min(4.0, passages / 1500)  # training, and searching the test sets
+        full = (passages + tests / 2) * passage + index if config.test_sets else 0.0
         return 0.3 + config.triples * triple + checks * validation + full
 
     @contextmanager
