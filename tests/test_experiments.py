@@ -1,0 +1,634 @@
+"""What figures and tables show, recomputed from the files of the runs by other means."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import pytrec_eval
+from scipy import stats
+from sentence_transformers import SentenceTransformer
+
+from adaptive_margins import experiments
+from adaptive_margins.encoders import embed, tokenize
+from adaptive_margins.experiments import Reproduction
+from adaptive_margins.profiles import load_profile
+from adaptive_margins.training import TrainingError
+
+ENCODERS = ["minilm-3", "minilm-4"]
+TARGETS = [0.0, 0.5, 1.0]
+TREC = {  # ours → trec_eval's, and the grade from which on a passage is relevant
+    "nDCG@10": ("ndcg_cut_10", 1),
+    "Success(rel=2)@5": ("success_5", 2),
+    "R(rel=2)@20": ("recall_20", 2),
+}
+
+
+class Files:
+    """The artefacts of a home folder, read without the library."""
+
+    def __init__(self, home: Path) -> None:
+        self.runs = {p.name: p for p in (home / "runs").iterdir()}
+        self.config = {i: json.loads((p / "config.json").read_text()) for i, p in self.runs.items()}
+        self.result = {i: json.loads((p / "result.json").read_text()) for i, p in self.runs.items()}
+        (fingerprint,) = {c["collection"] for c in self.config.values()}
+        self.collection = home / "collections" / fingerprint
+        self.qrels = {}
+        for path in self.collection.glob("qrels.*.txt"):
+            qrels = self.qrels[path.name.split(".")[1]] = defaultdict(dict)
+            for line in path.read_text().splitlines():
+                qid, _, docid, grade = line.split()
+                qrels[qid][docid] = int(grade)
+
+    def curve(self, run_id):
+        return pd.read_parquet(self.runs[run_id] / "curve.parquet")
+
+    def ranking(self, run_id, mode, query_set):
+        run = defaultdict(dict)
+        with gzip.open(self.runs[run_id] / f"{mode}.{query_set}.run.gz", "rt") as file:
+            for line in file:
+                qid, _, docid, _, score, tag = line.split()
+                assert tag in (run_id, "bm25")
+                run[qid][docid] = float(score)
+        return run
+
+    def texts(self, name):
+        lines = (self.collection / name).read_text("utf-8").removesuffix("\n").split("\n")
+        return dict(line.split("\t") for line in lines)
+
+    def triples(self):
+        text = (self.collection / "triples.tsv").read_text()
+        return [line.split("\t") for line in text.splitlines()]
+
+    def having(self, **values):
+        return {i for i, c in self.config.items() if all(c[k] == v for k, v in values.items())}
+
+    def one(self, **values):
+        (run_id,) = self.having(**values)
+        return run_id
+
+
+@pytest.fixture(scope="module")
+def files(smoke_home):
+    return Files(smoke_home)
+
+
+@pytest.fixture(scope="module")
+def frames(smoke):
+    return {
+        name: getattr(smoke, name)()
+        for name in (
+            "figure3",
+            "figure4",
+            "figure5",
+            "figure6",
+            "table2",
+            "table3",
+            "table4",
+            "gains",
+        )
+    }
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_number_and_identity_of_runs(files):
+    tuned = {}
+    for encoder in ENCODERS:
+        assert files.one(encoder=encoder, loss="none")
+        seeds = [1, 2] if encoder == "minilm-3" else [1]
+        for in_batch in (False, True):
+            for target in TARGETS:
+                for seed in (1, 2):
+                    values = {"target": target, "in_batch": in_batch, "seed": seed, "patience": 0}
+                    assert len(files.having(encoder=encoder, **values)) == (seed in seeds)
+            for patience in (0, 2):
+                values = {"target": "adaptive", "in_batch": in_batch, "patience": patience}
+                assert files.one(encoder=encoder, **values)
+            values = {"encoder": encoder, "in_batch": in_batch, "patience": 2, "loss": "margin"}
+            targets = {files.config[i]["target"] for i in files.having(**values)}
+            tuned[encoder, in_batch] = targets - {"adaptive", "distributed"}
+        for size in (4, 8):
+            assert files.one(encoder=encoder, target="distributed", batch_size=size, patience=0)
+        assert files.one(encoder=encoder, target="distributed", patience=2)
+    assert files.one(encoder="bm25")
+    assert files.one(encoder="minilm-4", loss="softmax", patience=2, in_batch=True)
+    assert files.one(encoder="minilm-4", target=1.0, in_batch=False, patience=2)
+    tuned_is_one = tuned.pop(("minilm-4", False)) == {1.0}  # then a row of Table 3 is Table 4's
+    assert all(len(targets) == 1 for targets in tuned.values())
+    assert len(files.runs) == 18 + 4 + 4 + 10 + 2 + 3 - tuned_is_one
+
+
+def test_the_settings_of_each_section(files):
+    for config in files.config.values():
+        if config["loss"] == "none":
+            assert config["triples"] == 0
+            assert config["test_sets"] == ["test1", "test2"]
+            continue
+        comparison = config["patience"] > 0
+        assert config["decay"] == (0.99999 if comparison else 1.0)
+        assert config["test_sets"] == (["test1", "test2"] if comparison else [])
+        static = isinstance(config["target"], float) and not comparison
+        assert config["keep"] == ("last" if static else "best")
+        assert config["triples"] == (16 if static else 32)
+        steps = 0 if static else (8 if comparison else 16) // config["batch_size"]
+        assert config["evaluate_every"] == steps
+        assert config["in_batch"] in (
+            (False,) if config["target"] == "distributed" else (False, True)
+        )
+        assert (config["orientation"], config["error"]) == ("paper", "squared")
+
+
+def test_only_one_model_is_saved(files):
+    saved = [i for i, path in files.runs.items() if (path / "model").exists()]
+    assert saved == [files.one(encoder="minilm-4", target="distributed", patience=2)]
+
+
+def test_step_0_is_the_encoder_as_it_comes(files):
+    for run_id, config in files.config.items():
+        if config["loss"] == "none":
+            continue
+        start = files.result[files.one(encoder=config["encoder"], loss="none")]["rerank"][
+            "validation"
+        ]
+        first = files.curve(run_id).iloc[0]
+        assert (first["step"], first["triples"], first["seconds"]) == (0, 0, 0)
+        for measure, value in start["mean"].items():
+            assert first[measure] == value
+
+
+def test_measures_are_those_of_trec_eval_on_the_run_files(files):
+    checked = 0
+    for run_id, result in files.result.items():
+        for mode in ("rerank", "full"):
+            for query_set, found in result.get(mode, {}).items():
+                qrels, run = files.qrels[query_set], files.ranking(run_id, mode, query_set)
+                for measure, per_query in found["per_query"].items():
+                    name, level = TREC[measure]
+                    evaluator = pytrec_eval.RelevanceEvaluator(
+                        qrels,
+                        {name.rpartition("_")[0] + "." + name.rpartition("_")[2]},
+                        relevance_level=level,
+                    )
+                    expected = evaluator.evaluate(run)
+                    assert per_query.keys() == qrels.keys()
+                    for qid, value in per_query.items():
+                        assert value == pytest.approx(
+                            expected.get(qid, {}).get(name, 0.0), abs=1e-9
+                        )
+                    mean = sum(per_query.values()) / len(per_query)
+                    assert found["mean"][measure] == pytest.approx(mean, abs=1e-12)
+                    checked += 1
+    assert checked > 150
+
+
+def test_rerank_runs_hold_the_candidates(files):
+    for run_id, result in files.result.items():
+        for query_set in result["rerank"]:
+            bm25 = files.ranking(files.one(encoder="bm25"), "rerank", query_set)
+            run = files.ranking(run_id, "rerank", query_set)
+            assert {q: set(hits) for q, hits in run.items()} == {q: set(h) for q, h in bm25.items()}
+            assert max(len(hits) for hits in run.values()) == 8
+
+
+def test_what_is_kept_is_the_best_of_the_curve(files):
+    for run_id, config in files.config.items():
+        if config["loss"] == "none":
+            continue
+        result, curve = files.result[run_id], files.curve(run_id)
+        steps = dict(zip(curve["step"], curve["nDCG@10"], strict=True))
+        best = min(steps, key=lambda s: (-steps[s], s))
+        assert result["best_step"] == best
+        kept = best if config["keep"] == "best" else result["stop_step"]
+        assert result["kept_step"] == kept
+        row = curve[curve["step"] == kept].iloc[0]
+        for measure, value in result["rerank"]["validation"]["mean"].items():
+            assert row[measure] == value
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_figure_3(frames, files):
+    frame = frames["figure3"]
+    assert list(frame.columns) == [
+        "encoder", "in_batch", "target", "seed", "measure", "value", "start", "maximum", "run_id", "start_run_id",
+    ]  # fmt: skip
+    assert len(frame) == 18 * 2
+    assert frame["run_id"].nunique() == 18
+    for row in frame.itertuples():
+        config = files.config[row.run_id]
+        for name in ("encoder", "in_batch", "target", "seed"):
+            assert config[name] == getattr(row, name)
+        found = files.result[row.run_id]["rerank"]["validation"]["mean"]
+        assert row.value == found[row.measure]
+        assert files.curve(row.run_id).iloc[-1][row.measure] == row.value
+        assert row.start_run_id == files.one(encoder=row.encoder, loss="none")
+        start = files.result[row.start_run_id]["rerank"]["validation"]["mean"]
+        assert row.start == start[row.measure]
+    marked = frame[frame["maximum"]]
+    assert len(marked) == 2 * 2 * 2
+    assert set(marked["seed"]) == {1}
+    for row in marked.itertuples():
+        curve = frame[
+            (frame["encoder"] == row.encoder) & (frame["in_batch"] == row.in_batch)
+            & (frame["measure"] == row.measure) & (frame["seed"] == 1)
+        ]  # fmt: skip
+        assert row.value == curve["value"].max()
+        assert row.target == curve.loc[curve["value"] == row.value, "target"].min()
+
+
+@pytest.mark.parametrize("name", ["figure4", "figure5"])
+def test_figures_4_and_5(frames, files, name):
+    frame = frames[name]
+    assert list(frame.columns) == [
+        "encoder", "in_batch", "batch_size", "seed", "step", "triples", "measure", "value", "maximum", "run_id",
+    ]  # fmt: skip
+    target, patience = ("adaptive" if name == "figure4" else "distributed"), 0
+    assert set(frame["run_id"]) == files.having(target=target, patience=patience)
+    for run_id, group in frame.groupby("run_id"):
+        config, curve = files.config[run_id], files.curve(run_id)
+        for column in ("encoder", "in_batch", "batch_size", "seed"):
+            assert set(group[column]) == {config[column]}
+        assert curve["triples"].tolist() == [0, 16, 32]
+        for measure, line in group.groupby("measure"):
+            assert line["step"].tolist() == curve["step"].tolist()
+            assert line["triples"].tolist() == curve["triples"].tolist()
+            assert line["value"].tolist() == curve[measure].tolist()
+            (top,) = line.loc[line["maximum"], "value"]
+            assert top == curve[measure].max()
+            assert line["maximum"].tolist().index(True) == curve[measure].tolist().index(top)
+
+
+def test_gains(frames, files):
+    frame = frames["gains"]
+    assert len(frame) == 8 * 2
+    for row in frame.itertuples():
+        after = files.result[row.run_id]["rerank"]["validation"]["per_query"][row.measure]
+        start = files.result[files.one(encoder=row.encoder, loss="none")]
+        before = start["rerank"]["validation"]["per_query"][row.measure]
+        differences = np.array([after[q] - before[q] for q in before])
+        assert row.difference == pytest.approx(differences.mean(), abs=1e-12)
+        assert row.best - row.start == pytest.approx(row.difference, abs=1e-12)
+        error = stats.sem(differences)
+        if error > 1e-12:
+            low, high = stats.t.interval(0.95, len(differences) - 1, differences.mean(), error)
+            assert (row.low, row.high) == pytest.approx((low, high), abs=1e-9)
+        else:
+            assert row.low == row.high == pytest.approx(row.difference, abs=1e-12)
+
+
+def test_figure_6(frames, files):
+    frame = frames["figure6"]
+    assert list(frame.columns) == [
+        "encoder", "batch_size", "part", "step", "mean", "min", "max", "window", "span", "run_id",
+    ]  # fmt: skip
+    assert len(frame) == 2 * 2 * 2  # encoders, parts, span
+    for (run_id, part), group in frame.groupby(["run_id", "part"]):
+        config = files.config[run_id]
+        assert (config["target"], config["batch_size"], config["patience"]) == ("distributed", 8, 0)
+        assert set(group["encoder"]) == {config["encoder"]}
+        raw = pd.read_parquet(files.runs[run_id] / "targets.parquet").to_dict("list")
+        steps = raw["step"][:2] if part == "first" else raw["step"][-2:]
+        assert group["step"].tolist() == steps
+        assert set(group["window"]) == set(group["span"]) == {2}
+        for column in ("mean", "min", "max"):
+            for step, value in zip(group["step"], group[column], strict=True):
+                recent = [raw[column][s - 1] for s in (step - 1, step) if s >= 1]
+                assert value == pytest.approx(sum(recent) / len(recent), abs=1e-9)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_table_2_with_sentence_transformers_alone(frames, files):
+    frame = frames["table2"]
+    (run_id,), (qid,) = set(frame["run_id"]), set(frame["qid"])
+    assert run_id == files.one(encoder="minilm-4", target="distributed", patience=2)
+    model = SentenceTransformer(str(files.runs[run_id] / "model"))
+    queries, passages = files.texts("queries.train.tsv"), files.texts("collection.tsv")
+
+    def vectors(texts, length):
+        model.max_seq_length = length
+        found = [model.encode(text, show_progress_bar=False).astype(np.float64) for text in texts]
+        return [v / math.sqrt(v @ v) for v in found]
+
+    triples = files.triples()
+    order = np.random.default_rng(1).permutation(len(triples))[:8]
+    batch = [triples[i] for i in order]
+    q = vectors([queries[t[0]] for t in batch], 10)
+    p = vectors([passages[t[1]] for t in batch], 12)
+    n = vectors([passages[t[2]] for t in batch], 12)
+    targets = np.array([[(1 + a @ b) / 2 for b in n] for a in p])
+    i = int(np.argmax(targets.max(1) - targets.min(1)))
+    t = targets[i]
+
+    assert frame["role"].tolist() == ["q", "d+", "d-max", "d-mid", "d-min"]
+    assert qid == batch[i][0]
+    rows = frame.set_index("role")
+    assert rows.loc["q", ["id", "text"]].tolist() == [batch[i][0], queries[batch[i][0]]]
+    assert rows.loc["d+", ["id", "text"]].tolist() == [batch[i][1], passages[batch[i][1]]]
+    rho_positive = q[i] @ p[i]
+    assert rows.loc["d+", "rho"] == pytest.approx(rho_positive, abs=1e-5)
+    for role, j in (
+        ("d-max", t.argmax()), ("d-mid", np.abs(t - t.mean()).argmin()), ("d-min", t.argmin()),
+    ):  # fmt: skip
+        row = rows.loc[role]
+        assert (row["id"], row["text"]) == (batch[j][2], passages[batch[j][2]])
+        assert row["rho"] == pytest.approx(q[i] @ n[j], abs=1e-5)
+        assert row["target"] == pytest.approx(t[j], abs=1e-5)
+        assert row["loss_table"] == pytest.approx(
+            (rho_positive - q[i] @ n[j] - t[j]) ** 2, abs=1e-5
+        )
+        own = rho_positive - q[i] @ n[i]  # Eq. 3: the margin to the query's own negative
+        assert row["loss_equation"] == pytest.approx((own - t[j]) ** 2, abs=1e-5)
+
+
+def tost(a, b, comparisons):
+    """p, adjusted p and interval of a paired TOST with margin .05, by scipy; None where nothing varies."""
+    differences = np.array([a[q] - b[q] for q in sorted(a)])
+    if np.ptp(differences) < 1e-12:
+        return differences.mean(), None
+    p = max(
+        stats.ttest_1samp(differences + 0.05, 0, alternative="greater").pvalue,
+        stats.ttest_1samp(differences - 0.05, 0, alternative="less").pvalue,
+    )
+    interval = stats.t.interval(
+        1 - 2 * 0.05 / comparisons, len(differences) - 1, differences.mean(), stats.sem(differences)
+    )
+    return differences.mean(), (p, min(1, p * comparisons), *interval)
+
+
+def check_test(row, files, comparisons):
+    """The TOST of a row of Table 3 or 4 against its reference."""
+    per_query = [
+        files.result[i]["full"][row.set]["per_query"][row.measure] for i in (row.run_id, row.reference_run_id)
+    ]  # fmt: skip
+    if row.run_id == row.reference_run_id:
+        assert math.isnan(row.difference)
+        assert math.isnan(row.p_adjusted)
+        assert not row.equivalent
+        return
+    difference, tested = tost(*per_query, comparisons)
+    assert row.difference == pytest.approx(difference, abs=1e-12)
+    if tested is None:
+        assert row.equivalent == (abs(difference) < 0.05)
+        return
+    p, p_adjusted, low, high = tested
+    assert row.p_adjusted == pytest.approx(p_adjusted, abs=1e-9)
+    assert (row.low, row.high) == pytest.approx((low, high), abs=1e-9)
+    assert row.equivalent == (p_adjusted < 0.05)
+    if hasattr(row, "p"):
+        assert row.p == pytest.approx(p, abs=1e-9)
+
+
+def test_table_3(frames, files):
+    frame = frames["table3"]
+    assert list(frame.columns) == [
+        "encoder", "target", "epsilon", "in_batch", "set", "measure", "value", "best", "difference", "low", "high", "p",
+        "p_adjusted", "comparisons", "equivalent", "seconds", "sweep_seconds", "triples", "run_id", "reference_run_id",
+    ]  # fmt: skip
+    assert len(frame) == 2 * 5 * 2 * 2
+    assert set(frame["comparisons"]) == {4}
+    for row in frame.itertuples():
+        config, result = files.config[row.run_id], files.result[row.run_id]
+        assert (config["encoder"], config["in_batch"], config["patience"]) == (
+            row.encoder,
+            row.in_batch,
+            2,
+        )
+        assert config["target"] == (row.epsilon if row.target == "static" else row.target)
+        assert math.isnan(row.epsilon) == (row.target != "static")
+        assert row.value == result["full"][row.set]["mean"][row.measure]
+        assert row.triples == result["triples"]
+        sweep = 0.0
+        if row.target == "static":
+            grid = {
+                target: files.one(encoder=row.encoder, target=target, in_batch=row.in_batch, seed=1, patience=0)
+                for target in TARGETS
+            }  # fmt: skip
+            sweep = sum(files.result[i]["train_seconds"] for i in grid.values())
+            values = {
+                t: files.result[i]["rerank"]["validation"]["mean"]["nDCG@10"]
+                for t, i in grid.items()
+            }
+            assert row.epsilon == min(t for t in TARGETS if values[t] == max(values.values()))
+        assert row.sweep_seconds == pytest.approx(sweep)
+        assert row.seconds == pytest.approx(result["train_seconds"] + sweep)
+        check_test(row, files, 4)
+    for _, group in frame.groupby(["encoder", "set", "measure"]):
+        assert len(group) == 5
+        assert group["best"].sum() == 1
+        best = group[group["best"]].iloc[0]
+        assert best["value"] == group["value"].max()
+        assert set(group["reference_run_id"]) == {best["run_id"]}
+        assert set(group["measure"]) <= {"nDCG@10", "R(rel=2)@20"}
+
+
+def test_table_3_shares_no_run_with_the_figures(frames):
+    figures = {
+        i for name in ("figure3", "figure4", "figure5", "figure6") for i in frames[name]["run_id"]
+    }
+    assert not figures & set(frames["table3"]["run_id"])
+
+
+def test_table_4(frames, files):
+    frame = frames["table4"]
+    assert list(frame.columns) == [
+        "block", "loss", "sampling", "in_batch", "source", "set", "measure", "value", "best", "difference", "low", "high",
+        "p_adjusted", "equivalent", "triples", "run_id", "reference_run_id",
+    ]  # fmt: skip
+    softmax = files.one(loss="softmax")
+    assert set(frame["reference_run_id"]) == {softmax}
+    wanted = {
+        ("Adaptive", "✗"): {"target": "adaptive", "in_batch": False, "patience": 2},
+        ("Adaptive", "✓"): {"target": "adaptive", "in_batch": True, "patience": 2},
+        ("Distributed", "✓"): {"target": "distributed", "patience": 2},
+        ("BM25", "—"): {"encoder": "bm25"},
+        ("Static (ε = 1)", "✗"): {"target": 1.0, "in_batch": False, "patience": 2},
+        ("Softmax (MNRL)", "✓"): {"loss": "softmax"},
+        ("Encoder as it comes", "—"): {"loss": "none"},
+    }
+    rows = frame.groupby(["loss", "in_batch"])
+    assert set(rows.groups) == {*wanted, ("Static (tuned)", "✗"), ("Static (tuned)", "✓")}
+    for key, values in wanted.items():
+        values = {"encoder": "minilm-4", **values}
+        assert set(rows.get_group(key)["run_id"]) == {files.one(**values)}, key
+    tuned = frames["table3"].query("encoder == 'minilm-4' and target == 'static'")
+    for sign, in_batch in (("✗", False), ("✓", True)):
+        found = set(rows.get_group(("Static (tuned)", sign))["run_id"])
+        assert found == set(tuned.loc[tuned["in_batch"] == in_batch, "run_id"])
+    for row in frame.itertuples():
+        assert row.value == files.result[row.run_id]["full"][row.set]["mean"][row.measure]
+        check_test(row, files, 8)
+    for _, group in frame.groupby(["block", "set", "measure"]):
+        assert set(group.loc[group["best"], "value"]) == {group["value"].max()}
+
+
+def test_references(smoke, files):
+    assert (
+        smoke.references()
+        == files.result[files.one(encoder="bm25")]["rerank"]["validation"]["mean"]
+    )
+
+
+def test_the_files_of_the_book_are_the_frames(smoke_home, frames):
+    folder = smoke_home / "book" / "_executed" / "data"
+    if not folder.is_dir():
+        pytest.skip("there are no notebooks yet")
+    for name in ("figure3", "figure4", "figure5", "figure6", "table2", "table3", "table4"):
+        written = pd.read_csv(folder / f"{name}.csv", keep_default_na=False, na_values=[""])
+        columns = [c for c in frames[name].columns if c in written.columns]
+        assert len(columns) == len(frames[name].columns), name
+        if name == "table4":  # the published rows are there, too
+            written = written[written["run_id"].notna()].reset_index(drop=True)
+        expected = frames[name]
+        assert len(written) == len(expected), name
+        for column in ("value", "mean", "rho", "p_adjusted"):
+            if column in columns:
+                np.testing.assert_allclose(written[column], expected[column], atol=1e-9)
+        assert written["run_id"].tolist() == expected["run_id"].tolist()
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_plan(smoke, tmp_path):
+    plan = smoke.plan()
+    assert list(plan.columns) == ["encoder", "what", "seconds", "done"]
+    assert len(plan) == len(list(smoke.store.folder.iterdir()))
+    assert plan["done"].all()
+    assert not plan["seconds"].any()
+
+    home = tmp_path / "home"
+    for name in ("cache", "collections"):
+        shutil.copytree(smoke.home / name, home / name)
+    done = [smoke.bm25_config(), smoke.static_config("minilm-3", 0.5, True, 2)]
+    for config in done:
+        shutil.copytree(smoke.store.path(config), home / "runs" / config.run_id)
+    plan = Reproduction(smoke.profile, home).plan()
+    assert len(plan) == 41
+    assert plan["done"].sum() == 2
+    assert (plan.loc[~plan["done"], "seconds"] > 0).all()
+    assert not plan.loc[plan["done"], "seconds"].any()
+    assert Counter(plan["encoder"]) == {"bm25": 1, "minilm-3": 22, "minilm-4": 18}
+
+
+def test_running_again_does_nothing(smoke, monkeypatch, capsys):
+    before = {p: p.stat().st_mtime_ns for p in smoke.home.rglob("*") if "_executed" not in p.parts}
+
+    def refuse(*_, **__):
+        raise AssertionError("a run was made again")
+
+    monkeypatch.setattr(Reproduction, "execute", refuse)
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", refuse_workers)
+    again = Reproduction.open("smoke", smoke.home)
+    since = time.perf_counter()
+    again.run_all()
+    assert time.perf_counter() - since < 10
+    assert again.ensure(smoke.figure3_configs())
+    after = {p: p.stat().st_mtime_ns for p in smoke.home.rglob("*") if "_executed" not in p.parts}
+    assert after == before
+    assert "runs are there" in capsys.readouterr().err
+
+
+class refuse_workers:
+    """An executor that starts no process, and accepts no work."""
+
+    def __init__(self, *_):
+        pass
+
+    def submit(self, *_):
+        raise AssertionError("a worker was asked")
+
+    def shutdown(self, **_):
+        pass
+
+
+def test_the_cache_of_hidden_states_is_that_of_the_texts(smoke, tmp_path):
+    """Other query sets are other texts in another order: no cached state may be taken for another's."""
+    for name in ("cache", "collections"):
+        shutil.copytree(smoke.home / name, tmp_path / name)
+    for sets in (
+        {"validation": "validation", "tests": ["test2", "test1"]},
+        {"validation": "test2", "tests": ["test1"]},
+    ):
+        profile = load_profile("smoke", sets=sets)
+        other = Reproduction(profile, tmp_path)
+        assert other.collection.fingerprint == smoke.collection.fingerprint
+        loaded = other.encoder("minilm-3")
+        tokens = tokenize(loaded.whole, other.queries.texts, profile.lengths.query)
+        np.testing.assert_allclose(
+            embed(loaded.model, loaded.queries), embed(loaded.whole, tokens), atol=1e-5
+        )
+
+
+def die(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_said_so(smoke, monkeypatch):
+    monkeypatch.setattr(experiments, "_work", die)
+    other = Reproduction(smoke.profile, smoke.home)
+    config = smoke.config("minilm-3", target=0.25, in_batch=False, batch_size=8, triples=8)
+    with (
+        ProcessPoolExecutor(1, get_context("fork")) as pool,
+        pytest.raises(TrainingError, match="a worker process was killed"),
+    ):
+        other._make([config], pool)
+
+
+def test_an_encoder_that_is_not_in_the_profile(smoke):
+    with pytest.raises(
+        KeyError, match=r"'bert' is not in profile 'smoke': \['minilm-3', 'minilm-4'\]"
+    ):
+        smoke.encoder("bert")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("roberta", {"pooling": "cls+linear"}),  # trained whole, as the paper's encoders are
+        ("bert", {"pooling": "cls+linear", "layers": 2, "trained_layers": 2}),
+    ],
+)
+def test_other_encoders_from_the_collection_to_a_saved_model(
+    smoke, tiny_folder, tmp_path, kind, settings
+):
+    for name in ("cache", "collections"):
+        shutil.copytree(smoke.home / name, tmp_path / name)
+    encoders = {"tiny": {"base": str(tiny_folder(kind)), **settings}}
+    values = smoke.profile.model_dump()
+    values |= {"encoders": encoders, "reference_encoder": "tiny", "workers": 1}
+    values["static"] |= {"seeds": {}, "targets": [0.5]}
+    other = Reproduction(type(smoke.profile).model_validate(values), tmp_path)
+    table = other.table2()
+    run = other.store.get(other.variant_config("tiny", "distributed", False))
+    assert run.result["triples"] > 0
+    model = SentenceTransformer(str(run.path / "model"))
+    assert len(list(model)) == 3
+
+    # The ranking that was stored is that of the saved model, read by somebody else.
+    queries, passages = other.collection.queries["test1"], other.collection.passages
+    hits = run.run("rerank", "test1")
+    for qid in queries.ids[:5]:
+        model.max_seq_length = 10
+        q = model.encode(queries[qid], normalize_embeddings=True)
+        model.max_seq_length = 12
+        for docid, score in hits[qid].items():
+            d = model.encode(passages[docid], normalize_embeddings=True)
+            assert score == pytest.approx(float(q @ d), abs=1e-5)
+    assert (table["run_id"] == run.run_id).all()
