@@ -7,10 +7,8 @@ from scipy import stats
 
 from adaptive_margins.evaluation import (
     evaluate,
-    label,
     paired_interval,
     paired_tost,
-    unjudged_at,
 )
 
 MEASURES = ["nDCG@10", "nDCG@3", "Success(rel=2)@5", "R(rel=2)@20", "R(rel=2)@50", "RR(rel=2)@10"]
@@ -128,27 +126,6 @@ def test_evaluate_errors():
         evaluate({"q": {"d": 1}}, {}, [])
     with pytest.raises(ValueError, match="score of passage 'd' must be a finite"):
         evaluate({"q": {"d": 1}}, {"q": {"d": math.nan}}, ["nDCG@10"])
-
-
-def test_labels():
-    assert label("Success(rel=2)@5") == "Hits@5"
-    assert label("Success(rel=2)@100") == "Hits@100"
-    assert label("R(rel=2)@20") == "R@20"
-    assert label("nDCG@10") == "nDCG@10"
-    assert label("AP(rel=2)") == "AP"
-    with pytest.raises(ValueError, match="'Hits@5'"):
-        label("Hits@5")
-
-
-def test_unjudged_at():
-    qrels = {"a": {"d1": 0, "d2": 3}, "b": {"d9": 1}}
-    run = {"a": {"d1": 3.0, "x": 2.0, "d2": 1.0}, "b": {"y": 1.0}, "z": {"d1": 1.0}}
-    assert unjudged_at(run, qrels, 2) == 2 / 3  # x and y of d1, x, y
-    assert unjudged_at(run, qrels, 9) == 2 / 4
-    with pytest.raises(ValueError, match="no hit"):
-        unjudged_at({"z": {"d": 1.0}}, qrels, 5)
-    with pytest.raises(ValueError, match="depth must be at least 1"):
-        unjudged_at(run, qrels, 0)
 
 
 # ---- paired tests

@@ -58,30 +58,6 @@ def evaluate(qrels: Qrels, run: Run, measures: Sequence[str]) -> Evaluation:
     return Evaluation(mean, per_query)
 
 
-def label(measure: str) -> str:
-    """The paper's short name of a measure: "Success(rel=2)@5" → "Hits@5", "R(rel=2)@20" → "R@20".
-
-    Raises:
-        ValueError: the measure is unknown.
-    """
-    parsed = _measure(measure)
-    name = {"Success": "Hits"}.get(parsed.NAME, parsed.NAME)
-    cutoff = parsed.params.get("cutoff")
-    return name if cutoff is None else f"{name}@{cutoff}"
-
-
-def unjudged_at(run: Run, qrels: Qrels, k: int) -> float:
-    """Share, in [0, 1], of the top ``k`` hits of all judged queries that the qrels do not judge.
-
-    Raises:
-        ValueError: ``k`` is below 1, or the run has no hit for any query of the qrels.
-    """
-    shown = [docid not in qrels[q] for q in qrels for docid, _ in top(run.get(q, {}), k)]
-    if not shown:
-        raise ValueError("the run has no hit for any query of the qrels")
-    return sum(shown) / len(shown)
-
-
 @dataclass(frozen=True)
 class Equivalence:
     """The outcome of a paired TOST of two runs a and b.

@@ -20,6 +20,7 @@ import yaml
 from adaptive_margins.experiments import Reproduction, clock, describe
 from adaptive_margins.profiles import Profile
 from adaptive_margins.report import concepts, datasheet
+from adaptive_margins.report.marks import measure_label
 from adaptive_margins.store import StoredRun, write_text
 
 Receipts = Mapping[str, Mapping[str, Any]]
@@ -98,7 +99,7 @@ def cover(profile: Profile, table4: Path | None) -> str:
     own = frame[~frame["source"].str.startswith("published")]
     labels = own["loss"] + own["in_batch"].map({"✓": ", in-batch"}).fillna("")
     labels = labels.where(~own["loss"].str.startswith("Distributed"), own["loss"])
-    own = own.assign(label=labels, measure=own["measure"].map(label))
+    own = own.assign(label=labels, measure=own["measure"].map(measure_label))
     cells = {(r.label, r.set, r.measure): f"{r.value:.3f}" for r in own.itertuples()}
     columns = list(dict.fromkeys((name, measure) for _, name, measure in cells))
     header = ["Loss", *(f"{measure}, {name}" for name, measure in columns)]
@@ -136,11 +137,6 @@ def _standing(rows: pd.DataFrame) -> str:
         if other is not None
     ]
     return f"{text}; {', '.join(told)}; the margin loss's lead in brackets." if told else f"{text}."
-
-
-def label(measure: str) -> str:
-    """A measure as the paper names it: ``Success(rel=2)@5`` → Hits@5, ``R(rel=2)@20`` → R@20."""
-    return re.sub(r"\(rel=\d+\)", "", measure).replace("Success", "Hits")
 
 
 def provenance(profile: Profile, receipts: Receipts, runs: Iterable[StoredRun]) -> str:
