@@ -181,15 +181,19 @@ class Reproduction:
 
     def encoder(self, name: str) -> LoadedEncoder:
         """Encoder ``name`` of the profile, loaded once per process and kept untouched; see `LoadedEncoder`."""
-        if name not in self.profile.encoders:
-            raise KeyError(
-                f"encoder {name!r} is not in profile {self.profile.name!r}: {sorted(self.profile.encoders)}"
-            )
         return self._encoder(name)
+
+    def _settings(self, encoder: str) -> EncoderSettings:
+        known = {**self.profile.encoders, **self.profile.untrained}
+        if encoder not in known:
+            raise KeyError(
+                f"encoder {encoder!r} is not in profile {self.profile.name!r}: {sorted(known)}"
+            )
+        return known[encoder]
 
     @functools.cache  # noqa: B019  (a Reproduction lives as long as its process)
     def _encoder(self, name: str) -> LoadedEncoder:
-        settings = self.profile.encoders[name]
+        settings = self._settings(name)
         dropout, device = self.profile.training.dropout, self.profile.device
         whole = load_encoder(settings, dropout=dropout, device=device)
         queries, passages = self._tokens(settings.base, settings.revision, whole)
@@ -246,7 +250,7 @@ class Reproduction:
     def config(self, encoder: str, **values: Any) -> RunConfig:
         """A run's configuration: the profile's values for ``encoder``, and ``values`` in their place."""
         p = self.profile
-        settings = p.encoders[encoder]
+        settings = self._settings(encoder)
         return RunConfig.model_validate(
             {
                 "encoder": encoder,
@@ -412,7 +416,8 @@ class Reproduction:
 
     def start_configs(self) -> list[RunConfig]:
         """BM25 and every encoder as it comes."""
-        return [self.bm25_config(), *(self.untrained_config(e) for e in self.profile.encoders)]
+        encoders = [*self.profile.encoders, *self.profile.untrained]
+        return [self.bm25_config(), *(self.untrained_config(e) for e in encoders)]
 
     # ---- running ---------------------------------------------------------------------------------------------------
 
@@ -961,6 +966,10 @@ class Reproduction:
             ("not in the paper", "Softmax (MNRL)", "Rand.", "✓", "not in the paper", softmax),
             ("not in the paper", "Encoder as it comes", "—", "—", "not in the paper", start),
         ]
+        for name, settings in self.profile.untrained.items():
+            run = self.ensure([self.untrained_config(name)])[0]
+            loss = f"{settings.label or name} as it comes"
+            listed.append(("not in the paper", loss, "—", "—", "not in the paper", run))
         rows = []
         for block, loss, sampling, in_batch, source, run in listed:
             block_runs = [r for b, *_, r in listed if b == block]

@@ -217,6 +217,9 @@ class Profile(_Settings):
     sets: SetSettings
     candidates: CandidateSettings
     encoders: dict[str, EncoderSettings] = Field(min_length=1)
+    untrained: dict[str, EncoderSettings] = Field(
+        default_factory=dict, description="encoders that Table 4 shows as they come, and only so"
+    )
     reference_encoder: str = Field(description="stands in for distilBERT in Tables 2 and 4")
     lengths: LengthSettings
     training: TrainingSettings
@@ -242,7 +245,9 @@ class Profile(_Settings):
                     raise ValueError(
                         f"{key} names encoder {name!r}; there are {sorted(self.encoders)}"
                     )
-        if "bm25" in self.encoders:
+        if both := sorted(self.encoders.keys() & self.untrained.keys()):
+            raise ValueError(f"encoders and untrained both name {', '.join(both)}")
+        if "bm25" in self.encoders or "bm25" in self.untrained:
             raise ValueError("an encoder cannot be named 'bm25': that is BM25's own row")
         for name in (self.sets.validation, *self.sets.tests):
             if name not in self.collection.query_sets:
