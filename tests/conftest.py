@@ -108,25 +108,13 @@ def smoke(smoke_home):
 
 def write_tokenizer(folder: Path, kind: str = "bert") -> None:
     """A word tokenizer of `WORDS`; ``roberta`` and ``mpnet`` have their padding at id 1, as theirs do."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
+    from transformers import BertTokenizer
 
     words = list(WORDS)
     if kind in ("roberta", "mpnet"):
         words[0], words[1] = words[1], words[0]
-    ids = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        "[CLS] $A [SEP]",
-        "[CLS] $A [SEP] $B [SEP]",
-        [("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=64, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]",
-        sep_token="[SEP]", mask_token="[MASK]",
-    ).save_pretrained(folder)  # fmt: skip
+    vocabulary = {word: i for i, word in enumerate(words)}
+    BertTokenizer(vocab=vocabulary, model_max_length=64).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

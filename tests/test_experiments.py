@@ -296,18 +296,19 @@ def test_figure_6(frames, files):
     assert list(frame.columns) == [
         "encoder", "batch_size", "part", "step", "mean", "min", "max", "window", "span", "run_id",
     ]  # fmt: skip
-    assert len(frame) == 2 * 2 * 2  # encoders, parts, span
+    window = span = 3
+    assert len(frame) == 2 * 2 * span  # encoders, parts
     for (run_id, part), group in frame.groupby(["run_id", "part"]):
         config = files.config[run_id]
         assert (config["target"], config["batch_size"], config["patience"]) == ("distributed", 8, 0)
         assert set(group["encoder"]) == {config["encoder"]}
         raw = pd.read_parquet(files.runs[run_id] / "targets.parquet").to_dict("list")
-        steps = raw["step"][:2] if part == "first" else raw["step"][-2:]
+        steps = raw["step"][:span] if part == "first" else raw["step"][-span:]
         assert group["step"].tolist() == steps
-        assert set(group["window"]) == set(group["span"]) == {2}
+        assert set(group["window"]) == set(group["span"]) == {3}
         for column in ("mean", "min", "max"):
             for step, value in zip(group["step"], group[column], strict=True):
-                recent = [raw[column][s - 1] for s in (step - 1, step) if s >= 1]
+                recent = [raw[column][s - 1] for s in range(step - window + 1, step + 1) if s >= 1]
                 assert value == pytest.approx(sum(recent) / len(recent), abs=1e-9)
 
 

@@ -399,19 +399,19 @@ def test_keep_last(material, tmp_path):
 
 
 def test_the_clocks_of_training_and_evaluation_are_kept_apart(material, tmp_path, monkeypatch):
-    script = Script(range(9), then=lambda number: time.sleep(0.3))
+    script = Script(range(9), then=lambda number: time.sleep(0.15))
     save = training._Trainer._save_checkpoint
 
     def slow(self, *args):
-        time.sleep(0.5)
+        time.sleep(0.2)
         save(self, *args)
 
     monkeypatch.setattr(training._Trainer, "_save_checkpoint", slow)
     since = time.perf_counter()
     _, result = run(material, tmp_path, script, checkpoint_every=2)
     whole = time.perf_counter() - since
-    assert 1.5 <= result.eval_seconds <= whole - 1.5  # five evaluations; three checkpoints
-    assert 0 < result.train_seconds <= whole - 3.0
+    assert 0.75 <= result.eval_seconds <= whole - 0.6  # five evaluations; three checkpoints
+    assert 0 < result.train_seconds <= whole - 1.35
     seconds = result.curve["seconds"].tolist()
     assert seconds[0] == 0
     assert seconds == sorted(seconds)
@@ -609,7 +609,7 @@ def test_a_killed_run_of_a_profile_leaves_nothing_that_looks_finished(smoke, tmp
 
 
 def test_workers_end_with_their_parent_and_the_rest_is_made_later(smoke, tmp_path):
-    removed = [*smoke.figure4_configs(), *smoke.figure5_configs()]
+    removed = smoke.figure4_configs()
     ids = {c.run_id for c in removed}
     home = copy_home(smoke.home, tmp_path / "home", ids)
     code = "from adaptive_margins.cli import main; main()"
