@@ -99,7 +99,7 @@ def test_a_plan_lists_what_is_missing(smoke, tmp_path, monkeypatch, capsys):
     code, out, err = call(monkeypatch, capsys, "plan", "--profile", "smoke")
     assert (code, out) == (0, "")
     first, *lines, last = err.splitlines()
-    figures = 3 + 18 + 4 + 4  # starts, Figure 3 with its second seed, Figures 4 and 5
+    figures = 4 + 18 + 4 + 4  # starts, Figure 3 with its second seed, Figures 4 and 5
     count = (
         figures + 5 * 2 + 2
     )  # Table 3, Table 4; ε is not known yet, so the tuned one counts apart from ε = 1

@@ -125,11 +125,12 @@ def test_number_and_identity_of_runs(files):
             assert files.one(encoder=encoder, target="distributed", batch_size=size, patience=0)
         assert files.one(encoder=encoder, target="distributed", patience=2)
     assert files.one(encoder="bm25")
+    assert files.one(encoder="minilm", loss="none")
     assert files.one(encoder="minilm-4", loss="softmax", patience=2, in_batch=True)
     assert files.one(encoder="minilm-4", target=1.0, in_batch=False, patience=2)
     tuned_is_one = tuned.pop(("minilm-4", False)) == {1.0}  # then a row of Table 3 is Table 4's
     assert all(len(targets) == 1 for targets in tuned.values())
-    assert len(files.runs) == 18 + 4 + 4 + 10 + 2 + 3 - tuned_is_one
+    assert len(files.runs) == 18 + 4 + 4 + 10 + 2 + 4 - tuned_is_one
 
 
 def test_the_settings_of_each_section(files):
@@ -464,7 +465,9 @@ def test_table_4(frames, files):
         ("Encoder as it comes", "—"): {"loss": "none"},
     }
     rows = frame.groupby(["loss", "in_batch"])
-    assert set(rows.groups) == {*wanted, ("Static (tuned)", "✗"), ("Static (tuned)", "✓")}
+    whole = ("Whole MiniLM as it comes", "—")
+    assert set(rows.get_group(whole)["run_id"]) == {files.one(encoder="minilm", loss="none")}
+    assert set(rows.groups) == {*wanted, whole, ("Static (tuned)", "✗"), ("Static (tuned)", "✓")}
     for key, values in wanted.items():
         values = {"encoder": "minilm-4", **values}
         assert set(rows.get_group(key)["run_id"]) == {files.one(**values)}, key
@@ -474,7 +477,7 @@ def test_table_4(frames, files):
         assert found == set(tuned.loc[tuned["in_batch"] == in_batch, "run_id"])
     for row in frame.itertuples():
         assert row.value == files.result[row.run_id]["full"][row.set]["mean"][row.measure]
-        check_test(row, files, 8)
+        check_test(row, files, 9)
     for _, group in frame.groupby(["block", "set", "measure"]):
         assert set(group.loc[group["best"], "value"]) == {group["value"].max()}
 
@@ -521,11 +524,11 @@ def test_the_plan(smoke, tmp_path):
     for config in done:
         shutil.copytree(smoke.store.path(config), home / "runs" / config.run_id)
     plan = Reproduction(smoke.profile, home).plan()
-    assert len(plan) == 41
+    assert len(plan) == 42
     assert plan["done"].sum() == 2
     assert (plan.loc[~plan["done"], "seconds"] > 0).all()
     assert not plan.loc[plan["done"], "seconds"].any()
-    assert Counter(plan["encoder"]) == {"bm25": 1, "minilm-3": 22, "minilm-4": 18}
+    assert Counter(plan["encoder"]) == {"bm25": 1, "minilm": 1, "minilm-3": 22, "minilm-4": 18}
 
 
 def test_running_again_does_nothing(smoke, monkeypatch, capsys):
@@ -594,7 +597,7 @@ def test_a_worker_that_is_killed_is_said_so(smoke, monkeypatch):
 
 def test_an_encoder_that_is_not_in_the_profile(smoke):
     with pytest.raises(
-        KeyError, match=r"'bert' is not in profile 'smoke': \['minilm-3', 'minilm-4'\]"
+        KeyError, match=r"'bert' is not in profile 'smoke': \['minilm', 'minilm-3', 'minilm-4'\]"
     ):
         smoke.encoder("bert")
 
@@ -613,7 +616,7 @@ def test_other_encoders_from_the_collection_to_a_saved_model(
         shutil.copytree(smoke.home / name, tmp_path / name)
     encoders = {"tiny": {"base": str(tiny_folder(kind)), **settings}}
     values = smoke.profile.model_dump()
-    values |= {"encoders": encoders, "reference_encoder": "tiny", "workers": 1}
+    values |= {"encoders": encoders, "untrained": {}, "reference_encoder": "tiny", "workers": 1}
     values["static"] |= {"seeds": {}, "targets": [0.5]}
     other = Reproduction(type(smoke.profile).model_validate(values), tmp_path)
     table = other.table2()

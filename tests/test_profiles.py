@@ -104,6 +104,8 @@ BROKEN = [
     ("static.seeds", {"minilm-9": [1]}, ["static.seeds", "'minilm-9'", "minilm-3"]),
     ("static.seeds", {"minilm-3": 1}, ["static.seeds.minilm-3", "(got 1)"]),
     ("reference_encoder", "bert", ["reference_encoder", "'bert'", "minilm-3", "minilm-4"]),
+    ("untrained", {"minilm-3": {"base": "minilm"}}, ["both name minilm-3"]),
+    ("untrained", {"bm25": {"base": "minilm"}}, ["cannot be named 'bm25'"]),
     ("encoders", {}, ["encoders", "at least 1"]),
     ("encoders.minilm-3.trained_layers", 4, ["encoders.minilm-3", "trained_layers 4 of 3 layers"]),
     ("encoders.minilm-3.layers", 0, ["encoders.minilm-3.layers", "greater than 0"]),
