@@ -12,7 +12,6 @@ from adaptive_margins.experiments import Reproduction
 from adaptive_margins.profiles import ProfileError, available
 from adaptive_margins.store import StoreError
 from adaptive_margins.training import TrainingError
-from conftest import command
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -85,11 +84,12 @@ def test_a_wrong_call_says_how_to_call(monkeypatch, capsys, arguments):
     assert "Usage" in err
 
 
-def test_a_plan_of_what_is_finished(smoke_home):
-    done = command("plan", "--profile", "smoke", home=smoke_home)
-    assert done.returncode == 0
+def test_a_plan_of_what_is_finished(smoke_home, monkeypatch, capsys):
+    monkeypatch.setenv("ADAPTIVE_MARGINS_HOME", str(smoke_home))
+    code, out, err = call(monkeypatch, capsys, "plan", "--profile", "smoke")
+    assert (code, out) == (0, "")
     count = len(list((smoke_home / "runs").iterdir()))
-    assert done.stdout == f"profile smoke: all {count} runs are there\n"
+    assert err == f"profile smoke: all {count} runs are there\n"
 
 
 def test_a_plan_lists_what_is_missing(smoke, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -33,7 +34,7 @@ from adaptive_margins.training import (
     train,
     trainable,
 )
-from conftest import ROOT, in_child, run_config
+from conftest import in_child, run_config
 
 TRIPLES = 40
 
@@ -612,21 +613,22 @@ def test_workers_end_with_their_parent_and_the_rest_is_made_later(smoke, tmp_pat
     removed = smoke.figure4_configs()
     ids = {c.run_id for c in removed}
     home = copy_home(smoke.home, tmp_path / "home", ids)
-    code = "from adaptive_margins.cli import main; main()"
-    parent = psutil.Popen(
-        [os.sys.executable, "-c", code, "reproduce", "--profile", "smoke", "--runs-only"],
-        env={**os.environ, "ADAPTIVE_MARGINS_HOME": str(home)}, cwd=ROOT,
-    )  # fmt: skip
+    # Forked, so that it need not import everything again; its workers are new processes.
+    forked = multiprocessing.get_context("fork").Process(
+        target=Reproduction(smoke.profile, home).run_all
+    )
+    forked.start()
+    parent = psutil.Process(forked.pid)
     runs = home / "runs"
     deadline = time.monotonic() + 200
     while not any((runs / i).exists() for i in ids):
-        assert parent.poll() is None
+        assert forked.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     workers = parent.children(recursive=True)
     assert len(workers) >= 2
     parent.kill()
-    parent.wait()
+    forked.join()
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive
     made = {i: (runs / i).stat().st_mtime_ns for i in ids if (runs / i).exists()}
