@@ -2,6 +2,8 @@ import dataclasses
 import importlib.metadata
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,8 +117,6 @@ def test_the_page_of_a_profile() -> None:
 def test_it_builds_strictly_and_shows_the_texts_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sphinx.cmd.build import build_main
-
     root = Path(__file__).parents[1]
     source = tmp_path / "source"
     source.mkdir()
@@ -131,8 +131,9 @@ def test_it_builds_strictly_and_shows_the_texts_as_they_are(
     )
     (source / "index.md").write_text(sheet() + "\n```{bibliography}\n:all:\n```\n")
     out = tmp_path / "out"
-    status = build_main(["-n", "-W", "--keep-going", "-q", "-b", "html", str(source), str(out)])
-    assert status == 0
+    command = [sys.executable, "-m", "sphinx", "-n", "-W", "--keep-going", "-q", "-b", "html"]
+    built = subprocess.run([*command, source, out], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
     shown = BeautifulSoup((out / "index.html").read_text(), "html.parser")
     tables = shown.find_all("table")
     cells = [cell.get_text() for table in tables for cell in table.find_all("td")]
