@@ -17,9 +17,10 @@ import adaptive_margins
 
 PACKAGE = Path(adaptive_margins.__file__).parent
 ORDER = [
-    "losses", "profiles", "data", "encoders", "retrieval", "evaluation", "training", "store", "experiments", "report", "cli",
+    "losses", "profiles", "progress", "data", "encoders", "retrieval", "evaluation", "supplied", "training", "store",
+    "resources", "costs", "execution", "experiments", "differences", "report", "cli",
 ]  # fmt: skip
-DATA = ["collection", "triples", "pydocs"]
+DATA = ["collection", "arrow", "triples", "pydocs", "msmarco"]
 
 
 def name_of(path: Path) -> str:

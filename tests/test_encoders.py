@@ -101,7 +101,7 @@ def test_tokens_are_those_of_the_tokenizer(bert, length):
 # ---- embeddings ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls", "cls+linear"])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "cls+linear", "cls+pooler"])
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "mpnet"])
 def test_embeddings_are_those_of_a_single_text(tiny_folder, tmp_path, kind, pooling):
     settings = EncoderSettings(base=str(tiny_folder(kind)), pooling=pooling)
@@ -119,9 +119,11 @@ def test_embeddings_are_those_of_a_single_text(tiny_folder, tmp_path, kind, pool
         with torch.no_grad():
             states = transformer(tokens.batch([row])["input_ids"]).last_hidden_state[0]
             vector = states.mean(0) if pooling == "mean" else states[0]
-            if pooling == "cls+linear":
+            if pooling in ("cls+linear", "cls+pooler"):
                 linear = model[2].linear
                 vector = linear.weight @ vector + linear.bias
+            if pooling == "cls+pooler":
+                vector = vector.tanh()
         np.testing.assert_allclose(found[row], (vector / vector.norm()).numpy(), atol=1e-5)
 
     np.testing.assert_allclose(found, plain_embeddings(model, TEXTS, 12), atol=1e-5)
@@ -141,6 +143,35 @@ def test_embeddings_do_not_depend_on_the_batch(bert, batch_tokens):
     np.testing.assert_allclose(
         embed(bert, tokens, rows, batch_tokens=batch_tokens), one_by_one[rows], atol=1e-5
     )
+
+
+@pytest.mark.parametrize(("precision", "digits"), [("bf16", 8), ("fp16", 11)])
+def test_mixed_precision_is_close_to_full_and_rounds_as_its_type_does(bert, precision, digits):
+    tokens = tokenize(bert, TEXTS, 12)
+    full, mixed = embed(bert, tokens), embed(bert, tokens, precision=precision)
+    assert mixed.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(mixed, axis=1), 1, atol=1e-6)
+    error = np.abs(mixed - full).max()
+    assert 2.0**-24 < error < 16 * 2.0**-digits
+    assert np.array_equal(embed(bert, tokens, precision="fp32"), full)
+    with torch.autocast("cpu", torch.bfloat16):  # what surrounds a call does not reach into it
+        assert np.array_equal(embed(bert, tokens), full)
+
+
+def test_an_unknown_precision(bert):
+    with pytest.raises(EncoderError, match="precision must be one of fp32, bf16, fp16, not 'int8'"):
+        embed(bert, tokenize(bert, TEXTS, 12), precision="int8")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="not run here: needs a CUDA device")
+def test_mixed_precision_on_a_gpu_is_close_to_full_on_the_cpu(tiny_folder):
+    model = load_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=0.0)
+    tokens = tokenize(model, TEXTS, 12)
+    full = embed(model, tokens)
+    model.to("cuda")
+    np.testing.assert_allclose(embed(model, tokens), full, atol=1e-4)
+    for precision in ("bf16", "fp16"):
+        np.testing.assert_allclose(embed(model, tokens, precision=precision), full, atol=0.06)
 
 
 def test_embed_leaves_the_model_as_it_was(bert):
@@ -398,7 +429,10 @@ def test_a_truncated_cache_says_what_to_do(cache, size):
 def test_a_cache_of_other_texts_or_another_type_is_refused(cache):
     tokens, folder = cache
     shorter = Tokens(tokens.ids[:-1], np.append(tokens.offsets[:-1], tokens.offsets[-1] - 1), 0)
-    with pytest.raises(EncoderError, match=rf"states of {tokens.offsets[-1]} tokens, expected"):
+    with pytest.raises(
+        EncoderError,
+        match=rf"layer1\.npy holds float32 of shape \({tokens.offsets[-1]}, 16\), expected",
+    ):
         cached_states(refuse, shorter, [1], folder)
     np.save(folder / "layer2.npy", np.zeros((tokens.offsets[-1], 16)))
     with pytest.raises(EncoderError, match=r"layer2\.npy .*float64.*delete it"):

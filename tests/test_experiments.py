@@ -21,7 +21,8 @@ import pytrec_eval
 from scipy import stats
 from sentence_transformers import SentenceTransformer
 
-from adaptive_margins import experiments
+from adaptive_margins import execution
+from adaptive_margins.data.arrow import seeded_order
 from adaptive_margins.encoders import embed, tokenize
 from adaptive_margins.experiments import Reproduction
 from adaptive_margins.profiles import load_profile
@@ -329,7 +330,7 @@ def test_table_2_with_sentence_transformers_alone(frames, files):
         return [v / math.sqrt(v @ v) for v in found]
 
     triples = files.triples()
-    order = np.random.default_rng(1).permutation(len(triples))[:8]
+    order = seeded_order(len(triples), 1, 0, 8)
     batch = [triples[i] for i in order]
     q = vectors([queries[t[0]] for t in batch], 10)
     p = vectors([passages[t[1]] for t in batch], 12)
@@ -451,7 +452,7 @@ def test_table_4(frames, files):
     frame = frames["table4"]
     assert list(frame.columns) == [
         "block", "loss", "sampling", "in_batch", "source", "set", "measure", "value", "best", "difference", "low", "high",
-        "p_adjusted", "equivalent", "triples", "run_id", "reference_run_id",
+        "p_adjusted", "comparisons", "equivalent", "refused", "missing", "triples", "run_id", "reference_run_id",
     ]  # fmt: skip
     softmax = files.one(loss="softmax")
     assert set(frame["reference_run_id"]) == {softmax}
@@ -512,10 +513,12 @@ def test_the_files_of_the_book_are_the_frames(smoke_home, frames):
 
 def test_the_plan(smoke, tmp_path):
     plan = smoke.plan()
-    assert list(plan.columns) == ["encoder", "what", "seconds", "done"]
-    assert len(plan) == len(list(smoke.store.folder.iterdir()))
-    assert plan["done"].all()
-    assert not plan["seconds"].any()
+    columns = ["run_id", "encoder", "what", "triples", "done", "seconds", "disk", "scratch", "memory"]
+    assert list(plan.runs.columns) == columns
+    assert set(plan.runs["run_id"]) == {p.name for p in smoke.store.folder.iterdir()}
+    assert plan.runs["done"].all()
+    assert not plan.runs["seconds"].any()
+    assert (plan.seconds, plan.downloads, plan.stated) == (0.0, [], [])
 
     home = tmp_path / "home"
     for name in ("cache", "collections"):
@@ -523,8 +526,10 @@ def test_the_plan(smoke, tmp_path):
     done = [smoke.bm25_config(), smoke.static_config("minilm-3", 0.5, True, 2)]
     for config in done:
         shutil.copytree(smoke.store.path(config), home / "runs" / config.run_id)
-    plan = Reproduction(smoke.profile, home).plan()
+    whole = Reproduction(smoke.profile, home).plan()
+    plan = whole.runs
     assert len(plan) == 42
+    assert whole.seconds == pytest.approx(plan["seconds"].sum() / 2)
     assert plan["done"].sum() == 2
     assert (plan.loc[~plan["done"], "seconds"] > 0).all()
     assert not plan.loc[plan["done"], "seconds"].any()
@@ -538,7 +543,7 @@ def test_running_again_does_nothing(smoke, monkeypatch, capsys):
         raise AssertionError("a run was made again")
 
     monkeypatch.setattr(Reproduction, "execute", refuse)
-    monkeypatch.setattr(experiments, "ProcessPoolExecutor", refuse_workers)
+    monkeypatch.setattr(execution, "ProcessPoolExecutor", refuse_workers)
     again = Reproduction.open("smoke", smoke.home)
     since = time.perf_counter()
     again.run_all()
@@ -585,7 +590,7 @@ def die(_):
 
 
 def test_a_worker_that_is_killed_is_said_so(smoke, monkeypatch):
-    monkeypatch.setattr(experiments, "_work", die)
+    monkeypatch.setattr(execution, "_work", die)
     other = Reproduction(smoke.profile, smoke.home)
     config = smoke.config("minilm-3", target=0.25, in_batch=False, batch_size=8, triples=8)
     with (

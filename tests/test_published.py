@@ -49,6 +49,25 @@ def test_decimals_as_printed():
                 assert all(len(score.value) == 2 + decimals for score in by.values())
 
 
+def test_keys_name_their_rows():
+    """As the head of the file explains them."""
+    side = {"✗": "", "✓": "-in-batch", "—": ""}
+    for row in PAPER.table3.rows:
+        ending = "" if row.target == "distributed" else side[row.in_batch]
+        assert row.key == f"{row.model.lower()}-{row.target}{ending}"
+    teachers = {"Hofstätter et al.": "hofstaetter", "Wang and Zuccon": "wang-zuccon"}
+    sampling = {"Rand.": "random", "TAS-B": "tas-b"}
+    for row in PAPER.table4.rows:
+        ending = "" if row.loss == "Distributed" else side[row.in_batch]
+        if row.loss == "MarginMSE":
+            assert row.key == f"{teachers[row.source]}-{sampling[row.sampling]}{ending}"
+        else:
+            names = {"Static (tuned)": "static-tuned", "Static (ε = 1)": "hofstaetter-static"}
+            assert row.key == names.get(row.loss, row.loss.lower()) + ending
+    keys = [row.key for table in (PAPER.table3, PAPER.table4) for row in table.rows]
+    assert len(set(keys)) == 30
+
+
 def groups4() -> dict[tuple[str, str], list[Row4]]:
     """The paper's four blocks; teacher distillation is two of them."""
     groups: dict[tuple[str, str], list[Row4]] = {}
@@ -237,6 +256,8 @@ def test_table4_frame():
         ('value: "0.647"', 'value: "0,647"', r"table3\.rows\.0\.scores.*got '0,647'"),
         ("target: distributed", "target: distribted", r"table3\.rows\.4\.target.*distribted"),
         ("row: 15", "row: 16", "not numbered"),
+        ("key: mpnet-static\n", "key: bm25\n", "occurs twice: bm25"),
+        ("key: bm25", "key: BM25", r"table4\.rows\.11\.key.*got 'BM25'"),
         ("dagger: true", "daggger: true", "daggger"),
         ("id: speed-up", "id: tables-differ", "occurs twice"),
         ("R@1000: {value: \"0.792\"", "R@100: {value: \"0.792\"", "differ in their columns"),

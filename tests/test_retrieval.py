@@ -1,17 +1,23 @@
 import dataclasses
 import gzip
+import json
 import math
 import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 
+import bm25s
 import faiss
 import numpy as np
 import pytest
 import pytrec_eval
+import Stemmer
 
+from adaptive_margins import encoders, retrieval
 from adaptive_margins.data.collection import DataError, Texts
+from adaptive_margins.encoders import Shards
 from adaptive_margins.retrieval import (
     BM25,
     IndexSettings,
@@ -19,6 +25,7 @@ from adaptive_margins.retrieval import (
     build_index,
     choose_index,
     exact_search,
+    index_bytes,
     read_run,
     rerank,
     search_index,
@@ -53,15 +60,43 @@ def names(prefix: str, n: int) -> list[str]:
     return [f"{prefix}{i}" for i in range(n)]
 
 
+def on_disk(folder, passages: np.ndarray, dtype: str = "float32", shard: int = 300) -> Shards:
+    """The passages as `embed_shards` leaves them."""
+    folder.mkdir()
+    rows, dim = passages.shape
+    settings = {"rows": rows, "dim": dim, "dtype": dtype, "shard": shard}
+    (folder / "shards.json").write_text(json.dumps(settings))
+    for start in range(0, rows, shard):
+        np.save(folder / f"{start // shard:05d}.npy", passages[start : start + shard].astype(dtype))
+    return Shards.open(folder)
+
+
+class HitsOnly(Sequence):
+    """Ids that may be asked for one by one, and not too often: millions are not to be gone through."""
+
+    def __init__(self, ids: list[str], limit: int):
+        self.ids, self.left = ids, limit
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, row):
+        assert type(row) is int  # as memory-mapped sequences want it
+        self.left -= 1
+        assert self.left >= 0, "too many ids were looked up"
+        return self.ids[row]
+
+
+def as_lists(run):
+    return {qid: list(hits.items()) for qid, hits in run.items()}
+
+
 def brute_force(queries, passages, qids, ids, depth):
     """Inner products in float64, rounded to float32, then trec_eval's order; query by query."""
     run = {}
-    for qid, q in zip(qids, queries, strict=True):
-        scores = [
-            (float(np.float32(np.dot(q.astype(float), p.astype(float)))), i)
-            for p, i in zip(passages, ids, strict=True)
-        ]
-        run[qid] = {i: s for s, i in sorted(scores, reverse=True)[:depth]}
+    for qid, q in zip(qids, queries.astype(float), strict=True):
+        products = np.multiply(passages.astype(float), q).sum(axis=1).astype(np.float32).tolist()
+        run[qid] = {i: s for s, i in sorted(zip(products, ids, strict=True), reverse=True)[:depth]}
     return run
 
 
@@ -152,6 +187,70 @@ def test_bm25_of_passages_without_terms():
     assert BM25(Texts(["a", "b"], ["the", ""])).search(Texts(["q"], ["word"]), 5) == {"q": {}}
 
 
+@pytest.fixture
+def large():
+    """Passages of words that share stems, with stop words and empty passages, and queries some of whose words are unknown."""
+    rng = np.random.default_rng(8)
+    stems = [f"{a}{b}t" for a in "bcdfgklmnp" for b in ("ar", "or", "ust", "imp", "ell")]
+    words = [s + e for s in stems for e in ("", "s", "ing")] + ["the", "of", "Not"]
+    ranks = rng.zipf(1.2, size=(400, 30)) % len(words)
+    texts = [" ".join(words[w] for w in row[: rng.integers(0, 30)]) for row in ranks]
+    asked = [*words[::3], *(s + "ed" for s in stems), "unknown", "zygotes"]
+    queries = [" ".join(rng.choice(asked, size=5)) for _ in range(60)]
+    return Texts(names("d", 400), texts), Texts(names("q", 60), queries)
+
+
+@pytest.mark.parametrize("size", [1, 7, 400, 65_536])
+def test_bm25_read_in_pieces_is_bm25s_on_words(large, monkeypatch, capfd, size):
+    passages, queries = large
+    stemmer = Stemmer.Stemmer("english")
+
+    def words(texts):
+        return bm25s.tokenize(
+            texts, stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False
+        )
+
+    plain = bm25s.BM25(method="lucene", k1=0.9, b=0.4, backend="numpy")
+    plain.index(words(passages.texts), show_progress=False)
+    monkeypatch.setattr(retrieval, "_TEXTS", size)
+    bm25 = BM25(passages)
+    if size >= 400:
+        assert capfd.readouterr() == ("", "")
+    run = bm25.search(queries, 50)
+    for qid, asked in zip(queries.ids, words(queries.texts), strict=True):
+        known = [word for word in asked if word in plain.vocab_dict]
+        scores = plain.get_scores(known).tolist() if known else []
+        hits = {i: s for i, s in zip(passages.ids, scores, strict=False) if s > 0}
+        assert list(run[qid].items()) == top(hits, 50)
+    assert bm25.search(queries, 50) == run  # a query leaves nothing behind
+
+
+def test_bm25_scores_given_candidates(large):
+    passages, queries = large
+    bm25 = BM25(passages)
+    full = bm25.search(queries, 400)
+    rng = np.random.default_rng(1)
+    candidates = {
+        qid: dict.fromkeys(rng.choice(passages.ids, size=40, replace=False).tolist(), 0.0)
+        for qid in queries.ids[::-2]
+    }
+    candidates["q1"] = {}
+    run = bm25.rescore(queries, candidates)
+    assert list(run) == list(candidates)
+    zeros = 0
+    for qid, hits in candidates.items():
+        expected = {docid: full[qid].get(docid, 0.0) for docid in hits}
+        assert list(run[qid].items()) == top(expected)
+        zeros += list(expected.values()).count(0.0)
+    assert zeros > 20
+    unknown = bm25.rescore(Texts(["q"], ["zygotes"]), {"q": {"d1": 7.0, "d2": 8.0}})
+    assert unknown == {"q": {"d2": 0.0, "d1": 0.0}}
+    with pytest.raises(KeyError, match="'d400'"):
+        bm25.rescore(queries, {"q1": {"d400": 0.0}})
+    with pytest.raises(KeyError, match="'q60'"):
+        bm25.rescore(queries, {"q60": {"d1": 0.0}})
+
+
 def test_bm25_errors():
     with pytest.raises(ValueError, match="at least one passage"):
         BM25(Texts([], []))
@@ -220,6 +319,15 @@ def test_rerank_of_a_zero_embedding_is_zero_and_identical_embeddings_tie():
     assert list(hits) == sorted(hits, reverse=True)
 
 
+def test_rerank_from_shards(tmp_path):
+    passages, queries = clustered(700, 24, 2), clustered(5, 24, 1)
+    docids, qids = names("d", 700), names("q", 5)
+    candidates = {q: dict.fromkeys(docids[i::7], 1.0) for i, q in enumerate(qids)}
+    run = rerank(candidates, queries, qids, passages, docids)
+    shards = on_disk(tmp_path / "e", passages)
+    assert as_lists(rerank(candidates, queries, qids, shards, docids)) == as_lists(run)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -285,6 +393,66 @@ def test_exact_search_is_exact_where_single_precision_is_not():
     assert run == brute_force(queries, passages, qids, ids, 5)
 
 
+@pytest.fixture(params=[1, 24 * 7, 24 * 100])
+def small_blocks(request, monkeypatch):
+    """Passages come in blocks of 1, 7 or 100 rows of 24 numbers, scores in a few of each."""
+    monkeypatch.setattr(encoders, "_BLOCK", request.param)
+    monkeypatch.setattr(retrieval, "_BLOCK", 300)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_exact_search_of_shards_is_brute_force(tmp_path, small_blocks, dtype):
+    queries, passages = clustered(30, 24, 1), clustered(330, 24, 2)
+    passages[200:260] = passages[:60]  # ties in other blocks
+    qids, ids = names("q", 30), names("d", 330)
+    shards = on_disk(tmp_path / "e", passages, dtype, 128)
+    rounded = passages.astype(dtype).astype(np.float32)
+    for depth in (1, 10, 1000):
+        run = exact_search(queries, shards, qids, ids, depth)
+        assert as_lists(run) == as_lists(brute_force(queries, rounded, qids, ids, depth))
+
+
+def test_exact_search_in_blocks_keeps_what_rounding_hides(small_blocks):
+    rng = np.random.default_rng(4)
+    passages = unit(rng.normal(size=(1, 24)) + 1e-6 * rng.normal(size=(300, 24)))
+    passages *= rng.choice([1, 1, 1, 50], size=(300, 1)).astype(np.float32)  # of any length
+    queries, qids, ids = clustered(20, 24, 6), names("q", 20), names("d", 300)
+    run = exact_search(queries, passages, qids, ids, 5)
+    assert as_lists(run) == as_lists(brute_force(queries, passages, qids, ids, 5))
+
+
+@pytest.mark.parametrize("length", [1, 1e4])
+def test_exact_search_in_blocks_finds_the_better_of_two_that_rounding_swaps(monkeypatch, length):
+    monkeypatch.setattr(encoders, "_BLOCK", 24 * 7)
+    rng = np.random.default_rng(2)
+    first = clustered(150, 24, 2) * np.float32(length)
+    second = np.nextafter(first, rng.choice([-np.inf, np.inf], size=first.shape), dtype=np.float32)
+    passages = np.concatenate([first, second])  # each has a twin in another block
+    ids, qids = names("d", 300), names("q", 150)
+    run = exact_search(first, passages, qids, ids, 1)
+    assert as_lists(run) == as_lists(brute_force(first, passages, qids, ids, 1))
+
+
+def test_exact_search_names_a_passage_that_is_not_finite(tmp_path, small_blocks):
+    passages = clustered(330, 24, 2)
+    passages[270, 3] = np.nan
+    shards = on_disk(tmp_path / "e", passages, shard=128)
+    with pytest.raises(ValueError, match=r"passage embedding in row 270 \('d270'\) is not finite"):
+        exact_search(passages[:1], shards, ["q"], names("d", 330), 5)
+
+
+def test_docids_are_looked_up_for_hits_only():
+    queries, passages = clustered(6, 32, 1), clustered(2000, 32, 2)
+    qids, ids = names("q", 6), names("d", 2000)
+    settings = choose_index(2000, 32, depth=10)
+    index = build_index(passages, settings, seed=1)
+    for search, arguments in (
+        (lambda i: exact_search(queries, passages, qids, i, 10), HitsOnly(ids, 60)),
+        (lambda i: search_index(index, settings, queries, qids, i, 10, passages), HitsOnly(ids, 60)),
+    ):  # fmt: skip
+        assert search(arguments) == search(ids)
+
+
 def test_exact_search_errors():
     good = clustered(4, 8, 0)
     with pytest.raises(
@@ -309,18 +477,22 @@ def test_settings_follow_the_size_of_the_collection():
                 assert f"{n} passages are too few" in s.note
                 continue
             assert s.factory.startswith(f"OPQ{s.m},IVF{s.nlist}_HNSW32,PQ{s.m}")
-            assert s.factory.endswith(",RFlat")
             assert dim % s.m == 0 and s.m <= 32
             assert 39 * s.nlist <= n < 39 * 2 * s.nlist
             assert 4 <= s.bits <= 8 and 39 * 2**s.bits <= n
+            assert s.sample <= s.train == n
             assert s.nprobe <= s.nlist
             assert s.nprobe * n / s.nlist >= 8 * 20 or s.nprobe == s.nlist
 
 
 def test_settings_at_the_papers_size_are_the_papers():
     settings = choose_index(8_841_823, 768, depth=1000)
-    assert settings.factory == "OPQ32,IVF262144_HNSW32,PQ32,RFlat"
+    assert settings.factory == "OPQ32,IVF262144_HNSW32,PQ32"
     assert settings.nprobe * 8_841_823 / settings.nlist > 8 * 1000
+    assert settings.train == 2_097_152  # 8 a list
+    assert settings.training_bytes == 2 * 2_097_152 * 768 * 4  # 12.9 GB
+    assert settings.sample == 65_536
+    assert 1.1e9 < index_bytes(settings, 8_841_823) < 1.3e9
 
 
 def test_more_hits_need_more_lists():
@@ -341,7 +513,7 @@ def test_index_finds_what_exact_search_finds(n, capfd):
     qids, ids = names("q", 100), names("d", n)
     settings = choose_index(n, 64, depth=20)
     index = build_index(passages, settings, seed=3)
-    run = search_index(index, settings, queries, qids, ids, 20)
+    run = search_index(index, settings, queries, qids, ids, 20, passages)
     exact = exact_search(queries, passages, qids, ids, 20)
     assert approximation_recall(run, exact, 20) > (0.95 if n > 623 else 0.9999)
     if settings.flat:
@@ -365,7 +537,7 @@ def test_index_is_what_the_settings_say(built):
     ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
     assert (ivf.nlist, ivf.pq.M, ivf.pq.nbits) == (settings.nlist, settings.m, settings.bits)
     assert isinstance(faiss.downcast_index(ivf.quantizer), faiss.IndexHNSWFlat)
-    assert isinstance(index, faiss.IndexRefineFlat)
+    assert isinstance(index, faiss.IndexPreTransform)
     assert index.metric_type == faiss.METRIC_INNER_PRODUCT
 
 
@@ -379,17 +551,93 @@ def test_index_is_deterministic_and_leaves_the_number_of_threads_alone(built):
     assert not np.array_equal(faiss.serialize_index(index), faiss.serialize_index(other))
 
 
+@pytest.mark.parametrize(("n", "dim"), [(500, 48), (700, 37), (2000, 64), (5000, 16), (3000, 128)])
+def test_index_bytes_are_those_of_the_built_index(n, dim):
+    settings = choose_index(n, dim)
+    index = build_index(clustered(n, dim, 1), settings, seed=1)
+    assert index_bytes(settings, n) == pytest.approx(len(faiss.serialize_index(index)), rel=0.1)
+
+
+def test_an_index_of_many_lists_has_the_bytes_it_is_said_to_have():
+    settings = IndexSettings("OPQ4,IVF2000_HNSW32,PQ4x4", 16, nlist=2000, m=4, bits=4, sample=2000)
+    index = build_index(clustered(4000, 16, 1), settings, seed=1)
+    assert index_bytes(settings, 4000) == pytest.approx(len(faiss.serialize_index(index)), rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("n", [300, 2000])
+def test_index_of_shards_is_that_of_the_array(tmp_path, monkeypatch, dtype, n):
+    queries, passages = clustered(40, 64, 1), clustered(n, 64, 2)
+    qids, ids = names("q", 40), names("d", n)
+    shards = on_disk(tmp_path / "e", passages, dtype)
+    rounded = passages.astype(dtype).astype(np.float32)
+    settings = choose_index(n, 64, depth=20)
+    index = build_index(rounded, settings, seed=3)
+    run = search_index(index, settings, queries, qids, ids, 20, rounded)
+    monkeypatch.setattr(encoders, "_BLOCK", 64 * 90)
+    from_disk = build_index(shards, settings, seed=3)
+    assert np.array_equal(faiss.serialize_index(index), faiss.serialize_index(from_disk))
+    assert as_lists(search_index(from_disk, settings, queries, qids, ids, 20, shards)) == as_lists(run)  # fmt: skip
+    exact = exact_search(queries, shards, qids, ids, 20)
+    assert approximation_recall(run, exact, 20) > 0.95
+    for qid in qids:
+        assert all(exact[qid].get(docid, score) == score for docid, score in run[qid].items())
+
+
+def test_an_index_is_trained_on_a_sample_drawn_by_seed(monkeypatch):
+    passages = clustered(2000, 64, 2)
+    settings = dataclasses.replace(choose_index(2000, 64, depth=20), train=800)
+    taken, take = [], Shards.take
+    monkeypatch.setattr(Shards, "take", lambda self, rows: taken.append(rows) or take(self, rows))
+    indexes = [build_index(passages, settings, seed=seed) for seed in (1, 1, 2)]
+    for rows in taken:
+        assert len(rows) == len(set(rows.tolist())) == 800
+        assert abs(np.mean(rows) - 1000) < 100  # from all of them
+    assert np.array_equal(taken[0], taken[1]) and not np.array_equal(taken[0], taken[2])
+    one, again, other = map(faiss.serialize_index, indexes)
+    assert np.array_equal(one, again)
+    assert len(one) == len(other) and not np.array_equal(one, other)
+    queries, qids, ids = clustered(100, 64, 1), names("q", 100), names("d", 2000)
+    run = search_index(indexes[0], settings, queries, qids, ids, 20, passages)
+    exact = exact_search(queries, passages, qids, ids, 20)
+    assert approximation_recall(run, exact, 20) > 0.95
+
+
+@pytest.mark.skipif(not faiss.get_num_gpus(), reason="not run here: needs faiss-gpu and a GPU")
+def test_lists_clustered_on_a_gpu_find_what_exact_search_finds():
+    queries, passages = clustered(100, 64, 1), clustered(2000, 64, 2)
+    qids, ids = names("q", 100), names("d", 2000)
+    settings = choose_index(2000, 64, depth=20)
+    index = build_index(passages, settings, seed=3)
+    run = search_index(index, settings, queries, qids, ids, 20, passages)
+    assert approximation_recall(run, exact_search(queries, passages, qids, ids, 20), 20) > 0.95
+
+
+def test_search_may_leave_queries_unfilled(built, recwarn):
+    passages, settings, index = built
+    one = dataclasses.replace(settings, nprobe=1)
+    queries, qids, ids = clustered(30, 64, 9), names("q", 30), names("d", 2000)
+    filled = search_index(index, one, queries, qids, ids, 500, passages)
+    run = search_index(index, one, queries, qids, ids, 500, passages, fill=False)
+    assert list(run) == qids
+    lengths = [len(hits) for hits in run.values()]
+    assert min(lengths) > 0 and max(lengths) < 500 and not recwarn
+    every = exact_search(queries, passages, qids, ids, 2000)
+    for qid, hits in run.items():
+        assert list(hits.items()) == top({docid: every[qid][docid] for docid in hits})
+        assert len(filled[qid]) == 500
+
+
 def test_search_fills_the_depth_even_from_one_list(built):
     passages, settings, index = built
     one = dataclasses.replace(settings, nprobe=1, k_factor=1)
     queries, qids, ids = clustered(30, 64, 9), names("q", 30), names("d", 2000)
-    run = search_index(index, one, queries, qids, ids, 500)
+    run = search_index(index, one, queries, qids, ids, 500, passages)
     assert list(run) == qids
     assert {len(hits) for hits in run.values()} == {500}
-    assert {len(hits) for hits in search_index(index, one, queries, qids, ids, 5000).values()} == {
-        2000
-    }
-    few = search_index(index, one, queries, qids, ids, 5)
+    every = search_index(index, one, queries, qids, ids, 5000, passages)
+    assert {len(hits) for hits in every.values()} == {2000}
+    few = search_index(index, one, queries, qids, ids, 5, passages)
     exact = exact_search(queries, passages, qids, ids, 5)
     assert approximation_recall(few, exact, 5) < 0.9  # nprobe acts
 
@@ -399,7 +647,7 @@ def test_search_orders_identical_passages_as_trec_eval_does():
     settings = choose_index(1200, 32, depth=30)
     index = build_index(passages, settings, seed=1)
     queries, qids, ids = clustered(25, 32, 2), names("q", 25), names("d", 1200)
-    run = search_index(index, settings, queries, qids, ids, 30)
+    run = search_index(index, settings, queries, qids, ids, 30, passages)
     expected = brute_force(queries, passages, qids, ids, 30)
     assert {q: list(h.items()) for q, h in run.items()} == {
         q: list(h.items()) for q, h in expected.items()
@@ -411,7 +659,7 @@ def test_index_of_few_different_passages_and_of_a_zero_embedding(capfd):
     passages[0] = 0
     settings = choose_index(900, 32)
     index = build_index(passages, settings, seed=1)
-    run = search_index(index, settings, passages[:2], ["zero", "q"], names("d", 900), 400)
+    run = search_index(index, settings, passages[:2], ["zero", "q"], names("d", 900), 400, passages)
     assert {len(hits) for hits in run.values()} == {400}
     assert set(run["zero"].values()) == {0.0}
     assert capfd.readouterr() == ("", "")
@@ -437,24 +685,28 @@ def test_build_index_errors():
 
 
 def test_search_index_errors(built):
-    _, settings, index = built
-    queries = clustered(2, 64, 0)
-    with pytest.raises(ValueError, match="the index has 2000 vectors, but 3 different docids"):
-        search_index(index, settings, queries, names("q", 2), names("d", 3), 5)
+    passages, settings, index = built
+    queries, qids, ids = clustered(2, 64, 0), names("q", 2), names("d", 2000)
+    with pytest.raises(ValueError, match="the index has 2000 vectors, but 3 docids"):
+        search_index(index, settings, queries, qids, ids[:3], 5, passages)
     with pytest.raises(ValueError, match="query embeddings have 32 dimensions, the index 64"):
-        search_index(index, settings, queries[:, :32], names("q", 2), names("d", 2000), 5)
+        search_index(index, settings, queries[:, :32], qids, ids, 5, passages)
     with pytest.raises(ValueError, match="depth must be at least 1"):
-        search_index(index, settings, queries, names("q", 2), names("d", 2000), 0)
+        search_index(index, settings, queries, qids, ids, 0, passages)
+    with pytest.raises(ValueError, match=r"passage embeddings must have shape \(2000, D\)"):
+        search_index(index, settings, queries, qids, ids, 5, passages[:7])
+    with pytest.raises(ValueError, match="passage ids must be unique"):
+        search_index(index, settings, queries, qids, ["a"] * 2000, 5, passages)
 
 
 def test_settings_of_ones_own(capfd):
     passages = clustered(500, 16, 4)
     settings = IndexSettings(
-        "OPQ4,IVF8_HNSW32,PQ4x4,RFlat", 16, nlist=8, nprobe=8, m=4, bits=4, k_factor=50, sample=500
+        "OPQ4,IVF8_HNSW32,PQ4x4", 16, nlist=8, nprobe=8, m=4, bits=4, k_factor=50, sample=500
     )
     index = build_index(passages, settings, seed=0)
     ids = names("d", 500)
-    assert search_index(index, settings, passages[:9], ids[:9], ids, 10) == exact_search(
+    assert search_index(index, settings, passages[:9], ids[:9], ids, 10, passages) == exact_search(
         passages[:9], passages, ids[:9], ids, 10
     )
     assert capfd.readouterr() == ("", "")  # though FAISS wants 624 passages for 4 bits

@@ -34,8 +34,11 @@ def training_result() -> TrainingResult:
     targets = pd.DataFrame(
         {"step": [1, 2], "mean": [0.1, 0.2], "min": [-0.5, -0.25], "max": [0.5, 0.75]}
     )
+    checks = pd.DataFrame(
+        {"step": [0, 2], "qid": ["q1", "q1"], "measure": ["nDCG@10"] * 2, "value": [0.4, 0.5]}
+    )
     return TrainingResult(
-        curve=curve, targets=targets, kept=EVALUATION, kept_step=2, best_step=2, stop_step=2, triples=8,
+        curve=curve, checks=checks, targets=targets, kept=EVALUATION, kept_step=2, best_step=2, stop_step=2, triples=8,
         train_seconds=1.5, eval_seconds=0.5, peak_bytes=123456789,
     )  # fmt: skip
 
@@ -62,7 +65,7 @@ def test_a_run_is_written_as_the_contract_says_and_read_back(store):
     stored = Store(store.folder).get(config)
     assert stored.path == store.path(config) == store.folder / config.run_id
     assert sorted(p.name for p in stored.path.iterdir()) == [
-        "config.json", "curve.parquet", "full.test1.run.gz", "model", "rerank.validation.run.gz", "result.json",
+        "checks.parquet", "config.json", "curve.parquet", "full.test1.run.gz", "model", "rerank.validation.run.gz", "result.json",
         "targets.parquet",
     ]  # fmt: skip
     assert stored.config == config
@@ -304,6 +307,7 @@ def test_processes_that_finish_the_same_run(store):
         ("config.json", lambda r: r.config),
         ("result.json", lambda r: r.evaluation("rerank", "validation")),
         ("curve.parquet", lambda r: r.curve),
+        ("checks.parquet", lambda r: r.checks),
         ("targets.parquet", lambda r: r.targets),
         ("rerank.validation.run.gz", lambda r: r.run("rerank", "validation")),
     ],

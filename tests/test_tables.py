@@ -1,6 +1,9 @@
 """What Tables 1 to 4 show, cell by cell, and what they say about it."""
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -8,7 +11,9 @@ import pytest
 from bs4 import BeautifulSoup
 
 import report_frames as frames
+from adaptive_margins.evaluation import evaluate
 from adaptive_margins.report import published, tables
+from adaptive_margins.retrieval import write_run
 
 PAPER = published.load()
 NDCG, RECALL = frames.NDCG, frames.RECALL
@@ -337,3 +342,321 @@ def test_stylesheet_of_the_book_fits():
     css = (root / "book/_static/custom.css").read_text("utf-8")
     assert ":has(div.am-tables)" in css
     assert ALL["table1"].startswith('<div class="am-tables">')
+
+
+# --- commands ---
+
+
+def commands(data):
+    return {
+        id: tables.commands("my profile.yaml", id, "0123456789abcdef", frames.TESTS, [NDCG, RECALL])
+        for id in data["run_id"].unique()
+    }
+
+
+@pytest.mark.parametrize("name", ["table3", "table4"])
+def test_every_row_opens_to_its_commands(name):
+    data = getattr(frames, name)()
+    lines = commands(data)
+    html = getattr(tables, name)(data, PAPER, heading="PyDocs, <MiniLM>", commands=lines)
+    soup, ours, theirs = parse(html)
+    opened = ours.find_all("details")
+    assert [d.summary.code["title"] for d in opened] == list(dict.fromkeys(data["run_id"]))
+    for details in opened:
+        id = details.summary.code["title"]
+        assert not details.has_attr("open") and details.parent.name == "th"
+        assert details.summary.get_text() == id[:8]
+        assert details.pre.get_text().split("\n") == lines[id]
+        assert len(lines[id]) == 3
+    assert not theirs.find("details")
+    assert "opens to the commands" in soup.select_one("p.am-note").get_text()
+    # Besides them and their sentence nothing changes.
+    for details in opened:
+        small = soup.new_tag("small")
+        small.append(details.summary.code)
+        details.replace_with(small)
+    plain, *_ = parse(ALL[name])
+    note = soup.select_one("p.am-note")
+    assert note.get_text().startswith(plain.select_one("p.am-note").get_text())
+    note.replace_with(plain.select_one("p.am-note"))
+    assert str(soup.select("table")) == str(parse(ALL[name])[0].select("table"))
+
+
+def test_commands_are_escaped_in_html_and_quoted_for_the_shell():
+    data = frames.table4()
+    id = data["run_id"].iloc[0]
+    (first, *_) = tables.commands("<my profile>.yaml", id, "f", [], [])
+    assert shlex.split(first)[-4:] == ["--profile", "<my profile>.yaml", "--run", id]
+    html = tables.table4(data, PAPER, commands={id: [first]})
+    assert "&lt;my profile&gt;.yaml" in html and "<my profile>" not in html
+    assert parse(html)[1].find("details").pre.get_text() == first
+    assert len(parse(html)[1].find_all("details")) == 1  # the other runs have none
+
+
+def test_the_command_that_checks_computes_the_score(tmp_path):
+    """As a reader would: in the folder of results, by the command as it is shown."""
+    qrels = {"q1": {"a": 3, "b": 1, "c": 2}, "q2": {"a": 0, "d": 2, "e": 2}, "q3": {"b": 2}}
+    run = {"q1": {"b": 3.0, "a": 2.0, "x": 1.0}, "q2": {"a": 2.0, "e": 1.0, "d": 0.5}}
+    id, fingerprint = frames.run_id("x"), "0123456789abcdef"
+    folder = tmp_path / "collections" / fingerprint
+    folder.mkdir(parents=True)
+    (tmp_path / "runs" / id).mkdir(parents=True)
+    lines = [f"{q} 0 {d} {g}\n" for q, judged in qrels.items() for d, g in judged.items()]
+    (folder / "qrels.TREC-DL19.txt").write_text("".join(lines))
+    write_run(run, tmp_path / "runs" / id / "full.TREC-DL19.run.gz", id)
+    measures = [NDCG, "R(rel=2)@2"]
+    _, check = tables.commands("paper", id, fingerprint, ["TREC-DL19"], measures)
+    program = [str(Path(sys.executable).with_name("ir_measures")), *shlex.split(check)[1:]]
+    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=True)
+    found = dict(line.split("\t") for line in done.stdout.splitlines())
+    mean = evaluate(qrels, run, measures).mean
+    assert found == {measure: f"{mean[measure]:.4f}" for measure in measures}
+    assert 0 < mean[NDCG] < 1 and 0 < mean["R(rel=2)@2"] < 1
+
+
+# --- this run beside the published numbers ---
+
+SETS = dict(zip(frames.TESTS, ("TREC-DL19", "TREC-DL20"), strict=True))
+DEEP = "R(rel=2)@1000"
+
+
+def as_in_the_paper(data):
+    """The frame with the paper's query sets and measures."""
+    return data.assign(set=data["set"].map(SETS), measure=data["measure"].replace(RECALL, DEEP))
+
+
+THREE = as_in_the_paper(frames.table3(encoders=("distilbert", "roberta", "mpnet")))
+FOUR = as_in_the_paper(frames.table4())
+
+
+def supplied(name, value, refused="", measure=NDCG, name_of_set="TREC-DL19", **more):
+    nan = float("nan")
+    return {
+        "block": "supplied", "loss": f"Run of <{name}>", "sampling": "—", "in_batch": "—", "source": f"supplied: {name}",
+        "set": name_of_set, "measure": measure, "value": value, "best": False, "difference": nan, "low": nan, "high": nan,
+        "p_adjusted": nan, "equivalent": False, "triples": nan, "run_id": "",
+        "reference_run_id": FOUR["reference_run_id"].iloc[0], "refused": refused, **more,
+    }  # fmt: skip
+
+
+REASON = f"{DEEP} needs 1,000 hits a query; the run has at most 100"
+TESTED = {"difference": -0.01, "low": -0.04, "high": 0.02, "equivalent": True}
+RUNS = [
+    supplied("bm25", 0.50583, **TESTED),
+    supplied("bm25", float("nan"), REASON, DEEP),
+    supplied("repllama", 0.7384, missing=2),
+    supplied("repllama", float("nan"), REASON, DEEP, missing=2),
+    supplied("mpnet-static", 0.6612, name_of_set="TREC-DL20"),
+]
+WITH = pd.concat([FOUR, pd.DataFrame(RUNS)], ignore_index=True)
+
+
+def printed3(row):
+    """The one row of our Table 3's frame that a comparison's row must come from."""
+    (entry,) = (r for r in PAPER.table3.rows if r.key == row["key"])
+    in_batch = entry.in_batch == "✓" and entry.target != "distributed"
+    own = THREE[
+        (THREE["encoder"] == entry.model.lower())
+        & (THREE["target"] == entry.target)
+        & (THREE["in_batch"] == in_batch)
+    ]
+    return entry, own
+
+
+def printed4(row):
+    (entry,) = (r for r in PAPER.table4.rows if r.key == row["key"])
+    return entry, FOUR[(FOUR["loss"] == entry.loss) & (FOUR["in_batch"] == entry.in_batch)]
+
+
+@pytest.mark.parametrize(
+    ("number", "data", "find", "recall", "count"),
+    [(3, THREE, printed3, "R@1000", 60), (4, FOUR, printed4, "Recall@1000", 28)],
+)
+def test_comparison_has_every_number_of_both(number, data, find, recall, count):
+    found = tables.comparison(data, PAPER, table=number)
+    assert len(found) == count and list(found) == tables.COMPARED
+    assert not found.duplicated(["key", "set", "measure"]).any()
+    for row in found.to_dict("records"):
+        entry, own = find(row)
+        own = own[(own["set"] == row["set"]) & (own["measure"] == row["measure"])]
+        assert len(own) == 1
+        assert row["run_id"] == own["run_id"].item() and row["ours"] == own["value"].item()
+        text = entry.scores[row["set"]][recall if row["measure"] == DEEP else NDCG].value
+        assert row["printed"] == text and row["published"] == float(text)
+        assert row["supplied"] == "" and row["in_batch"] == entry.in_batch
+        difference = own["value"].item() - float(text)
+        assert row["difference"] == pytest.approx(difference, abs=1e-12)
+        within = abs(round(difference, 3)) <= 0.02
+        assert row["verdict"] == (
+            "within ±.02" if within else "higher" if difference > 0 else "lower"
+        )
+    assert set(found["verdict"]) == {"within ±.02", "higher", "lower"}
+
+
+def test_verdicts_at_the_edge():
+    data = FOUR[(FOUR["loss"] == "BM25") & (FOUR["set"] == "TREC-DL19") & (FOUR["measure"] == NDCG)]
+    for value, verdict in [
+        (0.52, "within ±.02"), (0.5204, "within ±.02"), (0.5206, "higher"), (0.48, "within ±.02"),
+        (0.479, "lower"), (0.5, "within ±.02"),
+    ]:  # fmt: skip
+        found = tables.comparison(data.assign(value=value), PAPER, table=4)
+        assert found["published"].tolist() == [0.50]
+        assert found["verdict"].tolist() == [verdict], value
+    found = tables.comparison(data.assign(value=0.52), PAPER, table=4, tolerance=0.005)
+    assert found["verdict"].tolist() == ["higher"]
+    assert tables.comparison(data.assign(value=float("nan")), PAPER, table=4).empty
+
+
+def test_models_are_matched_as_the_profile_names_them():
+    data = THREE[THREE["encoder"] == "distilbert"].assign(encoder="small")
+    assert tables.comparison(data, PAPER, table=3).empty
+    found = tables.comparison(data, PAPER, table=3, models={"small": "distilBERT"})
+    assert len(found) == 20 and found["key"].str.startswith("distilbert-").all()
+
+
+def test_other_collections_are_not_compared():
+    """The laptop's sets and cut-offs: nothing matches, and the page says so."""
+    for number, data in ((3, frames.table3()), (4, frames.table4())):
+        found = tables.comparison(data, PAPER, table=number)
+        assert found.empty and list(found) == tables.COMPARED
+        html = tables.compared(data, PAPER, table=number, heading="PyDocs")
+        soup = BeautifulSoup(html, "html.parser")
+        assert not soup.find("table") and len(soup.select("p.am-note")) == 1
+        assert "no counterpart in this run" in soup.get_text()
+    # The sets alone, or the measures alone, are not enough.
+    only_sets = frames.table4().assign(measure=RECALL).replace({"set": SETS})
+    assert tables.comparison(only_sets, PAPER, table=4).empty
+    exponential = FOUR[FOUR["measure"] == NDCG].assign(measure="nDCG(dcg='exp-log2')@10")
+    assert tables.comparison(exponential, PAPER, table=4).empty
+    with pytest.raises(ValueError, match="not Table 2"):
+        tables.comparison(FOUR, PAPER, table=2)
+    with pytest.raises(ValueError, match=r"comparison of Table 3: columns \['encoder', 'target'\]"):
+        tables.comparison(FOUR, PAPER, table=3)
+
+
+@pytest.mark.parametrize(("number", "data"), [(3, THREE), (4, WITH)])
+def test_compared_shows_the_comparison(number, data):
+    heading = "MS MARCO in small <0123456789abcdef>, profile paper"
+    html = tables.compared(data, PAPER, table=number, heading=heading, supplied=WITH)
+    soup = BeautifulSoup(html, "html.parser")
+    (table,) = soup.select("table")
+    assert table.caption.get_text() == (
+        f"Paper Table {number}, this run beside Gienapp et al.’s numbers: {heading}"
+    )
+    heads = [[th.get_text() for th in tr.find_all("th")] for tr in table.select("thead tr")]
+    assert heads == [
+        ["Row of the paper", "In-batch", "TREC-DL19", "TREC-DL20"],
+        ["nDCG@10", "R@1000"] * 2,
+        ["Ours", "Paper", "Diff."] * 4,
+    ]
+    frame = tables.comparison(data, PAPER, table=number, supplied=WITH)
+    columns = [(s, m) for s in SETS.values() for m in (NDCG, DEEP)]
+    for cells, (_, own) in zip(rows(table), frame.groupby("key", sort=False), strict=True):
+        assert [c.get_text() for c in cells[:2]] == own[["name", "in_batch"]].iloc[0].tolist()
+        for i, (name, measure) in enumerate(columns):
+            ((_, row),) = own[(own["set"] == name) & (own["measure"] == measure)].iterrows()
+            ours, theirs, difference = cells[2 + 3 * i : 5 + 3 * i]
+            assert ours.get_text() == shown(row["ours"])
+            assert theirs.get_text() == (
+                shown(row["published"]) if row["supplied"] else row["printed"]
+            )
+            assert bool(theirs.select(".am-computed")) == bool(row["supplied"])
+            assert text(difference).lstrip("+") == shown(row["difference"])
+            assert difference.small.get_text() == row["verdict"]
+    note = soup.select_one("p.am-note").get_text()
+    counts = frame["verdict"].value_counts()
+    assert note.startswith(
+        f"Of {len(frame)} numbers {counts['within ±.02']} are within ±.02 of the published ones,"
+        f" {counts['higher']} higher and {counts['lower']} lower."
+    )
+    assert ("two digits" in note) == (number == 4)
+    key = {3: "mpnet-static (printed: TREC-DL20 nDCG@10 0.646)", 4: "bm25 (printed: TREC-DL19 nDCG@10 0.50)"}  # fmt: skip
+    assert note.endswith(f"These are {key[number]}.")
+
+
+# --- supplied runs ---
+
+
+def test_supplied_rows_are_shown_as_scored():
+    soup, ours, _ = parse(tables.table4(WITH, PAPER))
+    (block,) = (b for b in ours.find_all("tbody") if b.th.get_text() == "Supplied")
+    cells = [tr.find_all(["td", "th"]) for tr in block.find_all("tr")[1:]]
+    assert [[text(c) for c in row] for row in cells] == [
+        ["Run of <bm25>", "—", "—", "0.506†", "—", "—", "—", "—"],
+        ["Run of <repllama>", "—", "—", "0.738", "—", "—", "—", "—"],
+        ["Run of <mpnet-static>", "—", "—", "—", "—", "0.661", "—", "—"],
+    ]
+    assert [row[0].small.get_text() for row in cells] == [
+        "supplied: bm25", "supplied: repllama", "supplied: mpnet-static",
+    ]  # fmt: skip
+    assert cells[0][3].small.get_text() == "[−0.040, 0.020]"
+    assert cells[0][4]["title"] == cells[1][4]["title"] == REASON
+    assert not cells[2][4].get("title")  # not refused, not there
+    assert [li.get_text() for li in soup.select("ul.am-note")[0].find_all("li")] == [
+        f"bm25 on TREC-DL19: {REASON}, so it is not reported.",
+        "repllama on TREC-DL19: judged queries without hits, which count 0: 2.",
+        f"repllama on TREC-DL19: {REASON}, so it is not reported.",
+    ]
+    # The rest of the table is as without them.
+    without = parse(tables.table4(FOUR, PAPER))[1]
+    block.extract()
+    assert ours.thead == without.thead and ours.find_all("tbody") == without.find_all("tbody")
+
+
+def test_a_supplied_run_replaces_the_printed_number():
+    soup, _, theirs = parse(tables.table4(WITH, PAPER))
+    _, _, plain = parse(tables.table4(FOUR, PAPER))
+    changed = [
+        (old, new)
+        for a, b in zip(rows(plain), rows(theirs), strict=True)
+        for old, new in zip(a, b, strict=True)
+        if str(old) != str(new)
+    ]
+    ((old, new),) = changed
+    assert old.get_text() == "0.50" and new.get_text() == "0.506†"
+    assert new["title"] == "printed: 0.50; computed from the supplied run bm25"
+    assert new.select_one(".am-computed").get_text() == "0.506"
+    bm25 = [c.get_text() for c in rows(theirs)[11]]
+    assert bm25[0] == "BM25" and bm25[5] == "0.74"  # refused: the printed number stands
+    footnote = soup.select("p.am-note")[-2].get_text()
+    assert "bm25 (printed: TREC-DL19 nDCG@10 0.50)." in footnote
+    assert "A † on such a number is against Softmax (MNRL) (✓)" in footnote
+
+    _, _, theirs = parse(tables.table3(THREE, PAPER, supplied=WITH))
+    (new,) = theirs.select("td:has(.am-computed)")
+    assert new.get_text() == "0.661" and new["title"].startswith("printed: 0.646;")
+    assert rows(theirs)[10][-4] is new
+    assert tables.table3(THREE, PAPER, supplied=FOUR) == tables.table3(THREE, PAPER)
+
+
+def test_the_comparison_is_with_the_supplied_run():
+    before = tables.comparison(FOUR, PAPER, table=4)
+    after = tables.comparison(WITH, PAPER, table=4)
+    differ = before.compare(after).index
+    (row,) = after.loc[differ].to_dict("records")
+    assert (row["key"], row["supplied"], row["measure"]) == ("bm25", "bm25", NDCG)
+    assert row["printed"] == "0.50" and row["published"] == 0.50583
+    assert row["difference"] == pytest.approx(row["ours"] - 0.50583)
+    three = tables.comparison(THREE, PAPER, table=3, supplied=WITH)
+    (row,) = three[three["supplied"] != ""].to_dict("records")
+    assert (row["key"], row["set"]) == ("mpnet-static", "TREC-DL20")
+    assert row["published"] == 0.6612 and row["printed"] == "0.646"
+
+
+def test_supplied_rows_survive_csv(tmp_path):
+    WITH.to_csv(tmp_path / "x.csv", index=False)
+    again = pd.read_csv(tmp_path / "x.csv")
+    assert tables.table4(again, PAPER) == tables.table4(WITH, PAPER)
+    pd.testing.assert_frame_equal(
+        tables.comparison(again, PAPER, table=4), tables.comparison(WITH, PAPER, table=4)
+    )
+
+
+def test_a_supplied_run_can_be_the_reference():
+    """As in the paper, which tests against a run of Wang and Zuccon: named by its source."""
+    own = WITH[WITH["source"] != "supplied: mpnet-static"].copy()
+    own = own[(own["set"] == "TREC-DL19") & (own["measure"] == NDCG)]
+    own["reference_run_id"] = "supplied: bm25"
+    soup, ours, _ = parse(tables.table4(own, PAPER))
+    assert [u.get_text() for u in ours.find_all("u")] == ["0.506"]
+    assert "reference, Run of <bm25> (—)" in soup.select_one("p.am-note").get_text()

@@ -17,10 +17,12 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from adaptive_margins import training
+from adaptive_margins.data.arrow import seeded_order
 from adaptive_margins.encoders import Tokens, load_encoder
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.experiments import Reproduction
@@ -86,7 +88,9 @@ def run(material, folder, evaluator=None, **values):
     """Train a copy of the tiny model; returns it with the result."""
     options = {k: values.pop(k) for k in ("initial", "checkpoint_every") if k in values}
     model = values.pop("model", None) or copy.deepcopy(material.model)
-    triples = values.pop("rows", material.triples)
+    rows = values.pop("rows", material.triples)
+    names = ("query", "positive", "negative")
+    triples = Dataset.from_dict(dict(zip(names, rows.T.astype(np.int32), strict=True)))
     result = train(
         run_config(**values), model, triples, material.queries, material.passages, evaluator or Script(),
         folder=folder, **options,
@@ -205,7 +209,7 @@ def test_the_gradient_is_that_of_the_loss(material, tmp_path):
     """One step of Adam from scratch moves each weight by the rate, against the sign of its gradient."""
     model, _ = run(material, tmp_path, triples=4, keep="last", learning_rate=1e-3)
     plain = copy.deepcopy(material.model)
-    first = material.triples[np.random.default_rng(1).permutation(TRIPLES)[:4]]
+    first = material.triples[seeded_order(TRIPLES, 1, 0, 4)]
     sets = (material.queries, material.passages, material.passages)
     columns = [
         plain(tokens.batch(first[:, i]))["sentence_embedding"] for i, tokens in enumerate(sets)
@@ -313,7 +317,7 @@ def test_the_order_depends_on_the_seed_alone(material, tmp_path, rows_seen):
         run(material, tmp_path / str(number), seed=seed, **values)
         orders[number] = (seed, list(rows_seen))
     expected = {
-        seed: [tuple(r) for r in material.triples[np.random.default_rng(seed).permutation(TRIPLES)]]
+        seed: [tuple(r) for r in material.triples[seeded_order(TRIPLES, seed, 0, TRIPLES)]]
         for seed in (1, 2)
     }
     assert expected[1] != expected[2]
@@ -334,6 +338,9 @@ def test_evaluations_are_every_k_steps_and_at_the_end(material, tmp_path, every,
     assert result.curve["triples"].tolist() == [4 * s for s in steps]
     assert result.curve["nDCG@10"].tolist() == list(range(len(steps)))
     assert list(result.curve.columns) == ["step", "triples", "seconds", "nDCG@10"]
+    assert list(result.checks.columns) == ["step", "qid", "measure", "value"]
+    means = result.checks.groupby("step")["value"].mean()  # of whatever queries there are
+    assert means.to_dict() == dict(zip(steps, result.curve["nDCG@10"], strict=True))
     assert len(script.seen) == len(steps)
     assert (result.stop_step, result.triples) == (7, 28)
 

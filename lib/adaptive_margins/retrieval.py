@@ -1,6 +1,9 @@
 """Rankings: BM25, reranking by cosine, FAISS indexes, exact search, and TREC run files.
 
 Wherever scores tie, the order is trec_eval's: docids descending. A run lists its hits in that order.
+
+Passages may be millions: their texts and ids may be memory-mapped sequences, their embeddings `Shards` on disk. Docids are
+looked up for hits only.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +24,13 @@ import numpy as np
 import Stemmer
 
 from adaptive_margins.data.collection import DataError, Problems, Run, Texts
+from adaptive_margins.encoders import Shards
+from adaptive_margins.progress import Countdown
 
 _BATCH = 256  # queries searched at a time, so that k_factor · depth hits of each fit in memory
 _BLOCK = 1 << 25  # scores held at a time by exact search (128 MB)
+_TEXTS = 65_536  # passages tokenised at a time by BM25
+_TRAINED = 1 << 21  # passages an index is trained on at most
 
 
 def top(scores: Mapping[str, float], depth: int | None = None) -> list[tuple[str, float]]:
@@ -52,7 +60,9 @@ class BM25:
     """BM25 in Lucene's variant (bm25s), with English stop words and the English Snowball stemmer.
 
     ``k1`` and ``b`` default to Anserini's values for MS MARCO, which the official candidates of
-    the paper's Section 4 were made with.
+    the paper's Section 4 were made with. While the index is built, a passage's terms are held as
+    numbers of 4 bytes, texts only 65,536 at a time; a posting (a term of a passage) takes 27 bytes
+    then, and 8 afterwards.
 
     Raises:
         ValueError: there are no passages.
@@ -61,23 +71,30 @@ class BM25:
     def __init__(self, passages: Texts, *, k1: float = 0.9, b: float = 0.4) -> None:
         if not len(passages):
             raise ValueError("BM25 needs at least one passage, got none")
-        self.ids = passages.ids
-        self._stemmer = Stemmer.Stemmer("english")
-        self._index = bm25s.BM25(method="lucene", k1=k1, b=b, backend="numpy")
-        tokens = self._tokens(passages)
-        self._vocabulary = {token for passage in tokens for token in passage}
-        if self._vocabulary:
-            self._index.index(tokens, show_progress=False)
-
-    def _tokens(self, texts: Texts) -> list[list[str]]:
-        found: list[list[str]] = bm25s.tokenize(
-            texts.texts,
-            stopwords="en",
-            stemmer=self._stemmer,
-            return_ids=False,
-            show_progress=False,
+        self._passages = passages
+        self._tokenizer = bm25s.tokenization.Tokenizer(
+            stopwords="en", stemmer=Stemmer.Stemmer("english")
         )
-        return found
+        self._index = bm25s.BM25(method="lucene", k1=k1, b=b, backend="numpy", csc_backend="scipy")
+        terms = _Terms()
+        countdown = Countdown("BM25: reading passages", len(passages), "passages")
+        for start in range(0, len(passages), _TEXTS):
+            countdown.update(start)
+            some = passages.texts[start : start + _TEXTS]
+            for ids in self._tokenizer.streaming_tokenize(some, allow_empty=False):
+                terms.append(ids)
+        self._vocabulary = self._tokenizer.get_vocab_dict()
+        if self._vocabulary:
+            corpus = bm25s.tokenization.Tokenized(terms, self._vocabulary)
+            self._index.index(corpus, create_empty_token=False, show_progress=False)
+
+    def _scores(self, query: str) -> np.ndarray:
+        """Of all passages; none if the query shares no term with any."""
+        (known,) = self._tokenizer.tokenize(
+            [query], update_vocab=False, allow_empty=False, show_progress=False
+        )
+        scores: np.ndarray = self._index.get_scores_from_ids(known) if known else np.zeros(0)
+        return scores
 
     def search(self, queries: Texts, depth: int) -> Run:
         """The ``depth`` best passages of each query, only those with a score above 0.
@@ -86,21 +103,57 @@ class BM25:
         """
         _check_depth(depth)
         run: Run = {}
-        for qid, words in zip(queries.ids, self._tokens(queries), strict=True):
-            known = [word for word in words if word in self._vocabulary]
-            scores = self._index.get_scores(known) if known else np.zeros(0, np.float32)
+        for qid, query in zip(queries.ids, queries.texts, strict=True):
+            scores = self._scores(query)
             rows = np.flatnonzero(scores > 0)
             rows = rows[_best(scores[rows], depth)]
-            hits = {self.ids[row]: float(scores[row]) for row in rows}
+            hits = {self._passages.ids[int(row)]: float(scores[row]) for row in rows}
             run[qid] = dict(top(hits, depth))
         return run
+
+    def rescore(self, queries: Texts, candidates: Run) -> Run:
+        """The same candidates with BM25's scores; 0 for a passage that shares no term with the query.
+
+        For official candidates that come without scores.
+
+        Raises:
+            KeyError: a candidate or its query is unknown; the message names it.
+        """
+        run: Run = {}
+        for qid, hits in candidates.items():
+            rows = [self._passages.row(docid) for docid in hits]
+            scores = self._scores(queries[qid])
+            found = scores[rows].tolist() if len(scores) else [0.0] * len(rows)
+            run[qid] = dict(top(dict(zip(hits, found, strict=True))))
+        return run
+
+
+class _Terms:
+    """Each passage's terms, by number: lists, held in two arrays."""
+
+    def __init__(self) -> None:
+        self._terms, self._ends = array("I"), array("Q", [0])
+
+    def append(self, terms: list[int]) -> None:
+        self._terms.extend(terms)
+        self._ends.append(len(self._terms))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __iter__(self) -> Iterator[list[int]]:
+        countdown = Countdown("BM25: one of three passes", len(self), "passages")
+        for row in range(len(self)):
+            if row % _TEXTS == 0:
+                countdown.update(row)
+            yield self._terms[self._ends[row] : self._ends[row + 1]].tolist()
 
 
 def rerank(
     candidates: Run,
     query_embeddings: np.ndarray,
     qids: Sequence[str],
-    passage_embeddings: np.ndarray,
+    passage_embeddings: np.ndarray | Shards,
     docids: Sequence[str],
 ) -> Run:
     """Order each query's candidates by cosine similarity (paper, Section 4).
@@ -110,21 +163,23 @@ def rerank(
         query_embeddings: (len(qids), D), need not be normalised.
         qids: the query of each row.
         passage_embeddings: (len(docids), D), each passage once.
-        docids: the passage of each row.
+        docids: the passage of each row. All are read; of a large collection give the candidates'
+            embeddings and docids only.
 
     Returns:
         Query id → docid → cosine in [-1, 1]; 0 where an embedding is zero. Products are summed in
         64 bits and rounded to 32, so identical embeddings tie on every machine.
 
     Raises:
-        ValueError: a candidate or its query has no embedding, ids repeat, shapes disagree, or an
-            embedding is not finite.
+        ValueError: a candidate or its query has no embedding, ids repeat, shapes disagree, or a
+            query's or candidate's embedding is not finite.
     """
-    queries = _matrix(query_embeddings, qids, "query")
-    passages = _matrix(passage_embeddings, docids, "passage")
-    _check_same_width(queries, passages)
+    queries = _queries(query_embeddings, qids)
+    passages = _passages(passage_embeddings, docids, queries)
     query_row = {qid: row for row, qid in enumerate(qids)}
     passage_row = {docid: row for row, docid in enumerate(docids)}
+    if len(passage_row) != len(docids):
+        raise ValueError("passage ids must be unique")
     run: Run = {}
     for qid, hits in candidates.items():
         if qid not in query_row:
@@ -134,9 +189,10 @@ def rerank(
         if not hits:
             run[qid] = {}
             continue
-        rows = _unit(passages[[passage_row[docid] for docid in hits]])
+        found = passages.take([passage_row[docid] for docid in hits])
+        _check_finite(found, "passage", list(hits))
         query = _unit(queries[[query_row[qid]]])[0]
-        run[qid] = dict(top(dict(zip(hits, _products(query, rows), strict=True))))
+        run[qid] = dict(top(dict(zip(hits, _products(query, _unit(found)).tolist(), strict=True))))
     return run
 
 
@@ -145,13 +201,14 @@ class IndexSettings:
     """Sizes of a FAISS index and of its search; `choose_index` explains them.
 
     Attributes:
-        factory: FAISS's factory string, e.g. "OPQ32,IVF128_HNSW32,PQ32x7,RFlat", or "Flat".
+        factory: FAISS's factory string, e.g. "OPQ32,IVF128_HNSW32,PQ32x7", or "Flat".
         dim: dimensions of the embeddings.
         nlist, nprobe: inverted lists, and how many of them are searched.
         ef_search: breadth of the HNSW search for the nearest lists.
         m, bits: sub-quantisers and bits of each: a passage is coded in m · bits / 8 bytes.
         k_factor: k_factor · depth hits by code are ordered again by their exact product.
-        sample: passages that OPQ and PQ are trained on.
+        train: passages, drawn by seed, that the lists are clustered from; 0 for all.
+        sample: how many of them OPQ and PQ are trained on.
         quick: few training iterations (small collections) instead of FAISS's defaults.
         note: why the index is as it is, for whoever reports it.
     """
@@ -164,6 +221,7 @@ class IndexSettings:
     m: int = 0
     bits: int = 0
     k_factor: int = 1
+    train: int = 0
     sample: int = 0
     quick: bool = True
     note: str = ""
@@ -173,13 +231,20 @@ class IndexSettings:
         """Whether the search is exact."""
         return self.factory == "Flat"
 
+    @property
+    def training_bytes(self) -> int:
+        """Memory of the ``train`` passages in training: as they are, and rotated (float32)."""
+        return 2 * 4 * self.train * self.dim
+
 
 def choose_index(n: int, dim: int, *, depth: int = 100) -> IndexSettings:
     """Index settings for ``n`` passages of ``dim`` dimensions, searched for ``depth`` hits.
 
     The kind is the paper's (Section 4: HNSW, optimised 32-byte product quantisation, exact
     re-ranking of the top k), which its released code writes as
-    ``OPQ32,IVF262144_HNSW32,PQ32,RFlat``. The sizes follow the collection:
+    ``OPQ32,IVF262144_HNSW32,PQ32,RFlat``. ``RFlat``, a float32 copy of all embeddings (27 GB at
+    the paper's size), is left out: `search_index` ranks again from the embeddings themselves. The
+    sizes follow the collection:
 
     - ``m``: the largest divisor of ``dim`` up to 32, the paper's bytes a passage.
     - ``bits``: as many, up to 8, as leave 39 passages a centroid (FAISS's recommendation):
@@ -189,6 +254,8 @@ def choose_index(n: int, dim: int, *, depth: int = 100) -> IndexSettings:
     - ``nprobe``: enough lists to hold 8 · ``depth`` passages on average, and at least 8 · √nlist,
       at most all. (The released code leaves it at 1, so 1,000 hits cannot be filled.)
     - ``k_factor``: 16 for up to 50 hits, else 8: exact products cost little beside a lost hit.
+    - ``train``: all passages, but at most 2,097,152. At the paper's size that is 8 a list, where
+      FAISS recommends 30 to 256; all passages would take ``training_bytes`` of 54 GB for 34.
     - ``sample``, ``quick``: below 100,000 passages 39 · 2^bits passages and few iterations, else
       256 · 2^bits and FAISS's own numbers.
 
@@ -213,9 +280,10 @@ def choose_index(n: int, dim: int, *, depth: int = 100) -> IndexSettings:
     nlist = 1 << ((n // a_list).bit_length() - 1)
     nprobe = min(nlist, math.ceil(max(8 * depth * nlist / n, 8 * math.sqrt(nlist))))
     quick = n < 100_000
+    train = min(n, _TRAINED)
     codes = f"PQ{m}" if bits == 8 else f"PQ{m}x{bits}"
     return IndexSettings(
-        factory=f"OPQ{m},IVF{nlist}_HNSW32,{codes},RFlat",
+        factory=f"OPQ{m},IVF{nlist}_HNSW32,{codes}",
         dim=dim,
         nlist=nlist,
         nprobe=nprobe,
@@ -223,53 +291,71 @@ def choose_index(n: int, dim: int, *, depth: int = 100) -> IndexSettings:
         m=m,
         bits=bits,
         k_factor=16 if depth <= 50 else 8,
-        sample=min(n, (39 if quick else 256) << bits),
+        train=train,
+        sample=min(train, (39 if quick else 256) << bits),
         quick=quick,
         note=f"{nprobe} of {nlist} lists of {n / nlist:.0f} passages on average are searched",
     )
 
 
+def index_bytes(settings: IndexSettings, n: int) -> int:
+    """Bytes of the built index of ``n`` passages: codes, docid numbers, centroids, their HNSW graph, OPQ.
+
+    FAISS may reserve up to as much again for codes and numbers while it adds. The embeddings that
+    `search_index` ranks again from are not part of it.
+    """
+    if settings.flat:
+        return 4 * n * settings.dim
+    code = math.ceil(settings.m * settings.bits / 8)
+    # HNSW32: 64 links on the ground floor, 32 on each of the others, which hold 1/32 of the one below; two numbers for each.
+    a_list = 4 * settings.dim + 4 * (64 + 32 / 31) + 12
+    quantisers = 4 * (settings.dim << settings.bits) + 4 * settings.dim**2
+    return round(n * (code + 8) + settings.nlist * a_list + quantisers)
+
+
 def build_index(
-    embeddings: np.ndarray, settings: IndexSettings, seed: int, *, threads: int = 1
+    embeddings: np.ndarray | Shards, settings: IndexSettings, seed: int, *, threads: int = 1
 ) -> faiss.Index:
-    """Train an index on the embeddings and add them, in their order.
+    """Train an index on a sample of the embeddings and add all, in their order and block by block.
 
     Args:
-        embeddings: (n, D) float32 of length 1 (or 0), so that the inner product is the cosine.
+        embeddings: (n, D) of length 1 (or 0), so that the inner product is the cosine. Read
+            twice (checked, then added), and the sample once.
         settings: from `choose_index`, or with sizes of one's own.
-        seed: of the k-means clusterings.
+        seed: of the sample and of the k-means clusterings.
         threads: of FAISS. With one, the same input gives the same index.
 
     Raises:
         ValueError: other dimensions than the settings', fewer passages than lists or than
             centroids of a code, or an embedding that is not finite or not of length 1 or 0.
     """
-    passages = _matrix(embeddings, range(len(embeddings)), "passage")
-    n, dim = passages.shape
+    passages = embeddings if isinstance(embeddings, Shards) else Shards.of(embeddings)
+    n, dim = len(passages), passages.dim
     if dim != settings.dim:
         raise ValueError(f"embeddings have {dim} dimensions, the index settings {settings.dim}")
     if n < max(1, settings.nlist, 1 << settings.bits):
         raise ValueError(
             f"{n} passages are too few for {settings.factory}; use choose_index({n}, {dim})"
         )
-    squared = _squared_lengths(passages)
-    wrong = np.flatnonzero((np.abs(squared - 1) > 1e-3) & (squared > 0))
-    if len(wrong):
-        length = math.sqrt(squared[wrong[0]])
-        raise ValueError(
-            f"embedding in row {wrong[0]} has length {length:.4g}, expected 1 (normalise them)"
-        )
+    for first, block in passages.blocks():
+        squared = _check_finite(block, "passage", range(n), first)
+        # Rounding a unit vector to float16 changes its squared length by less than 2⁻¹⁰.
+        wrong = np.flatnonzero((np.abs(squared - 1) > 1e-3) & (squared > 0))
+        if len(wrong):
+            length = math.sqrt(squared[wrong[0]])
+            raise ValueError(
+                f"embedding in row {first + wrong[0]} has length {length:.4g}, expected 1 (normalise them)"
+            )
 
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(threads)
     try:
         index = faiss.index_factory(dim, settings.factory, faiss.METRIC_INNER_PRODUCT)
         if settings.flat:
-            index.add(passages)
+            _add(index, passages)
             return index
         ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
-        transform = faiss.downcast_index(index.base_index).chain.at(0)
-        opq = faiss.downcast_VectorTransform(transform)
+        opq = faiss.downcast_VectorTransform(index.chain.at(0))
         # Without a quantiser of its own, OPQ trains one of 8 bits, whatever the index has.
         opq.pq = quantiser = faiss.ProductQuantizer(dim, settings.m, settings.bits)
         opq.max_train_points = settings.sample
@@ -284,12 +370,23 @@ def build_index(
         if faiss.get_num_gpus():  # pragma: no cover
             assigner = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(ivf.d))
             ivf.clustering_index = assigner
-        index.train(passages)
+        sample = np.arange(n)
+        if 0 < settings.train < n:
+            rng = np.random.default_rng(seed)
+            sample = np.sort(rng.choice(n, settings.train, replace=False, shuffle=False))
+        index.train(passages.take(sample))
         opq.pq = ivf.clustering_index = None  # FAISS does not own them
-        index.add(passages)
+        _add(index, passages)
         return index
     finally:
         faiss.omp_set_num_threads(before)
+
+
+def _add(index: faiss.Index, passages: Shards) -> None:
+    countdown = Countdown("adding to the index", len(passages), "passages")
+    for first, block in passages.blocks():
+        countdown.update(first)
+        index.add(block)
 
 
 def search_index(
@@ -299,11 +396,15 @@ def search_index(
     qids: Sequence[str],
     ids: Sequence[str],
     depth: int,
+    embeddings: np.ndarray | Shards,
+    *,
+    fill: bool = True,
 ) -> Run:
     """The ``depth`` best passages of each query (all, if there are fewer) by an index.
 
-    The scores are exact inner products, the same numbers that `exact_search` gives. A query whose
-    lists hold fewer passages than wanted is searched again with twice the lists, until it is filled.
+    ``k_factor`` · ``depth`` passages found by code are ranked again by their exact inner product with
+    the query; the scores are the same numbers that `exact_search` gives. A query whose lists hold
+    fewer passages than wanted is searched again with twice the lists, until it is filled.
 
     Args:
         index: from `build_index`.
@@ -312,27 +413,27 @@ def search_index(
         qids: the query of each row.
         ids: the docid of each vector in the index.
         depth: hits wanted.
+        embeddings: what the index was built from.
+        fill: False leaves a query that finds fewer hits in ``nprobe`` lists as it is.
 
     Warns:
         UserWarning: a query could not be filled even from all lists.
 
     Raises:
-        ValueError: ``depth`` below 1, ids that repeat or are not as many as the vectors, other
-            dimensions than the index's, or an embedding that is not finite.
+        ValueError: ``depth`` below 1, docids or embeddings that are not as many as the vectors,
+            hits with the same docid, other dimensions than the index's, or a query embedding that
+            is not finite.
     """
     _check_depth(depth)
-    queries = _matrix(query_embeddings, qids, "query")
-    if len(ids) != index.ntotal or len(set(ids)) != len(ids):
-        raise ValueError(
-            f"the index has {index.ntotal} vectors, but {len(set(ids))} different docids were given"
-        )
+    queries = _queries(query_embeddings, qids)
+    if len(ids) != index.ntotal:
+        raise ValueError(f"the index has {index.ntotal} vectors, but {len(ids)} docids were given")
     if queries.shape[1] != index.d:
         raise ValueError(
             f"query embeddings have {queries.shape[1]} dimensions, the index {index.d}"
         )
+    passages = _passages(embeddings, ids, queries)
     wanted = min(depth, index.ntotal)
-    # FAISS would order k_factor · depth hits again and return depth of them; asked for them all,
-    # it leaves the cut to us, who know about ties.
     asked = index.ntotal if settings.flat else min(index.ntotal, settings.k_factor * wanted)
     found: Run = {}
     todo, nprobe = list(range(len(qids))), settings.nprobe
@@ -341,32 +442,32 @@ def search_index(
         short: list[int] = []
         for start in range(0, len(todo), _BATCH):
             part = todo[start : start + _BATCH]
-            scores, rows = index.search(queries[part], asked, params=parameters)
-            for i, its_scores, its_rows in zip(part, scores, rows, strict=True):
-                filled = int((its_rows >= 0).sum())
-                if filled < wanted and nprobe < settings.nlist:
-                    short.append(i)
-                    continue
-                if filled < wanted:
+            _, rows = index.search(queries[part], asked, params=parameters)
+            for i, its_rows in zip(part, rows, strict=True):
+                its_rows = its_rows[its_rows >= 0]
+                if fill and len(its_rows) < wanted:
+                    if nprobe < settings.nlist:
+                        short.append(i)
+                        continue
                     warnings.warn(
-                        f"query {qids[i]!r}: {filled} of {wanted} hits filled", stacklevel=2
+                        f"query {qids[i]!r}: {len(its_rows)} of {wanted} hits filled", stacklevel=2
                     )
-                best = its_rows[:filled][_best(its_scores[:filled], depth, _rounding(queries[i]))]
-                exact = _products(queries[i], index.reconstruct_batch(best)) if len(best) else []
-                hits = dict(zip([ids[row] for row in best], exact, strict=True))
-                found[qids[i]] = dict(top(hits, depth))
+                found[qids[i]] = _exact_hits(queries[i], passages, its_rows, ids, depth)
         todo, nprobe = short, min(settings.nlist, 2 * nprobe)
     return {qid: found[qid] for qid in qids}
 
 
 def exact_search(
     query_embeddings: np.ndarray,
-    passage_embeddings: np.ndarray,
+    passage_embeddings: np.ndarray | Shards,
     qids: Sequence[str],
     ids: Sequence[str],
     depth: int,
 ) -> Run:
     """The ``depth`` passages of highest inner product with each query, none missed.
+
+    Passages are read once, block by block; in memory are a block, its scores, and the best rows
+    so far of each query.
 
     Args:
         query_embeddings: (len(qids), D).
@@ -376,27 +477,37 @@ def exact_search(
         depth: hits wanted; may exceed the number of passages.
 
     Raises:
-        ValueError: ``depth`` below 1, ids that repeat, shapes that disagree, or an embedding that
-            is not finite.
+        ValueError: ``depth`` below 1, hits with the same docid, shapes that disagree, or an
+            embedding that is not finite.
     """
     _check_depth(depth)
-    queries = _matrix(query_embeddings, qids, "query")
-    passages = _matrix(passage_embeddings, ids, "passage")
-    _check_same_width(queries, passages)
-    longest = math.sqrt(_squared_lengths(passages).max(initial=0))
-    run: Run = {}
-    size = max(1, _BLOCK // max(1, len(ids)))
-    for start in range(0, len(qids), size):
-        block = queries[start : start + size]
-        for qid, query, scores in zip(
-            qids[start : start + size], block, block @ passages.T, strict=True
-        ):
-            rows = _best(scores, depth, _rounding(query) * longest)
-            exact = _products(query, passages[rows])
-            run[qid] = dict(
-                top({ids[row]: score for row, score in zip(rows, exact, strict=True)}, depth)
-            )
-    return run
+    queries = _queries(query_embeddings, qids)
+    passages = _passages(passage_embeddings, ids, queries)
+    rounding = [_rounding(query) for query in queries]
+    best_rows = [np.empty(0, np.int64) for _ in qids]
+    best_scores = [np.empty(0, np.float32) for _ in qids]
+    lowest = np.full(len(qids), -np.inf)  # score kept of each query that has enough
+    longest = 0.0
+    countdown = Countdown("exact search", len(passages), "passages")
+    for first, block in passages.blocks():
+        squared = _check_finite(block, "passage", ids, first)
+        longest = max(longest, math.sqrt(squared.max()))
+        size = max(1, _BLOCK // len(block))
+        for start in range(0, len(qids), size):
+            for i, scores in enumerate(queries[start : start + size] @ block.T, start):
+                slack = rounding[i] * longest
+                new = np.flatnonzero(scores >= lowest[i] - slack)
+                rows = np.concatenate([best_rows[i], first + new])
+                scores = np.concatenate([best_scores[i], scores[new]])
+                kept = _best(scores, depth, slack)
+                best_rows[i], best_scores[i] = rows[kept], scores[kept]
+                if len(kept) >= depth:
+                    lowest[i] = best_scores[i].min()
+        countdown.update(first + len(block))
+    return {
+        qid: _exact_hits(query, passages, rows, ids, depth)
+        for qid, query, rows in zip(qids, queries, best_rows, strict=True)
+    }
 
 
 def approximation_recall(approx: Run, exact: Run, depth: int) -> float:
@@ -500,29 +611,41 @@ def _check_depth(depth: int | None) -> None:
         raise ValueError(f"depth must be at least 1, not {depth}")
 
 
-def _check_same_width(queries: np.ndarray, passages: np.ndarray) -> None:
-    if queries.shape[1] != passages.shape[1]:
-        raise ValueError(
-            f"query embeddings have {queries.shape[1]} dimensions, passage embeddings {passages.shape[1]}"
-        )
-
-
-def _matrix(embeddings: np.ndarray, ids: Sequence[object], what: str) -> np.ndarray:
+def _queries(embeddings: np.ndarray, qids: Sequence[str]) -> np.ndarray:
     """The embeddings as a contiguous, finite float32 matrix with one row an id."""
-    matrix = np.ascontiguousarray(embeddings, dtype=np.float32)
-    if matrix.ndim != 2 or len(matrix) != len(ids):
+    queries = np.ascontiguousarray(embeddings, dtype=np.float32)
+    if queries.ndim != 2 or len(queries) != len(qids):
         raise ValueError(
-            f"{what} embeddings must have shape ({len(ids)}, D), one row an id, not {matrix.shape}"
+            f"query embeddings must have shape ({len(qids)}, D), one row an id, not {queries.shape}"
         )
-    if len(set(ids)) != len(ids):
-        raise ValueError(f"{what} ids must be unique")
-    if len(wrong := np.flatnonzero(~np.isfinite(_squared_lengths(matrix)))):
-        raise ValueError(f"{what} embedding in row {wrong[0]} ({ids[wrong[0]]!r}) is not finite")
-    return matrix
+    if len(set(qids)) != len(qids):
+        raise ValueError("query ids must be unique")
+    _check_finite(queries, "query", qids)
+    return queries
 
 
-def _squared_lengths(matrix: np.ndarray) -> np.ndarray:
-    squared: np.ndarray = np.einsum("ij,ij->i", matrix, matrix)  # no copy of a matrix of many GB
+def _passages(embeddings: np.ndarray | Shards, ids: Sequence[str], queries: np.ndarray) -> Shards:
+    """The embeddings, one row an id and as wide as the queries'. (Whether they are finite is seen when they are read.)"""
+    passages = embeddings if isinstance(embeddings, Shards) else Shards.of(embeddings)
+    if len(passages) != len(ids):
+        raise ValueError(
+            f"passage embeddings must have shape ({len(ids)}, D), one row an id, not {(len(passages), passages.dim)}"
+        )
+    if queries.shape[1] != passages.dim:
+        raise ValueError(
+            f"query embeddings have {queries.shape[1]} dimensions, passage embeddings {passages.dim}"
+        )
+    return passages
+
+
+def _check_finite(
+    matrix: np.ndarray, what: str, ids: Sequence[object], first: int = 0
+) -> np.ndarray:
+    """The rows' squared lengths; ValueError if one is not finite. ``first``: position of the first row in ``ids``."""
+    squared: np.ndarray = np.einsum("ij,ij->i", matrix, matrix)
+    if len(wrong := np.flatnonzero(~np.isfinite(squared))):
+        row = first + int(wrong[0])
+        raise ValueError(f"{what} embedding in row {row} ({ids[row]!r}) is not finite")
     return squared
 
 
@@ -533,12 +656,22 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
 
 
-def _products(query: np.ndarray, rows: np.ndarray) -> list[float]:
+def _products(query: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Inner products summed in 64 bits and rounded to 32: the same wherever a row stands."""
-    products: list[float] = (
-        (rows.astype(np.float64) @ query.astype(np.float64)).astype(np.float32).tolist()
-    )
+    products: np.ndarray = (rows.astype(np.float64) @ query.astype(np.float64)).astype(np.float32)
     return products
+
+
+def _exact_hits(
+    query: np.ndarray, passages: Shards, rows: np.ndarray, ids: Sequence[str], depth: int
+) -> dict[str, float]:
+    """The ``depth`` best of the passages in ``rows`` by their exact product with the query."""
+    scores = _products(query, passages.take(rows))
+    best = _best(scores, depth)
+    docids = [ids[row] for row in rows[best].tolist()]
+    if len(set(docids)) != len(docids):
+        raise ValueError("passage ids must be unique")
+    return dict(top(dict(zip(docids, scores[best].tolist(), strict=True)), depth))
 
 
 def _rounding(query: np.ndarray) -> float:
@@ -557,5 +690,4 @@ def _best(scores: np.ndarray, depth: int, slack: float = 0.0) -> np.ndarray:
 def _search_parameters(nprobe: int, ef_search: int) -> faiss.SearchParameters:
     hnsw = faiss.SearchParametersHNSW(efSearch=max(ef_search, nprobe))
     ivf = faiss.SearchParametersIVF(nprobe=nprobe, quantizer_params=hnsw)
-    rotated = faiss.SearchParametersPreTransform(index_params=ivf)
-    return faiss.IndexRefineSearchParameters(k_factor=1.0, base_index_params=rotated)
+    return faiss.SearchParametersPreTransform(index_params=ivf)

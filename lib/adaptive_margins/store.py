@@ -123,6 +123,11 @@ class StoredRun:
         return self._read("curve.parquet", pd.read_parquet)
 
     @cached_property
+    def checks(self) -> pd.DataFrame:
+        """What the curve's means are of: a row per evaluation, query and measure (step, qid, measure, value)."""
+        return self._read("checks.parquet", pd.read_parquet)
+
+    @cached_property
     def targets(self) -> pd.DataFrame:
         """One row a step: mean, min and max of raw φ(d⁺, d⁻)."""
         return self._read("targets.parquet", pd.read_parquet)
@@ -216,6 +221,7 @@ class Store:
             (folder / "result.json").write_text(json.dumps(result) + "\n")
             if training is not None:
                 training.curve.to_parquet(folder / "curve.parquet", index=False)
+                training.checks.to_parquet(folder / "checks.parquet", index=False)
                 training.targets.to_parquet(folder / "targets.parquet", index=False)
             for mode, sets in runs.items():
                 for name, run in sets.items():

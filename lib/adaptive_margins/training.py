@@ -26,14 +26,14 @@ from sentence_transformers.sentence_transformer.evaluation import SentenceEvalua
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
-from adaptive_margins.encoders import Tokens, quiet
+from adaptive_margins.data.arrow import SeededBatches
+from adaptive_margins.encoders import Precision, Tokens, quiet
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.losses import margin_loss
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised by hand whenever the same configuration would give other numbers; part of every run's id."""
 
 COMPLETE = "COMPLETE"
@@ -72,7 +72,7 @@ class RunConfig(BaseModel):
     weight_decay: float
     decay: float
     optimizer: str
-    precision: str
+    precision: Precision
     dropout: float | None
     seed: int
     evaluate_every: int
@@ -107,10 +107,12 @@ class TrainingResult:
     """What a training run leaves behind; the model itself is left in the state that ``config.keep`` asks for.
 
     ``curve``: a row per evaluation, step 0 included (step, triples, seconds of training, measures);
+    ``checks``: the same in long form, a row per evaluation, query and measure (step, qid, measure, value);
     ``targets``: a row per step (step, mean, min, max of raw φ(d⁺, d⁻) over the batch); ``kept``: the kept step's evaluation.
     """
 
     curve: pd.DataFrame
+    checks: pd.DataFrame
     targets: pd.DataFrame
     kept: Evaluation
     kept_step: int
@@ -172,9 +174,9 @@ class _Progress:
     """All that a resumed run must know beyond what the trainer keeps; saved with each checkpoint."""
 
     curve: list[dict[str, float]] = field(default_factory=list)
+    checks: list[dict[str, dict[str, float]]] = field(default_factory=list)
     similarities: list[list[float]] = field(default_factory=list)
     best_step: int = 0
-    best_per_query: dict[str, dict[str, float]] = field(default_factory=dict)
     checks_without_gain: int = 0
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
@@ -218,8 +220,9 @@ class _Watch(TrainerCallback):
             "seconds": progress.train_seconds,
         }
         progress.curve.append({**row, **evaluation.mean})
+        progress.checks.append(evaluation.per_query)
         if gained:
-            progress.best_step, progress.best_per_query = step, evaluation.per_query
+            progress.best_step = step
             if self.config.keep == "best":
                 self.best_state = {
                     k: v.detach().cpu().clone() for k, v in trainable(self.model).items()
@@ -377,7 +380,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def train(
     config: RunConfig,
     model: Any,
-    triples: np.ndarray,
+    triples: Dataset,
     queries: Tokens,
     passages: Tokens,
     evaluator: Callable[[Any], Evaluation],
@@ -387,22 +390,20 @@ def train(
     checkpoint_every: int = 0,
     device: str = "cpu",
 ) -> TrainingResult:
-    """Train ``model`` in place on ``triples``, (N, 3) rows of query, positive and negative in the two `Tokens`.
+    """Train ``model`` in place on ``triples``: columns query, positive and negative, rows of the two `Tokens`.
 
     ``evaluator`` gives the validation measures of a model; ``initial`` is its result at step 0 where it is known already.
-    ``folder`` takes checkpoints and is resumed from. The order of the triples is a permutation drawn from ``config.seed``
-    alone, so all runs of a grid see the same one. Raises TrainingError if the triples do not suffice for one pass, or
-    if the loss is not finite.
+    ``folder`` takes checkpoints and is resumed from. The order of the triples depends on their number and ``config.seed``
+    alone, so all runs of a grid see the same one, and shorter runs the beginning of it. Raises TrainingError if the triples
+    do not suffice for one pass, or if the loss is not finite.
     """
-    needed = config.steps * config.batch_size
-    if needed > len(triples) or not config.steps:
+    if config.steps * config.batch_size > len(triples) or not config.steps:
         raise TrainingError(
             f"run {config.run_id} needs {config.triples} triples in batches of {config.batch_size}, there are {len(triples)}"
         )
-    order = np.random.default_rng(config.seed).permutation(len(triples))[:needed]
-    dataset = Dataset.from_dict(
-        {c: triples[order, i] for i, c in enumerate(("query", "positive", "negative"))}
-    )
+
+    def batches(dataset: Dataset, batch_size: int, **_: Any) -> SeededBatches:
+        return SeededBatches(len(dataset), config.seed, batch_size, config.steps)
 
     watch = _Watch(config, model, evaluator, checkpoint_every)
     checkpoint = newest_checkpoint(folder)
@@ -411,6 +412,8 @@ def train(
         first = initial or evaluator(model)
         watch.tick("eval_seconds")
         watch.record(0, first)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of the process's earlier runs
     loss = _RecordedLoss(model, config)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
@@ -419,11 +422,12 @@ def train(
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         optim=config.optimizer,
+        dataloader_pin_memory=device != "cpu",
         max_grad_norm=0.0,  # the paper names no clipping, and the released code has none
         bf16=config.precision == "bf16",
         fp16=config.precision == "fp16",
         seed=config.seed,
-        batch_sampler=_in_order,
+        batch_sampler=batches,
         logging_strategy="no",
         eval_strategy="no",  # _Watch says when
         save_strategy="no",
@@ -435,7 +439,7 @@ def train(
     trainer = _Trainer(
         model=model,
         args=arguments,
-        train_dataset=dataset,
+        train_dataset=triples,
         loss=loss,
         evaluator=_Evaluator(watch),
         data_collator=_TripleCollator(queries, passages),
@@ -454,20 +458,17 @@ def train(
     kept_step, kept = stop_step, watch.last
     if config.keep == "best":
         model.load_state_dict(watch.best_state, strict=False)
-        mean = {
-            m: row[m]
-            for row in progress.curve
-            if row["step"] == progress.best_step
-            for m in watch.last.mean
-        }
+        best = next(i for i, row in enumerate(progress.curve) if row["step"] == progress.best_step)
+        mean = {m: progress.curve[best][m] for m in watch.last.mean}
         kept_step, kept = (
             progress.best_step,
-            Evaluation(mean=mean, per_query=progress.best_per_query),
+            Evaluation(mean=mean, per_query=progress.checks[best]),
         )
     targets = pd.DataFrame(rows, columns=["mean", "min", "max"])
     targets.insert(0, "step", np.arange(1, len(targets) + 1))
     return TrainingResult(
         curve=pd.DataFrame(progress.curve),
+        checks=_long(progress),
         targets=targets,
         kept=kept,
         kept_step=kept_step,
@@ -480,5 +481,11 @@ def train(
     )
 
 
-def _in_order(dataset: Dataset, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
-    return BatchSampler(SequentialSampler(dataset), batch_size, drop_last=True)
+def _long(progress: _Progress) -> pd.DataFrame:
+    rows = [
+        (row["step"], qid, measure, value)
+        for row, check in zip(progress.curve, progress.checks, strict=True)
+        for measure, values in check.items()
+        for qid, value in values.items()
+    ]
+    return pd.DataFrame(rows, columns=["step", "qid", "measure", "value"])

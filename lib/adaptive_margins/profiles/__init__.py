@@ -310,6 +310,18 @@ class ComparisonSettings(CurveSettings):
     keep: Literal["best", "last"] = "best"
 
 
+class NoteSettings(_Settings):
+    """What a reader of the book must know of this profile, where it stands in the book; Markdown, empty where nothing."""
+
+    cover: str = ""
+    collection: str = ""
+    lengths: str = ""
+    triples: str = ""
+    encoders: str = ""
+    validation: str = ""
+    baselines: str = ""
+
+
 class RankingSettings(_Settings):
     """Full ranking: passages are embedded ``shard`` at a time into files of ``dtype``, by ``devices`` (none: the profile's)."""
 
@@ -348,6 +360,7 @@ class Profile(_Settings):
     comparison: ComparisonSettings
     target_plot: TargetPlotSettings
     ranking: RankingSettings = RankingSettings()
+    notes: NoteSettings = NoteSettings()
     seed: int = 1
     workers: Positive = 2
     device: str = "cpu"

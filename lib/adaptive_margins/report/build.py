@@ -28,8 +28,8 @@ from typing import Any
 import pandas as pd
 
 from adaptive_margins import store
-from adaptive_margins.experiments import clock, say
 from adaptive_margins.profiles import Profile, load_profile
+from adaptive_margins.progress import clock, say
 from adaptive_margins.report import pages
 from adaptive_margins.report.execute import (
     NotebookError,
@@ -56,6 +56,7 @@ def build(
     *,
     home: Path | None = None,
     notebooks: Sequence[str] | None = None,
+    every: bool = False,
     force: bool = False,
     run: Callable[[], object] | None = None,
     source: Path | None = None,
@@ -64,7 +65,8 @@ def build(
 
     ``home`` is where results, pages and book go (default: `store.home`). ``notebooks`` selects some
     by number or name (``["02"]``): then only they are executed, no book is built, and the folder of
-    the pages is returned. ``force`` executes notebooks that are finished, too. ``run`` is called
+    the pages is returned. ``every`` includes the long one (`pages.LONG`), which else is shown as far as it has been executed
+    before, or as its committed summary. ``force`` executes notebooks that are finished, too. ``run`` is called
     once, after all cheap checks and before the first notebook, to make the runs that are missing.
     ``source`` is the checkout with ``notebooks/``, ``book/`` and ``_config.yml``.
 
@@ -76,8 +78,10 @@ def build(
     settings = load_profile(profile)
     if not (source / "_config.yml").is_file():
         raise BuildError(f"{source} is no checkout: it has no _config.yml; the book needs one")
-    chosen = select(source / "notebooks", notebooks)
     site = Site(home, profile)
+    chosen = select(source / "notebooks", notebooks)
+    if notebooks is None and not every:
+        chosen = [n for n in chosen if n.stem != pages.LONG or site.finished(n)]
     for notebook in chosen:
         check_parameters(notebook, site.parameters(notebook))
     with _locked(site.pages):
@@ -95,6 +99,10 @@ def build(
                     ignore=shutil.ignore_patterns("_executed", "__pycache__", "*.egg-info"),
                     dirs_exist_ok=True,
                 )
+        for page in set(site.pages.glob("[0-9][0-9]_*.ipynb")) - {
+            site.pages / n.name for n in chosen
+        }:
+            page.unlink()  # outdated
         site.write_pages(chosen, settings)
         return site.build_book()
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adaptive_margins.data import pydocs
-from adaptive_margins.data.collection import Collection, Run, Triple
+from adaptive_margins.data.collection import Collection, Run
 from adaptive_margins.report.marks import measure_label
+from adaptive_margins.report.show import evenly
 
 if TYPE_CHECKING:
     from adaptive_margins.experiments import Reproduction
@@ -35,14 +36,20 @@ def page(reproduction: Reproduction) -> str:
         for name in sets
     }
     candidates = {name: reproduction.top_candidates(name) for name in sets}
-    return datasheet(reproduction.collection, candidates, bm25, reproduction.collection.triples)
+    return datasheet(
+        reproduction.collection,
+        candidates,
+        bm25,
+        official=reproduction.profile.candidates.source == "official",
+    )
 
 
 def datasheet(
     collection: Collection,
     candidates: Mapping[str, Run],
     bm25: Mapping[str, Mapping[str, float]],
-    triples: Sequence[Triple],
+    *,
+    official: bool = False,
 ) -> str:
     """A page of MyST Markdown that begins with a heading.
 
@@ -50,7 +57,7 @@ def datasheet(
         collection: what is described.
         candidates: set → the run that encoders rerank.
         bm25: set → measure in ir_measures' notation → BM25's value.
-        triples: what encoders are trained on.
+        official: whether the candidates come with the collection.
     """
     sets = sorted(collection.queries, key=lambda n: (_SETS.index(n) if n in _SETS else 9, n))
     made_of_docstrings = collection.name == "PyDocs"
@@ -70,15 +77,15 @@ def datasheet(
         "### Examples",
         _examples(collection),
         _collection_process() if made_of_docstrings else "",
-        "## Splits, and what keeps them apart",
+        "## Splits, and what keeps them apart" if made_of_docstrings else "",
         _SPLITS if made_of_docstrings else "",
-        _closest(collection, sets),
+        _closest(collection, sets) if made_of_docstrings else "",
         "## Candidates and BM25",
-        _bm25(collection, candidates, bm25, sets),
+        _bm25(collection, candidates, bm25, sets, official),
         "## Training triples",
-        _triples(collection, triples),
-        "## Sources and their licences",
-        _licences(collection),
+        _triples(collection, made_of_docstrings),
+        "## Sources and their licences" if made_of_docstrings else "## Sources",
+        _licences(collection) if made_of_docstrings else _sources(collection),
         _LIMITS if made_of_docstrings else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -207,11 +214,12 @@ def _lengths(collection: Collection, sets: Sequence[str]) -> str:
     texts |= {f"queries, {name}": collection.queries[name].texts for name in sets}
     rows = []
     for name, some in texts.items():
-        words = np.array([len(text.split()) for text in some] or [0])
+        words = np.array([len(text.split()) for text in evenly(some)] or [0])
         quantiles = np.quantile(words, [0, 0.25, 0.5, 0.75, 1])
         rows.append([name, f"{words.mean():.1f}", *(f"{q:.0f}" for q in quantiles)])
-    return "Words (separated by white space) of a text:\n\n" + _table(
-        ["", "mean", "least", "first quartile", "median", "third quartile", "most"], rows
+    return (
+        "Words (separated by white space) of a text, counted in at most 100,000 texts of a row, at even distances:\n\n"
+        + _table(["", "mean", "least", "first quartile", "median", "third quartile", "most"], rows)
     )
 
 
@@ -279,6 +287,7 @@ def _bm25(
     candidates: Mapping[str, Run],
     bm25: Mapping[str, Mapping[str, float]],
     sets: Sequence[str],
+    official: bool,
 ) -> str:
     depth = max((len(scores) for run in candidates.values() for scores in run.values()), default=0)
     measures = list(dict.fromkeys(measure for values in bm25.values() for measure in values))
@@ -296,9 +305,15 @@ def _bm25(
             ]
         )
     header = ["set", "with a relevant candidate", *map(measure_label, measures)]
+    origin = (
+        "The candidates are the official ones of the collection. Where they come without scores, their order here is that"
+        " of BM25 {cite:p}`robertson2009,lu2024bm25s` in Lucene's variant, with English stop words and stemming."
+        if official
+        else "Candidates come from BM25 {cite:p}`robertson2009,lu2024bm25s` in Lucene's variant, with"
+        " English stop words and stemming."
+    )
     return (
-        "Candidates come from BM25 {cite:p}`robertson2009,lu2024bm25s` in Lucene's variant, with"
-        " English stop words and stemming. What an encoder reranks is the first"
+        f"{origin} What an encoder reranks is the first"
         f" {depth} of a query, so no reranking can help a query without a relevant passage (grade ≥ 2)"
         ' among them; the column "with a relevant candidate" is the share of queries that have one.'
         " The other columns are what BM25's own order scores: Hits@k is the share of queries with a"
@@ -307,9 +322,15 @@ def _bm25(
     )
 
 
-def _triples(collection: Collection, triples: Sequence[Triple]) -> str:
-    if not triples:
-        return "None were sampled."
+def _triples(collection: Collection, made_of_docstrings: bool) -> str:
+    triples = collection.triples
+    if not len(triples):
+        return "There are none."
+    if not made_of_docstrings:
+        return (
+            f"{len(triples):,} triples of the collection's own, as rows of {len(collection.queries['train']):,} training"
+            " queries and of the passages."
+        )
     qrels = collection.qrels.get("train", {})
     grades = Counter(qrels.get(qid, {}).get(positive) for qid, positive, _ in triples)
     shares = ", ".join(
@@ -321,6 +342,15 @@ def _triples(collection: Collection, triples: Sequence[Triple]) -> str:
         f" and {negatives:,} different negatives. A negative is drawn from the BM25 candidates of the"
         " query, below the first ranks, where unjudged answers would be; passages with a judgement are"
         " never drawn. Each pass over the queries takes one triple of each, in a new order."
+    )
+
+
+def _sources(collection: Collection) -> str:
+    """What the collection was read from."""
+    rows = sorted(collection.sources.items())
+    return (
+        "The texts stay under the terms of those who publish them, and are not distributed with this book.\n\n"
+        + _table(["what", "source"], rows).replace("---: |", "--- |")
     )
 
 

@@ -613,7 +613,7 @@ def table4(data: pd.DataFrame, *, published: Published | None = None) -> str:
         "equivalent",
     ]
     require(data, [*columns, "triples", "run_id", "reference_run_id"], "table4")
-    data = data[~data["source"].astype(str).str.startswith("published")]
+    data = data[~data["source"].astype(str).str.startswith(("published", "supplied"))]
     main = str(data["measure"].iloc[0])
     name = measure_label(main)
     tops = [

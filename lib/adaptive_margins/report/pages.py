@@ -6,6 +6,7 @@ Every number on them is read from an artefact: the tables' CSV files, receipts, 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -17,11 +18,15 @@ import pandas as pd
 import psutil
 import yaml
 
-from adaptive_margins.experiments import Reproduction, clock, describe
+from adaptive_margins.experiments import Reproduction, describe
 from adaptive_margins.profiles import Profile
-from adaptive_margins.report import concepts, datasheet
+from adaptive_margins.progress import clock
+from adaptive_margins.report import concepts, datasheet, differences
 from adaptive_margins.report.marks import measure_label
 from adaptive_margins.store import StoredRun, write_text
+
+LONG = "07_paper_and_released_code"
+"""The notebook that is executed only when asked for; else its page is a committed summary."""
 
 Receipts = Mapping[str, Mapping[str, Any]]
 """Notebook (without suffix) → its receipt, as `build` writes it."""
@@ -35,12 +40,23 @@ def write(home: Path, profile: Profile, receipts: Receipts) -> None:
     table = folder / "data" / "table4.csv"
     write_text(folder / "cover.md", cover(profile, table if table.is_file() else None))
     write_text(folder / "datasheet.md", datasheet.page(reproduction))
+    write_long(home)
     runs = [
         StoredRun(home / "runs" / run_id)
         for run_id in sorted({i for r in receipts.values() for i in r.get("results", ())})
         if (home / "runs" / run_id).is_dir()
     ]
     write_text(folder / "provenance.md", provenance(profile, receipts, runs))
+
+
+def write_long(home: Path) -> None:
+    """The page of `LONG`, from the committed summary, if the notebook itself has not been executed."""
+    page = home / "book" / "_executed" / f"{LONG}.md"
+    if page.with_suffix(".ipynb").is_file():
+        page.unlink(missing_ok=True)
+        return
+    summary = home / "book" / "paper_and_released_code.json"
+    write_text(page, differences.summary_page(json.loads(summary.read_text("utf-8"))))
 
 
 def write_images(folder: Path) -> None:
@@ -93,10 +109,15 @@ def cover(profile: Profile, table4: Path | None) -> str:
     about = (
         f"This edition was computed with the profile **{profile.name}**. {profile.about.strip()}\n"
     )
+    if profile.notes.cover:
+        about += (
+            "\n:::{admonition} What these numbers are, and what they are not\n:class: important\n\n"
+            f"{profile.notes.cover}\n:::\n"
+        )
     if table4 is None:
         return about + "\nTable 4 has not been computed in this edition.\n"
     frame = pd.read_csv(table4, keep_default_na=False, na_values=[""])
-    own = frame[~frame["source"].str.startswith("published")]
+    own = frame[~frame["source"].str.startswith(("published", "supplied"))]
     labels = own["loss"] + own["in_batch"].map({"✓": ", in-batch"}).fillna("")
     labels = labels.where(~own["loss"].str.startswith("Distributed"), own["loss"])
     own = own.assign(label=labels, measure=own["measure"].map(measure_label))
@@ -108,7 +129,7 @@ def cover(profile: Profile, table4: Path | None) -> str:
     return (
         f"{about}\nFull ranking on the test query sets, encoder `{profile.reference_encoder}` "
         f"(BM25 uses none):\n\n{table(header, rows)}\n\n{' '.join(sentences)} "
-        "The sixth notebook has the same rows with their tests and the published numbers beside them.\n"
+        "The notebook on baselines has the same rows with their tests and the published numbers beside them.\n"
     )
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Printed = Annotated[str, Field(pattern=r"^[01]\.\d{2,3}$")]
 InBatch = Literal["✗", "✓", "—"]
 Triples = Annotated[str, Field(pattern=r"^(—|(≈ )?\d+\.\d+M)$")]
+Key = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 
 
 class _Entry(BaseModel):
@@ -79,6 +80,7 @@ class Row2(_Row):
 class Row3(_Row):
     """A row of Table 3. ``epsilon`` is from the released code, the paper does not print it."""
 
+    key: Key
     model: str
     target: Literal["static", "adaptive", "distributed"]
     in_batch: InBatch
@@ -91,6 +93,7 @@ class Row3(_Row):
 class Row4(_Row):
     """A row of Table 4."""
 
+    key: Key
     block: str
     loss: str
     sampling: str
@@ -175,10 +178,10 @@ class Published(_Entry):
 
     @model_validator(mode="after")
     def _ids_are_unique(self) -> Published:
-        for entries in (self.observations, self.notes):
-            ids = [entry.id for entry in entries]
-            if len(ids) != len(set(ids)):
-                raise ValueError(f"an id occurs twice among {ids}")
+        keys = [row.key for table in (self.table3, self.table4) for row in table.rows]
+        for ids in (keys, *([entry.id for entry in e] for e in (self.observations, self.notes))):
+            if twice := sorted({i for i in ids if ids.count(i) > 1}):
+                raise ValueError(f"an id or key occurs twice: {', '.join(twice)}")
         return self
 
     def notes_on(self, table: int) -> list[str]:

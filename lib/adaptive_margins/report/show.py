@@ -6,7 +6,7 @@ Texts are Markdown. Every number in them comes from the profile, the collection,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from matplotlib.figure import Figure
 
 from adaptive_margins.data.collection import Collection
 from adaptive_margins.experiments import BM25_NAME, Reproduction
+from adaptive_margins.profiles import CurveSettings, StaticSettings
 from adaptive_margins.retrieval import top
 from adaptive_margins.store import StoredRun
 
-from . import figures
+from . import figures, tables
 from .findings import signed
 from .marks import encoder_label, measure_label, score
 from .published import Published, load
@@ -62,6 +63,38 @@ def heading(reproduction: Reproduction) -> str:
     return f"{collection.name} {collection.fingerprint}, profile {reproduction.profile.name}"
 
 
+def commands(reproduction: Reproduction, data: pd.DataFrame) -> dict[str, list[str]]:
+    """Run id → the commands that make the run and that score it without this project (`tables.commands`)."""
+    p, fingerprint = reproduction.profile, reproduction.fingerprint
+    return {
+        run_id: tables.commands(p.name, run_id, fingerprint, p.sets.tests, p.measures.full)
+        for run_id in data["run_id"].unique()
+        if run_id
+    }
+
+
+def table3(reproduction: Reproduction, data: pd.DataFrame) -> str:
+    """Table 3 as HTML, then its scores beside the published ones, where there are any to compare with."""
+    published, about = load(), heading(reproduction)
+    models = {n: e.published for n, e in reproduction.profile.encoders.items() if e.published}
+    supplied = reproduction.table4() if reproduction.supplied() else None
+    lines = commands(reproduction, data)
+    html = tables.table3(data, published, heading=about, commands=lines, supplied=supplied)
+    return html + tables.compared(
+        data, published, table=3, heading=about, models=models, supplied=supplied
+    )
+
+
+def table4(reproduction: Reproduction, data: pd.DataFrame) -> str:
+    """Table 4 as HTML, then its scores beside the published ones, if the reference encoder is that of the paper."""
+    p, published = reproduction.profile, load()
+    about = f"{heading(reproduction)}, encoder {encoder_label(p.reference_encoder)}"
+    html = tables.table4(data, published, heading=about, commands=commands(reproduction, data))
+    if p.encoders[p.reference_encoder].published != "distilBERT":
+        return html
+    return html + tables.compared(data, published, table=4, heading=about)
+
+
 def save(data: pd.DataFrame, data_folder: str | Path, name: str) -> None:
     """Write what a figure or table shows to ``data_folder/NAME.csv``; an empty folder name writes nothing."""
     if data_folder:
@@ -85,6 +118,12 @@ def setup(reproduction: Reproduction, *parts: str, published: Published | None =
     return f"Profile **{reproduction.profile.name}**: {about}\n\n{table}\n"
 
 
+def note(reproduction: Reproduction, place: str) -> str:
+    """What the profile says at a place of the book (a key of its ``notes``); Markdown, may be empty."""
+    text: str = getattr(reproduction.profile.notes, place)
+    return text
+
+
 def _setting(reproduction: Reproduction) -> dict[str, str]:
     p, c = reproduction.profile, reproduction.collection
 
@@ -97,40 +136,56 @@ def _setting(reproduction: Reproduction) -> dict[str, str]:
     def sizes(values: Iterable[int]) -> str:
         return "batches of " + " and ".join(map(str, values))
 
+    def curve(experiment: CurveSettings, batch_sizes: Iterable[int]) -> str:
+        every = (
+            f"every {experiment.evaluate_every:,} triples"
+            if experiment.evaluate_every
+            else f"every {experiment.evaluate_every_steps:,} steps"
+        )
+        return f"{experiment.triples:,} triples a run, {sizes(batch_sizes)}, scores {every}"
+
+    def own(experiment: StaticSettings | CurveSettings) -> str:
+        """What an experiment has of its own."""
+        rate = experiment.learning_rate
+        return ("" if rate is None else f"; learning rate {_rate(rate)}") + (
+            "" if experiment.seed is None else f"; seed {experiment.seed}"
+        )
+
     t, s = p.training, p.static
+    stopping = p.comparison.validation or p.sets.validation
+    listed = "passages of BM25" if p.candidates.source == "bm25" else "official BM25 candidates"
     seeds = "; ".join(
         f"{encoder_label(e)} with seeds {', '.join(map(str, dict.fromkeys([p.seed, *more])))}"
         for e, more in s.seeds.items()
     )
-    curve = "{:,} triples a run, {}, scores every {:,} triples".format
     return {
         "collection": f"{c.name}, {len(c.passages):,} passages, {len(c.triples):,} training triples",
         "encoders": "; ".join(
             f"{encoder_label(name)}: {e.label or e.base}" for name, e in p.encoders.items()
         ),
         "lengths": f"at most {p.lengths.query} tokens a query, {p.lengths.passage} a passage",
-        "optimizer": f"{OPTIMIZERS[t.optimizer]}, {t.precision}, learning rate {t.learning_rate:g},"
+        "optimizer": f"{OPTIMIZERS[t.optimizer]}, {t.precision}, learning rate {_rate(t.learning_rate)},"
         f" weight decay {t.weight_decay:g}, seed {p.seed}",
         "tuning": queries(p.sets.validation),
         "tests": "; ".join(map(queries, p.sets.tests)),
-        "rerank": f"the first {p.candidates.depth} passages of BM25 are reranked; {measures(p.measures.rerank)}",
+        "rerank": f"the first {p.candidates.depth} {listed} are reranked; {measures(p.measures.rerank)}",
         "full": f"every passage is ranked, by a FAISS index sized for the collection and exact re-ranking, to depth"
         f" {p.measures.full_depth}; {measures(p.measures.full)}",
         "static": f"ε in {', '.join(f'{x:g}' for x in s.targets)}; {s.triples:,} triples a run,"
-        f" {sizes([s.batch_size])}" + (f"; {seeds}" if seeds else ""),
-        "adaptive": curve(
-            p.adaptive.triples, sizes(p.adaptive.batch_sizes[:1]), p.adaptive.evaluate_every
-        ),
-        "distributed": curve(
-            p.distributed.triples, sizes(p.distributed.batch_sizes), p.distributed.evaluate_every
-        ),
+        f" {sizes([s.batch_size])}" + (f"; {seeds}" if seeds else "") + own(s),
+        "adaptive": curve(p.adaptive, p.adaptive.batch_sizes[:1]) + own(p.adaptive),
+        "distributed": curve(p.distributed, p.distributed.batch_sizes) + own(p.distributed),
         "target_plot": f"rolling mean over {p.target_plot.window} batches, the first and last {p.target_plot.span}"
         " batches",
-        "comparison": f"{sizes(p.comparison.batch_sizes[:1])}, decay γ = {p.comparison.decay:g} a step; stops after"
-        f" {p.comparison.patience} checks, one every {p.comparison.evaluate_every:,} triples, without a gain in"
-        f" {measure_label(p.measures.selection)} on {p.sets.validation}, or after {p.comparison.triples:,} triples",
-        "reference": f"{encoder_label(p.reference_encoder)}; † against the softmax loss",
+        "comparison": f"{curve(p.comparison, p.comparison.batch_sizes[:1])}, decay γ = {p.comparison.decay:g} a step; stops"
+        f" after {p.comparison.patience} checks without a gain in {measure_label(p.measures.selection)} on {stopping};"
+        f" the {p.comparison.keep} checkpoint is ranked with{own(p.comparison)}",
+        "reference": f"{encoder_label(p.reference_encoder)}; † against the underlined run",
     }
+
+
+def _rate(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 # --- the collection ---------------------------------------------------------------------------------------------------
@@ -149,13 +204,13 @@ def counts(collection: Collection) -> str:
 
 
 def lengths(collection: Collection) -> Figure:
-    """Histograms of the lengths, in words, of all queries and of all passages."""
+    """Histograms of the lengths, in words, of queries and of passages (evenly spaced ones, if there are very many)."""
     queries = [text for texts in collection.queries.values() for text in texts.texts]
     columns = {"queries": queries, "passages": collection.passages.texts}
     with figures.drawing():
         figure, axes = plt.subplots(1, 2, figsize=(figures.WIDTH, 2.2), layout="constrained")
         for axis, (name, texts) in zip(axes, columns.items(), strict=True):
-            words = np.array([len(text.split()) for text in texts])
+            words = np.array([len(text.split()) for text in evenly(texts)])
             width = max(1, round((words.max() - words.min()) / 30))
             bins = np.arange(words.min(), words.max() + width + 1, width) - 0.5
             axis.hist(words, bins=list(bins), color="#0072b2", edgecolor="white", linewidth=0.4)
@@ -167,11 +222,16 @@ def lengths(collection: Collection) -> Figure:
     return figure
 
 
+def evenly(texts: Sequence[str], most: int = 100_000) -> list[str]:
+    """All of ``texts``, or at most ``most`` of them at even distances."""
+    return list(texts[:: max(1, -(-len(texts) // most))])
+
+
 def example(reproduction: Reproduction, query_set: str, number: int, max_chars: int = 160) -> str:
     """A query, the passages judged for it, and BM25's first candidates, each with rank and grade (a dash: none)."""
     collection = reproduction.collection
     qid = collection.queries[query_set].ids[number]
-    candidates = [docid for docid, _ in top(reproduction.candidates[query_set][qid])]
+    candidates = [docid for docid, _ in top(reproduction.bm25_ranking(query_set)[qid])]
     judged = collection.qrels[query_set].get(qid, {})
     first = candidates[: max(3, min(5, len(candidates)))]
     docids = [*first, *(d for d in sorted(judged, key=lambda d: -judged[d]) if d not in first)]
@@ -191,6 +251,8 @@ def example(reproduction: Reproduction, query_set: str, number: int, max_chars: 
 
 def triple(collection: Collection, number: int = 0, max_chars: int = 240) -> str:
     """A training triple, as texts."""
+    if not len(collection.triples):
+        return "This collection has no training triples."
     qid, positive, negative = collection.triples[number]
     parts = [("query", qid, collection.queries["train"][qid])]
     parts += [

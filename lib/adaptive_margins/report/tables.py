@@ -1,21 +1,24 @@
 """Tables 1 to 4 of the paper as HTML: first this run's numbers, then the published ones as they were printed.
 
 They are two HTML tables in one ``<div class="am-tables">``, with their own captions, headers and frames, because the
-collections, encoders and cut-offs differ. Numbers come from the frames of ``experiments`` and from ``published.yaml``;
-texts are escaped. A wide table scrolls inside its box.
+collections, encoders and cut-offs differ. Where they do not, `comparison` and `compared` set the numbers of Tables 3 and 4
+side by side. Numbers come from the frames of ``experiments`` and from ``published.yaml``; texts are escaped. A wide
+table scrolls inside its box.
 """
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
 from .marks import encoder_label, measure_label, require
-from .published import Published, Row4, Score, Scores
+from .published import Published, Row3, Row4, Scores
 
 ROLES = {
     "q": "<i>q</i>",
@@ -30,6 +33,11 @@ SCORED = [
     "in_batch", "set", "measure", "value", "best", "difference", "low", "high", "equivalent", "triples", "run_id",
     "reference_run_id",
 ]  # fmt: skip
+COMPARED = [
+    "key", "name", "in_batch", "set", "measure", "ours", "published", "difference", "verdict", "printed", "supplied", "run_id",
+]  # fmt: skip
+SUPPLIED = "supplied: "
+"""What the source of a supplied run starts with; its name follows."""
 NONE = "—"
 # Hanging, so that digits stay in line.
 DAGGER, STAR = '<sup class="am-hang">†</sup>', '<span class="am-hang">*</span>'
@@ -63,6 +71,14 @@ CSS = """\
 .am-tables table.am-table .am-hang { display: inline-block; width: 0; }
 .am-tables table.am-table code { font-size: .85em; padding: 0; background: none; color: inherit; border: 0; }
 .am-tables .am-published table.am-table > tbody > tr > td { font-style: italic; }
+.am-tables .am-scroll.am-compared { border-left: 5px dashed #0072b2; }
+.am-tables .am-scroll.am-compared table.am-table > tbody > tr > td:nth-child(3n) { padding-left: 1em; }
+.am-tables table.am-table .am-computed { text-decoration: underline dotted; text-underline-offset: .2em; font-style: normal; }
+.am-tables table.am-table summary { font-size: .8em; opacity: .85; cursor: pointer; }
+.am-tables table.am-table pre { width: 0; margin: 0; padding: 0; overflow: visible; border: 0; background: none;
+  position: relative; z-index: 1; color: inherit; }
+.am-tables table.am-table pre code { display: block; width: max-content; max-width: calc(100cqw - 9em);
+  white-space: pre-wrap; overflow-wrap: anywhere; padding: .25em 0; }
 .am-tables .am-note { margin: 0 0 .75em; max-width: 50em; }
 .am-tables ul.am-note { padding-left: 1.25em; }
 """
@@ -165,13 +181,17 @@ def table3(
     labels: Mapping[str, str] | None = None,
     margin: float = 0.05,
     alpha: float = 0.05,
+    commands: Mapping[str, Sequence[str]] | None = None,
+    supplied: pd.DataFrame | None = None,
 ) -> str:
     """Table 3, every encoder and target in full ranking.
 
     ``data`` has one row a run, set and measure: encoder, target, epsilon (NaN unless static), in_batch, set, measure,
     value, best, difference, low, high, p_adjusted, comparisons, equivalent, seconds (training, with the sweep),
     sweep_seconds, triples, run_id, reference_run_id. † stands where ``equivalent`` is true and the run is not its own
-    reference. ``margin`` and ``alpha`` are those of the test, for the note.
+    reference. ``margin`` and ``alpha`` are those of the test, for the note. ``commands``: run id → the lines that the
+    run's row opens to, as `commands` gives them. ``supplied``: the frame of `table4`, whose supplied runs replace printed
+    numbers here, too.
     """
     require(data, ["encoder", "target", "epsilon", "seconds", "sweep_seconds", *SCORED], "table3")
     columns = _columns(data)
@@ -192,7 +212,7 @@ def table3(
             )
             body.append(
                 [
-                    _row_head(target + _run_below(one["run_id"])),
+                    _row_head(target + _run_below(one["run_id"], commands)),
                     _cell("td", YES_NO[in_batch], "am-text"),
                     *_scores(run, columns),
                     _cell("td", duration(one["seconds"]) + STAR * static, title=sweep),
@@ -210,6 +230,7 @@ def table3(
         " Distributed targets take their targets from the batch, so they have a ✓, as in the paper."
     )
     table = published.table3
+    stand_ins = _supplied(supplied)
     printed_groups = []
     for model, printed_rows in groupby(table.rows, key=lambda r: r.model):
         members = list(printed_rows)
@@ -221,7 +242,7 @@ def table3(
                     else f"static, <i>ε</i> = {r.epsilon:g}<sup>‡</sup>"
                 ),
                 _cell("td", r.in_batch, "am-text"),
-                *_printed_scores(r.scores),
+                *_printed_scores(r, stand_ins),
                 _number(r.time.value + STAR * r.time.star),
                 _number(r.triples),
             ]
@@ -236,7 +257,9 @@ def table3(
     )
     theirs = _table(3, "published", table.heading, head, printed_groups, published)
     footnote = "Marks as printed. * includes the sweep. ‡ from the released code, not printed."
-    return _page([ours, _note(f"{marks} {more}"), theirs, _note(footnote), *_notes(3, published)])
+    footnote += _replaced(table.rows, stand_ins)
+    marks = f"{marks} {more}{_opens(commands)}"
+    return _page([ours, _note(marks), theirs, _note(footnote), *_notes(3, published)])
 
 
 def table4(
@@ -246,15 +269,23 @@ def table4(
     heading: str = "",
     margin: float = 0.05,
     alpha: float = 0.05,
+    commands: Mapping[str, Sequence[str]] | None = None,
 ) -> str:
     """Table 4, the losses beside baselines; published teacher distillation appears in the published table only.
 
     ``data`` has one row a run, set and measure: block, loss, sampling, in_batch ("✗", "✓", "—"), source, set, measure,
     value, best, difference, low, high, p_adjusted, equivalent, triples, run_id, reference_run_id. Rows whose source
     starts with "published" are left out: their numbers come from ``published``. The reference is underlined.
+
+    Rows of supplied runs have the source "supplied: NAME", no run id (as a reference they are named by their source),
+    a NaN for a value that was refused, and the reason in a column ``refused`` (else empty). A column ``missing`` may have
+    the number of judged queries that the run lacks. Where NAME is the key of a published row, the run's scores replace
+    the printed ones. ``commands`` as for `table3`.
     """
     require(data, ["block", "loss", "sampling", "source", *SCORED], "table4")
     data = data[~data["source"].astype(str).str.startswith("published")]
+    others = data["source"].astype(str).str.startswith(SUPPLIED)
+    data = data.assign(run_id=data["run_id"].where(~others, data["source"]))
     columns = _columns(data)
     first = ["Loss, run", "Sampling", "In-batch"]
     width = len(first) + len(columns) + 1
@@ -267,14 +298,16 @@ def table4(
             one = run.iloc[0]
             body.append(
                 [
-                    _row_head(escape(one["loss"]) + _run_below(one["run_id"])),
+                    _row_head(escape(one["loss"]) + _run_below(one["run_id"], commands)),
                     *(_text(one[column]) for column in ("sampling", "in_batch")),
                     *_scores(run, columns, underline=True),
                     _number(triples(one["triples"])),
                 ]
             )
         groups.append(body)
-        if block.lower() == "self-distillation":
+        if block.lower() == "self-distillation" and "teacher distillation" not in map(
+            str.lower, blocks
+        ):
             missing = "needs a teacher model; see the published numbers below"
             groups.append(
                 [
@@ -293,6 +326,7 @@ def table4(
     )
 
     table = published.table4
+    stand_ins = _supplied(data)
     printed_groups = []
 
     def block_of(row: Row4) -> tuple[str, str]:
@@ -313,7 +347,7 @@ def table4(
                         ),
                         _text(r.in_batch),
                         _text(r.source),
-                        *_printed_scores(r.scores),
+                        *_printed_scores(r, stand_ins, dagger=True),
                         _number(r.triples),
                     ]
                     for r in members
@@ -327,7 +361,236 @@ def table4(
     )
     theirs = _table(4, "published", table.heading, head, printed_groups, published)
     footnote = "Marks as printed: bold per block, † against the underlined runs. Rows of other authors carry no †."
-    return _page([ours, _note(marks), theirs, _note(footnote), *_notes(4, published)])
+    if replaced := _replaced(table.rows, stand_ins):
+        footnote += (
+            f"{replaced} A † on such a number is against {escape(name)} of this run’s table."
+        )
+    return _page(
+        [
+            ours,
+            _note(marks + _opens(commands)),
+            *_limits(data),
+            theirs,
+            _note(footnote),
+            *_notes(4, published),
+        ]
+    )
+
+
+def commands(
+    profile: str, run_id: str, fingerprint: str, sets: Iterable[str], measures: Iterable[str]
+) -> list[str]:
+    """Shell commands that make a run, and that score its full rankings of ``sets`` without this project.
+
+    Paths are relative to the folder that has ``collections/`` and ``runs/``; ``fingerprint`` is the collection's.
+    ``measures`` in ir_measures' notation.
+    """
+    asked = " ".join(measures)
+    lines = [["adaptive-margins", "reproduce", "--profile", profile, "--run", run_id]]
+    for name in sets:
+        qrels = f"collections/{fingerprint}/qrels.{name}.txt"
+        lines.append(["ir_measures", qrels, f"runs/{run_id}/full.{name}.run.gz", asked])
+    return [shlex.join(line) for line in lines]
+
+
+# --- this run beside the published numbers ----------------------------------------------------------------------------
+
+
+def comparison(
+    data: pd.DataFrame,
+    published: Published,
+    *,
+    table: Literal[3, 4],
+    models: Mapping[str, str] | None = None,
+    tolerance: float = 0.02,
+    supplied: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """Scores of this run's Table 3 or 4 that the paper printed, too: same row, query set, and measure but for its level.
+
+    Args:
+        data: the frame of `table3` or `table4`.
+        published: the paper's numbers.
+        table: which of the two tables.
+        models: this profile's encoder name → model as printed; others are written by `encoder_label`.
+        tolerance: the largest difference, rounded to three decimals, that is called "within".
+        supplied: for Table 3, the frame of `table4` with supplied runs; Table 4's own has them.
+
+    Returns:
+        One row a score: key, name and in_batch of the published row; set; measure (this run's); ours, published and
+        their difference (ours - published); verdict ("within ±.02", "higher", "lower"); printed (the number in the
+        paper, as text); supplied (the name of the run that ``published`` was computed from, or ""); run_id. No rows
+        where nothing matches.
+    """
+    if table not in (3, 4):
+        raise ValueError(f"only Tables 3 and 4 have scores to compare, not Table {table}")
+    own = ["encoder", "target", *SCORED] if table == 3 else ["loss", "sampling", "source", *SCORED]
+    require(data, own, f"comparison of Table {table}")
+    known: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in _records(data):
+        if table == 3:
+            in_batch = bool(row["in_batch"]) or row["target"] == "distributed"
+            what = (encoder_label(row["encoder"], models), row["target"], YES_NO[in_batch])
+        elif str(row["source"]).startswith((SUPPLIED, "published")):
+            continue
+        else:
+            what = (row["loss"], row["sampling"], row["in_batch"])
+        if not _missing(row["value"]):
+            known[(*what, row["set"], _level_free(row["measure"]))] = row
+    stand_ins = _supplied(data if supplied is None else supplied)
+    printed = published.table3.rows if table == 3 else published.table4.rows
+    found = []
+    for entry in printed:
+        identity: tuple[str, ...]
+        if isinstance(entry, Row3):
+            name, identity = f"{entry.model}, {entry.target}", (entry.model, entry.target)
+        else:
+            name, identity = entry.loss, (entry.loss, entry.sampling)
+        for query_set, measure in _printed_columns(entry.scores):
+            column = (query_set, _level_free(measure))
+            ours = known.get((*identity, entry.in_batch, *column))
+            if ours is None:
+                continue
+            score = entry.scores[query_set][measure]
+            stand_in = stand_ins.get((entry.key, *column))
+            theirs = stand_in["value"] if stand_in else score.number
+            difference = ours["value"] - theirs
+            found.append(
+                {
+                    "key": entry.key, "name": name, "in_batch": entry.in_batch, "set": query_set,
+                    "measure": ours["measure"], "ours": ours["value"], "published": theirs, "difference": difference,
+                    "verdict": _verdict(difference, tolerance), "printed": score.value,
+                    "supplied": entry.key if stand_in else "", "run_id": ours["run_id"],
+                }
+            )  # fmt: skip
+    return pd.DataFrame(found, columns=COMPARED)
+
+
+def compared(
+    data: pd.DataFrame,
+    published: Published,
+    *,
+    table: Literal[3, 4],
+    heading: str,
+    models: Mapping[str, str] | None = None,
+    tolerance: float = 0.02,
+    supplied: pd.DataFrame | None = None,
+) -> str:
+    """`comparison` as HTML: a row per published row, and per set and measure ours, published, difference and verdict.
+
+    ``heading`` is in the caption and names this run's collection with its fingerprint, so that a small one is not taken
+    for the paper's. Where nothing matches, a sentence says so.
+    """
+    rows = comparison(
+        data, published, table=table, models=models, tolerance=tolerance, supplied=supplied
+    )
+    if rows.empty:
+        text = (
+            "The published numbers have no counterpart in this run: query sets, measures or encoders differ, so no"
+            " differences are shown."
+        )
+        return _page([_note(text)])
+    columns = _columns(rows)
+    body = []
+    for _, own in rows.groupby("key", sort=False):
+        by_column = {(row["set"], row["measure"]): row for row in _records(own)}
+        one = own.iloc[0]
+        cells = [_row_head(escape(one["name"])), _cell("td", one["in_batch"], "am-text")]
+        for column in columns:
+            cells += _beside(by_column.get(column))
+        body.append(cells)
+    top, *below = _scored_heads(["Row of the paper", "In-batch"], columns, [], each=3)
+    names = ["Ours", "Paper", "Diff."] * len(columns)
+    head = [top, *below, "".join(_cell("th", n, scope="col") for n in names)]
+    html = _table(table, "compared", heading, head, [body], published)
+    counts = rows["verdict"].value_counts()
+    within = _verdict(0, tolerance)
+    reasons = "other seeds, of whose spread the paper says nothing"
+    if table == 4:
+        reasons += ", and for numbers that are printed with two digits (up to .005)"
+    note = (
+        f"Of {len(rows)} numbers {counts.get(within, 0)} are {within} of the published ones, {counts.get('higher', 0)} higher"
+        f" and {counts.get('lower', 0)} lower. The tolerance is a choice and not a test; it allows for {reasons}."
+        " Measures are matched by name and cut-off, whatever grade counts as relevant."
+    )
+    stand_ins = {(r["supplied"], r["set"], _level_free(r["measure"])): r for r in _records(rows)}
+    printed = published.table3.rows if table == 3 else published.table4.rows
+    return _page([html, _note(note + _replaced(printed, stand_ins))])
+
+
+def _verdict(difference: float, tolerance: float) -> str:
+    # Of the difference as it is shown: 0.62 - 0.60 is above 0.02 in binary.
+    if abs(round(difference, 3)) <= tolerance:
+        return f"within ±{f'{tolerance:g}'.removeprefix('0')}"
+    return "higher" if difference > 0 else "lower"
+
+
+def _beside(row: Mapping[str, Any] | None) -> list[str]:
+    """Ours, published, and the difference with its verdict."""
+    if row is None:
+        return [_number(NONE)] * 3
+    theirs = _number(row["printed"])
+    if row["supplied"]:
+        theirs = _computed(row["published"], row["printed"], row["supplied"])
+    sign = "+" * (round(row["difference"], 3) > 0)
+    difference = f"{sign}{_score(row['difference'])}<small>{row['verdict']}</small>"
+    return [_number(_score(row["ours"])), theirs, _number(difference)]
+
+
+# --- supplied runs ----------------------------------------------------------------------------------------------------
+
+
+def _level_free(measure: str) -> str:
+    """A measure's name without relevance level: R@1000 for R(rel=2)@1000, and for the paper's Recall@1000."""
+    return re.sub(r"\(rel=\d+\)", "", measure).replace("Recall@", "R@")
+
+
+def _supplied(data: pd.DataFrame | None) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Scores of supplied runs: name, set, measure without level → row. Refused ones are left out."""
+    if data is None or "source" not in data:
+        return {}
+    return {
+        (row["source"].removeprefix(SUPPLIED), row["set"], _level_free(row["measure"])): row
+        for row in _records(data)
+        if str(row["source"]).startswith(SUPPLIED) and not _missing(row["value"])
+    }
+
+
+def _computed(value: float, printed: str, name: str, dagger: bool = False) -> str:
+    """A published number that was computed from a supplied run."""
+    text = f'<span class="am-computed">{_score(value)}</span>{DAGGER * dagger}'
+    return _cell("td", text, title=f"printed: {printed}; computed from the supplied run {name}")
+
+
+def _replaced(rows: Iterable[Row3 | Row4], stand_ins: Mapping[tuple[str, str, str], Any]) -> str:
+    """Which printed numbers were replaced, and what they were."""
+    listed = []
+    for row in rows:
+        scores = [
+            f"{name} {measure} {row.scores[name][measure].value}"
+            for name, measure in _printed_columns(row.scores)
+            if (row.key, name, _level_free(measure)) in stand_ins
+        ]
+        if scores:
+            listed.append(f"{row.key} (printed: {', '.join(scores)})")
+    if not listed:
+        return ""
+    return (
+        ' <span class="am-computed">Dotted</span>: computed from a supplied run in place of the printed number.'
+        f" These are {escape('; '.join(listed))}."
+    )
+
+
+def _limits(data: pd.DataFrame) -> list[str]:
+    """What is not reported of supplied runs, and what they lack."""
+    texts: dict[str, None] = {}
+    for row in _records(data):
+        name = str(row["source"]).removeprefix(SUPPLIED)
+        if row.get("refused") and not _missing(row["refused"]):
+            texts[f"{name} on {row['set']}: {row['refused']}, so it is not reported."] = None
+        if row.get("missing") and not _missing(row["missing"]):
+            count = int(row["missing"])
+            texts[f"{name} on {row['set']}: judged queries without hits, which count 0: {count}."] = None  # fmt: skip
+    return _listed("On the supplied runs:", texts)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -418,8 +681,22 @@ def _code(id: str) -> str:
     return _cell("code", escape(str(id)[:8]), title=id)
 
 
-def _run_below(id: str) -> str:
-    return f"<small>{_code(id)}</small>"
+def _run_below(id: str, commands: Mapping[str, Sequence[str]] | None = None) -> str:
+    if id.startswith(SUPPLIED):
+        return f"<small>{escape(id)}</small>"
+    if not commands or id not in commands:
+        return f"<small>{_code(id)}</small>"
+    lines = escape("\n".join(commands[id]))
+    return f"<details><summary>{_code(id)}</summary><pre><code>{lines}</code></pre></details>"
+
+
+def _opens(commands: Mapping[str, Sequence[str]] | None) -> str:
+    if not commands:
+        return ""
+    return (
+        " A run’s id opens to the commands that make it and that compute its scores again from its rankings, in the folder"
+        " that has <code>runs/</code> and <code>collections/</code>."
+    )
 
 
 def _run(id: str) -> str:
@@ -448,17 +725,22 @@ def _printed_columns(scores: Scores) -> list[Column]:
 
 
 def _scored_heads(
-    first: Sequence[str], columns: Sequence[Column], last: Sequence[str]
+    first: Sequence[str], columns: Sequence[Column], last: Sequence[str], each: int = 1
 ) -> list[str]:
-    """Two header rows: query sets span their measures, all else spans both rows."""
-    tall: dict[str, Any] = {"scope": "col", "rowspan": 2}
+    """Two header rows: query sets span their measures, all else spans both rows.
+
+    With ``each`` above 1 a measure spans as many columns, and a third row is to name them.
+    """
+    tall: dict[str, Any] = {"scope": "col", "rowspan": 2 if each == 1 else 3}
+    wide: dict[str, Any] = {"scope": "col"} if each == 1 else {"scope": "colgroup", "colspan": each}
     sets = [(name, list(group)) for name, group in groupby(columns, key=lambda column: column[0])]
     top = "".join(_cell("th", n, "am-text", **tall) for n in first)
     top += "".join(
-        _cell("th", escape(name), scope="colgroup", colspan=len(group)) for name, group in sets
+        _cell("th", escape(name), scope="colgroup", colspan=each * len(group))
+        for name, group in sets
     )
     top += "".join(_cell("th", n, **tall) for n in last)
-    return [top, "".join(_cell("th", escape(measure_label(m)), scope="col") for _, m in columns)]
+    return [top, "".join(_cell("th", escape(measure_label(m)), **wide) for _, m in columns)]
 
 
 def _scores(run: pd.DataFrame, columns: Sequence[Column], underline: bool = False) -> list[str]:
@@ -476,7 +758,8 @@ def _scores(run: pd.DataFrame, columns: Sequence[Column], underline: bool = Fals
             text = f"<u>{text}</u>"
         if _true(row["best"]):
             text = f"<strong>{text}</strong>"
-        title = None
+        refused = row.get("refused")
+        title = None if _missing(refused) else refused
         if not is_reference and not _missing(row["low"]):
             text += (
                 DAGGER * _true(row["equivalent"])
@@ -492,12 +775,20 @@ def _scores(run: pd.DataFrame, columns: Sequence[Column], underline: bool = Fals
     return cells
 
 
-def _printed_scores(scores: Scores) -> list[str]:
-    def cell(score: Score) -> str:
+def _printed_scores(
+    row: Row3 | Row4, stand_ins: Mapping[tuple[str, str, str], Any], dagger: bool = False
+) -> list[str]:
+    """The cells of a published row; a computed number has the † of its own test if ``dagger``, and none as printed."""
+    cells = []
+    for name, measure in _printed_columns(row.scores):
+        score = row.scores[name][measure]
         text = f"<strong>{score.value}</strong>" if score.bold else score.value
-        return _cell("td", text + DAGGER * score.dagger)
-
-    return [cell(score) for measures in scores.values() for score in measures.values()]
+        cell = _cell("td", text + DAGGER * score.dagger)
+        if own := stand_ins.get((row.key, name, _level_free(measure))):
+            mark = dagger and _true(own["equivalent"])
+            cell = _computed(own["value"], score.value, row.key, mark)
+        cells.append(cell)
+    return cells
 
 
 def _marks(
@@ -508,7 +799,7 @@ def _marks(
     best: str = "encoder and column",
 ) -> str:
     """What bold, † and the brackets mean, with the test's numbers."""
-    tested = data[data["run_id"] != data["reference_run_id"]]
+    tested = data[(data["run_id"] != data["reference_run_id"]) & data["value"].notna()]
     if "comparisons" in data:
         counts = sorted({int(c) for c in tested["comparisons"].dropna()})
     else:
@@ -533,12 +824,15 @@ def _table(
     published: Published | None = None,
 ) -> str:
     """A captioned table; ``groups`` of rows of cells become its bodies."""
-    if published is None:
-        caption = f"<strong>Paper Table {number}</strong>, this run" + (
-            f": {escape(heading)}" if heading else ""
+    what = "this run"
+    if published is not None:
+        short = escape(published.paper.short)
+        what = (
+            f"published ({short})" if kind == "published" else f"this run beside {short}’s numbers"
         )
-    else:
-        caption = f"<strong>Paper Table {number}</strong>, published ({escape(published.paper.short)}): {escape(heading)}"
+    caption = f"<strong>Paper Table {number}</strong>, {what}"
+    if heading:
+        caption += f": {escape(heading)}"
     rows = "".join(f"<tr>{row}</tr>" for row in head)
     bodies = "".join(
         "<tbody>" + "".join(f"<tr>{''.join(cells)}</tr>" for cells in body) + "</tbody>\n"
@@ -556,11 +850,12 @@ def _note(html: str) -> str:
 
 
 def _notes(table: int, published: Published) -> list[str]:
-    texts = published.notes_on(table)
-    if not texts:
-        return []
+    return _listed("On the published numbers:", published.notes_on(table))
+
+
+def _listed(title: str, texts: Iterable[str]) -> list[str]:
     items = "".join(f"<li>{escape(text)}</li>" for text in texts)
-    return [_note("On the published numbers:"), f'<ul class="am-note">{items}</ul>']
+    return [_note(title), f'<ul class="am-note">{items}</ul>'] if items else []
 
 
 def _page(parts: Iterable[str]) -> str:
