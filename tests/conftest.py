@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 # Before numpy and torch are imported: the machine's cores are shared, and sums must not depend on their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-import multiprocessing
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+# ir_datasets makes its folders when it is imported; not in the user's home.
+os.environ["IR_DATASETS_HOME"] = tempfile.mkdtemp(prefix="ir_datasets.")
+atexit.register(shutil.rmtree, os.environ["IR_DATASETS_HOME"], ignore_errors=True)
 
 import pytest
 import torch
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_HOME = "ADAPTIVE_MARGINS_TEST_HOME"
+SHARED_MINIATURE = "ADAPTIVE_MARGINS_TEST_MINIATURE"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [
     *SPECIAL,
@@ -77,7 +84,7 @@ def in_child(work: Callable[[], object]) -> str:
 def pytest_collection_modifyitems(items):
     # Whichever of them comes first waits for the reproduction.
     for item in items:
-        if "smoke_home" in getattr(item, "fixturenames", ()):
+        if {"smoke_home", "miniature_home"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.timeout(900))
 
 
@@ -106,50 +113,136 @@ def smoke(smoke_home):
     return Reproduction.open("smoke", smoke_home)
 
 
-def write_tokenizer(folder: Path, kind: str = "bert") -> None:
-    """A word tokenizer of `WORDS`; ``roberta`` and ``mpnet`` have their padding at id 1, as theirs do."""
+def write_tokenizer(folder: Path, kind: str = "bert", words: Sequence[str] = WORDS) -> None:
+    """A word tokenizer; ``roberta`` and ``mpnet`` have their padding at id 1, as theirs do."""
     from transformers import BertTokenizer
 
-    words = list(WORDS)
+    words = list(words)
     if kind in ("roberta", "mpnet"):
         words[0], words[1] = words[1], words[0]
     vocabulary = {word: i for i, word in enumerate(words)}
     BertTokenizer(vocab=vocabulary, model_max_length=64).save_pretrained(folder)
 
 
+def write_encoder(folder: Path, kind: str, words: Sequence[str] = WORDS) -> Path:
+    """A randomly initialised model of that kind with its tokenizer: 3 layers, 16 dimensions, a few words."""
+    from transformers import AutoConfig, AutoModel
+
+    pad = 1 if kind in ("roberta", "mpnet") else 0
+    sizes = {
+        "vocab_size": len(words), "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "intermediate_size": 24, "max_position_embeddings": 64,
+    }  # fmt: skip
+    if kind == "distilbert":
+        names = (
+            "vocab_size",
+            "dim",
+            "n_layers",
+            "n_heads",
+            "hidden_dim",
+            "max_position_embeddings",
+        )
+        sizes = dict(zip(names, sizes.values(), strict=True))
+    config = AutoConfig.for_model(kind, pad_token_id=pad, initializer_range=0.5, **sizes)
+    torch.manual_seed(7)
+    AutoModel.from_config(config).save_pretrained(folder)
+    write_tokenizer(folder, kind, words)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Callable[..., Path]:
-    """``tiny_folder("bert")`` → folder of a randomly initialised model of that kind: 3 layers, 16 dimensions, a few words."""
+    """``tiny_folder("bert")`` → folder of `write_encoder`'s model of that kind."""
     folders: dict[str, Path] = {}
 
     def make(kind: str = "bert") -> Path:
-        if kind in folders:
-            return folders[kind]
-        from transformers import AutoConfig, AutoModel
-
-        pad = 1 if kind in ("roberta", "mpnet") else 0
-        sizes = {
-            "vocab_size": len(WORDS), "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
-            "intermediate_size": 24, "max_position_embeddings": 64,
-        }  # fmt: skip
-        if kind == "distilbert":
-            names = (
-                "vocab_size",
-                "dim",
-                "n_layers",
-                "n_heads",
-                "hidden_dim",
-                "max_position_embeddings",
-            )
-            sizes = dict(zip(names, sizes.values(), strict=True))
-        config = AutoConfig.for_model(kind, pad_token_id=pad, initializer_range=0.5, **sizes)
-        torch.manual_seed(7)
-        folder = folders[kind] = tmp_path_factory.mktemp(kind)
-        AutoModel.from_config(config).save_pretrained(folder)
-        write_tokenizer(folder, kind)
-        return folder
+        if kind not in folders:
+            folders[kind] = write_encoder(tmp_path_factory.mktemp(kind), kind)
+        return folders[kind]
 
     return make
+
+
+MINIATURE_SIZES = {
+    "static": {"targets": [0.0, 0.3, 1.0], "triples": 32, "batch_size": 16},
+    "adaptive": {"triples": 64, "batch_sizes": [16], "evaluate_every_steps": 2},
+    "distributed": {"triples": 64, "batch_sizes": [8, 16], "evaluate_every_steps": 2},
+    "comparison": {"triples": 96, "batch_sizes": [16], "evaluate_every_steps": 2, "patience": 2},
+    "target_plot": {"window": 2, "span": 3},
+    "training": {"checkpoint_every": 3},
+    "ranking": {"shard": 256, "batch_tokens": 4096, "devices": ["cpu", "cpu"]},
+}
+"""In the place of the sizes of profiles/paper.yaml."""
+
+
+def write_miniature(home: Path) -> Path:
+    """The profile paper with a small collection of the same kinds and random encoders of the same kinds; returns its file.
+
+    Only sizes, places and the device differ. The collection is converted, so that other processes find it.
+    """
+    import irds_miniature
+    from adaptive_margins.experiments import Reproduction
+
+    small = irds_miniature.register(
+        home / "files", "am-miniature", passages=700, triples=2000, depth=100
+    )
+    words = [*SPECIAL, *irds_miniature.VOCABULARY]
+    sets = {"TREC-DL19": small.sets["dl19"], "TREC-DL20": small.sets["dl20"]}
+    counts = {"TREC-DL19": small.counts["dl19"], "TREC-DL20": small.counts["dl20"]}
+    profile = {
+        "name": "miniature",
+        "extends": "paper",
+        "about": "The profile paper in small: a collection written by the test suite, random encoders.",
+        "collection": {
+            "name": "Miniature", "passages": small.passages, "triples": small.triples, "sets": sets,
+            "counts": {**{k: small.counts[k] for k in ("passages", "train", "triples")}, **counts},
+        },
+        "encoders": {
+            kind: {
+                "base": str(write_encoder(home / "encoders" / kind, kind, words)),
+                "revision": None,
+                "stated": None,
+            }
+            for kind in ("distilbert", "roberta", "mpnet")
+        },
+        "workers": 2,
+        "device": "cpu",
+        **MINIATURE_SIZES,
+    }  # fmt: skip
+    path = home / "miniature.yaml"
+    path.write_text(yaml.safe_dump(profile))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ADAPTIVE_MARGINS_ACCEPT_LICENCE", "am-miniature")
+        Reproduction.open(path, home).collection  # noqa: B018
+    return path
+
+
+@pytest.fixture(scope="session")
+def miniature_home(tmp_path_factory) -> Path:
+    """A home folder with everything that the profile paper makes, in small: runs, notebooks and book. Read only.
+
+    $ADAPTIVE_MARGINS_TEST_MINIATURE may name a folder, as with `smoke_home`.
+    """
+    given = os.environ.get(SHARED_MINIATURE)
+    home = Path(given).resolve() if given else tmp_path_factory.mktemp("miniature")
+    profile = (
+        write_miniature(home)
+        if not (home / "miniature.yaml").is_file()
+        else home / "miniature.yaml"
+    )
+    done = command("reproduce", "--profile", str(profile), home=home, timeout=850)
+    if done.returncode:
+        pytest.fail("reproduce --profile miniature failed:\n" + done.stdout[-8000:], pytrace=False)
+    (home / "reproduce.log").write_text(done.stdout)
+    return home
+
+
+@pytest.fixture(scope="session")
+def miniature(miniature_home):
+    """The reproduction that `miniature_home` holds, opened for reading."""
+    from adaptive_margins.experiments import Reproduction
+
+    return Reproduction.open(miniature_home / "miniature.yaml", miniature_home)
 
 
 def run_config(**values: Any) -> Any:

@@ -298,8 +298,8 @@ def test_the_order_looks_random(n: int, seed: int) -> None:
 
 
 def test_every_row_is_equally_likely_to_come_first() -> None:
-    first = [seeded_order(20, seed, 0, 1)[0] for seed in range(2000)]
-    assert scipy.stats.chisquare(np.bincount(first, minlength=20)).pvalue > 1e-4
+    first = [seeded_order(10, seed, 0, 1)[0] for seed in range(500)]
+    assert scipy.stats.chisquare(np.bincount(first, minlength=10)).pvalue > 1e-4
 
 
 @pytest.mark.parametrize(("n", "start", "stop"), [(5, 0, 6), (5, -1, 2), (5, 3, 2), (2**61, 0, 1)])

@@ -513,7 +513,17 @@ def test_the_files_of_the_book_are_the_frames(smoke_home, frames):
 
 def test_the_plan(smoke, tmp_path):
     plan = smoke.plan()
-    columns = ["run_id", "encoder", "what", "triples", "done", "seconds", "disk", "scratch", "memory"]
+    columns = [
+        "run_id",
+        "encoder",
+        "what",
+        "triples",
+        "done",
+        "seconds",
+        "disk",
+        "scratch",
+        "memory",
+    ]
     assert list(plan.runs.columns) == columns
     assert set(plan.runs["run_id"]) == {p.name for p in smoke.store.folder.iterdir()}
     assert plan.runs["done"].all()

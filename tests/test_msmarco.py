@@ -2,12 +2,14 @@ import dataclasses
 import gzip
 import hashlib
 import http.server
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
@@ -287,6 +289,22 @@ def test_a_killed_conversion_goes_on(
     assert into(mini).fingerprint == made.fingerprint
 
 
+def test_a_conversion_killed_after_the_selection_goes_on(
+    mini, into, tmp_path: Path, monkeypatch
+) -> None:
+    def select(*arguments: Any) -> None:
+        arrow.select_triples(*arguments)
+        _kill()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(msmarco, "select_triples", select)
+        assert in_child(lambda: into(mini, triples_per_query=19)) == "died"
+    assert (tmp_path / "work" / "key" / ".every-triple.arrow").is_file()
+    made = into(mini, triples_per_query=19)
+    assert 0 < len(made.triples) < 4000
+    assert not [path.name for path in made.folder.iterdir() if path.name.startswith(".")]
+
+
 def test_two_processes_make_it_once(mini, into, tmp_path: Path, monkeypatch) -> None:
     log = tmp_path / "log"
     write = msmarco._write
@@ -409,9 +427,13 @@ def test_a_changed_folder_is_noticed(mini, into, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"{name}: file not found"):
             StoredCollection.load(folder)
         (folder / name).write_bytes(data)
-    (folder / "qrels.dl19.txt").write_bytes((folder / "qrels.dl19.txt").read_bytes()[::-1])
-    with pytest.raises(DataError, match=r"qrels\.dl19\.txt:\d+: "):
-        StoredCollection.load(folder)
+    for name in ("qrels.dl19.txt", "queries.train.tsv", "candidates.dl20.run.gz"):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:-2] + b"x" + data[-1:])
+        with pytest.raises(DataError, match=f"{name}: was changed after the collection was conv"):
+            StoredCollection.load(folder)
+        (folder / name).write_bytes(data)
+    StoredCollection.load(folder)
     moved = folder.rename(folder.with_name("0123456789abcdef"))
     with pytest.raises(DataError, match=r"sources\.json: is of the collection "):
         StoredCollection.load(moved)
@@ -569,3 +591,76 @@ def test_the_downloads_of_ms_marco_are_known_without_a_network(tmp_path: Path) -
     small = known["train/docpairs/small"]
     (tmp_path / "downloads" / small["expected_md5"]).touch()
     assert set(ask()) == {known[key]["url"] for key in keys if key != "train/docpairs/small"}
+
+
+def test_ms_marco_itself_is_converted_from_files_put_there(tmp_path: Path) -> None:
+    """ir_datasets' own readers of MS MARCO, from archives laid out like the real ones, with a few lines in each."""
+    home, data = tmp_path / "home", tmp_path / "home" / "msmarco-passage"
+    passages = [
+        f"passage {i} caf\xc3\xa9" for i in range(30)
+    ]  # encoded twice, as some of the real ones
+    queries = {str(700 - 3 * i): f"what is number {i}" for i in range(8)}
+    qids = list(queries)
+    pairs = [(qids[i % 5], i % 30, (7 * i + 3) % 30) for i in range(60)]
+
+    def tar(path: Path, name: str, lines: list[str]) -> None:
+        content = "".join(f"{line}\n" for line in lines).encode()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(path, "w:gz") as archive:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+    known = json.loads((Path(ir_datasets.__file__).parent / "etc/downloads.json").read_text())
+    small = home / "downloads" / known["msmarco-passage"]["train/docpairs/small"]["expected_md5"]
+    tar(data / "collectionandqueries.tar.gz", "collection.tsv", [f"{i}\t{p}" for i, p in enumerate(passages)])  # fmt: skip
+    tar(data / "queries.tar.gz", "queries.train.tsv", [f"{q}\t{text}" for q, text in queries.items()])  # fmt: skip
+    tar(small, "triples.train.small.tsv", [f"{queries[q]}\t{passages[p]}\t{passages[n]}" for q, p, n in pairs])  # fmt: skip
+    files = {"train/qrels": f"{qids[0]} 0 3 1\n{qids[1]} 0 4 1\n"}
+    for year, numbers in ((2019, "30 31 32"), (2020, "40 41 42")):
+        a, b, c = numbers.split()
+        files[f"trec-dl-{year}/qrels"] = f"{a} Q0 5 3\n{a} Q0 6 0\n{b} Q0 7 2\n"
+        files[f"trec-dl-{year}/queries.tsv"] = f"{a}\tone\n{b}\ttwo\n{c}\tnot judged\n"
+        files[f"trec-dl-{year}/ms.run"] = f"{a}\t5\n{a}\t9\n{b}\t1\n{c}\t2\n"
+    for name, text in files.items():
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_text(text)
+    (data / "trec-dl-2020/queries.tsv.gz").write_bytes(gzip.compress(files["trec-dl-2020/queries.tsv"].encode()))  # fmt: skip
+
+    program = """
+        import json, socket, sys
+        from pathlib import Path
+
+        import ir_datasets
+
+        from adaptive_margins.data.msmarco import convert, downloads
+        from adaptive_margins.profiles import IrDatasetsSettings
+
+        socket.socket.connect = None
+        sets = {f"dl{y}": f"msmarco-passage/trec-dl-20{y}/judged" for y in (19, 20)}
+        settings = IrDatasetsSettings(
+            kind="ir_datasets", name="MS MARCO", passages="msmarco-passage",
+            triples="msmarco-passage/train/triples-small", sets=sets,
+        )
+        handler = ir_datasets.load(settings.triples).docpairs_handler()
+        handler._dlc._streamer._streamer._streamer.expected_md5 = None  # a few lines have another one
+        assert downloads(settings) == []
+        made = convert(settings, Path(sys.argv[1], "work"), Path(sys.argv[1], "collections"))
+        sizes = {name: len(texts) for name, texts in made.queries.items()}
+        print(json.dumps([
+            list(made.passages.texts), sizes, made.qrels, made.candidates, list(made.triples), made.queries["train"].ids,
+        ]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)],
+        env={**os.environ, "IR_DATASETS_HOME": str(home)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    texts, sizes, qrels, candidates, triples, ids = json.loads(done.stdout)
+    assert texts == [f"passage {i} café" for i in range(30)]
+    assert sizes == {"train": 8, "dl19": 2, "dl20": 2}
+    assert qrels["train"] == {qids[0]: {"3": 1}, qids[1]: {"4": 1}}
+    assert qrels["dl20"] == {"40": {"5": 3, "6": 0}, "41": {"7": 2}}
+    assert candidates["dl19"] == {"30": {"5": 0.0, "9": 0.0}, "31": {"1": 0.0}}
+    assert triples == [[q, str(p), str(n)] for q, p, n in pairs]
+    assert ids == qids

@@ -25,6 +25,7 @@ from adaptive_margins.training import RunConfig
 
 _CALIBRATION_STEPS = 3
 _STATED_RATE = 1e13  # multiplications and additions a second of an A100 in FAISS's k-means, fp32
+_KMEANS_ITERATIONS = 10  # FAISS's number for the lists of an IVF index
 _RUN_LINE = 12  # bytes of a hit in a gzipped run file
 
 
@@ -184,10 +185,10 @@ class Costs(Resources):
         """Training the index and searching it; most of it is k-means over the sample."""
         if self.sizes.passages < 100_000:
             return min(4.0, self.sizes.passages / 1500)
-        settings = choose_index(self.sizes.passages, 768, depth=self.profile.measures.full_depth)
-        iterations = 10
-        work = 2.0 * min(self.sizes.passages, 256 * settings.nlist) * settings.nlist * settings.dim
-        return iterations * work / self._multiplications_a_second
+        widest = max(self.parameters(name)[1] for name in self.profile.encoders)
+        settings = choose_index(self.sizes.passages, widest, depth=self.profile.measures.full_depth)
+        distances = 2.0 * settings.train * settings.nlist * settings.dim
+        return _KMEANS_ITERATIONS * distances / self._multiplications_a_second
 
     @functools.cached_property
     def _multiplications_a_second(self) -> float:
@@ -235,14 +236,15 @@ class Costs(Resources):
     def memory_bytes(self, config: RunConfig) -> int:
         """Host memory of the largest step: the model and its optimiser, or the index while it is trained."""
         if config.encoder == BM25_NAME:
-            return 300 * self.sizes.passages  # some 35 postings of 8 bytes a passage
+            return (
+                1100 * self.sizes.passages
+            )  # measured: 42 postings a passage, 27 bytes each while indexing
         parameters, dimensions = self.parameters(config.encoder)
         base = 700_000_000 + 16 * parameters
         if not config.test_sets:
             return base
         settings = choose_index(self.sizes.passages, dimensions, depth=config.full_depth)
-        sample = min(self.sizes.passages, max(settings.sample, 256 * settings.nlist))
-        return base + index_bytes(settings, self.sizes.passages) + 4 * dimensions * sample
+        return base + index_bytes(settings, self.sizes.passages) + settings.training_bytes
 
     def shared_bytes(self) -> int:
         """Disk for the collection and its tokenised texts, as they lie in Arrow and token files."""

@@ -21,7 +21,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -280,16 +280,13 @@ def stored_tokens(
         EncoderError: the folder holds tokens of other texts, is damaged, or cannot be written.
     """
     folder = Path(folder)
-    if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        with _alone(partial):
-            if folder.exists():  # another process was there first
-                with suppress(OSError):
-                    partial.rmdir()
-            else:
-                _write_tokens(tokenizer_of(), texts, max_length, partial, chunk)
-                partial.replace(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(folder.parent):
+        if not folder.exists():
+            partial = folder.with_name(f"{folder.name}.partial")
+            partial.mkdir(exist_ok=True)
+            _write_tokens(tokenizer_of(), texts, max_length, partial, chunk)
+            partial.replace(folder)
     found = _read_json(folder / "tokens.json")
     expected = {**found, "texts": len(texts), "max_length": max_length}
     _check_same(folder / "tokens.json", found, expected)
@@ -359,7 +356,7 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"another process writes {folder}: waiting for it")
+            say(f"another process writes to {folder}: waiting for it")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -509,7 +506,7 @@ class Shards:
     """Embeddings in parts of equal size, the last one excepted: files of `embed_shards`, or one array in memory.
 
     Float16 files hold rows that were of unit length before they were rounded: `take` and `blocks` return the rounded values
-    as float32, and a row's squared length may differ from 1 by up to 2⁻¹⁰.
+    as float32, and a row's squared length may differ from 1 by up to about 2⁻¹⁰.
     """
 
     def __init__(self, parts: Sequence[np.ndarray], dim: int) -> None:
@@ -661,9 +658,8 @@ def _embed_missing(
                 )
                 array = array.astype(settings["dtype"], copy=False)
                 header = np.lib.format.header_data_from_array_1_0(array)
-                with partial.open(
-                    "wb"
-                ) as file:  # np.save would not notice that the last bytes found no room
+                # Not np.save: it does not notice that the last bytes found no room.
+                with partial.open("wb") as file:
                     np.lib.format.write_array_header_1_0(file, header)
                     file.write(array.data)
                 partial.replace(path)

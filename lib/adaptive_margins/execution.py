@@ -268,7 +268,8 @@ class Runs(Costs):
         embedded = time.perf_counter() - since
         settings = retrieval.choose_index(len(passages), passages.dim, depth=config.full_depth)
         since = time.perf_counter()
-        index = retrieval.build_index(passages, settings, seed=config.seed)
+        threads = 1 if settings.quick else os.cpu_count() or 1  # one gives the same index again
+        index = retrieval.build_index(passages, settings, seed=config.seed, threads=threads)
         built = time.perf_counter() - since
         evaluations: dict[str, dict[str, Evaluation]] = {"rerank": {}, "full": {}, "exact": {}}
         runs: dict[str, dict[str, Run]] = {"rerank": {}, "full": {}}

@@ -323,7 +323,8 @@ def build_index(
             twice (checked, then added), and the sample once.
         settings: from `choose_index`, or with sizes of one's own.
         seed: of the sample and of the k-means clusterings.
-        threads: of FAISS. With one, the same input gives the same index.
+        threads: of FAISS. With one, the same input gives the same index; millions of passages need
+            all there are.
 
     Raises:
         ValueError: other dimensions than the settings', fewer passages than lists or than
@@ -339,7 +340,7 @@ def build_index(
         )
     for first, block in passages.blocks():
         squared = _check_finite(block, "passage", range(n), first)
-        # Rounding a unit vector to float16 changes its squared length by less than 2⁻¹⁰.
+        # Rounding a unit vector to float16 changes its squared length by about 2⁻¹⁰ at most.
         wrong = np.flatnonzero((np.abs(squared - 1) > 1e-3) & (squared > 0))
         if len(wrong):
             length = math.sqrt(squared[wrong[0]])

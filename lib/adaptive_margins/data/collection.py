@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -82,8 +82,8 @@ class Texts:
         ValueError: ids and texts differ in number, or an id occurs twice.
     """
 
-    ids: list[str]
-    texts: list[str]
+    ids: Sequence[str]
+    texts: Sequence[str]
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.texts):
@@ -135,7 +135,7 @@ class Collection:
     queries: dict[str, Texts]
     qrels: dict[str, Qrels]
     sources: dict[str, str] = field(default_factory=dict)
-    triples: list[Triple] = field(default_factory=list)
+    triples: Sequence[Triple] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if set(self.queries) != set(self.qrels):

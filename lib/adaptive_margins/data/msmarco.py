@@ -41,8 +41,6 @@ from adaptive_margins.data.collection import (
     Run,
     Texts,
     _read_about,
-    _read_qrels,
-    _read_texts,
     _tsv,
 )
 from adaptive_margins.profiles import IrDatasetsSettings
@@ -104,11 +102,11 @@ class StoredCollection(Collection):
     def load(cls, folder: Path) -> StoredCollection:
         """Open what `convert` made.
 
-        Sizes of all files, ids of queries and qrels are checked; the texts are not hashed again.
+        The sizes of all files are checked, and the SHA-256 of those that are not memory-mapped.
 
         Raises:
             FileNotFoundError: there is no such folder.
-            DataError: a file is missing, has another size than when it was written, or is malformed (``file:line``).
+            DataError: files that are missing or are not as they were written.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -122,6 +120,8 @@ class StoredCollection(Collection):
                 problems.add(path, 0, "file not found")
             elif path.stat().st_size != size:
                 problems.add(path, 0, f"{size} bytes expected, {path.stat().st_size} found")
+            elif _sha256(path) != about.get("sha256", {}).get(name):
+                problems.add(path, 0, "was changed after the collection was converted")
         if re.fullmatch(r"[0-9a-f]{16}", folder.name) and folder.name != about["fingerprint"]:
             problems.add(folder / "sources.json", 0, f"is of the collection {about['fingerprint']}")
         problems.check()
@@ -131,17 +131,12 @@ class StoredCollection(Collection):
     def _open(
         cls, folder: Path, name: str, sources: dict[str, str], fingerprint: str
     ) -> StoredCollection:
-        problems = Problems()
         passages = StoredTexts(folder / "passages.arrow")
         queries = {
-            path.name.split(".")[1]: _read_texts(path, problems)
+            path.name.split(".")[1]: _read_queries(path)
             for path in sorted(folder.glob("queries.*.tsv"))
         }
-        qrels = {
-            name: _read_qrels(folder / f"qrels.{name}.txt", texts, passages, problems)
-            for name, texts in queries.items()
-        }
-        problems.check()
+        qrels = {set_name: _read_qrels(folder / f"qrels.{set_name}.txt") for set_name in queries}
         train = queries.get("train", Texts([], []))
         triples: Any = StoredTriples(folder / "triples.arrow", train, passages)
         candidates = {
@@ -242,9 +237,7 @@ def _write(settings: IrDatasetsSettings, work: Path) -> str:
         place = (_key(name), identifier)
         path = work / f"queries.{name}.tsv"
         _make(path, _queries, *place)
-        problems = Problems()
-        queries[name] = _read_texts(path, problems)
-        problems.check()
+        queries[name] = _read_queries(path)
         check_count(f"queries of {name}", len(queries[name]), counts.get(name))
         ids = (queries[name], passages)
         _make(work / f"qrels.{name}.txt", _qrels, *place, *ids)
@@ -261,6 +254,7 @@ def _write(settings: IrDatasetsSettings, work: Path) -> str:
     }
     collection = StoredCollection._open(work, settings.name, sources, "")
     fingerprint = fingerprint_of(collection, collection.candidates)
+    files = [path for path in sorted(work.iterdir()) if path.name != "sources.json"]
     about = {
         "name": settings.name,
         "fingerprint": fingerprint,
@@ -270,11 +264,8 @@ def _write(settings: IrDatasetsSettings, work: Path) -> str:
             "triples": len(collection.triples),
             **{name: len(texts) for name, texts in queries.items()},
         },
-        "files": {
-            path.name: path.stat().st_size
-            for path in sorted(work.iterdir())
-            if path.name != "sources.json"
-        },
+        "files": {path.name: path.stat().st_size for path in files},
+        "sha256": {path.name: digest for path in files if (digest := _sha256(path))},
     }
     text = json.dumps(about, indent=2, sort_keys=True) + "\n"
     whole(work / "sources.json", lambda partial: partial.write_text(text, "utf-8"))
@@ -347,15 +338,35 @@ def _candidates(key: str, identifier: str, queries: Texts, passages: Texts) -> b
     )
 
 
+# What is read back was checked when it was written, and has the same SHA-256.
+
+
+def _read_queries(path: Path) -> Texts:
+    rows = [line.split("\t") for line in path.read_bytes().decode("utf-8").split("\n")[:-1]]
+    return Texts([qid for qid, _ in rows], [text for _, text in rows])
+
+
+def _read_qrels(path: Path) -> Qrels:
+    qrels: Qrels = {}
+    for line in path.read_text("utf-8").splitlines():
+        qid, _, docid, grade = line.split(" ")
+        qrels.setdefault(qid, {})[docid] = int(grade)
+    return qrels
+
+
 def _read_candidates(path: Path) -> Run:
     run: Run = {}
-    try:
-        for line in gzip.decompress(path.read_bytes()).decode("utf-8").splitlines():
-            qid, _, docid, _, score, _ = line.split()
-            run.setdefault(qid, {})[docid] = float(score)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    for line in gzip.decompress(path.read_bytes()).decode("utf-8").splitlines():
+        qid, _, docid, _, score, _ = line.split(" ")
+        run.setdefault(qid, {})[docid] = float(score)
     return run
+
+
+def _sha256(path: Path) -> str | None:
+    """Of a file that is read whole; None for one that is memory-mapped, which may have gigabytes."""
+    if path.suffix in (".arrow", ".npy"):
+        return None
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _known(
@@ -373,24 +384,23 @@ def _known(
 def _write_triples(
     settings: IrDatasetsSettings, path: Path, queries: Texts, passages: Texts
 ) -> None:
-    if path.is_file():
+    expected, per_query = settings.counts.get("triples"), settings.triples_per_query
+    every = path if per_query is None else path.with_name(".every-triple.arrow")
+    if not path.is_file() and not every.is_file():
+        triples = _records("triples", settings.triples, "docpairs") if settings.triples else []
+        write_triples(every, triples, queries, passages, expected=expected)
+    if per_query is None:
+        check_count("triples", len(StoredTriples(path, queries, passages)), expected)
         return
-    if settings.triples is None:
-        write_triples(path, [], queries, passages)
-        return
-    every = path if settings.triples_per_query is None else path.with_name(".every-triple.arrow")
-    if not every.is_file():
-        triples = _records("triples", settings.triples, "docpairs")
-        write_triples(every, triples, queries, passages, expected=settings.counts.get("triples"))
-    if settings.triples_per_query is not None:
+    if not path.is_file():
         stored = StoredTriples(every, queries, passages)
-        chosen = first_per_query(stored.column("query"), settings.triples_per_query)
+        chosen = first_per_query(stored.column("query"), per_query)
         if not len(chosen):
             raise DataError(
-                f"{settings.triples}: no query has triples_per_query = {settings.triples_per_query} triples"
+                f"{settings.triples}: no query has triples_per_query = {per_query} triples"
             )
         select_triples(path, stored, chosen)
-        every.unlink()
+    every.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from scipy.stats import kendalltau
 
 from adaptive_margins.differences import COMPARED, SUMMARY, summarise
 
-from . import figures
+from . import figures, published
 from .findings import signed
 from .marks import SMALL, measure_label, require, score
 from .show import markdown_table
@@ -52,10 +52,10 @@ TESTED = (
     " seed."
 )
 INTRODUCTION = (
-    "The authors publish their code; without it this comparison could not be made. In places it computes something else than the"
-    " paper says, or decides what the paper leaves open. This page lists these places, and measures what they do to the scores"
-    " where the collection and the encoder of this book can show it. They are not the paper's: an effect that is small here may"
-    " be large there, and the other way round."
+    "The authors publish [their code]({code}); without it this comparison could not be made. In places it computes something"
+    " else than the paper says, or decides what the paper leaves open. This page lists these places, and measures what they do to"
+    " the scores where the collection and the encoder of this book can show it. They are not the paper's: an effect that is small"
+    " here may be large there, and the other way round."
 )
 
 
@@ -403,7 +403,11 @@ def summary(
         machine: what it ran on, as `pages.machine` tells.
         date: of the run, as text.
         profile: its name.
+
+    Raises:
+        ValueError: a frame is missing.
     """
+    notes = _notes(frames)
     compared = summarise(frames[name] for name in BLOCKS)
     return {
         "profile": profile,
@@ -411,7 +415,7 @@ def summary(
         "machine": dict(machine),
         "compared": [_plain(row) for row in compared.to_dict("records")],
         "optimism": [_plain(row) for row in frames["optimism"].to_dict("records")],
-        "notes": _notes(frames),
+        "notes": notes,
     }
 
 
@@ -427,7 +431,7 @@ def summary_page(summary: Mapping[str, Any]) -> str:
     machine = ", ".join(f"{key} {value}" for key, value in summary["machine"].items())
     parts = [
         "# Paper and released code",
-        INTRODUCTION,
+        INTRODUCTION.format(code=published.load().paper.released_code),
         f"Computed on {summary['date']} with the profile **{summary['profile']}** ({machine}). This is the committed summary of"
         " that run; the book does not compute it again unless it is asked to:",
         "```\nmake book ALL=1\n```",

@@ -227,9 +227,15 @@ def evenly(texts: Sequence[str], most: int = 100_000) -> list[str]:
     return list(texts[:: max(1, -(-len(texts) // most))])
 
 
-def example(reproduction: Reproduction, query_set: str, number: int, max_chars: int = 160) -> str:
-    """A query, the passages judged for it, and BM25's first candidates, each with rank and grade (a dash: none)."""
+def example(
+    reproduction: Reproduction, query_set: str | None, number: int, max_chars: int = 160
+) -> str:
+    """A query, the passages judged for it, and BM25's first candidates, each with rank and grade (a dash: none).
+
+    ``query_set`` None is the validation set.
+    """
     collection = reproduction.collection
+    query_set = query_set or reproduction.profile.sets.validation
     qid = collection.queries[query_set].ids[number]
     candidates = [docid for docid, _ in top(reproduction.bm25_ranking(query_set)[qid])]
     judged = collection.qrels[query_set].get(qid, {})
