@@ -1,6 +1,8 @@
 # `make` alone lists the targets.
 PYTHON ?= python3.11
 PROFILE ?= laptop
+# ALL=1: with the chapter on the paper and the released code, which takes longer than all others.
+ALL ?=
 # More arguments for pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for torch without CUDA.
 PIP_ARGS ?=
 # More arguments for pytest, e.g. TESTS="tests/test_losses.py -x".
@@ -32,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 book: $(STAMP)  ## run what is missing, execute the notebooks and build the book
-	$(BIN)/adaptive-margins reproduce --profile $(PROFILE)
+	$(BIN)/adaptive-margins reproduce --profile $(PROFILE) $(if $(ALL),--all)
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest $(TESTS)

@@ -19,12 +19,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # ir_datasets makes its folders when it is imported; not in the user's home.
 os.environ["IR_DATASETS_HOME"] = tempfile.mkdtemp(prefix="ir_datasets.")
-atexit.register(shutil.rmtree, os.environ["IR_DATASETS_HOME"], ignore_errors=True)
 
 import pytest
 import torch
 import yaml
 
+atexit.register(shutil.rmtree, os.environ["IR_DATASETS_HOME"], ignore_errors=True)
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_HOME = "ADAPTIVE_MARGINS_TEST_HOME"
 SHARED_MINIATURE = "ADAPTIVE_MARGINS_TEST_MINIATURE"
@@ -230,7 +230,14 @@ def miniature_home(tmp_path_factory) -> Path:
         if not (home / "miniature.yaml").is_file()
         else home / "miniature.yaml"
     )
-    done = command("reproduce", "--profile", str(profile), home=home, timeout=850)
+    done = command(
+        "reproduce",
+        "--profile",
+        str(profile),
+        *(["--runs-only"] if os.environ.get("RUNS_ONLY") else []),
+        home=home,
+        timeout=850,
+    )
     if done.returncode:
         pytest.fail("reproduce --profile miniature failed:\n" + done.stdout[-8000:], pytrace=False)
     (home / "reproduce.log").write_text(done.stdout)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from adaptive_margins.data.collection import Collection
 from adaptive_margins.experiments import BM25_NAME, Reproduction
-from adaptive_margins.profiles import CurveSettings, StaticSettings
+from adaptive_margins.profiles import CurveSettings, StaticSettings, available
 from adaptive_margins.retrieval import top
 from adaptive_margins.store import StoredRun
 
@@ -66,8 +66,9 @@ def heading(reproduction: Reproduction) -> str:
 def commands(reproduction: Reproduction, data: pd.DataFrame) -> dict[str, list[str]]:
     """Run id → the commands that make the run and that score it without this project (`tables.commands`)."""
     p, fingerprint = reproduction.profile, reproduction.fingerprint
+    profile = p.name if p.name in available() else f"{p.name}.yaml"
     return {
-        run_id: tables.commands(p.name, run_id, fingerprint, p.sets.tests, p.measures.full)
+        run_id: tables.commands(profile, run_id, fingerprint, p.sets.tests, p.measures.full)
         for run_id in data["run_id"].unique()
         if run_id
     }

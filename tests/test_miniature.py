@@ -1,0 +1,284 @@
+"""The profile paper in small: its runs, figures, tables and book, recomputed by other means.
+
+Conversion of the collection: test_msmarco.py. Here everything after it, on random encoders of the paper's three kinds.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections import defaultdict
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+import pytrec_eval
+import torch
+from bs4 import BeautifulSoup
+from sentence_transformers import SentenceTransformer
+
+from adaptive_margins import retrieval
+from adaptive_margins.data.msmarco import StoredCollection
+from adaptive_margins.encoders import Shards
+from adaptive_margins.experiments import Reproduction
+from adaptive_margins.profiles import load_profile
+from adaptive_margins.report import show, tables
+from adaptive_margins.report.published import load
+from conftest import MINIATURE_SIZES
+
+SETS = ["TREC-DL19", "TREC-DL20"]
+ENCODERS = ["distilbert", "roberta", "mpnet"]
+
+
+@pytest.fixture(scope="module")
+def configs(miniature):
+    return {p.name: json.loads((p / "config.json").read_text()) for p in (miniature.home / "runs").iterdir()}  # fmt: skip
+
+
+def read_ranking(path):
+    run = defaultdict(dict)
+    with gzip.open(path, "rt") as file:
+        for line in file:
+            qid, _, docid, _, score, _ = line.split()
+            run[qid][docid] = float(score)
+    return dict(run)
+
+
+# ---- the profile -----------------------------------------------------------------------------------------------------
+
+
+def test_only_sizes_places_and_the_device_differ_from_the_profile_paper(miniature):
+    paper, small = (p.model_dump() for p in (load_profile("paper"), miniature.profile))
+    differing = {k for k in paper if paper[k] != small[k]}
+    assert differing == {*MINIATURE_SIZES, "name", "about", "collection", "encoders", "workers", "device"}  # fmt: skip
+    for part, sizes in MINIATURE_SIZES.items():
+        assert {k for k in paper[part] if paper[part][k] != small[part][k]} <= set(sizes)
+    for name in ENCODERS:
+        changed = {k for k, v in paper["encoders"][name].items() if v != small["encoders"][name][k]}
+        assert changed == {"base", "revision", "stated"}
+
+
+def test_every_run_has_the_papers_settings(configs, miniature):
+    trained = {i: c for i, c in configs.items() if c["loss"] != "none"}
+    assert len(configs) == len(trained) + 4
+    for c in trained.values():
+        assert (c["optimizer"], c["precision"], c["weight_decay"]) == ("adamw_8bit", "bf16", 1e-6)
+        assert c["learning_rate"] == pytest.approx(5e-6 / c["batch_size"])
+        assert (c["query_length"], c["passage_length"], c["dropout"]) == (30, 200, None)
+        assert c["pooling"] == {"distilbert": "cls"}.get(c["encoder"], "cls+linear")
+        assert c["validation"] == "TREC-DL19"
+        assert c["decay"] == (0.99999 if c["patience"] else 1.0)
+        assert c["depth"] == 1000
+    assert {c["full_depth"] for c in trained.values() if c["patience"]} == {1000}
+    per_encoder = 3 * 2 + 2 + 2 + 5
+    assert len(trained) == 3 * per_encoder + 1 + (miniature.tuned_target("distilbert", False) != 1)
+
+
+# ---- collection and candidates ---------------------------------------------------------------------------------------
+
+
+def test_the_candidates_are_the_official_ones_in_bm25s_order(miniature):
+    collection = miniature.collection
+    assert isinstance(collection, StoredCollection)
+    ranking = retrieval.BM25(collection.passages)
+    for name in SETS:
+        official = collection.candidates[name]
+        assert {s for run in official.values() for s in run.values()} == {0.0}  # as TREC DL's
+        scored = miniature.top_candidates(name)
+        assert {q: set(run) for q, run in scored.items()} == {q: set(run) for q, run in official.items()}  # fmt: skip
+        everything = ranking.search(collection.queries[name], len(collection.passages))
+        for qid, run in scored.items():
+            for docid, value in run.items():
+                assert value == pytest.approx(everything[qid].get(docid, 0.0), abs=1e-5)
+
+
+def test_bm25s_rows_are_trec_evals(miniature):
+    run = miniature.store.get(miniature.bm25_config())
+    for mode, name in product(("rerank", "full"), SETS):
+        measures = {"ndcg_cut_10": "nDCG@10"}
+        qrels = miniature.collection.qrels[name]
+        found = pytrec_eval.RelevanceEvaluator(qrels, set(measures)).evaluate(
+            read_ranking(run.path / f"{mode}.{name}.run.gz")
+        )
+        expected = np.mean([found[q]["ndcg_cut_10"] if q in found else 0.0 for q in qrels])
+        assert run.evaluation(mode, name).mean["nDCG@10"] == pytest.approx(expected, abs=1e-6)
+
+
+# ---- full ranking ----------------------------------------------------------------------------------------------------
+
+
+def test_the_stored_ranking_is_that_of_the_saved_model(miniature):
+    """By sentence-transformers and NumPy: the run embedded in bf16, kept fp16, and searched by an index."""
+    config = miniature.variant_config("distilbert", "distributed", False)
+    run = miniature.store.get(config)
+    model = SentenceTransformer(str(run.path / "model"), device="cpu")
+    passages = miniature.collection.passages
+    queries = miniature.collection.queries["TREC-DL20"]
+    with torch.autocast("cpu", torch.bfloat16):
+        model.max_seq_length = 200
+        docs = model.encode(list(passages.texts[:]), convert_to_tensor=True).float()
+        model.max_seq_length = 30
+        asked = model.encode(list(queries.texts), convert_to_tensor=True).float()
+    cosine = (torch.nn.functional.normalize(asked) @ torch.nn.functional.normalize(docs).T).numpy()
+    stored = read_ranking(run.path / "full.TREC-DL20.run.gz")
+    assert set(stored) == set(queries.ids)
+    for i, qid in enumerate(queries.ids):
+        assert len(stored[qid]) == len(passages)  # 1000 hits were asked for, there are 700
+        for docid, score in stored[qid].items():
+            assert score == pytest.approx(cosine[i, passages.row(docid)], abs=1e-2)
+
+
+def test_the_index_is_of_the_papers_kind_and_its_cost_is_reported(miniature):
+    data = miniature.table3()
+    cost = show.index_cost(miniature, data)
+    assert set(cost["run_id"]) == set(data["run_id"])
+    assert cost["index"].str.fullmatch(r"OPQ\d+,IVF\d+_HNSW32,PQ\d+x?\d*").all()
+    assert cost["recall"].between(0.9, 1).all()
+    for row in cost.to_dict("records"):
+        result = miniature.store.folder / row["run_id"] / "result.json"
+        found = json.loads(result.read_text())
+        assert row["exact"] == found["exact"][row["set"]]["mean"][row["measure"]]
+
+
+def test_embedding_goes_on_after_an_interruption(miniature, tmp_path, monkeypatch):
+    """A run stopped while embedding leaves whole shards, and the next call makes only the others."""
+    from adaptive_margins import execution
+
+    other = Reproduction.open(
+        miniature.home / "miniature.yaml", tmp_path, workers=1, ranking__devices=["cpu"]
+    )
+    (tmp_path / "collections").symlink_to(miniature.home / "collections")
+    (tmp_path / "cache").mkdir()
+    for name in ("collections", "tokens"):
+        (tmp_path / "cache" / name).symlink_to(miniature.home / "cache" / name)
+    config = other.untrained_config("distilbert")
+    real = execution.embed_shards
+
+    class Stop(Exception):
+        pass
+
+    def stop(model, tokens, folder, **options):
+        real(model, tokens, folder, **options)
+        sorted(folder.glob("*.npy"))[-1].unlink()  # as if killed before the last shard
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execution, "embed_shards", stop)
+        with pytest.raises(Stop):
+            other.execute(config)
+    work = tmp_path / "cache" / "work" / config.run_id
+    (folder,) = work.glob("passages-*")
+    before = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.npy")}
+    assert len(before) == 2
+
+    def watch(model, tokens, folder, **options):
+        shards = real(model, tokens, folder, **options)
+        after = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.npy")}
+        assert len(after) == 3
+        assert before.items() <= after.items()
+        assert isinstance(shards, Shards)
+        return shards
+
+    monkeypatch.setattr(execution, "embed_shards", watch)
+    run = other.execute(config)
+    assert not work.exists()
+    stored = miniature.store.get(config)
+    for name in SETS:
+        assert run.evaluation("full", name).mean == stored.evaluation("full", name).mean
+
+
+# ---- beside the published numbers ------------------------------------------------------------------------------------
+
+
+def test_tables_are_beside_the_published_ones(miniature):
+    published = load()
+    data = miniature.table3()
+    models = {"distilbert": "distilBERT", "roberta": "RoBERTa", "mpnet": "MPNet"}
+    frame = tables.comparison(data, published, table=3, models=models)
+    assert len(frame) == 15 * 2 * 2
+    printed = {r.key: r for r in published.table3.rows}
+    for row in frame.to_dict("records"):
+        number = printed[row["key"]].scores[row["set"]][row["measure"].replace("(rel=2)", "")]
+        assert row["published"] == number.number
+        own = data[(data["run_id"] == row["run_id"]) & (data["set"] == row["set"])]
+        own = own[own["measure"] == row["measure"]].iloc[0]
+        assert row["ours"] == own["value"]
+        assert own["target"] == printed[row["key"]].target
+        assert row["difference"] == pytest.approx(row["ours"] - row["published"])
+    html = show.table3(miniature, data)
+    assert f"Miniature {miniature.fingerprint}" in html
+    run_id = data["run_id"].iloc[0]
+    text = BeautifulSoup(html, "html.parser").text
+    assert f"adaptive-margins reproduce --profile miniature.yaml --run {run_id}" in text
+
+
+def test_supplied_runs_are_scored_and_tested(miniature, tmp_path):
+    """A deep run of another system in the place of the reproduction study's, and one that is too shallow for R@1000."""
+    other = Reproduction.open(miniature.home / "miniature.yaml", tmp_path)
+    for name in ("collections", "runs", "cache"):
+        (tmp_path / name).symlink_to(miniature.home / name)
+    softmax = miniature.store.get(miniature.table4_configs()[1])
+    qrels = miniature.collection.qrels
+    for name in SETS:
+        run = softmax.run("full", name)
+        retrieval_folder = tmp_path / "supplied" / name
+        retrieval_folder.mkdir(parents=True)
+        retrieval.write_run(run, retrieval_folder / "wang-zuccon-tas-b.run.gz", "x")
+        shallow = {q: dict(retrieval.top(hits, 100)) for q, hits in run.items()}
+        retrieval.write_run(shallow, retrieval_folder / "other.run", "x")
+    frame = other.table4()
+    assert set(frame["reference_run_id"]) == {"supplied: wang-zuccon-tas-b"}
+    rows = frame.set_index(["source", "set", "measure"])
+    for name in SETS:
+        found = pytrec_eval.RelevanceEvaluator(qrels[name], {"ndcg_cut_10"}).evaluate(
+            {q: run for q, run in softmax.run("full", name).items() if run}
+        )
+        expected = np.mean([found.get(q, {"ndcg_cut_10": 0})["ndcg_cut_10"] for q in qrels[name]])
+        for run_name in ("wang-zuccon-tas-b", "other"):
+            row = rows.loc[f"supplied: {run_name}", name, "nDCG@10"]
+            assert row["value"] == pytest.approx(expected, abs=1e-6)
+        refused = rows.loc["supplied: other", name, "R(rel=2)@1000"]
+        assert np.isnan(refused["value"])
+        assert "at most 100" in refused["refused"]
+    own = frame[(frame["source"] == "not in the paper") & (frame["loss"] == "Softmax (MNRL)")]
+    assert own["equivalent"].all()  # it is the same ranking
+    page = show.table4(other, frame)
+    assert "wang-zuccon-tas-b" in page
+    assert "at most 100" in page
+    assert miniature.supplied() == {}
+
+
+# ---- the book --------------------------------------------------------------------------------------------------------
+
+
+def test_the_book_is_built(miniature_home):
+    html = miniature_home / "_build" / "html"
+    index = BeautifulSoup((html / "index.html").read_text(), "html.parser").text
+    assert "The paper's own setting" in index
+    assert "PyDocs" not in index.split("What this edition shows")[1].split("The paper")[0]
+    for number in range(1, 8):
+        assert len(list(html.glob(f"_executed/0{number}_*.html"))) == 1
+    sheet = (html / "_executed" / "datasheet.html").read_text()
+    assert "The candidates are the official ones" in sheet
+    assert "am-miniature" in sheet
+    assert "docstring" not in BeautifulSoup(sheet, "html.parser").find("article").text
+
+
+def test_every_row_of_the_books_data_has_its_run(miniature_home, configs):
+    data = miniature_home / "book" / "_executed" / "data"
+    names = {p.stem for p in data.glob("*.csv")}
+    assert {f"table{i}" for i in range(1, 5)} | {f"figure{i}" for i in range(3, 7)} <= names
+    for path in data.glob("*.csv"):
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        columns = [c for c in frame.columns if re.fullmatch(r"(\w+_)?run_id", c)]
+        assert columns
+        assert {i for c in columns for i in frame[c]} - {""} <= set(configs)
+
+
+def test_one_run_can_be_made_by_its_id(miniature):
+    run_id = miniature.static_config("roberta", 0.3, True).run_id
+    assert miniature.run_one(run_id[:9]).run_id == run_id
+    tables_run = miniature.variant_config("mpnet", "adaptive", True).run_id
+    assert miniature.run_one(tables_run).run_id == tables_run
