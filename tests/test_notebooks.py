@@ -25,6 +25,7 @@ SHOWS = {
     "04_distributed_targets": ["figure5", "figure6", "table2"],
     "05_comparison": ["table3"],
     "06_baselines": ["table4"],
+    "07_paper_and_released_code": [],
 }
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 

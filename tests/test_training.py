@@ -649,3 +649,23 @@ def test_workers_end_with_their_parent_and_the_rest_is_made_later(smoke, tmp_pat
     assert {i: (runs / i).stat().st_mtime_ns for i in made} == made
     for config in removed:
         same_run(StoredRun(runs / config.run_id), smoke.store.get(config))
+
+
+def test_several_gpus_do_not_multiply_the_batch(material, tmp_path, monkeypatch):
+    """The trainer would give each GPU in sight a whole batch; the run's batch is what its configuration says."""
+    made, seen = training.SentenceTransformerTrainingArguments, []
+
+    def on_four(**values):
+        arguments = made(**values)
+        arguments._n_gpu = 4
+        return arguments
+
+    def stop(self, *_, **values):
+        seen.append(values["args"])
+        raise InterruptedError
+
+    monkeypatch.setattr(training, "SentenceTransformerTrainingArguments", on_four)
+    monkeypatch.setattr(training._Trainer, "__init__", stop)
+    with pytest.raises(InterruptedError):
+        run(material, tmp_path)
+    assert seen[0].train_batch_size == 4

@@ -436,6 +436,8 @@ def train(
         disable_tqdm=True,
         use_cpu=device == "cpu",
     )
+    # With several GPUs in sight the trainer would split batches over them, each as large as one was to be.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     trainer = _Trainer(
         model=model,
         args=arguments,
