@@ -62,6 +62,9 @@ def test_the_papers_plan_needs_neither_data_nor_network(tmp_path, no_network):
     assert not runs["done"].any()
     assert runs["run_id"].is_unique
     assert not list(tmp_path.iterdir())
+    assert "fingerprint" not in vars(
+        reproduction
+    )  # what is run afterwards is of the real collection
     assert plan.stated == ["distilbert", "roberta", "mpnet"]
 
     static = runs[(runs["encoder"] == "distilbert") & (runs["triples"] == 2_560_000)].iloc[0]

@@ -273,3 +273,45 @@ def test_an_error_in_what_is_extended_names_the_file_that_was_asked_for(tmp_path
     b = write(tmp_path, {"extends": "a.yaml", "name": "b"}, "b.yaml")
     with pytest.raises(ProfileError, match=rf"{b} has 1 error\(s\):\n  seed: .*\(got 'x'\)"):
         load_profile(b)
+
+
+def test_paper_and_released_differ_as_the_notes_on_the_released_code_say():
+    paper, released = load_profile("paper"), load_profile("released")
+    differing = {
+        "name", "about", "collection", "encoders", "lengths", "training", "static", "adaptive", "distributed", "comparison",
+    }  # fmt: skip
+    assert {k for k in paper.model_dump() if getattr(paper, k) != getattr(released, k)} == differing
+    assert (paper.lengths.query, released.lengths.query) == (30, 20)
+    assert paper.lengths.passage == released.lengths.passage == 200
+    assert (paper.training.learning_rate, released.training.learning_rate) == ("5e-6/B", 5e-7)
+    assert released.static.learning_rate == 5e-6
+    assert (paper.training.orientation, released.training.orientation) == ("paper", "released")
+    assert (paper.comparison.keep, released.comparison.keep) == ("best", "last")
+    assert (paper.comparison.validation, released.comparison.validation) == (None, "TREC-DL20")
+    assert paper.sets.validation == released.sets.validation == "TREC-DL19"
+    poolings = [{n: e.pooling for n, e in p.encoders.items()} for p in (paper, released)]
+    assert poolings == [
+        {"distilbert": "cls", "roberta": "cls+linear", "mpnet": "cls+linear"},
+        {"distilbert": "cls", "roberta": "cls+pooler", "mpnet": "cls"},
+    ]
+    for p in (paper, released):
+        c = p.comparison
+        assert (c.check_steps(128), c.patience, c.decay, c.batch_sizes) == (
+            500,
+            16,
+            0.99999,
+            (128,),
+        )
+        assert p.distributed.check_steps(64) == p.adaptive.check_steps(128) == 1000
+        assert (p.training.optimizer, p.training.weight_decay) == ("adamw_8bit", 1e-6)
+        assert all(len(e.revision) == 40 for e in p.encoders.values())
+    assert paper.static.targets == tuple(i / 10 for i in range(11))
+    assert released.static.targets == paper.static.targets[1:]
+    assert paper.static.triples == released.static.triples == 2_560_000
+    seeds = [
+        released.static.seed,
+        released.adaptive.seed,
+        released.distributed.seed,
+        released.comparison.seed,
+    ]
+    assert seeds == [166613, 166613, 153201820, 153201820]

@@ -76,7 +76,7 @@ class Costs(Resources):
             )
         return Sizes(
             passages=counts["passages"],
-            triples=counts.get("triples", self.triples_needed),
+            triples=self.triples_count,
             queries={name: counts[name] for name in self.evaluated_sets},
             candidates={
                 name: min(counts["passages"], depth * counts[name]) for name in self.evaluated_sets
@@ -178,15 +178,16 @@ class Costs(Resources):
         full = 0.0
         if config.test_sets:
             tests = sum(sizes.queries[name] for name in config.test_sets)
-            full = (sizes.passages + tests / 2) * passage + self.index_seconds()
+            full = (sizes.passages + tests / 2) * passage + self.index_seconds(
+                self.parameters(config.encoder)[1]
+            )
         return 0.3 + train + checks * rerank(config.validation) + full
 
-    def index_seconds(self) -> float:
+    def index_seconds(self, dim: int) -> float:
         """Training the index and searching it; most of it is k-means over the sample."""
         if self.sizes.passages < 100_000:
             return min(4.0, self.sizes.passages / 1500)
-        widest = max(self.parameters(name)[1] for name in self.profile.encoders)
-        settings = choose_index(self.sizes.passages, widest, depth=self.profile.measures.full_depth)
+        settings = choose_index(self.sizes.passages, dim, depth=self.profile.measures.full_depth)
         distances = 2.0 * settings.train * settings.nlist * settings.dim
         return _KMEANS_ITERATIONS * distances / self._multiplications_a_second
 

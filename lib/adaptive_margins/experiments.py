@@ -69,7 +69,8 @@ class Reproduction(Runs):
         """Sections 5.2 and 5.3: one line of Figure 4 or 5."""
         s = self.profile.adaptive if target == "adaptive" else self.profile.distributed
         return self.config(
-            encoder, target=target, in_batch=in_batch, batch_size=batch_size, triples=s.triples, keep="best",
+            encoder, target=target, in_batch=in_batch, batch_size=batch_size, keep="best",
+            triples=s.triples or self.triples_count,
             evaluate_every=s.check_steps(batch_size), **_own(s),
         )  # fmt: skip
 
@@ -79,7 +80,7 @@ class Reproduction(Runs):
         size = s.batch_sizes[0]
         return self.config(
             encoder, **{
-                "batch_size": size, "triples": s.triples, "decay": s.decay, "patience": s.patience, "keep": s.keep,
+                "batch_size": size, "triples": s.triples or self.triples_count, "decay": s.decay, "patience": s.patience, "keep": s.keep,
                 "validation": s.validation or self.profile.sets.validation, "evaluate_every": s.check_steps(size),
                 **_own(s), **self._full, **values,
             },
@@ -217,8 +218,13 @@ class Reproduction(Runs):
 
         Static rows of Table 3 stand for any ε as long as Figure 3's runs are missing.
         """
-        if not self.is_made and self.profile.collection.kind != "pydocs":
-            self.fingerprint = "0" * 16  # none yet, so no run of it is done
+        if self.is_made or self.profile.collection.kind == "pydocs":
+            return self._plan()
+        without = type(self)(self.profile, self.home)
+        without.fingerprint = "0" * 16  # none yet, so no run of it is done
+        return without._plan()
+
+    def _plan(self) -> Plan:
         rows = [c for stage in self.stages() for c in stage]
         for encoder in self.profile.encoders:
             for target, in_batch in VARIANTS:

@@ -138,9 +138,8 @@ class Resources:
     def triples_needed(self) -> int:
         """The longest run's triples: every run takes its own from the same ones."""
         p = self.profile
-        return max(
-            p.static.triples, p.adaptive.triples, p.distributed.triples, p.comparison.triples
-        )
+        curves = (p.adaptive.triples, p.distributed.triples, p.comparison.triples)
+        return max(p.static.triples, *(triples or 0 for triples in curves))
 
     @functools.cached_property
     def triples(self) -> Dataset:
@@ -152,6 +151,14 @@ class Resources:
         rows = [(self.queries.row(q), passages.row(p), passages.row(n)) for q, p, n in triples]
         columns = np.array(rows, dtype=np.int32).reshape(-1, 3).T
         return Dataset.from_dict(dict(zip(("query", "positive", "negative"), columns, strict=True)))
+
+    @property
+    def triples_count(self) -> int:
+        """How many triples there are; before the collection is made, how many the profile says there will be."""
+        settings = self.profile.collection
+        if self.is_made or isinstance(settings, PyDocsSettings):
+            return len(self.collection.triples)
+        return settings.counts.get("triples") or self.triples_needed
 
     # ---- queries and candidates ------------------------------------------------------------------------------------
 

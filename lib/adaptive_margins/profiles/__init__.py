@@ -273,9 +273,12 @@ class StaticSettings(_Experiment):
 
 
 class CurveSettings(_Experiment):
-    """Sections 5.2 and 5.3, Figures 4 to 6: learning curves, a check ``evaluate_every`` triples or ``evaluate_every_steps``."""
+    """Sections 5.2 and 5.3, Figures 4 to 6: learning curves, a check ``evaluate_every`` triples or ``evaluate_every_steps``.
 
-    triples: Positive
+    ``triples`` None is one epoch: all that the collection has.
+    """
+
+    triples: Positive | None
     batch_sizes: tuple[Positive, ...] = Field(min_length=1)
     evaluate_every: Positive | None = None
     evaluate_every_steps: Positive | None = None
@@ -285,7 +288,7 @@ class CurveSettings(_Experiment):
         if (self.evaluate_every is None) == (self.evaluate_every_steps is None):
             raise ValueError("one of evaluate_every and evaluate_every_steps must be given")
         for size in self.batch_sizes:
-            if self.triples < size:
+            if self.triples is not None and self.triples < size:
                 raise ValueError(f"triples {self.triples} do not fill a batch of {size}")
             if (self.evaluate_every or 0) % size:
                 raise ValueError(

@@ -115,6 +115,7 @@ def execute(
             start_timeout=START_TIMEOUT,
             progress_bar=False,
             cwd=str(cwd),
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its own local sockets
         )
         idle = [
             number

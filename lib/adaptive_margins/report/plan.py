@@ -44,7 +44,8 @@ def plan_text(profile: Profile, plan: Plan, *, every: bool = False) -> str:
     lines += [
         "",
         "seconds: a run, h:mm:ss or m:ss; disk: kept, all runs of the line; scratch: disk while a run is made; memory: host.",
-        f"Time for what is missing: about {clock(plan.seconds)} with {profile.workers} worker(s).",
+        f"Time for what is missing: about {clock(plan.seconds)} with {profile.workers} worker(s). A run with early stopping is"
+        " counted as if it took all its triples.",
         f"Disk: {size(runs['disk'].sum())} for the runs, {size(plan.shared_disk)} for the collection and its tokens,"
         f" and up to {size(runs['scratch'].max() * profile.workers)} while runs are made.",
         f"Memory: up to {size(runs['memory'].max() * profile.workers)} with {profile.workers} worker(s).",

@@ -143,7 +143,8 @@ def _setting(reproduction: Reproduction) -> dict[str, str]:
             if experiment.evaluate_every
             else f"every {experiment.evaluate_every_steps:,} steps"
         )
-        return f"{experiment.triples:,} triples a run, {sizes(batch_sizes)}, scores {every}"
+        triples = "all" if experiment.triples is None else f"{experiment.triples:,}"
+        return f"{triples} triples a run, {sizes(batch_sizes)}, scores {every}"
 
     def own(experiment: StaticSettings | CurveSettings) -> str:
         """What an experiment has of its own."""
