@@ -12,11 +12,11 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lab bench clean
+.PHONY: help setup book test lab bench bench-full clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s%s\n", $$1, $$2}'
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s%s\n", $$1, $$2}'
 	@echo "Profile of make book: PROFILE=$(PROFILE). Python: PYTHON=$(PYTHON)."
 
 setup: $(STAMP)  ## make .venv with the pinned versions (book, test, lab and bench do this by themselves)
@@ -42,8 +42,11 @@ test: $(STAMP)  ## run the tests
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
-bench: $(STAMP)  ## time the loss against Sentence Transformers' MarginMSELoss
+bench: $(STAMP)  ## time training, encoding and the loss against Sentence Transformers (10 minutes)
 	$(BIN)/python benchmarks/run.py
+
+bench-full: $(STAMP)  ## time a large encoder, reranking, memory, and how things grow (an hour)
+	$(BIN)/python benchmarks/full.py
 
 clean:  ## remove the built book and caches of tools; keeps .venv, runs/, collections/ and cache/
 	rm -rf _build book/_executed .mypy_cache .pytest_cache .ruff_cache

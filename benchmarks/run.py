@@ -1,100 +1,186 @@
-"""Time this project's pieces against a peer, in one process and in turns; `make bench`.
+"""Time a training step, encoding and the loss against their peers; `make bench`.
 
-A ratio is ours / peer: below 1 we are faster. Each number is the median of several rounds; a round times
-both, one after the other, so that whatever else the machine does hits both alike.
+Each figure is a ratio measured in this process, in turns: ours, peer, ours, peer … A ratio above 1 is in our favour. It
+is the median of the rounds' ratios, its spread their quartiles.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
+import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import losses
+import numpy as np
 import torch
-from sentence_transformers.sentence_transformer.losses import MarginMSELoss
-from sentence_transformers.util import pairwise_cos_sim
-from torch import Tensor, nn
+from material import (
+    PASSAGE_LENGTH,
+    Triples,
+    flops,
+    minilm,
+    passages,
+    triples,
+)
+from schemes import Step, ours, padded, sentence_transformers, tokens_of
+from timing import LATEST, keep, rounds, row, show
+from torch.profiler import ProfilerActivity, profile
 
-from adaptive_margins.losses import margin_loss
+from adaptive_margins.encoders import embed, tokenize
 
-ROUNDS, REPEATS, EPSILON = 15, 100, 0.3
+CHUNKS = 8
+CONTESTANTS: dict[str, Step] = {
+    "ours": ours(CHUNKS),
+    "Sentence Transformers, a forward a column": sentence_transformers(merged=False),
+    "Sentence Transformers, merged forward": sentence_transformers(merged=True),
+    "every text padded to its limit": padded(),
+    "merged, not sorted": ours(1),
+}
 
 
-def seconds(step: Callable[[], object]) -> float:
-    """Mean seconds of `step` over REPEATS calls."""
+def sgemm() -> float:
+    """Multiplications and additions a second of a product of two float32 matrices of 2048²."""
+    matrix = torch.ones(2048, 2048)
     started = time.perf_counter()
-    for _ in range(REPEATS):
-        step()
-    return (time.perf_counter() - started) / REPEATS
+    for _ in range(3):
+        matrix @ matrix
+    return 3 * 2 * 2048**3 / (time.perf_counter() - started)
 
 
-def compare(
-    name: str, ours: Callable[[], Tensor], peer: Callable[[], Tensor], setting: str
-) -> dict[str, Any]:
-    """Median seconds of forward and backward of both, their ratio, and the ratio's quartiles."""
-    steps = [lambda loss=loss: loss().backward() for loss in (ours, peer)]
-    for step in steps:
-        seconds(step)
-    rounds = []
-    for number in range(ROUNDS):
-        turn = (0, 1) if number % 2 else (1, 0)
-        times = {which: seconds(steps[which]) for which in turn}
-        rounds.append((times[0], times[1]))
-    ratios = [a / b for a, b in rounds]
-    low, ratio, high = statistics.quantiles(ratios, n=4)
-    return {
-        "name": name,
-        "ours": statistics.median(a for a, _ in rounds),
-        "peer": statistics.median(b for _, b in rounds),
-        "ratio": ratio,
-        "spread": [low, high],
-        "unit": "s",
-        "setting": setting,
-    }
+def same_loss(model: Any, batch: Triples, contestants: dict[str, Step]) -> None:
+    """Raise AssertionError unless all contestants compute the same loss; ``model`` has no dropout."""
+    found = {name: step(model, batch)[1] for name, step in contestants.items()}
+    expected = found["ours"]
+    for name, loss in found.items():
+        assert abs(loss - expected) < 1e-5, f"{name}: loss {loss}, ours {expected}"
 
 
-def losses() -> list[dict[str, Any]]:
-    """margin_loss against Sentence Transformers' MarginMSELoss on the same embeddings.
+def training(
+    encoder: Callable[[float], Any], name: str, size: int, number: int, dropouts: tuple[float, ...]
+) -> list[dict[str, Any]]:
+    """Triples/s of a step of each contestant, and the share of the sgemm rate that ours reaches on real tokens."""
+    data = triples(size * number)
+    same_loss(encoder(0.0), data[:4], CONTESTANTS)
+    rows = []
+    for dropout in dropouts:
+        model = encoder(dropout)
+        setting = f"{name}, B {size}, dropout {dropout:g}"
 
-    The static target computes the same number (checked). The others have no peer there; the same
-    MarginMSELoss stands beside them to show what a target of one's own costs.
-    """
-    peer_loss = MarginMSELoss(nn.Identity(), similarity_fct=pairwise_cos_sim)  # type: ignore[arg-type]
-    results = []
-    for size in (32, 128):
-        torch.manual_seed(1)
-        triple = [torch.randn(size, 384, requires_grad=True) for _ in range(3)]
-        labels = torch.full((size,), EPSILON)
+        def rate(r: int, step: Step, model: Any = model) -> float:
+            return size / step(model, data[r * size : (r + 1) * size])[0]
 
-        def peer(triple: list[Tensor] = triple, labels: Tensor = labels) -> Tensor:
-            return peer_loss.compute_loss_from_embeddings(triple, labels)
+        for step in CONTESTANTS.values():
+            step(model, data[:4])
+        measured = {n: partial(rate, step=step) for n, step in CONTESTANTS.items()}
+        found = rounds({**measured, "sgemm": lambda _: sgemm()}, number)
+        product = found.pop("sgemm")
+        mine = found.pop("ours")
+        rows += [
+            row(f"training / {n}", mine, theirs, "triples/s", setting)
+            for n, theirs in found.items()
+        ]
+        real = [
+            flops(
+                model,
+                np.concatenate(
+                    [t.lengths for t in tokens_of(model, data[r * size : (r + 1) * size])]
+                ),
+            )
+            for r in range(number)
+        ]
+        done = [rate / size * work / 1e9 for rate, work in zip(mine, real, strict=True)]
+        rows.append(
+            row(
+                "share of the sgemm rate, real tokens",
+                done,
+                [p / 1e9 for p in product],
+                "GFLOP/s",
+                setting,
+            )
+        )
+    return rows
 
-        torch.testing.assert_close(margin_loss(*triple, target=EPSILON), peer())
-        for target in (EPSILON, "adaptive", "distributed"):
 
-            def ours(triple: list[Tensor] = triple, target: float | str = target) -> Tensor:
-                return margin_loss(*triple, target=target)
+GROUPS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkl", "aten::linear"),
+    "attention": ("attention", "softmax"),
+    "dropout": ("dropout", "bernoulli"),
+    "LayerNorm": ("layer_norm",),
+    "GELU": ("gelu",),
+    "optimiser": ("adam", "Optimizer"),
+    "gradients added up": ("AccumulateGrad", "aten::add_"),
+}  # fmt: skip
 
-            kind = "static" if target == EPSILON else target
-            setting = f"B {size}, 384 dimensions, forward and backward, {torch.get_num_threads()} thread(s)"
-            results.append(compare(f"margin_loss {kind} / MarginMSELoss", ours, peer, setting))
-    return results
+
+def where_it_goes(model: Any, batch: Triples) -> dict[str, float]:
+    """Seconds of one step of ours by kind of work; "Python and the rest" is what no operator of torch accounts for."""
+    step = CONTESTANTS["ours"]
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        seconds, _ = step(model, batch)
+    spent = dict.fromkeys([*GROUPS, "other operators"], 0.0)
+    for event in recorded.key_averages():
+        group = next(
+            (g for g, words in GROUPS.items() if any(word in event.key for word in words)),
+            "other operators",
+        )
+        spent[group] += event.self_cpu_time_total / 1e6
+    return {**spent, "Python and the rest": max(0.0, seconds - sum(spent.values()))}
+
+
+def encoding(
+    encoder: Callable[[float], Any], name: str, count: int, number: int
+) -> list[dict[str, Any]]:
+    """Passages/s from texts to unit vectors, tokenising included."""
+    model = encoder(0.0)
+    model.max_seq_length = PASSAGE_LENGTH
+    texts = passages(count * number, seed=2)
+
+    def of(r: int) -> list[str]:
+        return texts[r * count : (r + 1) * count]
+
+    def mine(r: int) -> np.ndarray:
+        return embed(model, tokenize(model, of(r), PASSAGE_LENGTH))
+
+    def theirs(r: int) -> np.ndarray:
+        return model.encode(of(r), normalize_embeddings=True, show_progress_bar=False)
+
+    def rate(r: int, work: Callable[[int], np.ndarray]) -> float:
+        started = time.perf_counter()
+        work(r)
+        return count / (time.perf_counter() - started)
+
+    np.testing.assert_allclose(mine(0)[:32], theirs(0)[:32], atol=1e-5)
+    found = rounds({"ours": partial(rate, work=mine), "peer": partial(rate, work=theirs)}, number)
+    setting = f"{name}, {count} passages of mean 80 tokens, batch size 32 there"
+    return [
+        row(
+            "encoding / SentenceTransformer.encode",
+            found["ours"],
+            found["peer"],
+            "passages/s",
+            setting,
+        )
+    ]
 
 
 def main() -> None:
     """Run everything, print it, and write latest.json beside this file."""
-    torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
-    results = losses()
-    for row in results:
-        low, high = row["spread"]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    number = parser.parse_args().rounds
+    rows = losses.compare(number)
+    rows += encoding(minilm, "MiniLM", 256, number)
+    rows += training(minilm, "MiniLM", 32, number, (0.1, 0.0))
+    show(rows)
+    keep(LATEST, rows)
+    for dropout in (0.1, 0.0):
+        spent = where_it_goes(minilm(dropout), triples(32))
+        whole = sum(spent.values())
+        parts = ", ".join(f"{group} {100 * s / whole:.0f} %" for group, s in spent.items())
         print(
-            f"{row['name']:<42} {row['ratio']:.2f} [{low:.2f}, {high:.2f}]  "
-            f"{row['ours'] * 1e6:.0f} µs / {row['peer'] * 1e6:.0f} µs  ({row['setting']})"
+            f"where a step of ours goes (MiniLM, B 32, dropout {dropout:g}, {whole:.2f} s): {parts}"
         )
-    (Path(__file__).parent / "latest.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

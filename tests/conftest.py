@@ -97,7 +97,7 @@ def smoke_home(tmp_path_factory) -> Path:
     given = os.environ.get(SHARED_HOME)
     home = Path(given).resolve() if given else tmp_path_factory.mktemp("smoke")
     numbered = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    arguments = [] if numbered and not os.environ.get("RUNS_ONLY") else ["--runs-only"]
+    arguments = [] if numbered else ["--runs-only"]
     done = command("reproduce", "--profile", "smoke", *arguments, home=home, timeout=850)
     if done.returncode:
         pytest.fail("reproduce --profile smoke failed:\n" + done.stdout[-8000:], pytrace=False)
@@ -175,27 +175,35 @@ MINIATURE_SIZES = {
 """In the place of the sizes of profiles/paper.yaml."""
 
 
-def write_miniature(home: Path) -> Path:
-    """The profile paper with a small collection of the same kinds and random encoders of the same kinds; returns its file.
+def register_miniature(home: Path) -> Any:
+    """The collection of `write_miniature`, known to ir_datasets in this process."""
+    import irds_miniature
+
+    return irds_miniature.register(
+        home / "files", "am-miniature", passages=700, triples=2000, depth=100
+    )
+
+
+def write_miniature(home: Path, extends: str = "paper", **values: Any) -> Path:
+    """A profile with a small collection and random encoders, of the same kinds; returns its file.
 
     Only sizes, places and the device differ. The collection is converted, so that other processes find it.
     """
     import irds_miniature
     from adaptive_margins.experiments import Reproduction
 
-    small = irds_miniature.register(
-        home / "files", "am-miniature", passages=700, triples=2000, depth=100
-    )
+    small = register_miniature(home)
     words = [*SPECIAL, *irds_miniature.VOCABULARY]
     sets = {"TREC-DL19": small.sets["dl19"], "TREC-DL20": small.sets["dl20"]}
     counts = {"TREC-DL19": small.counts["dl19"], "TREC-DL20": small.counts["dl20"]}
     profile = {
-        "name": "miniature",
-        "extends": "paper",
-        "about": "The profile paper in small: a collection written by the test suite, random encoders.",
+        "name": f"miniature-{extends}",
+        "extends": extends,
+        "about": "A profile in small: a collection written by the test suite, random encoders.",
         "collection": {
             "name": "Miniature", "passages": small.passages, "triples": small.triples, "sets": sets,
             "counts": {**{k: small.counts[k] for k in ("passages", "train", "triples")}, **counts},
+            **values.pop("collection", {}),
         },
         "encoders": {
             kind: {
@@ -208,8 +216,9 @@ def write_miniature(home: Path) -> Path:
         "workers": 2,
         "device": "cpu",
         **MINIATURE_SIZES,
+        **values,
     }  # fmt: skip
-    path = home / "miniature.yaml"
+    path = home / f"miniature-{extends}.yaml"
     path.write_text(yaml.safe_dump(profile))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADAPTIVE_MARGINS_ACCEPT_LICENCE", "am-miniature")
@@ -219,22 +228,20 @@ def write_miniature(home: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def miniature_home(tmp_path_factory) -> Path:
-    """A home folder with everything that the profile paper makes, in small: runs, notebooks and book. Read only.
+    """A home folder with everything that the profile paper makes, in small: runs, all notebooks and book. Read only.
 
     $ADAPTIVE_MARGINS_TEST_MINIATURE may name a folder, as with `smoke_home`.
     """
     given = os.environ.get(SHARED_MINIATURE)
     home = Path(given).resolve() if given else tmp_path_factory.mktemp("miniature")
-    profile = (
+    profile = home / "miniature-paper.yaml"
+    if not profile.is_file():
         write_miniature(home)
-        if not (home / "miniature.yaml").is_file()
-        else home / "miniature.yaml"
-    )
     done = command(
         "reproduce",
         "--profile",
         str(profile),
-        *(["--runs-only"] if os.environ.get("RUNS_ONLY") else []),
+        "--all",
         home=home,
         timeout=850,
     )
@@ -249,7 +256,7 @@ def miniature(miniature_home):
     """The reproduction that `miniature_home` holds, opened for reading."""
     from adaptive_margins.experiments import Reproduction
 
-    return Reproduction.open(miniature_home / "miniature.yaml", miniature_home)
+    return Reproduction.open(miniature_home / "miniature-paper.yaml", miniature_home)
 
 
 def run_config(**values: Any) -> Any:

@@ -17,7 +17,7 @@ import adaptive_margins
 
 PACKAGE = Path(adaptive_margins.__file__).parent
 ORDER = [
-    "losses", "profiles", "progress", "data", "encoders", "retrieval", "evaluation", "supplied", "training", "store",
+    "losses", "profiles", "progress", "files", "data", "encoders", "retrieval", "evaluation", "supplied", "training", "store",
     "resources", "costs", "execution", "experiments", "differences", "report", "cli",
 ]  # fmt: skip
 DATA = ["collection", "arrow", "triples", "pydocs", "msmarco"]

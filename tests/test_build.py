@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
-from adaptive_margins import store
+from adaptive_margins.files import WriteError, write_text
 from adaptive_margins.profiles import load_profile
 from adaptive_margins.report import build as build_module
 from adaptive_margins.report import pages
@@ -244,10 +244,10 @@ def test_a_full_disk_leaves_no_page_and_no_receipt(site, tmp_path, monkeypatch):
     assert not page.exists()
 
     def no_receipt(path, text):
-        raise store.StoreError(f"{path} could not be written: No space left on device")
+        raise WriteError(f"{path} could not be written: No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_text", no_receipt)
+        patch.setattr(build_module, "write_text", no_receipt)
         with pytest.raises(BuildError, match=r"01_x\.ipynb.*No space left on device"):
             site.execute([notebook])
     assert site.finished(notebook) is None
@@ -290,7 +290,7 @@ STUBS = {"cover.md": "Stub.", "datasheet.md": "# Data sheet", "provenance.md": "
 
 def stub_pages(home, profile, receipts):
     for name, text in STUBS.items():
-        store.write_text(home / "book" / "_executed" / name, text + "\n")
+        write_text(home / "book" / "_executed" / name, text + "\n")
     pages.write_images(home / "book" / "_executed" / "images")
 
 

@@ -27,7 +27,7 @@ def open_on(device, miniature, tmp_path, **values):
             for part in (miniature.home / name).iterdir():
                 (tmp_path / name / part.name).symlink_to(part)
     overrides = {"device": device, "workers": 1, "ranking__devices": [device], **values}
-    return Reproduction.open(miniature.home / "miniature.yaml", tmp_path, **overrides)
+    return Reproduction.open(miniature.home / "miniature-paper.yaml", tmp_path, **overrides)
 
 
 @needs_cuda

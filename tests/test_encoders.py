@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import shutil
@@ -22,6 +23,7 @@ from adaptive_margins.encoders import (
     embed,
     file_sha256,
     hidden_states,
+    length_chunks,
     load_encoder,
     put_back,
     save_encoder,
@@ -96,6 +98,41 @@ def test_tokens_are_those_of_the_tokenizer(bert, length):
         if len(expected) > length:
             expected = expected[: length - 1] + expected[-1:]  # [SEP] stays
         assert tokens.batch([row])["input_ids"][0].tolist() == expected
+
+
+def test_taken_and_joined_texts_are_those_of_a_loop():
+    rng = np.random.default_rng(2)
+    texts = [rng.integers(5, 99, size=n).tolist() for n in (3, 1, 7, 4, 1)]
+    tokens = Tokens(np.concatenate(texts), np.cumsum([0, *map(len, texts)]), pad=7)
+    for rows in ([], [3], [4, 1, 1, 0]):
+        joined = tokens.take(rows) + tokens
+        found = np.split(joined.ids, joined.offsets[1:-1])
+        assert [f.tolist() for f in found] == [*(texts[r] for r in rows), *texts]
+        assert joined.pad == 7
+    with pytest.raises(ValueError, match="padded with 7 and with 0"):
+        tokens + Tokens(tokens.ids, tokens.offsets, pad=0)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4, 99])
+def test_chunks_have_the_least_padding_of_all_cuts(chunks):
+    rng = np.random.default_rng(3)
+    for lengths in (rng.integers(1, 40, size=9), np.array([5, 5, 5, 2, 9]), np.array([4])):
+        parts = length_chunks(lengths, chunks)
+        assert sorted(np.concatenate(parts).tolist()) == list(range(len(lengths)))
+        assert len(parts) == min(chunks, len(set(lengths.tolist())))
+        ascending = np.sort(lengths)
+        assert lengths[np.concatenate(parts)].tolist() == ascending.tolist()
+        everything = (
+            sum(len(part) * part.max() for part in np.split(ascending, cuts))
+            for cuts in itertools.combinations(range(1, len(lengths)), len(parts) - 1)
+        )
+        assert sum(len(p) * lengths[p].max() for p in parts) == min(everything)
+
+
+@pytest.mark.parametrize(("count", "chunks"), [(0, 1), (3, 0), (3, -1)])
+def test_chunks_that_cannot_be(count, chunks):
+    with pytest.raises(ValueError, match=rf"{count} texts cannot be cut into {chunks} chunks"):
+        length_chunks(np.ones(count, int), chunks)
 
 
 # ---- embeddings ------------------------------------------------------------------------------------------------------

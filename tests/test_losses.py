@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaptive_margins.losses import MarginLoss, margin_loss
+from adaptive_margins.losses import CachedMarginLoss, MarginLoss, margin_loss
 
 TARGETS = [0, 0.3, 1, "adaptive", "distributed"]
 ERRORS = ["squared", "absolute", "soft"]
@@ -306,8 +306,9 @@ BAD_SETTINGS = [
 def test_unknown_settings_are_rejected(settings, message):
     with pytest.raises(ValueError, match=message):
         margin_loss(*embeddings(2), **settings)
-    with pytest.raises(ValueError, match=message):
-        MarginLoss(torch.nn.Identity(), **settings)
+    for loss in (MarginLoss, CachedMarginLoss):
+        with pytest.raises(ValueError, match=message):
+            loss(torch.nn.Identity(), **settings)
 
 
 def test_distributed_targets_are_their_mean_and_their_variance():
@@ -387,10 +388,14 @@ def tiny_encoder(tmp_path_factory):
         )
     ).save_pretrained(folder)
 
-    def encoder(*_):
+    def encoder(*_, dropout=0.0):
         transformer = Transformer(str(folder), max_seq_length=16)
         pooling = Pooling(transformer.get_embedding_dimension(), "mean")
-        return SentenceTransformer(modules=[transformer, pooling], device="cpu")
+        model = SentenceTransformer(modules=[transformer, pooling], device="cpu")
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = dropout
+        return model
 
     return encoder
 
@@ -444,8 +449,9 @@ def test_trains_in_sentence_transformers(tiny_encoder, tmp_path):
     assert "gienapp2025" in card and '"orientation": "released"' in card
 
 
-def test_needs_three_columns(tiny_encoder):
-    loss = MarginLoss(tiny_encoder())
+@pytest.mark.parametrize("loss", [MarginLoss, CachedMarginLoss])
+def test_needs_three_columns(tiny_encoder, loss):
+    loss = loss(tiny_encoder())
     features = [loss.model.preprocess(texts) for texts in COLUMNS.values()]
     for columns in (features[:2], [*features, features[2]]):
         message = f"the data has {len(columns)} text columns; expected 3: query, positive, negative"
@@ -463,6 +469,7 @@ def test_examples_of_the_documentation_run(tiny_encoder, tmp_path, monkeypatch):
     method = Path(__file__).parents[1] / "book" / "method.md"
     examples = [
         fenced_or_indented(MarginLoss.__doc__, "Example:\n        ::\n", "\n\n\n"),
+        fenced_or_indented(CachedMarginLoss.__doc__, "Example:\n        ::\n", "\n\n\n"),
         fenced_or_indented(method.read_text(encoding="utf-8"), "```python\n", "```"),
     ]
     monkeypatch.setattr(sentence_transformers, "SentenceTransformer", tiny_encoder)
@@ -477,3 +484,249 @@ def test_margin_loss_needs_only_torch():
     code = "import sys, adaptive_margins.losses; print('sentence_transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# With gradient caching ---------------------------------------------------------------------------
+
+WORDS = ["wild", "rice", "grows", "in", "shallow", "lakes", "and", "slow", "streams", "of", "the", "north"]  # fmt: skip
+LENGTHS = {"query": [2, 4, 1, 3, 6, 2, 5], "positive": [9, 3, 12, 7, 1, 5, 9], "negative": [4, 11, 2, 8, 8, 6, 1]}  # fmt: skip
+
+
+def features_of(model, *, start=0):
+    """Seven triples of texts of 1 to 12 words, tokenised, each column padded to its longest."""
+    words = WORDS[start:] + WORDS[:start]
+    return [
+        model.preprocess([" ".join(words[-length:]) for length in lengths])
+        for lengths in LENGTHS.values()
+    ]
+
+
+def gradients(model):
+    """The gradient of every parameter, and none left behind."""
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    assert sum(grad is not None and grad.abs().max() > 1e-6 for grad in found.values()) > 10
+    return found
+
+
+def assert_equal(got, want, atol):
+    assert got.keys() == want.keys()
+    for name, gradient in want.items():
+        if gradient is None:
+            assert got[name] is None, name
+        else:
+            torch.testing.assert_close(got[name], gradient, rtol=0, atol=atol, msg=name)
+
+
+def in_mini_batches(model, features, size):
+    """Embeddings as `CachedMarginLoss` makes them, long texts first, with nothing dropped."""
+    columns = []
+    for column in features:
+        lengths = column["attention_mask"].sum(1).tolist()
+        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        embeddings = {}
+        for begin in range(0, len(order), size):
+            rows = order[begin : begin + size]
+            names = ("input_ids", "token_type_ids", "attention_mask")
+            batch = {name: column[name][rows, : lengths[rows[0]]] for name in names}
+            embeddings |= zip(rows, model(batch)["sentence_embedding"], strict=True)
+        columns.append(torch.stack([embeddings[row] for row in range(len(order))]))
+    return columns
+
+
+@pytest.mark.parametrize("stop_gradient", [False, True], ids=["flowing", "stopped"])
+@pytest.mark.parametrize("settings", [s for s in SETTINGS if s["error"] == "squared"], ids=name)
+def test_cached_loss_and_gradients_are_the_uncached_ones(tiny_encoder, settings, stop_gradient):
+    model = tiny_encoder().double().train()
+    settings = {**settings, "stop_gradient": stop_gradient}
+    features = features_of(model)
+    want = MarginLoss(model, **settings)(features)
+    want.backward()
+    want_gradients = gradients(model)
+    for size in (3, 7):
+        loss = CachedMarginLoss(model, mini_batch_size=size, **settings)(features)
+        assert loss.shape == () and loss.dtype == torch.float64
+        assert loss.item() == pytest.approx(want.item(), rel=0, abs=1e-10)
+        loss.backward()
+        assert_equal(gradients(model), want_gradients, 1e-10)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dropout_is_replayed(tiny_encoder, size, dropout):
+    model = tiny_encoder(dropout=dropout).double().train()
+    features = features_of(model)
+    torch.manual_seed(1)
+    want = margin_loss(*in_mini_batches(model, features, size))
+    want_state = torch.get_rng_state()
+    want.backward()
+    want_gradients = gradients(model)
+    torch.manual_seed(1)
+    loss = CachedMarginLoss(model, mini_batch_size=size)(features)
+    assert torch.equal(torch.get_rng_state(), want_state)
+    torch.rand(5)  # whatever happens in between
+    state = torch.get_rng_state()
+    loss.backward()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert loss.item() == pytest.approx(want.item(), rel=0, abs=1e-10)
+    assert_equal(gradients(model), want_gradients, 1e-10)
+    torch.manual_seed(2)
+    other = CachedMarginLoss(model, mini_batch_size=size)(features).item()
+    assert (abs(other - want.item()) > 1e-6) == (dropout > 0)
+
+
+def test_cached_under_autocast(tiny_encoder):
+    model = tiny_encoder(dropout=0.1).train()
+    features = features_of(model)
+
+    def loss_and_gradients(loss, half=True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            value = loss()
+        value.backward()  # outside, as torch asks for
+        return value, gradients(model)
+
+    cached = CachedMarginLoss(model, mini_batch_size=3)
+    want = loss_and_gradients(lambda: margin_loss(*in_mini_batches(model, features, 3)))
+    got = loss_and_gradients(lambda: cached(features))
+    assert got[0].dtype == torch.float32
+    assert got[0].item() == pytest.approx(want[0].item(), abs=1e-6)
+    assert_equal(got[1], want[1], 1e-6)
+    single = loss_and_gradients(lambda: cached(features), half=False)[1]
+    with pytest.raises(AssertionError):  # embedding again in float32 would be noticed
+        assert_equal(single, want[1], 1e-4)
+
+
+def test_cached_losses_of_two_batches_before_their_gradients(tiny_encoder):
+    model = tiny_encoder().double().train()
+    batches = [features_of(model), features_of(model, start=4)]
+    gradients_of = []
+    for loss in (MarginLoss(model), CachedMarginLoss(model, mini_batch_size=2)):
+        first, second = (loss(batch) for batch in batches)
+        assert abs(first.item() - second.item()) > 1e-6
+        (first / 2).backward()
+        (second * 3).backward()  # adds to what is there
+        gradients_of.append(gradients(model))
+    assert_equal(gradients_of[1], gradients_of[0], 1e-10)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_cached_without_gradients(tiny_encoder, training):
+    model = tiny_encoder().double().train(training)
+    features = features_of(model)
+    with torch.no_grad():
+        loss = CachedMarginLoss(model, mini_batch_size=3)(features)
+        want = MarginLoss(model)(features)
+    assert not loss.requires_grad
+    assert loss.item() == pytest.approx(want.item(), rel=0, abs=1e-10)
+
+
+def test_mini_batches_are_padded_to_their_longest_text(tiny_encoder):
+    model = tiny_encoder().train()
+    features = features_of(model)
+    shapes = []
+    model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0]["input_ids"].shape)))  # fmt: skip
+    CachedMarginLoss(model, mini_batch_size=3)(features).backward()
+    # Two more tokens than words, [CLS] and [SEP].
+    words = [(3, 6), (3, 3), (1, 1)], [(3, 12), (3, 7), (1, 1)], [(3, 11), (3, 6), (1, 1)]
+    forward = [(rows, length + 2) for column in words for rows, length in column]
+    assert shapes[:9] == forward
+    assert sorted(shapes[9:]) == sorted(forward)  # again, in the order that autograd chooses
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_cached_columns_with_other_features(tiny_encoder, size):
+    """A column without a mask, and the trainer's prompt_length with one element for the batch."""
+    model = tiny_encoder().double().train()
+    model[1].include_prompt = False
+    features = features_of(model)
+    features[0] = {"input_ids": torch.arange(7 * 5).reshape(7, 5) + 1000}
+    features[1]["prompt_length"] = torch.tensor([1])
+    features[2]["prompt_length"] = torch.full((7,), 2)
+    want = MarginLoss(model)([dict(column) for column in features])
+    want.backward()
+    want_gradients = gradients(model)
+    loss = CachedMarginLoss(model, mini_batch_size=size)(features)
+    loss.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=0, abs=1e-10)
+    assert_equal(gradients(model), want_gradients, 1e-10)
+
+
+def peak_bytes(step):
+    """The most bytes that the CPU's allocator had given out at once during a step."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        step()
+    events = profile.profiler.kineto_results.events()
+    memory = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")  # fmt: skip
+    return max(itertools.accumulate(change for *_, change in memory))
+
+
+def test_memory_is_that_of_a_mini_batch(tiny_encoder):
+    model = tiny_encoder(dropout=0.1).train()
+
+    def peak(loss, size):
+        ids, mask = torch.full((size, 16), 1000), torch.ones((size, 16), dtype=torch.int64)
+        features = [{"input_ids": ids, "attention_mask": mask} for _ in range(3)]
+        return peak_bytes(lambda: loss(features).backward())
+
+    # A batch needs little beside its activations: gradients of the parameters, which are there
+    # after the first step, embeddings and the B × B targets.
+    cached, plain = CachedMarginLoss(model, mini_batch_size=8), MarginLoss(model)
+    peak(plain, 8)
+    small, large = peak(cached, 16), peak(cached, 128)
+    assert large - small < 0.2 * (peak(plain, 128) - peak(plain, 16))
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True, None, "32"])
+def test_mini_batch_size_is_a_whole_number_of_at_least_one(size):
+    with pytest.raises(ValueError) as caught:
+        CachedMarginLoss(torch.nn.Identity(), mini_batch_size=size)
+    message = f"mini_batch_size is {size!r}; expected a whole number of at least 1"
+    assert str(caught.value) == message
+
+
+def test_trains_with_gradient_caching_as_without(tiny_encoder, tmp_path):
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+
+    triples = Dataset.from_dict({name: 3 * texts for name, texts in COLUMNS.items()})
+    histories, weights = [], []
+    for loss in (MarginLoss, CachedMarginLoss):
+        model = tiny_encoder()
+        sizes = {"mini_batch_size": 2} if loss is CachedMarginLoss else {}
+        loss = loss(model, target="adaptive", in_batch=True, **sizes)
+        trainer = SentenceTransformerTrainer(
+            model=model,
+            args=SentenceTransformerTrainingArguments(
+                output_dir=str(tmp_path),
+                max_steps=3,
+                per_device_train_batch_size=5,
+                gradient_accumulation_steps=2,
+                eval_strategy="steps",
+                eval_steps=1,
+                logging_steps=1,
+                learning_rate=1e-2,
+                save_strategy="no",
+                report_to="none",
+                use_cpu=True,
+                disable_tqdm=True,
+            ),
+            train_dataset=triples,
+            eval_dataset=triples,
+            loss=loss,
+        )
+        trainer.train()
+        rows = trainer.state.log_history
+        histories.append([row[key] for row in rows for key in ("loss", "eval_loss", "grad_norm") if key in row])  # fmt: skip
+        weights.append(model.state_dict())
+    assert len(histories[0]) == 9 and histories[0][0] != histories[0][3]
+    assert histories[1] == pytest.approx(histories[0], abs=1e-3)
+    assert_equal(weights[1], weights[0], 1e-3)
+    model.save_pretrained(str(tmp_path / "model"))
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert "gienapp2025" in card and "gao2021" in card and '"mini_batch_size": 2' in card

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import product
 
 import numpy as np
@@ -26,7 +26,7 @@ from adaptive_margins.experiments import Reproduction
 from adaptive_margins.profiles import load_profile
 from adaptive_margins.report import show, tables
 from adaptive_margins.report.published import load
-from conftest import MINIATURE_SIZES
+from conftest import MINIATURE_SIZES, write_miniature
 
 SETS = ["TREC-DL19", "TREC-DL20"]
 ENCODERS = ["distilbert", "roberta", "mpnet"]
@@ -147,7 +147,7 @@ def test_embedding_goes_on_after_an_interruption(miniature, tmp_path, monkeypatc
     from adaptive_margins import execution
 
     other = Reproduction.open(
-        miniature.home / "miniature.yaml", tmp_path, workers=1, ranking__devices=["cpu"]
+        miniature.home / "miniature-paper.yaml", tmp_path, workers=1, ranking__devices=["cpu"]
     )
     (tmp_path / "collections").symlink_to(miniature.home / "collections")
     (tmp_path / "cache").mkdir()
@@ -211,12 +211,12 @@ def test_tables_are_beside_the_published_ones(miniature):
     assert f"Miniature {miniature.fingerprint}" in html
     run_id = data["run_id"].iloc[0]
     text = BeautifulSoup(html, "html.parser").text
-    assert f"adaptive-margins reproduce --profile miniature.yaml --run {run_id}" in text
+    assert f"adaptive-margins reproduce --profile miniature-paper.yaml --run {run_id}" in text
 
 
 def test_supplied_runs_are_scored_and_tested(miniature, tmp_path):
     """A deep run of another system in the place of the reproduction study's, and one that is too shallow for R@1000."""
-    other = Reproduction.open(miniature.home / "miniature.yaml", tmp_path)
+    other = Reproduction.open(miniature.home / "miniature-paper.yaml", tmp_path)
     for name in ("collections", "runs", "cache"):
         (tmp_path / name).symlink_to(miniature.home / name)
     softmax = miniature.store.get(miniature.table4_configs()[1])
@@ -282,3 +282,38 @@ def test_one_run_can_be_made_by_its_id(miniature):
     assert miniature.run_one(run_id[:9]).run_id == run_id
     tables_run = miniature.variant_config("mpnet", "adaptive", True).run_id
     assert miniature.run_one(tables_run).run_id == tables_run
+
+
+# ---- the profile released --------------------------------------------------------------------------------------------
+
+
+def test_the_profile_released_in_small(tmp_path):
+    """Its poolings, orientation, first triples of each query, stopping on DL20 and last checkpoint, through the same code."""
+    path = write_miniature(
+        tmp_path,
+        "released",
+        collection={"triples_per_query": 8},
+        workers=1,
+        comparison={"triples": None, "evaluate_every_steps": 2, "patience": 2, "batch_sizes": [16]},
+    )
+    released = Reproduction.open(path, tmp_path)
+    per_query = Counter(qid for qid, _, _ in released.collection.triples)
+    assert set(per_query.values()) == {8}
+
+    config = released.comparison_config("roberta", target="distributed", in_batch=False)
+    assert config.triples == len(released.collection.triples) < 2000
+    assert (config.orientation, config.pooling, config.keep) == ("released", "cls+pooler", "last")
+    assert (config.validation, config.seed) == ("TREC-DL20", 153201820)
+    assert config.learning_rate == 5e-7
+    run = released.execute(config)
+    assert run.result["kept_step"] == run.result["stop_step"]
+    assert set(run.curve["step"]) == set(run.checks["step"])
+    assert set(run.checks["qid"]) == set(released.collection.queries["TREC-DL20"].ids)
+    assert set(run.result["full"]) == set(SETS)
+    assert (
+        released.config("mpnet", target=0.5, in_batch=True, batch_size=8, triples=8).pooling
+        == "cls"
+    )
+    static = released.figure3_configs()
+    assert {c.target for c in static} == {0.0, 0.3, 1.0}  # the miniature's
+    assert {(c.seed, c.learning_rate) for c in static} == {(166613, 5e-6)}

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 
 from adaptive_margins import store as store_module
 from adaptive_margins.evaluation import Evaluation
-from adaptive_margins.store import Store, StoredRun, StoreError, home, new_folder, write_text
+from adaptive_margins.store import Store, StoredRun, StoreError, home
 from adaptive_margins.training import CODE_VERSION, RunConfig, TrainingResult
 from conftest import in_child, run_config
 
@@ -244,35 +245,21 @@ def test_a_full_disk_of_the_system(store):
         assert nothing_is_left(store.folder)
 
 
-def test_write_text_is_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "a" / "note.json"
-    write_text(path, "one")
-    assert path.read_text() == "one"
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(StoreError, match=rf"{path} could not be written.*unchanged"):
-        write_text(path, "two")
-    assert path.read_text() == "one"
-    assert list(path.parent.iterdir()) == [path]
-
-
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(StoreError, match="could not be written"):
         put(Store(tmp_path / "runs"))
 
 
-def test_the_first_of_two_that_finish_the_same_run_is_kept(store):
-    path = store.path(run_config())
-    with new_folder(path) as mine:
-        (mine / "who").write_text("second")
-        with new_folder(path) as theirs:
-            (theirs / "who").write_text("first")
-    assert (path / "who").read_text() == "first"
-    assert list(store.folder.iterdir()) == [path]
+def test_what_a_killed_process_left_goes_when_the_run_is_stored(store):
+    def die(_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(lambda: put(store, save_model=die)) == "died"
+    assert not store.has(run_config())
+    assert len(list(store.folder.iterdir())) == 1
+    stored = put(store)
+    assert list(store.folder.iterdir()) == [stored.path]
 
 
 def finish_together(folder: Path, start: float, number: int) -> None:

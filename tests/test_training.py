@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,10 +21,11 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_margins import training
 from adaptive_margins.data.arrow import seeded_order
-from adaptive_margins.encoders import Tokens, load_encoder
+from adaptive_margins.encoders import Tokens, hidden_states, load_encoder, upper_layers
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.experiments import Reproduction
 from adaptive_margins.losses import margin_loss
@@ -98,26 +100,30 @@ def run(material, folder, evaluator=None, **values):
     return model, result
 
 
+def plain_features(material, triples):
+    """Three columns, each padded to its own longest text."""
+    sets = (material.queries, material.passages, material.passages)
+    return [tokens.batch(column) for tokens, column in zip(sets, triples.T, strict=True)]
+
+
 @pytest.fixture
 def losses(monkeypatch):
     """Every step's loss beside the embeddings it was computed from, each text embedded alone."""
     steps = []
     forward = training._RecordedLoss.forward
 
-    def spy(self, features, labels=None):
-        loss = forward(self, features, labels)
-        columns = []
-        for column in features:
-            vectors = []
-            for ids, mask in zip(column["input_ids"], column["attention_mask"], strict=True):
+    def spy(self, chunks, rows):
+        loss = forward(self, chunks, rows)
+        vectors = []
+        for chunk in chunks:
+            for ids, mask in zip(chunk["input_ids"], chunk["attention_mask"], strict=True):
                 one = {
                     "input_ids": ids[mask.bool()][None],
                     "attention_mask": mask[mask.bool()][None],
                 }
                 with torch.no_grad():
                     vectors.append(self.model(one)["sentence_embedding"][0])
-            columns.append(torch.stack(vectors))
-        steps.append((loss.item(), columns, features))
+        steps.append((loss.item(), list(torch.stack(vectors)[rows])))
         return loss
 
     monkeypatch.setattr(training._RecordedLoss, "forward", spy)
@@ -173,15 +179,16 @@ def rows_seen(monkeypatch):
 def test_the_loss_is_that_of_the_embeddings(material, tmp_path, losses, settings):
     run(material, tmp_path, **settings)
     assert len(losses) == 7
-    for loss, columns, _ in losses:
+    for loss, columns in losses:
         assert loss == pytest.approx(margin_loss(*columns, **settings).item(), abs=1e-5)
 
 
 def test_the_softmax_loss_is_sentence_transformers_own(material, tmp_path, losses):
     run(material, tmp_path, loss="softmax", target=None, in_batch=True, triples=4)
-    loss, columns, features = losses[0]
+    loss, columns = losses[0]
     model = copy.deepcopy(material.model)
-    expected = MultipleNegativesRankingLoss(model)([dict(f) for f in features], None).item()
+    features = plain_features(material, material.triples[seeded_order(TRIPLES, 1, 0, 4)])
+    expected = MultipleNegativesRankingLoss(model)(features, None).item()
     assert loss == pytest.approx(expected, abs=1e-5)
     # And by hand: cosine × 20, all positives and negatives of the batch as choices.
     q, p, n = (torch.nn.functional.normalize(c, dim=-1) for c in columns)
@@ -193,9 +200,7 @@ def test_the_softmax_loss_is_sentence_transformers_own(material, tmp_path, losse
 def test_targets_are_those_of_every_step(material, tmp_path, losses):
     _, result = run(material, tmp_path)
     assert result.targets["step"].tolist() == list(range(1, 8))
-    for row, (_, (_, positive, negative), _) in zip(
-        result.targets.itertuples(), losses, strict=True
-    ):
+    for row, (_, (_, positive, negative)) in zip(result.targets.itertuples(), losses, strict=True):
         similarities = [
             float(p @ n) / math.sqrt(float(p @ p) * float(n @ n))
             for p in positive
@@ -209,12 +214,8 @@ def test_the_gradient_is_that_of_the_loss(material, tmp_path):
     """One step of Adam from scratch moves each weight by the rate, against the sign of its gradient."""
     model, _ = run(material, tmp_path, triples=4, keep="last", learning_rate=1e-3)
     plain = copy.deepcopy(material.model)
-    first = material.triples[seeded_order(TRIPLES, 1, 0, 4)]
-    sets = (material.queries, material.passages, material.passages)
-    columns = [
-        plain(tokens.batch(first[:, i]))["sentence_embedding"] for i, tokens in enumerate(sets)
-    ]
-    margin_loss(*columns).backward()
+    first = plain_features(material, material.triples[seeded_order(TRIPLES, 1, 0, 4)])
+    margin_loss(*(plain(column)["sentence_embedding"] for column in first)).backward()
     after = dict(model.named_parameters())
     compared = 0
     for name, parameter in plain.named_parameters():
@@ -228,6 +229,112 @@ def test_the_gradient_is_that_of_the_loss(material, tmp_path):
         )
         compared += int(clear.sum())
     assert compared > 1000
+
+
+# ---- chunks ----------------------------------------------------------------------------------------------------------
+
+
+LOSSES = [
+    *({"target": t, "in_batch": b} for t in (0.3, "adaptive") for b in (False, True)),
+    {"target": "distributed"},
+    {"target": "distributed", "orientation": "released", "error": "soft", "stop_gradient": True},
+    {"loss": "softmax", "target": None, "in_batch": True},
+]
+
+
+@pytest.fixture(scope="module")
+def doubles(material):
+    """In float64: the tiny model, and its last layer over cached states; with the texts that each reads."""
+    model = copy.deepcopy(material.model).double()
+    queries, passages = material.queries, material.passages
+    texts = queries + passages
+    table = np.zeros((texts.offsets[-1], 16))
+    hidden_states(model, texts, [2], {2: table})
+    numbers = np.arange(len(table))
+    start = queries.offsets[-1]
+    cached = (
+        upper_layers(model, 1, table),
+        Tokens(numbers[:start], queries.offsets, 0),
+        Tokens(numbers[start:], passages.offsets, 0),
+    )
+    return {"whole": (model, queries, passages), "upper layer": cached}
+
+
+def loss_and_gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), found
+
+
+@pytest.mark.parametrize("settings", LOSSES, ids=str)
+@pytest.mark.parametrize("encoder", ["whole", "upper layer"])
+def test_chunks_change_neither_loss_nor_gradient(material, doubles, encoder, settings):
+    model, queries, passages = doubles[encoder]
+    config = run_config(**settings)
+    distinct = np.stack([np.arange(8), np.arange(8), np.arange(15, 23)], axis=1)
+    # A query twice, a passage as positive and as negative, and a whole triple twice.
+    repeated = np.array([[0, 1, 16], [0, 2, 1], [3, 1, 17], [4, 5, 2], [4, 5, 2]])
+    for triples in (distinct, repeated, distinct[:1]):
+        material_ = SimpleNamespace(queries=queries, passages=passages)
+        columns = [model(f)["sentence_embedding"] for f in plain_features(material_, triples)]
+        if config.loss == "softmax":
+            plain = MultipleNegativesRankingLoss(model).compute_loss_from_embeddings(columns, None)
+        else:
+            plain = margin_loss(*columns, **settings)
+        expected, gradients = loss_and_gradients(model, plain)
+        assert len(gradients) >= 16
+        for chunks in (1, 3, 8, 1000):
+            rows = [dict(zip(("query", "positive", "negative"), t, strict=True)) for t in triples]
+            batch = training._TripleCollator(queries, passages, chunks)(rows)
+            texts = len(set(triples[:, 0])) + len(set(triples[:, 1:].ravel()))
+            assert sum(len(c["input_ids"]) for c in batch["chunks"]) == texts
+            assert len(batch["chunks"]) <= min(chunks, texts)
+            loss = training._RecordedLoss(model, config)(batch["chunks"], batch["rows"])
+            found, theirs = loss_and_gradients(model, loss)
+            assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
+            assert theirs.keys() == gradients.keys()
+            for name, gradient in gradients.items():
+                np.testing.assert_allclose(theirs[name], gradient, rtol=0, atol=1e-10, err_msg=name)
+
+
+def test_a_run_does_not_depend_on_its_chunks(material, tmp_path):
+    one, four = (run(material, tmp_path / str(n), chunks=n)[1].targets for n in (1, 4))
+    assert one["max"].nunique() == 7
+    np.testing.assert_allclose(one, four, atol=1e-4)
+
+
+def test_a_step_waits_for_no_number(material, tmp_path, monkeypatch):
+    """On a GPU, reading a number of a step makes the host wait; only checks and checkpoints may.
+
+    transformers asks once a forward whether anything is padded, when it makes the mask: that is not ours.
+    """
+    reading = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default}
+    reads, steps = [], []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in reading and "masking_utils" not in (at := "".join(traceback.format_stack())):
+                reads.append(at)
+            return function(*args, **(kwargs or {}))
+
+    mode = Reads()
+    step, end = training._Trainer.training_step, training._Watch.on_step_end
+
+    def watched_step(self, *args, **kwargs):
+        mode.__enter__()
+        return step(self, *args, **kwargs)
+
+    def watched_end(self, *args, **kwargs):
+        steps.append(len(reads))
+        mode.__exit__(None, None, None)
+        return end(self, *args, **kwargs)
+
+    monkeypatch.setattr(training._Trainer, "training_step", watched_step)
+    monkeypatch.setattr(training._Watch, "on_step_end", watched_end)
+    run(material, tmp_path)
+    assert len(steps) == 7
+    assert not reads, reads[0]
 
 
 # ---- optimiser -------------------------------------------------------------------------------------------------------
@@ -270,7 +377,7 @@ def test_optimisers_train(material, tmp_path, trainers, losses, optimizer):
         for a, b in zip(trainable(model).values(), trainable(material.model).values(), strict=True)
     ]
     assert 0 < max(moved) < 0.1
-    assert all(math.isfinite(loss) for loss, *_ in losses)
+    assert all(math.isfinite(loss) for loss, _ in losses)
 
 
 def test_no_gradient_is_clipped(material, tmp_path, trainers):
@@ -282,7 +389,7 @@ def test_bf16_trains(material, tmp_path, losses):
     model, result = run(material, tmp_path, precision="bf16", keep="last", learning_rate=1e-3)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert result.stop_step == 7
-    assert all(math.isfinite(loss) for loss, *_ in losses)
+    assert all(math.isfinite(loss) for loss, _ in losses)
 
 
 def test_frozen_parameters_stay(material, tmp_path):

@@ -21,7 +21,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adaptive_margins.files import whole_file, write_text
 from adaptive_margins.profiles import EncoderSettings
 from adaptive_margins.progress import Countdown, say
 
@@ -65,6 +66,21 @@ class Tokens:
     def lengths(self) -> np.ndarray:
         """Tokens per text, special tokens included."""
         return np.diff(self.offsets)
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> Tokens:
+        """The texts in ``rows``, in that order, in memory."""
+        rows = np.asarray(rows, dtype=np.int64)
+        start, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        position = np.arange(offsets[-1]) + np.repeat(start - offsets[:-1], lengths)
+        return Tokens(self.ids[position], offsets, self.pad)
+
+    def __add__(self, other: Tokens) -> Tokens:
+        """These texts, then the other ones, in memory. They are padded alike."""
+        if self.pad != other.pad:
+            raise ValueError(f"texts padded with {self.pad} and with {other.pad} cannot be joined")
+        offsets = np.concatenate([self.offsets, other.offsets[1:] + self.offsets[-1]])
+        return Tokens(np.concatenate([self.ids, other.ids]), offsets, self.pad)
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
         """Features of the texts in ``rows``, padded to the longest: input_ids and attention_mask, (len(rows), L)."""
@@ -368,9 +384,7 @@ def _settle(path: Path, settings: Mapping[str, Any]) -> None:
     if path.exists():
         _check_same(path, _read_json(path), settings)
         return
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(settings) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(settings) + "\n")
 
 
 def _check_same(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -500,6 +514,44 @@ def embed(
             out[part] = nn.functional.normalize(embedding, dim=-1).cpu().numpy()
     model.train(was_training)
     return out
+
+
+def length_chunks(lengths: np.ndarray, chunks: int) -> list[np.ndarray]:
+    """Positions in ascending order of ``lengths`` (tokens of each text), cut where least is padded.
+
+    Of all ways to make ``chunks`` parts of the sorted texts (fewer, if there are fewer different lengths), each padded to
+    its own longest text, this one has the smallest number of tokens, padding included.
+
+    Raises:
+        ValueError: no text, or fewer than one chunk.
+    """
+    if not len(lengths) or chunks < 1:
+        raise ValueError(f"{len(lengths)} texts cannot be cut into {chunks} chunks")
+    order = np.argsort(lengths, kind="stable")
+    values, counts = np.unique(lengths, return_counts=True)
+    first = np.concatenate([[0], np.cumsum(counts)])
+    # padded[i, j]: tokens of a chunk of all texts from the i-th to the j-th length
+    padded = np.where(first[1:] > first[:-1, None], (first[1:] - first[:-1, None]) * values, np.inf)
+    best, before = padded[0], []
+    for _ in range(min(chunks, len(values)) - 1):
+        through = best[:-1, None] + padded[1:]  # by where the chunk before the last one ends
+        before.append(through.argmin(axis=0))
+        best = through.min(axis=0)
+    end, cuts = len(values) - 1, []
+    for ends in reversed(before):
+        end = ends[end]
+        cuts.append(first[end + 1])
+    return np.split(order, cuts[::-1])
+
+
+def embed_chunks(model: Any, chunks: Sequence[Mapping[str, Tensor]], rows: Tensor) -> Tensor:
+    """Embeddings with gradients, (*rows.shape, D), of texts that go through ``model`` chunk by chunk.
+
+    ``chunks`` are the features of distinct texts, each padded to its own longest; ``rows`` (int64) counts texts through all
+    chunks, and a text may occur in it any number of times. Without dropout the result is that of any other batching, but
+    for rounding. With dropout all occurrences of a text share its one mask; texts do not, as in any batch.
+    """
+    return torch.cat([model(dict(chunk))["sentence_embedding"] for chunk in chunks])[rows]
 
 
 class Shards:
@@ -701,22 +753,18 @@ def cached_states(
     if missing:
         model = encoder()
         shape = (rows, model.get_embedding_dimension())
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = {k: folder / f"layer{k}.{os.getpid()}.partial" for k in missing}
         try:
-            out = {k: _allocate(partial[k], shape) for k in missing}
-            hidden_states(model, tokens, missing, out)
-            for k in missing:
-                out[k].flush()
-                partial[k].replace(paths[k])
+            with ExitStack() as files:
+                partial = {k: files.enter_context(whole_file(paths[k])) for k in missing}
+                out = {k: _allocate(partial[k], shape) for k in missing}
+                hidden_states(model, tokens, missing, out)
+                for table in out.values():
+                    table.flush()
         except OSError as error:
             size = len(missing) * shape[0] * shape[1] * 4 / 1e9
             raise EncoderError(
                 f"{folder} could not be filled with {size:.2g} GB of hidden states: {error}; nothing was left there"
             ) from error
-        finally:
-            for path in partial.values():
-                path.unlink(missing_ok=True)
     return {k: _read_array(path, rows, np.dtype(np.float32)) for k, path in paths.items()}
 
 

@@ -64,6 +64,7 @@ class Runs(Costs):
                 "optimizer": p.training.optimizer,
                 "precision": p.training.precision,
                 "dropout": p.training.dropout,
+                "chunks": p.training.chunks,
                 "seed": p.seed,
                 "evaluate_every": 0,
                 "patience": 0,
@@ -356,6 +357,7 @@ def _state_hash(model: Any) -> str:
 
 _UNTRAINED: dict[str, Any] = {
     "learning_rate": 0.0, "weight_decay": 0.0, "optimizer": "", "seed": 0, "dropout": None, "orientation": "paper",
+    "chunks": 1,
 }  # fmt: skip
 
 

@@ -1,19 +1,22 @@
 """Margin losses with static, adaptive and distributed targets (Gienapp et al. 2025, Section 3).
 
 `margin_loss` is a function of three tensors and needs only torch. `MarginLoss` is the same loss
-for the trainer of Sentence Transformers.
+for the trainer of Sentence Transformers, `CachedMarginLoss` the same with the memory of a
+mini-batch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from numbers import Real
+from contextlib import nullcontext
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -237,6 +240,8 @@ class MarginLoss(nn.Module):
     Relations:
         - :class:`MarginMSELoss` takes the target of each triple as a label from a teacher model,
           and the dot product in place of the cosine.
+        - :class:`CachedMarginLoss` is equal and needs the memory of a mini-batch, whatever the
+          size of the batch.
 
     Example:
         ::
@@ -300,7 +305,8 @@ class MarginLoss(nn.Module):
                 f"the data has {len(embeddings)} text columns; "
                 "expected 3: query, positive, negative"
             )
-        return margin_loss(*embeddings, **self.get_config_dict())
+        # Of this class, because a subclass may have settings that `margin_loss` does not have.
+        return margin_loss(*embeddings, **MarginLoss.get_config_dict(self))
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings, as Sentence Transformers writes them to the model card."""
@@ -321,3 +327,168 @@ class MarginLoss(nn.Module):
     doi = {10.1145/3731120.3744594},
 }
 """
+
+
+class CachedMarginLoss(MarginLoss):
+    """`MarginLoss` of large batches with the memory of a mini-batch, by gradient caching.
+
+    Targets from the whole batch want large batches, but `MarginLoss` keeps the activations of the
+    encoder for all texts of a batch until its backward pass. This class keeps those of one
+    mini-batch. (1) All texts are embedded in mini-batches, without their activations but with the
+    states of the random number generators. (2) The loss gives the gradient of each embedding. (3)
+    Each mini-batch is embedded again, with the same dropout, and its gradients are propagated back.
+    Loss and gradients are those of `MarginLoss`, for the time of one more forward pass.
+
+    Beside a mini-batch there remain the (B, D) embeddings and, for in-batch and distributed
+    targets, some (B, B) matrices. Mini-batches are made of texts of similar length, each padded to
+    the longest in it.
+
+    Args:
+        model: the SentenceTransformer to train.
+        target: a finite number ε, "adaptive" or "distributed".
+        mini_batch_size: how many texts are embedded at a time, at least 1. Loss and gradients do
+            not depend on it, but the random numbers of dropout do.
+        in_batch: compare every query with the negatives of the whole batch (not "distributed").
+        orientation: "paper", or "released" for what the authors' published code computes.
+        error: "squared" (the paper), "absolute" or "soft".
+        stop_gradient: take the targets as constants.
+
+    Raises:
+        ValueError: a setting that `MarginLoss` does not have, a `mini_batch_size` that is not a
+            whole number of at least 1, or data with other than three text columns.
+
+    References:
+        - Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup,
+          Section 3: https://arxiv.org/abs/2101.06983
+        - Gienapp et al. 2025, Section 3: https://doi.org/10.1145/3731120.3744594
+
+    Requirements, Inputs, Formulas:
+        As :class:`MarginLoss`.
+
+    Relations:
+        - :class:`CachedMultipleNegativesRankingLoss` does the same for a contrastive loss.
+        - Losses that replace the model's forward pass for a while, :class:`MatryoshkaLoss` and
+          :class:`AdaptiveLayerLoss`, have not been tried with this one, which embeds again later.
+
+    Example:
+        ::
+
+            from datasets import Dataset
+            from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+            from sentence_transformers import SentenceTransformerTrainingArguments
+
+            from adaptive_margins.losses import CachedMarginLoss
+
+            model = SentenceTransformer("microsoft/mpnet-base")
+            train_dataset = Dataset.from_dict({
+                "query": ["where is wild rice grown", "how long do cats sleep"],
+                "positive": ["Wild rice grows in shallow lakes.", "Cats sleep 12 hours a day."],
+                "negative": ["Rice is boiled for 20 minutes.", "Most cats have four kittens."],
+            })
+            loss = CachedMarginLoss(model, target="distributed", mini_batch_size=32)
+
+            trainer = SentenceTransformerTrainer(
+                model=model,
+                args=SentenceTransformerTrainingArguments(per_device_train_batch_size=1024),
+                train_dataset=train_dataset,
+                loss=loss,
+            )
+            trainer.train()
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        target: float | str = "distributed",
+        *,
+        mini_batch_size: int = 32,
+        in_batch: bool = False,
+        orientation: str = "paper",
+        error: str = "squared",
+        stop_gradient: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            target,
+            in_batch=in_batch,
+            orientation=orientation,
+            error=error,
+            stop_gradient=stop_gradient,
+        )
+        whole = isinstance(mini_batch_size, Integral) and not isinstance(mini_batch_size, bool)
+        if not whole or mini_batch_size < 1:
+            raise ValueError(
+                f"mini_batch_size is {mini_batch_size!r}; expected a whole number of at least 1"
+            )
+        self.mini_batch_size = mini_batch_size
+
+    def forward(
+        self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None
+    ) -> Tensor:
+        """Embed the token features of the three columns and return their loss, a scalar tensor."""
+        embeddings = [self._embed_column(features) for features in sentence_features]
+        return self.compute_loss_from_embeddings(embeddings, labels)
+
+    def _embed_column(self, features: dict[str, Any]) -> Tensor:
+        """(B, D) embeddings of the texts of a column, mini-batch by mini-batch."""
+        from sentence_transformers.base.losses import RandContext
+        from sentence_transformers.base.losses.gradcache import _minibatch_ranges
+
+        prompt_length = features.get("prompt_length")
+        if isinstance(prompt_length, Tensor):  # one number for all texts, not to be cut into rows
+            features = {**features, "prompt_length": int(prompt_length.flatten()[0])}
+        features, order = _longest_first(features)
+        tensors = [value for value in features.values() if isinstance(value, Tensor)]
+        embeddings = [
+            # Drops the activations, and embeds again when the backward pass comes to this
+            # mini-batch, under the same autocast. That is steps 1 to 3 above. It can restore the
+            # random numbers too, but not those of Apple's GPUs, which RandContext does.
+            checkpoint(
+                self._embed_rows,
+                features,
+                begin,
+                end,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), RandContext(*tensors)),
+            )
+            for begin, end in _minibatch_ranges(features, self.mini_batch_size)
+        ]
+        return torch.cat(embeddings)[order]
+
+    def _embed_rows(self, features: dict[str, Any], begin: int, end: int) -> Tensor:
+        """(end − begin, D) embeddings of some texts, padded to the longest of them."""
+        from sentence_transformers.base.losses.gradcache import _create_minibatch
+
+        return self.model(_create_minibatch(features, begin, end))["sentence_embedding"]
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return the settings, as Sentence Transformers writes them to the model card."""
+        return {**super().get_config_dict(), "mini_batch_size": self.mini_batch_size}
+
+    @property
+    def citation(self) -> str:
+        """BibTeX entries of both papers, as Sentence Transformers writes them to the model card."""
+        return (
+            super().citation
+            + """
+@inproceedings{gao2021,
+    title = {Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
+    author = {Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan},
+    booktitle = {6th Workshop on Representation Learning for NLP (RepL4NLP 2021)},
+    year = {2021},
+}
+"""
+        )
+
+
+def _longest_first(features: dict[str, Any]) -> tuple[dict[str, Any], Tensor | slice]:
+    """Token features sorted from the longest text to the shortest, and what restores the order."""
+    mask = features.get("attention_mask")
+    tensors = {key: value for key, value in features.items() if isinstance(value, Tensor)}
+    # Images, and texts that are packed without padding, have tensors with other rows than texts.
+    if mask is None or any(value.shape[:1] != mask.shape[:1] for value in tensors.values()):
+        return features, slice(None)
+    order = mask.sum(dim=1).argsort(descending=True, stable=True)
+    ordered = {key: value[order] for key, value in tensors.items()}
+    return {**features, **ordered}, order.argsort()

@@ -33,9 +33,10 @@ from adaptive_margins.encoders import (
     weights_identity,
 )
 from adaptive_margins.evaluation import Evaluation, evaluate
+from adaptive_margins.files import write_text
 from adaptive_margins.profiles import EncoderSettings, Profile, PyDocsSettings
 from adaptive_margins.progress import say
-from adaptive_margins.store import Store, home, write_text
+from adaptive_margins.store import Store, home
 
 BM25_NAME = "bm25"
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 import warnings
 import zlib
 from array import array
@@ -25,6 +24,7 @@ import Stemmer
 
 from adaptive_margins.data.collection import DataError, Problems, Run, Texts
 from adaptive_margins.encoders import Shards
+from adaptive_margins.files import whole_file
 from adaptive_margins.progress import Countdown
 
 _BATCH = 256  # queries searched at a time, so that k_factor · depth hits of each fit in memory
@@ -553,12 +553,8 @@ def write_run(run: Run, path: Path, tag: str) -> None:
     data = "".join(lines).encode("utf-8")
     if path.suffix == ".gz":
         data = gzip.compress(data, mtime=0)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
         partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_run(path: Path) -> Run:

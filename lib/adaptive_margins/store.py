@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +15,7 @@ from safetensors import SafetensorError
 
 from adaptive_margins.data.collection import Run
 from adaptive_margins.evaluation import Evaluation
+from adaptive_margins.files import whole_folder
 from adaptive_margins.retrieval import read_run, write_run
 from adaptive_margins.training import RunConfig, TrainingResult
 
@@ -34,46 +32,6 @@ def home() -> Path:
         return Path(given).resolve()
     checkout = Path(__file__).resolve().parents[2]
     return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that appears at ``path`` when the block ends without an error, whole, or not at all.
-
-    If ``path`` appeared meanwhile (another process did the same work), that one is kept.
-    """
-    partial = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        partial = Path(made)
-        yield partial
-        partial.chmod(0o755)
-        try:
-            partial.rename(path)
-        except OSError:
-            if not path.is_dir():
-                raise
-    except (OSError, SafetensorError) as error:
-        raise StoreError(f"{path} could not be written: {error}; nothing was left there") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise StoreError(
-            f"{path} could not be written: {error}; what stood there is unchanged"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -199,7 +157,10 @@ class Store:
         extra: Mapping[str, Any] | None = None,
         save_model: Callable[[Path], None] | None = None,
     ) -> StoredRun:
-        """Write a finished run; ``evaluations`` and ``runs`` are mode → query set → value."""
+        """Write a finished run; ``evaluations`` and ``runs`` are mode → query set → value.
+
+        If another process stored the same run meanwhile, that one is kept. StoreError if it cannot be written.
+        """
         result: dict[str, Any] = {
             mode: {name: {"mean": e.mean, "per_query": e.per_query} for name, e in sets.items()}
             for mode, sets in evaluations.items()
@@ -214,18 +175,23 @@ class Store:
             "peak_bytes": training.peak_bytes if training else 0,
             **(extra or {}),
         }
-        with new_folder(self.path(config)) as folder:
-            (folder / "config.json").write_text(
-                json.dumps(config.model_dump(mode="json"), indent=1) + "\n"
-            )
-            (folder / "result.json").write_text(json.dumps(result) + "\n")
-            if training is not None:
-                training.curve.to_parquet(folder / "curve.parquet", index=False)
-                training.checks.to_parquet(folder / "checks.parquet", index=False)
-                training.targets.to_parquet(folder / "targets.parquet", index=False)
-            for mode, sets in runs.items():
-                for name, run in sets.items():
-                    write_run(run, folder / f"{mode}.{name}.run.gz", config.run_id)
-            if save_model is not None:
-                save_model(folder / "model")
-        return StoredRun(self.path(config))
+        path = self.path(config)
+        try:
+            with whole_folder(path) as folder:
+                (folder / "config.json").write_text(
+                    json.dumps(config.model_dump(mode="json"), indent=1) + "\n"
+                )
+                (folder / "result.json").write_text(json.dumps(result) + "\n")
+                if training is not None:
+                    training.curve.to_parquet(folder / "curve.parquet", index=False)
+                    training.checks.to_parquet(folder / "checks.parquet", index=False)
+                    training.targets.to_parquet(folder / "targets.parquet", index=False)
+                for mode, sets in runs.items():
+                    for name, run in sets.items():
+                        write_run(run, folder / f"{mode}.{name}.run.gz", config.run_id)
+                if save_model is not None:
+                    save_model(folder / "model")
+        except (OSError, SafetensorError) as error:
+            message = f"{path} could not be written: {error}; nothing was left there"
+            raise StoreError(message) from error
+        return StoredRun(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -21,7 +22,6 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from sentence_transformers.base.losses.merged_forward import embed_columns
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from torch.nn.functional import normalize
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
 from adaptive_margins.data.arrow import SeededBatches
-from adaptive_margins.encoders import Precision, Tokens, quiet
+from adaptive_margins.encoders import Precision, Tokens, embed_chunks, length_chunks, quiet
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.losses import margin_loss
 
@@ -37,6 +37,7 @@ CODE_VERSION = 2
 """Raised by hand whenever the same configuration would give other numbers; part of every run's id."""
 
 COMPLETE = "COMPLETE"
+_COLUMNS = ("query", "positive", "negative")
 
 
 class TrainingError(RuntimeError):
@@ -48,7 +49,8 @@ class RunConfig(BaseModel):
 
     ``target`` is ε, "adaptive" or "distributed"; None for the softmax loss and for an encoder that is not trained.
     ``evaluate_every`` counts steps, 0 stands for the last step only; ``patience`` counts evaluations without a gain,
-    0 switches early stopping off; ``decay`` is γ, the factor of the learning rate per step (Section 5.4).
+    0 switches early stopping off; ``decay`` is γ, the factor of the learning rate per step (Section 5.4); ``chunks`` says in
+    how many parts the texts of a step go through the encoder, which changes rounding and speed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -67,6 +69,7 @@ class RunConfig(BaseModel):
     error: Literal["squared", "absolute", "soft"] = "squared"
     stop_gradient: bool = False
     batch_size: int
+    chunks: int = 1
     triples: int
     learning_rate: float
     weight_decay: float
@@ -125,42 +128,57 @@ class TrainingResult:
 
 
 class _TripleCollator:
-    """Rows of pre-tokenised texts → the trainer's features; tokenising happens once per collection, not per step."""
+    """Rows of pre-tokenised texts → a step's features: its distinct texts sorted by length, in ``chunks`` parts.
+
+    All of it is made on the host, so that a step need not ask the device for lengths. ``rows`` (3, B) says where the texts of
+    the three columns are among those of all chunks (`embed_chunks`).
+    """
 
     valid_label_columns: tuple[str, ...] = ()
 
-    def __init__(self, queries: Tokens, passages: Tokens) -> None:
-        self.columns = {"query": queries, "positive": passages, "negative": passages}
+    def __init__(self, queries: Tokens, passages: Tokens, chunks: int) -> None:
+        self.queries, self.passages, self.chunks = queries, passages, chunks
 
-    def __call__(self, rows: list[dict[str, int]]) -> dict[str, Tensor]:
+    def __call__(self, rows: list[dict[str, int]]) -> dict[str, Any]:
+        query, positive, negative = (np.array([row[c] for row in rows]) for c in _COLUMNS)
+        queries, query_at = np.unique(query, return_inverse=True)
+        passages, passage_at = np.unique([positive, negative], return_inverse=True)
+        texts = self.queries.take(queries) + self.passages.take(passages)
+        parts = length_chunks(texts.lengths, self.chunks)
+        place = np.argsort(np.concatenate(parts))
+        at = np.vstack([query_at, len(queries) + passage_at.reshape(2, -1)])
         return {
-            f"{column}_{key}": value
-            for column, tokens in self.columns.items()
-            for key, value in tokens.batch([row[column] for row in rows]).items()
+            "chunks": [texts.batch(part) for part in parts],
+            "rows": torch.from_numpy(place[at]),
         }
 
 
 class _RecordedLoss(nn.Module):
-    """The run's loss on the three columns; keeps mean, min and max of φ over D⁺ × D⁻ of every step (Figure 6)."""
+    """The run's loss on the three columns.
+
+    Of every step it keeps the loss, and mean, min and max of φ over D⁺ × D⁻ (Figure 6), on the device: reading them in every
+    step would make a GPU wait.
+    """
 
     def __init__(self, model: Any, config: RunConfig) -> None:
         super().__init__()
         self.model = model
         self.config = config
-        self.similarities: list[Tensor] = []
+        self.recorded: list[Tensor] = []
         self.softmax = MultipleNegativesRankingLoss(model) if config.loss == "softmax" else None
 
-    def forward(
-        self, features: Sequence[dict[str, Tensor]], labels: Tensor | None = None
-    ) -> Tensor:
-        query, positive, negative = embed_columns(self.model, features)
+    def forward(self, chunks: Sequence[dict[str, Tensor]], rows: Tensor) -> Tensor:
+        query, positive, negative = embed_chunks(self.model, chunks, rows)
+        loss = self._loss(query, positive, negative)
         with torch.no_grad():
             similarity = normalize(positive.float(), dim=-1) @ normalize(negative.float(), dim=-1).T
-            self.similarities.append(
-                torch.stack([similarity.mean(), similarity.min(), similarity.max()])
-            )
+            figures = [loss.float(), similarity.mean(), similarity.min(), similarity.max()]
+            self.recorded.append(torch.stack(figures))
+        return loss
+
+    def _loss(self, query: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         if self.softmax is not None:
-            return self.softmax.compute_loss_from_embeddings([query, positive, negative], labels)
+            return self.softmax.compute_loss_from_embeddings([query, positive, negative], None)
         c = self.config
         assert c.target is not None
         return margin_loss(
@@ -190,17 +208,34 @@ class _Watch(TrainerCallback):
         self,
         config: RunConfig,
         model: nn.Module,
+        loss: _RecordedLoss,
         evaluator: Callable[[Any], Evaluation],
         checkpoint_every: int,
     ) -> None:
         self.config = config
         self.model = model
+        self.loss = loss
         self.evaluator = evaluator
         self.checkpoint_every = checkpoint_every
         self.progress = _Progress()
         self.best_state: dict[str, Tensor] = {}
         self.last: Evaluation | None = None
+        self._process = psutil.Process()
         self._since = time.perf_counter()
+
+    def read_steps(self) -> None:
+        """Fetch what the loss has recorded since the last call. Raises TrainingError if a loss is not finite."""
+        if not self.loss.recorded:
+            return
+        for loss, *similarity in torch.stack(self.loss.recorded).tolist():
+            if not math.isfinite(loss):
+                c = self.config
+                raise TrainingError(
+                    f"run {c.run_id}: the loss is {loss} after step {len(self.progress.similarities)} (encoder "
+                    f"{c.encoder}, target {c.target}, learning rate {c.learning_rate}); try a smaller rate"
+                )
+            self.progress.similarities.append(similarity)
+        self.loss.recorded.clear()
 
     def tick(self, clock: Literal["train_seconds", "eval_seconds"] | None) -> None:
         """Book the time since the last call to ``clock`` (None: to neither, as for writing checkpoints)."""
@@ -249,9 +284,11 @@ class _Watch(TrainerCallback):
         resident = (
             torch.cuda.max_memory_allocated()
             if torch.cuda.is_available()
-            else psutil.Process().memory_info().rss
+            else self._process.memory_info().rss
         )
         self.progress.peak_bytes = max(self.progress.peak_bytes, resident)
+        if control.should_evaluate or control.should_save:
+            self.read_steps()
         self.tick("train_seconds")
         return control
 
@@ -302,15 +339,9 @@ class _Trainer(SentenceTransformerTrainer):
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
         """No card for a run: its config.json says more, and the rows here are numbers, not texts."""
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            config = self.watch.config
-            raise TrainingError(
-                f"run {config.run_id}: the loss is {loss.item()} after step {self.state.global_step} (encoder "
-                f"{config.encoder}, target {config.target}, learning rate {config.learning_rate}); try a smaller rate"
-            )
-        return loss
+    def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """What `_RecordedLoss` takes: the chunks, and where the columns' texts are in them."""
+        return inputs["chunks"], inputs["rows"]
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
@@ -326,12 +357,7 @@ class _Trainer(SentenceTransformerTrainer):
                 {k: v.contiguous() for k, v in self.watch.best_state.items()},
                 folder / "best.safetensors",
             )
-        progress = self.watch.progress
-        progress.similarities += (
-            torch.stack(self.loss.similarities).cpu().tolist() if self.loss.similarities else []
-        )
-        self.loss.similarities.clear()
-        (folder / "progress.json").write_text(json.dumps(vars(progress)))
+        (folder / "progress.json").write_text(json.dumps(vars(self.watch.progress)))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -405,7 +431,8 @@ def train(
     def batches(dataset: Dataset, batch_size: int, **_: Any) -> SeededBatches:
         return SeededBatches(len(dataset), config.seed, batch_size, config.steps)
 
-    watch = _Watch(config, model, evaluator, checkpoint_every)
+    loss = _RecordedLoss(model, config)
+    watch = _Watch(config, model, loss, evaluator, checkpoint_every)
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         watch.tick(None)
@@ -414,7 +441,6 @@ def train(
         watch.record(0, first)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # of the process's earlier runs
-    loss = _RecordedLoss(model, config)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         max_steps=config.steps,
@@ -429,6 +455,7 @@ def train(
         seed=config.seed,
         batch_sampler=batches,
         logging_strategy="no",
+        logging_nan_inf_filter=False,  # it would look at every step's loss; _Watch does at checks and checkpoints
         eval_strategy="no",  # _Watch says when
         save_strategy="no",
         save_total_limit=2,  # the older one is removed before the newer one is marked
@@ -444,7 +471,7 @@ def train(
         train_dataset=triples,
         loss=loss,
         evaluator=_Evaluator(watch),
-        data_collator=_TripleCollator(queries, passages),
+        data_collator=_TripleCollator(queries, passages, config.chunks),
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
@@ -454,7 +481,6 @@ def train(
 
     progress = watch.progress
     stop_step = trainer.state.global_step
-    rows = progress.similarities + [row.tolist() for row in loss.similarities]
     if watch.last is None:
         raise TrainingError(f"run {config.run_id} ended without an evaluation")
     kept_step, kept = stop_step, watch.last
@@ -466,7 +492,7 @@ def train(
             progress.best_step,
             Evaluation(mean=mean, per_query=progress.checks[best]),
         )
-    targets = pd.DataFrame(rows, columns=["mean", "min", "max"])
+    targets = pd.DataFrame(progress.similarities, columns=["mean", "min", "max"])
     targets.insert(0, "step", np.arange(1, len(targets) + 1))
     return TrainingResult(
         curve=pd.DataFrame(progress.curve),

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from adaptive_margins.data.collection import DataError, Texts, Triple
+from adaptive_margins.files import whole_file
 from adaptive_margins.progress import Countdown
 
 if TYPE_CHECKING:
@@ -132,8 +133,7 @@ def write_texts(
             another number of texts than ``expected``.
     """
     path = Path(path)
-
-    def write(partial: Path) -> None:
+    with whole_file(path) as partial:
         count = 0
         countdown = Countdown(what, expected, "texts")
         with _stream_writer(partial, _TEXTS) as writer:
@@ -161,14 +161,9 @@ def write_texts(
                 f" and number {order[first + 1].as_py() + 1} ({len(twice)} such pairs)"
             )
 
-        def write_order(partial_order: Path) -> None:
-            with partial_order.open("wb") as file:
-                np.save(file, order.to_numpy().astype(np.int32))
-
         # First the order: the texts' own name says that both are there.
-        whole(_order_path(path), write_order)
-
-    whole(path, write)
+        with whole_file(_order_path(path)) as partial_order, partial_order.open("wb") as file:
+            np.save(file, order.to_numpy().astype(np.int32))
     return StoredTexts(path)
 
 
@@ -242,8 +237,7 @@ def write_triples(
             or another number of triples than ``expected``.
     """
     finders = [_finder(queries), _finder(passages)]
-
-    def write(partial: Path) -> None:
+    with whole_file(Path(path)) as partial:
         count = 0
         countdown = Countdown("triples", expected, "triples")
         unknown: list[str] = []
@@ -279,23 +273,17 @@ def write_triples(
                 + "\n  ".join(unknown)
             )
         check_count("triples", count, expected)
-
-    whole(Path(path), write)
     return StoredTriples(Path(path), queries, passages)
 
 
 def select_triples(path: Path, triples: StoredTriples, numbers: np.ndarray) -> None:
     """Write only the triples of these row numbers, in their order, whole or not at all."""
-
-    def write(partial: Path) -> None:
-        with _stream_writer(partial, _TRIPLES) as writer:
-            columns = [triples.column(name) for name in _COLUMNS]
-            for start in range(0, len(numbers), _TRIPLE_BATCH):
-                chosen = numbers[start : start + _TRIPLE_BATCH]
-                part = [pa.array(column[chosen]) for column in columns]
-                writer.write_batch(pa.record_batch(part, schema=_TRIPLES))
-
-    whole(Path(path), write)
+    with whole_file(Path(path)) as partial, _stream_writer(partial, _TRIPLES) as writer:
+        columns = [triples.column(name) for name in _COLUMNS]
+        for start in range(0, len(numbers), _TRIPLE_BATCH):
+            chosen = numbers[start : start + _TRIPLE_BATCH]
+            part = [pa.array(column[chosen]) for column in columns]
+            writer.write_batch(pa.record_batch(part, schema=_TRIPLES))
 
 
 def first_per_query(queries: np.ndarray, count: int) -> np.ndarray:
@@ -414,17 +402,6 @@ def _mapped(path: Path, schema: pa.Schema) -> pa.Table:
 def _stream_writer(path: Path, schema: pa.Schema) -> Iterator[Any]:
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         yield writer
-
-
-def whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file under a temporary name, which becomes ``path`` if that went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def check_count(what: str, count: int, expected: int | None) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+
+from adaptive_margins.files import whole_folder
 
 Qrels = dict[str, dict[str, int]]
 """Query id → docid → grade."""
@@ -204,24 +204,14 @@ class Collection:
         about = {"name": self.name, "fingerprint": self.fingerprint, "sources": self.sources}
         files["sources.json"] = json.dumps(about, indent=2, sort_keys=True) + "\n"
 
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of a killed process with the same number
-        try:
-            partial.mkdir(parents=True)
+        with whole_folder(folder, same=self._is_in) as partial:
             for filename, text in files.items():
                 (partial / filename).write_bytes(text.encode("utf-8"))
-            try:
-                partial.replace(folder)
-            except OSError:  # another process was faster
-                if not self._is_in(folder):
-                    raise
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     def _is_in(self, folder: Path) -> bool:
         if not folder.is_dir() or not any(folder.iterdir()):
             return False
-        if Collection.load(folder).fingerprint != self.fingerprint:
+        if self.load(folder).fingerprint != self.fingerprint:
             raise FileExistsError(f"{folder} holds another collection; remove it or choose another")
         return True
 

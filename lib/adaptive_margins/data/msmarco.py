@@ -29,7 +29,6 @@ from adaptive_margins.data.arrow import (
     check_count,
     first_per_query,
     select_triples,
-    whole,
     write_texts,
     write_triples,
 )
@@ -43,6 +42,7 @@ from adaptive_margins.data.collection import (
     _read_about,
     _tsv,
 )
+from adaptive_margins.files import whole_file, whole_folder, write_text
 from adaptive_margins.profiles import IrDatasetsSettings
 from adaptive_margins.progress import Countdown
 
@@ -86,17 +86,10 @@ class StoredCollection(Collection):
 
     def save(self, folder: Path) -> None:
         """Copy the files to ``folder``, whole or not at all; a folder that holds this collection is left as it is."""
-        if folder.is_dir():
-            if StoredCollection.load(folder).fingerprint != self.fingerprint:
-                raise FileExistsError(f"{folder} holds another collection")
-            return
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            shutil.copytree(self.folder, partial)
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        folder = Path(folder)
+        if not self._is_in(folder):
+            with whole_folder(folder, same=self._is_in) as partial:
+                shutil.copytree(self.folder, partial, dirs_exist_ok=True)
 
     @classmethod
     def load(cls, folder: Path) -> StoredCollection:
@@ -216,7 +209,7 @@ def convert(settings: IrDatasetsSettings, work: Path, collections: Path) -> Stor
             shutil.rmtree(work)
         else:
             _move(work, target)
-        whole(receipt, lambda partial: partial.write_text(target.name + "\n"))
+        write_text(receipt, target.name + "\n")
         return StoredCollection.load(target)
 
 
@@ -267,8 +260,7 @@ def _write(settings: IrDatasetsSettings, work: Path) -> str:
         "files": {path.name: path.stat().st_size for path in files},
         "sha256": {path.name: digest for path in files if (digest := _sha256(path))},
     }
-    text = json.dumps(about, indent=2, sort_keys=True) + "\n"
-    whole(work / "sources.json", lambda partial: partial.write_text(text, "utf-8"))
+    write_text(work / "sources.json", json.dumps(about, indent=2, sort_keys=True) + "\n")
     return fingerprint
 
 
@@ -279,8 +271,8 @@ def _sets(settings: IrDatasetsSettings) -> dict[str, str]:
 
 def _make(path: Path, content: Callable[..., bytes], *arguments: Any) -> None:
     if not path.is_file():
-        data = content(*arguments)
-        whole(path, lambda partial: partial.write_bytes(data))
+        with whole_file(path) as partial:
+            partial.write_bytes(content(*arguments))
 
 
 def _queries(key: str, identifier: str) -> bytes:
@@ -420,10 +412,8 @@ def _move(work: Path, target: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:  # another file system
             raise
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(work, partial)
-        partial.rename(target)
+        with whole_folder(target) as partial:
+            shutil.copytree(work, partial, dirs_exist_ok=True)
         shutil.rmtree(work)
 
 

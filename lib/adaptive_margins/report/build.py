@@ -28,6 +28,7 @@ from typing import Any
 import pandas as pd
 
 from adaptive_margins import store
+from adaptive_margins.files import write_text
 from adaptive_margins.profiles import Profile, load_profile
 from adaptive_margins.progress import clock, say
 from adaptive_margins.report import pages
@@ -210,7 +211,7 @@ class Site:
                         failures.append(str(error))
                     except BrokenProcessPool:
                         failures.append(f"{notebook.name}: the process executing it was killed")
-                    except (OSError, ValueError, store.StoreError) as error:
+                    except (OSError, ValueError) as error:
                         failures.append(f"{notebook.name}: its results could not be kept: {error}")
         if failures:
             raise BuildError("\n\n".join(failures))
@@ -255,7 +256,7 @@ class Site:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": pages.machine(),
         }
-        store.write_text(self.receipt(notebook), json.dumps(receipt, indent=1) + "\n")
+        write_text(self.receipt(notebook), json.dumps(receipt, indent=1) + "\n")
 
     def write_pages(self, notebooks: Sequence[Path], profile: Profile) -> None:
         """Write what the book shows besides notebooks: cover, data sheet, provenance, drawings."""
@@ -309,7 +310,7 @@ class Site:
             raise BuildError(
                 "\n".join(["the book did not build:", *told[:40], f"all of it: {log}"])
             )
-        store.write_text(
+        write_text(
             partial_folder / "_build" / "receipt.json", json.dumps({"inputs": inputs}) + "\n"
         )
         shutil.rmtree(built, ignore_errors=True)

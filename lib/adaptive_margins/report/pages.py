@@ -19,11 +19,12 @@ import psutil
 import yaml
 
 from adaptive_margins.experiments import Reproduction, describe
+from adaptive_margins.files import write_text
 from adaptive_margins.profiles import Profile
 from adaptive_margins.progress import clock
 from adaptive_margins.report import concepts, datasheet, differences
 from adaptive_margins.report.marks import measure_label
-from adaptive_margins.store import StoredRun, write_text
+from adaptive_margins.store import StoredRun
 
 LONG = "07_paper_and_released_code"
 """The notebook that is executed only when asked for; else its page is a committed summary."""
@@ -40,7 +41,7 @@ def write(home: Path, profile: Profile, receipts: Receipts) -> None:
     table = folder / "data" / "table4.csv"
     write_text(folder / "cover.md", cover(profile, table if table.is_file() else None))
     write_text(folder / "datasheet.md", datasheet.page(reproduction))
-    write_long(home)
+    write_long(home, profile.name, receipts)
     runs = [
         StoredRun(home / "runs" / run_id)
         for run_id in sorted({i for r in receipts.values() for i in r.get("results", ())})
@@ -49,14 +50,20 @@ def write(home: Path, profile: Profile, receipts: Receipts) -> None:
     write_text(folder / "provenance.md", provenance(profile, receipts, runs))
 
 
-def write_long(home: Path) -> None:
-    """The page of `LONG`, from the committed summary, if the notebook itself has not been executed."""
-    page = home / "book" / "_executed" / f"{LONG}.md"
-    if page.with_suffix(".ipynb").is_file():
-        page.unlink(missing_ok=True)
+def write_long(home: Path, profile: str, receipts: Receipts) -> None:
+    """The page of `LONG`: the committed summary, unless the notebook was executed; then its own summary beside the data."""
+    folder, name = home / "book" / "_executed", "paper_and_released_code.json"
+    page = folder / f"{LONG}.md"
+    if not page.with_suffix(".ipynb").is_file():
+        committed = (home / "book" / name).read_text("utf-8")
+        write_text(page, differences.summary_page(json.loads(committed)))
         return
-    summary = home / "book" / "paper_and_released_code.json"
-    write_text(page, differences.summary_page(json.loads(summary.read_text("utf-8"))))
+    page.unlink(missing_ok=True)
+    receipt = receipts[LONG]
+    summary = differences.summary(
+        differences.read_frames(folder / "data"), receipt["machine"], receipt["finished"], profile
+    )
+    write_text(folder / name, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_images(folder: Path) -> None:

@@ -1,0 +1,149 @@
+"""Ways to make the same training step: this project's, Sentence Transformers' own, every text padded to its limit."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from datasets import Dataset
+from material import PASSAGE_LENGTH, QUERY_LENGTH, Triples
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.base.losses.merged_forward import column_merging_disabled
+from torch.nn.functional import pad
+from transformers import Trainer
+
+from adaptive_margins import training
+from adaptive_margins.encoders import Tokens, quiet, tokenize
+from adaptive_margins.evaluation import Evaluation
+from adaptive_margins.losses import MarginLoss
+
+TARGET = "distributed"
+Step = Callable[[Any, Triples], tuple[float, float]]
+"""(model, a batch of triples) → seconds of a training run of one step, its loss; the model is not changed."""
+
+
+@contextmanager
+def _outputs() -> Iterator[list[Any]]:
+    """What Trainer.train returns while this is open."""
+    found = []
+    original = Trainer.train
+
+    def spy(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        found.append(original(self, *args, **kwargs))
+        return found[-1]
+
+    with mock.patch.object(Trainer, "train", spy):
+        yield found
+
+
+def _result(output: Any) -> tuple[float, float]:
+    return output.metrics["train_runtime"], output.training_loss
+
+
+class _Padded(training._TripleCollator):
+    """Three forwards, every text padded to its limit: the released code's way."""
+
+    def __call__(self, rows: list[dict[str, int]]) -> dict[str, Any]:
+        columns = (
+            ("query", self.queries, QUERY_LENGTH),
+            ("positive", self.passages, PASSAGE_LENGTH),
+            ("negative", self.passages, PASSAGE_LENGTH),
+        )
+        chunks = []
+        for column, tokens, length in columns:
+            batch = tokens.batch([row[column] for row in rows])
+            missing = (0, length - batch["input_ids"].shape[1])
+            chunks.append({
+                "input_ids": pad(batch["input_ids"], missing, value=tokens.pad),
+                "attention_mask": pad(batch["attention_mask"], missing),
+            })  # fmt: skip
+        return {"chunks": chunks, "rows": torch.arange(3 * len(rows)).view(3, -1)}
+
+
+def ours(chunks: int, collator: type = training._TripleCollator) -> Step:
+    """This project's trainer, its texts tokenised beforehand, in so many chunks."""
+
+    def step(model: Any, triples: Triples) -> tuple[float, float]:
+        queries, passages = tokens_of(model, triples)
+        size = len(triples)
+        numbers = np.arange(size, dtype=np.int32)
+        rows = Dataset.from_dict(
+            {"query": numbers, "positive": numbers, "negative": numbers + size}
+        )
+        nothing = Evaluation({"nDCG@10": 0.0}, {"nDCG@10": {}})
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            _outputs() as outputs,
+            mock.patch.object(training, "_TripleCollator", collator),
+        ):
+            training.train(
+                config(size, chunks), copy.deepcopy(model), rows, queries, passages, lambda _: nothing,
+                initial=nothing, folder=Path(folder),
+            )  # fmt: skip
+        return _result(outputs[0])
+
+    return step
+
+
+def padded() -> Step:
+    """Every text padded to 30 or 200 tokens, one forward a column; otherwise as `ours`."""
+    return ours(1, _Padded)
+
+
+def sentence_transformers(merged: bool) -> Step:
+    """Sentence Transformers' trainer with the same loss, which tokenises in every step, as it does."""
+
+    def step(model: Any, triples: Triples) -> tuple[float, float]:
+        model = copy.deepcopy(model)
+        model.max_seq_length = PASSAGE_LENGTH
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = SentenceTransformerTrainingArguments(
+                output_dir=folder,
+                max_steps=1,
+                per_device_train_batch_size=len(triples),
+                learning_rate=1e-5,
+                optim="adamw_torch_fused",
+                max_grad_norm=0.0,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=True,
+                dataloader_pin_memory=False,
+            )
+            trainer = SentenceTransformerTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=Dataset.from_dict(vars(triples)),
+                loss=MarginLoss(model, target=TARGET),
+            )
+            with quiet(), nullcontext() if merged else column_merging_disabled():
+                return _result(trainer.train())
+
+    return step
+
+
+def tokens_of(model: Any, triples: Triples) -> tuple[Tokens, Tokens]:
+    """Queries; positives, then negatives."""
+    return (
+        tokenize(model, triples.query, QUERY_LENGTH),
+        tokenize(model, triples.positive + triples.negative, PASSAGE_LENGTH),
+    )
+
+
+def config(size: int, chunks: int) -> training.RunConfig:
+    """One step of ``size`` triples."""
+    return training.RunConfig(
+        encoder="benchmark", weights="", pooling="mean", layers=None, trained_layers=None, query_length=QUERY_LENGTH,
+        passage_length=PASSAGE_LENGTH, loss="margin", target=TARGET, in_batch=False, batch_size=size, chunks=chunks,
+        triples=size, learning_rate=1e-5, weight_decay=0.0, decay=1.0, optimizer="adamw_torch_fused", precision="fp32",
+        dropout=None, seed=1, evaluate_every=0, patience=0, keep="last", selection="nDCG@10", validation="", depth=0,
+        rerank_measures=("nDCG@10",), collection="",
+    )  # fmt: skip

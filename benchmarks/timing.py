@@ -1,0 +1,112 @@
+"""Ratios measured in one process and in turns, printed as a table and kept as JSON."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+LATEST = Path(__file__).parent / "latest.json"
+GROWTH = Path(__file__).parent / "growth.json"
+
+
+def machine() -> str:
+    """Processor, threads and the version of torch."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def rounds(
+    contestants: Mapping[str, Callable[[int], float]], number: int
+) -> dict[str, list[float]]:
+    """What each contestant returns (seconds or a rate) in each of ``number`` rounds; their order turns round by round."""
+    names = list(contestants)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for r in range(number):
+        for name in names if r % 2 == 0 else reversed(names):
+            found[name].append(contestants[name](r))
+            print(f"  round {r + 1} of {number}: {name} {found[name][-1]:.4g}", file=sys.stderr)
+    return found
+
+
+def row(
+    name: str,
+    ours: list[float],
+    peer: list[float],
+    unit: str,
+    setting: str,
+    *,
+    less_is_better: bool = False,
+) -> dict[str, Any]:
+    """One figure: medians, and the median and quartiles of the rounds' ratios; a ratio above 1 is in our favour."""
+    ratios = [b / a if less_is_better else a / b for a, b in zip(ours, peer, strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {
+        "name": name,
+        "ours": statistics.median(ours),
+        "peer": statistics.median(peer),
+        "ratio": ratio,
+        "spread": [low, high],
+        "unit": unit,
+        "setting": setting,
+        "rounds": len(ratios),
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def exponent(sizes: list[float], values: list[float]) -> float:
+    """The slope of log(value) over log(size) by least squares: 1 is growth in proportion."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def growth(
+    name: str, sizes: list[float], values: list[float], size_unit: str, unit: str, setting: str
+) -> dict[str, Any]:
+    """One growing quantity: values at sizes, and the exponent fitted to them."""
+    return {
+        "name": name,
+        "sizes": sizes,
+        "values": values,
+        "exponent": exponent(sizes, values),
+        "size_unit": size_unit,
+        "unit": unit,
+        "setting": setting,
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def keep(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write ``rows`` to ``path``; what it held of other names or settings stays."""
+    old = json.loads(path.read_text()) if path.is_file() else []
+    new = {(r["name"], r["setting"]) for r in rows}
+    rows = [r for r in old if (r["name"], r["setting"]) not in new] + rows
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print a line per figure."""
+    for r in rows:
+        low, high = r["spread"]
+        print(
+            f"{r['name']:<58} {r['ratio']:6.2f} [{low:.2f}, {high:.2f}]  {r['ours']:.4g} / {r['peer']:.4g} {r['unit']}"
+            f"  ({r['setting']})",
+            flush=True,
+        )

@@ -1,0 +1,171 @@
+"""The benchmarks compare what they say: equal losses, real-token FLOPs, lengths like MS MARCO's, ratios the right way up."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+with pytest.MonkeyPatch.context() as _patch:  # the scripts import each other by their names
+    _patch.syspath_prepend(FOLDER)
+    full, material, run, schemes, timing = map(
+        importlib.import_module, ("full", "material", "run", "schemes", "timing")
+    )
+
+WORDS = ["the", "shape", "of", "an", "array", "is", "returned", "unless", "np.ndarray.reshape", "raises", "ValueError:", "axis", "out-of-range"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def some_text():
+    """Random sentences in the place of PyDocs, which takes a while to build."""
+    rng = np.random.default_rng(1)
+    texts = [" ".join(rng.choice(WORDS, 60)) for _ in range(200)]
+    summaries = [" ".join(rng.choice(WORDS, n)) for n in rng.integers(3, 60, size=40)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(material, "_pydocs", lambda: (summaries, texts))
+        yield
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return material.random_base(0.0, layers=2, width=64)
+
+
+def test_passages_are_as_long_as_ms_marcos(encoder):
+    drawn = material.passage_lengths(20_000, seed=1)
+    assert drawn.mean() == pytest.approx(80, abs=1)
+    assert (drawn.min(), drawn.max()) == (12, 200)
+    lengths = drawn[:100]
+    texts = material.windows(encoder.tokenizer, material._pydocs()[1], lengths)
+    found = [len(ids) for ids in encoder.tokenizer(texts)["input_ids"]]
+    longest_word = max(
+        len(i) for i in encoder.tokenizer(WORDS, add_special_tokens=False)["input_ids"]
+    )
+    assert all(0 <= f - n < longest_word for f, n in zip(found, lengths, strict=True))
+    # One after the other, nothing left out and nothing twice.
+    words = " ".join(material._pydocs()[1]).split()
+    assert " ".join(texts).split() == words[: len(" ".join(texts).split())]
+    with pytest.raises(ValueError, match="12000 words do not suffice for 900 passages"):
+        material.windows(encoder.tokenizer, material._pydocs()[1], np.full(900, 80))
+
+
+def test_queries_are_cut_and_all_texts_differ():
+    found = material.triples(20)
+    queries = material.minilm(0.0).tokenizer(found.query)["input_ids"]
+    assert max(map(len, queries)) == 30
+    assert min(map(len, queries)) < 20
+    assert len({*found.positive, *found.negative}) == 40
+
+
+def test_flops_are_those_that_torch_counts(encoder):
+    ids = torch.randint(1000, 2000, (1, 37))
+    # The fused kernel of the CPU is not among those that are counted.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        encoder[0].model(input_ids=ids).last_hidden_state.sum()
+    pooler = 2 * 64 * 64
+    assert material.flops(encoder, np.array([37])) == 3 * (counter.get_total_flops() - pooler)
+    one, two = (material.flops(encoder, np.array(n)) for n in ([37], [37, 37]))
+    assert two == 2 * one
+
+
+def test_all_contestants_make_the_same_step(encoder):
+    batch = material.triples(6)
+    run.same_loss(encoder, batch, run.CONTESTANTS)
+    seconds, loss = run.CONTESTANTS["ours"](encoder, batch)
+    assert seconds > 0
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    run.CONTESTANTS["ours"](encoder, batch)
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+    wrong = {**run.CONTESTANTS, "wrong": lambda *_: (seconds, loss + 2e-5)}
+    with pytest.raises(AssertionError, match=r"wrong: loss .* ours"):
+        run.same_loss(encoder, batch, wrong)
+
+
+def test_the_padded_contestant_pads_to_the_limits(encoder):
+    batch = material.triples(5)
+    tokens = schemes.tokens_of(encoder, batch)
+    rows = [{"query": i, "positive": i, "negative": i + 5} for i in range(5)]
+    chunks = schemes._Padded(*tokens, 1)(rows)["chunks"]
+    assert [tuple(c["input_ids"].shape) for c in chunks] == [(5, 30), (5, 200), (5, 200)]
+    expected = [tokens[0].lengths, tokens[1].lengths[:5], tokens[1].lengths[5:]]
+    assert [c["attention_mask"].sum(1).tolist() for c in chunks] == [e.tolist() for e in expected]
+
+
+def test_merging_is_switched_on_and_off(encoder, monkeypatch):
+    """The peers differ in their number of forwards: three, or two with positives and negatives in one."""
+    sizes = []
+    forward = type(encoder).forward
+
+    def spy(self, features, *args, **kwargs):
+        sizes.append(len(features["input_ids"]))
+        return forward(self, features, *args, **kwargs)
+
+    monkeypatch.setattr(type(encoder), "forward", spy)
+    for merged, expected in ((False, [4, 4, 4]), (True, [4, 8])):
+        sizes.clear()
+        schemes.sentence_transformers(merged)(encoder, material.triples(4))
+        assert sizes == expected
+
+
+def test_a_step_is_accounted_for(encoder):
+    spent = run.where_it_goes(encoder, material.triples(4))
+    for group in ("matrix products", "attention", "LayerNorm", "GELU", "optimiser"):
+        assert spent[group] > 0, group
+
+
+def test_a_ratio_above_one_is_in_our_favour():
+    rates = timing.row("n", [20.0, 30.0, 40.0], [10.0, 10.0, 10.0], "triples/s", "s")
+    assert (rates["ours"], rates["peer"], rates["ratio"]) == (30, 10, 3)
+    assert rates["spread"] == [2, 4]
+    seconds = timing.row("n", [1.0], [4.0], "s", "s", less_is_better=True)
+    assert (seconds["ratio"], seconds["spread"]) == (4, [4, 4])
+
+
+def test_contestants_take_turns():
+    calls = []
+    found = timing.rounds({n: lambda r, n=n: calls.append((r, n)) or float(r) for n in "ab"}, 3)
+    assert calls == [(0, "a"), (0, "b"), (1, "b"), (1, "a"), (2, "a"), (2, "b")]
+    assert found == {"a": [0, 1, 2], "b": [0, 1, 2]}
+
+
+def test_the_exponent_of_a_power():
+    sizes = [10.0, 30.0, 200.0]
+    assert timing.exponent(sizes, [7 * s**1.5 for s in sizes]) == pytest.approx(1.5)
+
+
+def test_rows_replace_their_like_and_leave_the_others(tmp_path):
+    path = tmp_path / "latest.json"
+    a, b, c = (timing.row(n, [v], [1.0], "s", "x") for n, v in (("a", 1.0), ("b", 2.0), ("a", 3.0)))
+    timing.keep(path, [a, b])
+    timing.keep(path, [c])
+    assert [(r["name"], r["ours"]) for r in json.loads(path.read_text())] == [("b", 2), ("a", 3)]
+    assert [p.name for p in tmp_path.iterdir()] == ["latest.json"]
+
+
+def test_reranking_and_encoding_compare_equal_work(encoder, monkeypatch):
+    monkeypatch.setattr(full, "minilm", lambda _: encoder)
+    rows = full.reranking(2, queries=3, depth=4) + run.encoding(lambda _: encoder, "tiny", 8, 2)
+    assert {"name", "ours", "peer", "ratio", "spread", "unit", "setting"} <= rows[0].keys()
+    assert all(r["ours"] > 0 and r["peer"] > 0 for r in rows)
+
+
+def test_growth_of_the_index_in_small():
+    rows = full.index_growth((200, 400), dim=8)
+    assert [r["name"] for r in rows] == ["building an index", "searching it", "searching exactly"]
+    assert all(r["sizes"] == [200, 400] and min(r["values"]) > 0 for r in rows)
+
+
+def test_committed_results_have_their_fields():
+    latest = json.loads((FOLDER / "latest.json").read_text())
+    fields = {"name", "ours", "peer", "ratio", "spread", "unit", "setting", "machine", "date"}
+    assert latest
+    assert all(fields <= row.keys() for row in latest)
+    growth = json.loads((FOLDER / "growth.json").read_text())
+    assert all(len(g["sizes"]) == len(g["values"]) for g in growth)
