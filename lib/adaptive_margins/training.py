@@ -33,7 +33,7 @@ from adaptive_margins.encoders import Precision, Tokens, embed_chunks, length_ch
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.losses import margin_loss
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Raised by hand whenever the same configuration would give other numbers; part of every run's id."""
 
 COMPLETE = "COMPLETE"
