@@ -67,6 +67,13 @@ class _Padded(training._TripleCollator):
         return {"chunks": chunks, "rows": torch.arange(3 * len(rows)).view(3, -1)}
 
 
+class _Merged(training._TripleCollator):
+    """All distinct texts in one forward, padded to the longest."""
+
+    def __init__(self, queries: Tokens, passages: Tokens, *_: Any) -> None:
+        super().__init__(queries, passages, 1, None)
+
+
 def ours(chunks: int, collator: type = training._TripleCollator) -> Step:
     """This project's trainer, its texts tokenised beforehand, in so many chunks."""
 
@@ -95,6 +102,11 @@ def ours(chunks: int, collator: type = training._TripleCollator) -> Step:
 def padded() -> Step:
     """Every text padded to 30 or 200 tokens, one forward a column; otherwise as `ours`."""
     return ours(1, _Padded)
+
+
+def merged() -> Step:
+    """All texts in one forward, padded to the longest of them; otherwise as `ours`."""
+    return ours(1, _Merged)
 
 
 def sentence_transformers(merged: bool) -> Step:

@@ -169,6 +169,7 @@ MINIATURE_SIZES = {
     "distributed": {"triples": 64, "batch_sizes": [8, 16], "evaluate_every_steps": 2},
     "comparison": {"triples": 96, "batch_sizes": [16], "evaluate_every_steps": 2, "patience": 2},
     "target_plot": {"window": 2, "span": 3},
+    "differences": {"seeds": [1], "draws": 50},
     "training": {"checkpoint_every": 3},
     "ranking": {"shard": 256, "batch_tokens": 4096, "devices": ["cpu", "cpu"]},
 }
@@ -180,7 +181,7 @@ def register_miniature(home: Path) -> Any:
     import irds_miniature
 
     return irds_miniature.register(
-        home / "files", "am-miniature", passages=700, triples=2000, depth=100
+        home / "files", f"am-miniature-{home.name}", passages=700, triples=2000, depth=100
     )
 
 
@@ -221,7 +222,7 @@ def write_miniature(home: Path, extends: str = "paper", **values: Any) -> Path:
     path = home / f"miniature-{extends}.yaml"
     path.write_text(yaml.safe_dump(profile))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ADAPTIVE_MARGINS_ACCEPT_LICENCE", "am-miniature")
+        patch.setenv("ADAPTIVE_MARGINS_ACCEPT_LICENCE", "all")
         Reproduction.open(path, home).collection  # noqa: B018
     return path
 

@@ -191,7 +191,7 @@ def test_tables_3_and_4_are_their_csv(table_rows, csv, page, number_):
     own = frame[~frame.get("source", pd.Series("ours", frame.index)).str.startswith("published")]
     shown = {}
     for cells in table_rows(page, number_):
-        ids = [(i, m[1]) for i, c in enumerate(cells) if (m := re.search(r"\b([0-9a-f]{8})$", c))]
+        ids = [(i, m[1]) for i, c in enumerate(cells) if (m := re.search(r"\b([0-9a-f]{8})\b", c))]
         if ids:
             i, run_id = ids[0]
             # After the head with the run id: in-batch (and before it sampling), then the scores.

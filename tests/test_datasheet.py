@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from bs4 import BeautifulSoup
@@ -43,7 +44,7 @@ BM25 = {"test1": {"nDCG@10": 0.12345, "Success(rel=2)@5": 1.0}}
 
 
 def sheet() -> str:
-    return datasheet(small(), CANDIDATES, BM25, small().triples)
+    return datasheet(small(), CANDIDATES, BM25)
 
 
 def test_the_numbers_are_those_of_the_arguments() -> None:
@@ -81,10 +82,12 @@ def test_without_triples_candidates_or_a_second_set() -> None:
         qrels={"dev": small().qrels["test1"]},
         triples=[],
     )
-    text = datasheet(one, {}, {}, [])
+    text = datasheet(one, {}, {})
     assert text.startswith("# The collection: MS MARCO\n")
-    assert "None were sampled." in text and "docstring" not in text
-    assert "No two queries of different sets" in text
+    assert "There are none." in text and "docstring" not in text
+    assert "are not distributed with this book" in text
+    again = datasheet(dataclasses.replace(one, name="PyDocs"), {}, {})
+    assert "No two queries of different sets" in again
 
 
 def test_the_page_of_a_profile() -> None:
@@ -97,6 +100,7 @@ def test_the_page_of_a_profile() -> None:
     class Opened:
         collection = small()
         evaluated_sets = ("test1",)
+        profile = SimpleNamespace(candidates=SimpleNamespace(source="bm25"))
 
         def bm25_config(self) -> str:
             return "bm25"
@@ -110,7 +114,7 @@ def test_the_page_of_a_profile() -> None:
 
     text = page(Opened())  # type: ignore[arg-type]
     assert text == datasheet(
-        small(), CANDIDATES, {"test1": {"nDCG@10": 0.12345, "R(rel=2)@20": 0.5}}, small().triples
+        small(), CANDIDATES, {"test1": {"nDCG@10": 0.12345, "R(rel=2)@20": 0.5}}
     )
 
 

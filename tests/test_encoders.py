@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import resource
@@ -25,6 +26,7 @@ from adaptive_margins.encoders import (
     hidden_states,
     length_chunks,
     load_encoder,
+    packs,
     put_back,
     save_encoder,
     tokenize,
@@ -249,6 +251,51 @@ def test_dropout_is_replaced_everywhere(tiny_folder):
                 m.dropout_prob for m in model.modules() if isinstance(getattr(m, "dropout_prob", None), float)
             }  # fmt: skip
             assert found == expected, kind
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "cls+linear"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "mpnet"])
+def test_packed_texts_have_the_embeddings_of_padded_ones(tiny_folder, tmp_path, kind, pooling):
+    settings = EncoderSettings(base=str(tiny_folder(kind)), pooling=pooling)
+    model = load_encoder(settings, dropout=0.0).double()
+    tokens = tokenize(model, TEXTS, 12)
+    first = packs(model)
+    assert first == {"bert": 0, "distilbert": 0, "roberta": 2, "mpnet": None}[kind]
+    save_encoder(model, tmp_path / "model")
+    assert "packed" not in (tmp_path / "model" / "config.json").read_text()
+    if first is None:
+        return
+    padded = model(tokens.batch(range(len(tokens))))["sentence_embedding"]
+    for rows in (
+        range(len(tokens)),
+        np.argsort(tokens.lengths),
+        [2],
+    ):  # equal lengths need not be neighbours
+        packed = tokens.packed(rows, first)
+        assert packed["input_ids"].shape == (1, tokens.lengths[list(rows)].sum())
+        found = model(packed)["sentence_embedding"]
+        np.testing.assert_allclose(found.detach(), padded[list(rows)].detach(), rtol=0, atol=1e-12)
+
+
+def test_dropout_of_packed_texts_keeps_the_mean(bert):
+    """Attention weights are dropped, and scaled, as in the padded forward: averages over many draws agree."""
+    model = copy.deepcopy(bert)
+    for layer in model[0].model.encoder.layer:
+        layer.attention.self.dropout.p = 0.5
+    tokens = tokenize(model, TEXTS[:1], 12)
+    copies = [0] * 4000
+    model.train()
+    with torch.no_grad():
+        states = [
+            model(features)["sentence_embedding"]
+            for features in (tokens.batch(copies), tokens.packed(copies, 0))
+        ]
+    plain = model.eval()(tokens.batch([0]))["sentence_embedding"][0]
+    for found in states:
+        assert (found - plain).abs().max() > 0.1
+    scale = states[0].std(0)
+    assert ((states[0].mean(0) - states[1].mean(0)).abs() < 0.1 * scale).all()
+    assert ((states[1].std(0) / scale - 1).abs() < 0.1).all()
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------

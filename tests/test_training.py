@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_margins import training
 from adaptive_margins.data.arrow import seeded_order
-from adaptive_margins.encoders import Tokens, hidden_states, load_encoder, upper_layers
+from adaptive_margins.encoders import Tokens, hidden_states, load_encoder, packs, upper_layers
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.experiments import Reproduction
 from adaptive_margins.losses import margin_loss
@@ -106,6 +107,14 @@ def plain_features(material, triples):
     return [tokens.batch(column) for tokens, column in zip(sets, triples.T, strict=True)]
 
 
+def texts_of(chunk):
+    """The token ids of each text of a padded or packed chunk."""
+    if "cu_seq_lens_q" in chunk:
+        return chunk["input_ids"][0].split(chunk["cu_seq_lens_q"].diff().tolist())
+    rows = zip(chunk["input_ids"], chunk["attention_mask"], strict=True)
+    return [ids[mask.bool()] for ids, mask in rows]
+
+
 @pytest.fixture
 def losses(monkeypatch):
     """Every step's loss beside the embeddings it was computed from, each text embedded alone."""
@@ -116,11 +125,8 @@ def losses(monkeypatch):
         loss = forward(self, chunks, rows)
         vectors = []
         for chunk in chunks:
-            for ids, mask in zip(chunk["input_ids"], chunk["attention_mask"], strict=True):
-                one = {
-                    "input_ids": ids[mask.bool()][None],
-                    "attention_mask": mask[mask.bool()][None],
-                }
+            for ids in texts_of(chunk):
+                one = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
                 with torch.no_grad():
                     vectors.append(self.model(one)["sentence_embedding"][0])
         steps.append((loss.item(), list(torch.stack(vectors)[rows])))
@@ -284,11 +290,12 @@ def test_chunks_change_neither_loss_nor_gradient(material, doubles, encoder, set
             plain = margin_loss(*columns, **settings)
         expected, gradients = loss_and_gradients(model, plain)
         assert len(gradients) >= 16
-        for chunks in (1, 3, 8, 1000):
+        for chunks, first in itertools.product((1, 3, 8, 1000), (None, packs(model))):
             rows = [dict(zip(("query", "positive", "negative"), t, strict=True)) for t in triples]
-            batch = training._TripleCollator(queries, passages, chunks)(rows)
+            batch = training._TripleCollator(queries, passages, chunks, first)(rows)
             texts = len(set(triples[:, 0])) + len(set(triples[:, 1:].ravel()))
-            assert sum(len(c["input_ids"]) for c in batch["chunks"]) == texts
+            assert sum(len(texts_of(c)) for c in batch["chunks"]) == texts
+            assert all(("cu_seq_lens_q" in c) == (first is not None) for c in batch["chunks"])
             assert len(batch["chunks"]) <= min(chunks, texts)
             loss = training._RecordedLoss(model, config)(batch["chunks"], batch["rows"])
             found, theirs = loss_and_gradients(model, loss)
@@ -314,7 +321,9 @@ def test_a_step_waits_for_no_number(material, tmp_path, monkeypatch):
 
     class Reads(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function in reading and "masking_utils" not in (at := "".join(traceback.format_stack())):
+            if function in reading and "masking_utils" not in (
+                at := "".join(traceback.format_stack())
+            ):
                 reads.append(at)
             return function(*args, **(kwargs or {}))
 

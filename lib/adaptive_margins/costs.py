@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import torch
-from huggingface_hub import try_to_load_from_cache
+from transformers.utils import cached_file
 
 from adaptive_margins.data import msmarco
 from adaptive_margins.encoders import embed, load_encoder, tokenize, weights_folder
@@ -273,5 +273,11 @@ def _are_here(settings: EncoderSettings) -> bool:
     """Whether an encoder can be loaded without a network."""
     if weights_folder(settings) is not None:
         return True
-    cached = try_to_load_from_cache(settings.base, "model.safetensors", revision=settings.revision)
-    return isinstance(cached, str)
+    found = cached_file(
+        settings.base,
+        "model.safetensors",
+        revision=settings.revision,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    return found is not None

@@ -203,15 +203,15 @@ class Comparison:
 
 
 class Differences:
-    """The comparisons of a reproduction's reference encoder, each with every one of ``seeds`` ("1,2,3").
+    """The comparisons of a reproduction's reference encoder, each with every one of ``seeds`` ("1,2,3"; None: the profile's).
 
     ε is the one that `Reproduction.tuned_target` finds with the profile's seed.
     """
 
-    def __init__(self, reproduction: Reproduction, seeds: str | int = "1,2,3") -> None:
+    def __init__(self, reproduction: Reproduction, seeds: str | int | None = None) -> None:
         self.reproduction = reproduction
-        self.seeds = parse_seeds(seeds)
         self.profile = reproduction.profile
+        self.seeds = self.profile.differences.seeds if seeds is None else parse_seeds(seeds)
         self.encoder = self.profile.reference_encoder
         self.test = self.profile.sets.tests[0]
 
@@ -527,8 +527,10 @@ class Differences:
             found[f"step, {_describe(configs[0])}"] = configs
         return found
 
-    def optimism(self, draws: int = 2000, size: int = DL19_QUERIES) -> pd.DataFrame:
+    def optimism(self, draws: int | None = None, size: int = DL19_QUERIES) -> pd.DataFrame:
         """`optimism` of choosing ε, and of choosing the step, by ``size`` queries of the first test set.
+
+        ``draws`` None is the profile's number.
 
         A row per choice and seed. ``drawn`` and ``others`` are means over the draws, ``optimism`` their difference, ``low`` and
         ``high`` the 2.5th and 97.5th percentile of single draws; ``net``… the same for what is due to the choice.
@@ -552,7 +554,7 @@ class Differences:
         rows = []
         for what, matrices in scores.items():
             for seed, matrix in zip(self.seeds, matrices, strict=True):
-                found = optimism(matrix, size=size, draws=draws)
+                found = optimism(matrix, size=size, draws=draws or self.profile.differences.draws)
                 low, high = np.percentile(found.values, [2.5, 97.5])
                 net_low, net_high = np.percentile(found.net, [2.5, 97.5])
                 rows.append(

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,6 +93,19 @@ class Tokens:
         return {
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+        }
+
+    def packed(self, rows: Sequence[int] | np.ndarray, first_position: int) -> dict[str, Tensor]:
+        """Features of the texts in ``rows`` end to end, nothing padded: input_ids and position_ids (1, T), cu_seq_lens_q.
+
+        These are the features that Sentence Transformers makes for FlashAttention; ``first_position`` is `packs`' answer.
+        """
+        texts = self.take(rows)
+        position = np.arange(texts.offsets[-1]) - np.repeat(texts.offsets[:-1], texts.lengths)
+        return {
+            "input_ids": torch.from_numpy(texts.ids.astype(np.int64))[None],
+            "position_ids": torch.from_numpy(position + first_position)[None],
+            "cu_seq_lens_q": torch.from_numpy(texts.offsets.astype(np.int32)),
         }
 
 
@@ -195,6 +208,7 @@ def load_encoder(
             )
         model.encoder.layer = model.encoder.layer[: settings.layers]
         model.config.num_hidden_layers = settings.layers
+    _make_packable(transformer)
     dimension = transformer.get_embedding_dimension()
     modules = [
         transformer,
@@ -206,6 +220,68 @@ def load_encoder(
             torch.manual_seed(seed)
             modules.append(Dense(dimension, dimension, activation_function=activation))
     return SentenceTransformer(modules=modules, device=device)
+
+
+_PACKED = "packed"
+_PACKABLE = ("bert", "distilbert", "roberta")  # MPNet's position bias is one of a single text
+
+
+def _make_packable(transformer: Any) -> None:
+    """Let a transformer read texts end to end (`Tokens.packed`); padded ones go the way they would have gone."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    if transformer.model.config.model_type not in _PACKABLE:
+        return
+    AttentionInterface.register(_PACKED, _packed_attention)
+    AttentionMaskInterface.register(_PACKED, sdpa_mask)
+    transformer.model.set_attn_implementation(_PACKED)
+    if transformer.model_forward_params is not None:
+        transformer.model_forward_params |= {"cu_seq_lens_q"}
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each text of (1, H, T, D / H) packed ones: neighbours of equal length at a time, without a mask."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    groups = [(length, len(list(g))) for length, g in groupby(cu_seq_lens_q.diff().tolist())]
+    sizes = [length * count for length, count in groups]
+    parts = []
+    # Split once: the gradient of a slice would be as large as all of it.
+    for (length, count), *qkv in zip(
+        groups, *(x[0].split(sizes, dim=1) for x in (query, key, value)), strict=True
+    ):
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)
+        out = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts)[None], None
+
+
+def packs(model: Any) -> int | None:
+    """The first position of a text in `Tokens.packed`, if ``model`` reads packed texts, and gains by it; else None.
+
+    On a CPU all work but the attention is done for real tokens alone. On a GPU so many small attention kernels would
+    cost more than padding does.
+    """
+    transformer = model[0]
+    config = transformer.model.config
+    if config._attn_implementation != _PACKED or model.device.type != "cpu":
+        return None
+    return config.pad_token_id + 1 if config.model_type == "roberta" else 0
 
 
 def load_config(settings: EncoderSettings) -> Any:
@@ -547,7 +623,7 @@ def length_chunks(lengths: np.ndarray, chunks: int) -> list[np.ndarray]:
 def embed_chunks(model: Any, chunks: Sequence[Mapping[str, Tensor]], rows: Tensor) -> Tensor:
     """Embeddings with gradients, (*rows.shape, D), of texts that go through ``model`` chunk by chunk.
 
-    ``chunks`` are the features of distinct texts, each padded to its own longest; ``rows`` (int64) counts texts through all
+    ``chunks`` are the features of distinct texts, padded or packed; ``rows`` (int64) counts texts through all
     chunks, and a text may occur in it any number of times. Without dropout the result is that of any other batching, but
     for rounding. With dropout all occurrences of a text share its one mask; texts do not, as in any batch.
     """

@@ -80,7 +80,8 @@ class Reproduction(Runs):
         size = s.batch_sizes[0]
         return self.config(
             encoder, **{
-                "batch_size": size, "triples": s.triples or self.triples_count, "decay": s.decay, "patience": s.patience, "keep": s.keep,
+                "batch_size": size, "triples": s.triples or self.triples_count,
+                "decay": s.decay, "patience": s.patience, "keep": s.keep,
                 "validation": s.validation or self.profile.sets.validation, "evaluate_every": s.check_steps(size),
                 **_own(s), **self._full, **values,
             },
@@ -241,9 +242,9 @@ class Reproduction(Runs):
                 "triples": c.triples,
                 "done": (done := self.store.has(c)),
                 "seconds": 0.0 if done else self.expected_seconds(c),
-                "disk": self.disk_bytes(c),
-                "scratch": self.scratch_bytes(c),
-                "memory": self.memory_bytes(c),
+                "disk": _size(self.store.path(c)) if done else self.disk_bytes(c),
+                "scratch": 0 if done else self.scratch_bytes(c),
+                "memory": 0 if done else self.memory_bytes(c),
             }
             for c in dict.fromkeys(rows)  # ε = 1 may be the tuned one
         )
@@ -593,6 +594,11 @@ _EMBEDDING = {
     "cls+pooler": "[CLS] + Linear + tanh",
     "mean": "mean",
 }
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files of a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _own(experiment: StaticSettings | CurveSettings) -> dict[str, Any]:

@@ -29,7 +29,14 @@ from torch.nn.functional import normalize
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
 from adaptive_margins.data.arrow import SeededBatches
-from adaptive_margins.encoders import Precision, Tokens, embed_chunks, length_chunks, quiet
+from adaptive_margins.encoders import (
+    Precision,
+    Tokens,
+    embed_chunks,
+    length_chunks,
+    packs,
+    quiet,
+)
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.losses import margin_loss
 
@@ -130,14 +137,18 @@ class TrainingResult:
 class _TripleCollator:
     """Rows of pre-tokenised texts → a step's features: its distinct texts sorted by length, in ``chunks`` parts.
 
-    All of it is made on the host, so that a step need not ask the device for lengths. ``rows`` (3, B) says where the texts of
-    the three columns are among those of all chunks (`embed_chunks`).
+    Each part is packed, its texts end to end, if ``first_position`` (`encoders.packs`) is a number; else padded. All of it
+    is made on the host, so that a step need not ask the device for lengths. ``rows`` (3, B) says where the texts of the
+    three columns are among those of all chunks (`embed_chunks`).
     """
 
     valid_label_columns: tuple[str, ...] = ()
 
-    def __init__(self, queries: Tokens, passages: Tokens, chunks: int) -> None:
+    def __init__(
+        self, queries: Tokens, passages: Tokens, chunks: int, first_position: int | None
+    ) -> None:
         self.queries, self.passages, self.chunks = queries, passages, chunks
+        self.first_position = first_position
 
     def __call__(self, rows: list[dict[str, int]]) -> dict[str, Any]:
         query, positive, negative = (np.array([row[c] for row in rows]) for c in _COLUMNS)
@@ -147,8 +158,9 @@ class _TripleCollator:
         parts = length_chunks(texts.lengths, self.chunks)
         place = np.argsort(np.concatenate(parts))
         at = np.vstack([query_at, len(queries) + passage_at.reshape(2, -1)])
+        first = self.first_position
         return {
-            "chunks": [texts.batch(part) for part in parts],
+            "chunks": [texts.batch(p) if first is None else texts.packed(p, first) for p in parts],
             "rows": torch.from_numpy(place[at]),
         }
 
@@ -471,7 +483,7 @@ def train(
         train_dataset=triples,
         loss=loss,
         evaluator=_Evaluator(watch),
-        data_collator=_TripleCollator(queries, passages, config.chunks),
+        data_collator=_TripleCollator(queries, passages, config.chunks, packs(model)),
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)

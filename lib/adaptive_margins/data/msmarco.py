@@ -7,21 +7,16 @@ import errno
 import fcntl
 import gzip
 import hashlib
-import http.client
 import json
 import math
 import os
 import re
 import shutil
-import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import urllib3
 
 from adaptive_margins.data.arrow import (
     StoredTexts,
@@ -500,10 +495,7 @@ def _records(key: str, identifier: str, kind: str) -> Iterator[Any]:
     dataset = _dataset(key, identifier)
     try:
         yield from getattr(dataset, f"{kind}_iter")()
-    except (
-        OSError, RuntimeError, ValueError, KeyError, AssertionError, EOFError, zlib.error, tarfile.TarError,
-        http.client.HTTPException, urllib3.exceptions.HTTPError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # whatever the readers, the archives and the network raise
         files = _files(dataset, kind)
         missing = list({file.url: file for file in files if file.url and not file.here}.values())
         message = f"collection.{key}: the {kind} of {identifier!r} could not be read: {type(error).__name__}: {error}"

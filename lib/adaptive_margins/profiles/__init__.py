@@ -326,6 +326,13 @@ class NoteSettings(_Settings):
     baselines: str = ""
 
 
+class DifferencesSettings(_Settings):
+    """The chapter on the paper and the released code: a run per setting and seed, and how often queries are drawn."""
+
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (1, 2, 3)
+    draws: Positive = 2000
+
+
 class RankingSettings(_Settings):
     """Full ranking: passages are embedded ``shard`` at a time into files of ``dtype``, by ``devices`` (none: the profile's)."""
 
@@ -365,6 +372,7 @@ class Profile(_Settings):
     target_plot: TargetPlotSettings
     ranking: RankingSettings = RankingSettings()
     notes: NoteSettings = NoteSettings()
+    differences: DifferencesSettings = DifferencesSettings()
     seed: int = 1
     workers: Positive = 2
     device: str = "cpu"

@@ -120,9 +120,9 @@ def setup(reproduction: Reproduction, *parts: str, published: Published | None =
 
 
 def note(reproduction: Reproduction, place: str) -> str:
-    """What the profile says at a place of the book (a key of its ``notes``); Markdown, may be empty."""
+    """What the profile says at a place of the book (a key of its ``notes``); Markdown that shows nothing if it says nothing."""
     text: str = getattr(reproduction.profile.notes, place)
-    return text
+    return text or "<!-- -->"
 
 
 def _setting(reproduction: Reproduction) -> dict[str, str]:
