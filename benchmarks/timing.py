@@ -8,11 +8,13 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 LATEST = Path(__file__).parent / "latest.json"
@@ -33,14 +35,30 @@ def machine() -> str:
 def rounds(
     contestants: Mapping[str, Callable[[int], float]], number: int
 ) -> dict[str, list[float]]:
-    """What each contestant returns (seconds or a rate) in each of ``number`` rounds; their order turns round by round."""
+    """What each contestant returns (seconds or a rate) in each of ``number`` rounds; their order turns round by round.
+
+    It is said on stderr if other processes had more than a twentieth of the processor meanwhile.
+    """
     names = list(contestants)
     found: dict[str, list[float]] = {name: [] for name in names}
+    started, busy, own = time.perf_counter(), _busy(), time.process_time()
     for r in range(number):
         for name in names if r % 2 == 0 else reversed(names):
             found[name].append(contestants[name](r))
             print(f"  round {r + 1} of {number}: {name} {found[name][-1]:.4g}", file=sys.stderr)
+    seconds = (time.perf_counter() - started) * (os.cpu_count() or 1)
+    others = (_busy() - busy - (time.process_time() - own)) / seconds
+    if others > 0.05:
+        print(
+            f"  other processes had {others:.0%} of the processor: measure again", file=sys.stderr
+        )
     return found
+
+
+def _busy() -> float:
+    """Seconds that the machine's cores have worked."""
+    times = psutil.cpu_times()
+    return times.user + times.nice + times.system
 
 
 def row(

@@ -536,6 +536,7 @@ class Differences:
         ``high`` the 2.5th and 97.5th percentile of single draws; ``net``… the same for what is due to the choice.
         ``size`` is at most half of the set's queries. A step is chosen among those that the run was evaluated at.
         """
+        draws = self.profile.differences.draws if draws is None else draws
         measure = self.profile.measures.selection
         qids = sorted(self.reproduction.collection.qrels[self.test])
         size = min(size, len(qids) // 2)
@@ -554,7 +555,7 @@ class Differences:
         rows = []
         for what, matrices in scores.items():
             for seed, matrix in zip(self.seeds, matrices, strict=True):
-                found = optimism(matrix, size=size, draws=draws or self.profile.differences.draws)
+                found = optimism(matrix, size=size, draws=draws)
                 low, high = np.percentile(found.values, [2.5, 97.5])
                 net_low, net_high = np.percentile(found.net, [2.5, 97.5])
                 rows.append(

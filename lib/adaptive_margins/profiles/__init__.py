@@ -206,7 +206,7 @@ class TrainingSettings(_Settings):
     precision: Literal["fp32", "bf16", "fp16"]
     orientation: Literal["paper", "released"] = Field("paper", description="see losses.py")
     dropout: Share | None = Field(None, description="None keeps the encoder's own")
-    chunks: Positive = Field(1, description="parts that a step's texts go through the encoder in")
+    chunks: Positive = Field(1, description="parts of a step's texts; see training.py")
     checkpoint_every: Annotated[int, Field(ge=0)] = Field(0, description="steps; 0: none")
 
 

@@ -197,7 +197,9 @@ def provenance(profile: Profile, receipts: Receipts, runs: Iterable[StoredRun]) 
         for name, r in receipts.items()
         if "finished" in r
     ]
-    values = yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = yaml.safe_dump(
+        profile.model_dump(mode="json", exclude={"notes"}), sort_keys=False, allow_unicode=True
+    )
     parts = [
         "# Provenance",
         "What this edition of the book was computed from, on what, and how long it took. "
