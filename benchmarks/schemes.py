@@ -16,6 +16,7 @@ from datasets import Dataset
 from material import PASSAGE_LENGTH, QUERY_LENGTH, Triples
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.losses.merged_forward import column_merging_disabled
+from timing import clock
 from torch.nn.functional import pad
 from transformers import Trainer
 
@@ -30,21 +31,19 @@ Step = Callable[[Any, Triples], tuple[float, float]]
 
 
 @contextmanager
-def _outputs() -> Iterator[list[Any]]:
-    """What Trainer.train returns while this is open."""
+def _outputs() -> Iterator[list[tuple[float, float]]]:
+    """Seconds and loss of each Trainer.train while this is open."""
     found = []
     original = Trainer.train
 
     def spy(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        found.append(original(self, *args, **kwargs))
-        return found[-1]
+        started = clock()
+        output = original(self, *args, **kwargs)
+        found.append((clock() - started, output.training_loss))
+        return output
 
     with mock.patch.object(Trainer, "train", spy):
         yield found
-
-
-def _result(output: Any) -> tuple[float, float]:
-    return output.metrics["train_runtime"], output.training_loss
 
 
 class _Padded(training._TripleCollator):
@@ -94,7 +93,7 @@ def ours(chunks: int, collator: type = training._TripleCollator) -> Step:
                 config(size, chunks), copy.deepcopy(model), rows, queries, passages, lambda _: nothing,
                 initial=nothing, folder=Path(folder),
             )  # fmt: skip
-        return _result(outputs[0])
+        return outputs[0]
 
     return step
 
@@ -136,8 +135,13 @@ def sentence_transformers(merged: bool) -> Step:
                 train_dataset=Dataset.from_dict(vars(triples)),
                 loss=MarginLoss(model, target=TARGET),
             )
-            with quiet(), nullcontext() if merged else column_merging_disabled():
-                return _result(trainer.train())
+            with (
+                quiet(),
+                _outputs() as outputs,
+                nullcontext() if merged else column_merging_disabled(),
+            ):
+                trainer.train()
+                return outputs[0]
 
     return step
 
