@@ -88,6 +88,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(900))
 
 
+def reproduced(home: Path, profile: str, *arguments: str) -> Path:
+    """``home``, with what ``adaptive-margins reproduce`` makes of a profile there, and what it said in reproduce.log."""
+    done = command("reproduce", "--profile", profile, *arguments, home=home, timeout=850)
+    if done.returncode:
+        pytest.fail(f"reproduce --profile {profile} failed:\n{done.stdout[-8000:]}", pytrace=False)
+    (home / "reproduce.log").write_text(done.stdout)
+    return home
+
+
 @pytest.fixture(scope="session")
 def smoke_home(tmp_path_factory) -> Path:
     """A home folder with everything that ``adaptive-margins reproduce --profile smoke`` makes. Read only: copy to change.
@@ -98,11 +107,7 @@ def smoke_home(tmp_path_factory) -> Path:
     home = Path(given).resolve() if given else tmp_path_factory.mktemp("smoke")
     numbered = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     arguments = [] if numbered else ["--runs-only"]
-    done = command("reproduce", "--profile", "smoke", *arguments, home=home, timeout=850)
-    if done.returncode:
-        pytest.fail("reproduce --profile smoke failed:\n" + done.stdout[-8000:], pytrace=False)
-    (home / "reproduce.log").write_text(done.stdout)
-    return home
+    return reproduced(home, "smoke", *arguments)
 
 
 @pytest.fixture(scope="session")
@@ -238,18 +243,7 @@ def miniature_home(tmp_path_factory) -> Path:
     profile = home / "miniature-paper.yaml"
     if not profile.is_file():
         write_miniature(home)
-    done = command(
-        "reproduce",
-        "--profile",
-        str(profile),
-        "--all",
-        home=home,
-        timeout=850,
-    )
-    if done.returncode:
-        pytest.fail("reproduce --profile miniature failed:\n" + done.stdout[-8000:], pytrace=False)
-    (home / "reproduce.log").write_text(done.stdout)
-    return home
+    return reproduced(home, str(profile), "--all")
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,11 @@ import torch
 from transformers.utils import cached_file
 
 from adaptive_margins.data import msmarco
+from adaptive_margins.data.arrow import COLUMNS
 from adaptive_margins.encoders import embed, load_encoder, tokenize, weights_folder
+from adaptive_margins.files import folder_bytes
 from adaptive_margins.losses import margin_loss
-from adaptive_margins.profiles import EncoderSettings, IrDatasetsSettings, PyDocsSettings
+from adaptive_margins.profiles import EncoderSettings, IrDatasetsSettings
 from adaptive_margins.resources import BM25_NAME, Resources
 from adaptive_margins.retrieval import choose_index, index_bytes
 from adaptive_margins.training import RunConfig
@@ -59,7 +61,7 @@ class Costs(Resources):
     def sizes(self) -> Sizes:
         """Of the collection if it is made, else as the profile states. Raises PlanError if it does not."""
         settings, depth = self.profile.collection, self.profile.candidates.depth
-        if self.is_made or isinstance(settings, PyDocsSettings):
+        if self.is_at_hand:
             sets = self.evaluated_sets
             return Sizes(
                 passages=len(self.collection.passages),
@@ -67,6 +69,7 @@ class Costs(Resources):
                 queries={name: len(self.collection.queries[name]) for name in sets},
                 candidates={name: len(self.candidate_rows(name)) for name in sets},
             )
+        assert isinstance(settings, IrDatasetsSettings)
         needed = ["passages", *self.evaluated_sets]
         counts = {key: count for key, count in settings.counts.items() if count is not None}
         if missing := [key for key in needed if key not in counts]:
@@ -93,7 +96,7 @@ class Costs(Resources):
         lacking = [
             what
             for what, there in (
-                ("the collection", self.is_made or isinstance(self.profile.collection, PyDocsSettings)),
+                ("the collection", self.is_at_hand),
                 ("the weights", _are_here(settings)),
                 ("the device", device != "cuda" or torch.cuda.is_available()),
             )
@@ -119,7 +122,7 @@ class Costs(Resources):
             loaded = self.encoder(encoder)
             model, queries, texts = loaded.fresh(), loaded.queries, loaded.passages
             rows = self.triples[: min(_CALIBRATION_STEPS * size, len(self.triples))]
-            columns = [np.array(rows[c]) for c in ("query", "positive", "negative")]
+            columns = [np.array(rows[c]) for c in COLUMNS]
             sample = np.arange(count)
         else:  # only a sample is tokenised: a plan must not wait for millions of texts
             model = load_encoder(
@@ -250,10 +253,8 @@ class Costs(Resources):
     def shared_bytes(self) -> int:
         """Disk for the collection and its tokenised texts, as they lie in Arrow and token files."""
         lengths, sizes = self.profile.lengths, self.sizes
-        if self.is_made:
-            collection = sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file())
-        else:
-            collection = 370 * sizes.passages + 12 * sizes.triples
+        estimate = 370 * sizes.passages + 12 * sizes.triples
+        collection = folder_bytes(self.folder) if self.is_made else estimate
         bases = {(e.base, e.revision) for e in self.profile.encoders.values()}
         return collection + len(bases) * 2 * sizes.passages * min(lengths.passage, 80)
 

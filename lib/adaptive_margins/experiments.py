@@ -19,6 +19,7 @@ from adaptive_margins.data.arrow import seeded_order
 from adaptive_margins.encoders import embed, tokenize
 from adaptive_margins.evaluation import Evaluation, paired_interval, paired_tost
 from adaptive_margins.execution import Runs, describe
+from adaptive_margins.files import folder_bytes
 from adaptive_margins.losses import margin_loss
 from adaptive_margins.profiles import CurveSettings, Profile, StaticSettings, load_profile
 from adaptive_margins.progress import clock, say
@@ -219,7 +220,7 @@ class Reproduction(Runs):
 
         Static rows of Table 3 stand for any ε as long as Figure 3's runs are missing.
         """
-        if self.is_made or self.profile.collection.kind == "pydocs":
+        if self.is_at_hand:
             return self._plan()
         without = type(self)(self.profile, self.home)
         without.fingerprint = "0" * 16  # none yet, so no run of it is done
@@ -242,7 +243,7 @@ class Reproduction(Runs):
                 "triples": c.triples,
                 "done": (done := self.store.has(c)),
                 "seconds": 0.0 if done else self.expected_seconds(c),
-                "disk": _size(self.store.path(c)) if done else self.disk_bytes(c),
+                "disk": folder_bytes(self.store.path(c)) if done else self.disk_bytes(c),
                 "scratch": 0 if done else self.scratch_bytes(c),
                 "memory": 0 if done else self.memory_bytes(c),
             }
@@ -594,11 +595,6 @@ _EMBEDDING = {
     "cls+pooler": "[CLS] + Linear + tanh",
     "mean": "mean",
 }
-
-
-def _size(folder: Path) -> int:
-    """Bytes of the files of a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _own(experiment: StaticSettings | CurveSettings) -> dict[str, Any]:

@@ -62,6 +62,11 @@ def write_text(path: Path, text: str) -> None:
         raise WriteError(message) from error
 
 
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a folder and those below it."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def _partial(path: Path) -> Path:
     """A free temporary name for ``path``. What killed processes left of it on this machine is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)

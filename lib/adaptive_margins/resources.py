@@ -8,7 +8,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,7 +34,7 @@ from adaptive_margins.encoders import (
 )
 from adaptive_margins.evaluation import Evaluation, evaluate
 from adaptive_margins.files import write_text
-from adaptive_margins.profiles import EncoderSettings, Profile, PyDocsSettings
+from adaptive_margins.profiles import EncoderSettings, IrDatasetsSettings, Profile, PyDocsSettings
 from adaptive_margins.progress import say
 from adaptive_margins.store import Store, home
 
@@ -81,6 +81,11 @@ class Resources:
     def is_made(self) -> bool:
         """Whether the collection has been built, or fetched and converted, in this home folder."""
         return self._kept_collection() is not None
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether the collection can be had without fetching anything: it is made, or built from what is installed."""
+        return self.is_made or isinstance(self.profile.collection, PyDocsSettings)
 
     @functools.cached_property
     def collection(self) -> Collection:
@@ -151,14 +156,15 @@ class Resources:
         passages = self.collection.passages
         rows = [(self.queries.row(q), passages.row(p), passages.row(n)) for q, p, n in triples]
         columns = np.array(rows, dtype=np.int32).reshape(-1, 3).T
-        return Dataset.from_dict(dict(zip(("query", "positive", "negative"), columns, strict=True)))
+        return Dataset.from_dict(dict(zip(arrow.COLUMNS, columns, strict=True)))
 
     @property
     def triples_count(self) -> int:
         """How many triples there are; before the collection is made, how many the profile says there will be."""
-        settings = self.profile.collection
-        if self.is_made or isinstance(settings, PyDocsSettings):
+        if self.is_at_hand:
             return len(self.collection.triples)
+        settings = self.profile.collection
+        assert isinstance(settings, IrDatasetsSettings)
         return settings.counts.get("triples") or self.triples_needed
 
     # ---- queries and candidates ------------------------------------------------------------------------------------
@@ -191,11 +197,10 @@ class Resources:
     def bm25_ranking(self, query_set: str) -> Run:
         """BM25's ranking of all passages, as deep as anything is evaluated."""
         depth = max(self.profile.candidates.depth, self.profile.measures.full_depth)
-        path = self.folder / f"bm25-{depth}.{query_set}.run.gz"
-        if not path.is_file():
-            run = self._bm25.search(self.collection.queries[query_set], depth)
-            retrieval.write_run(run, path, BM25_NAME)
-        return retrieval.read_run(path)
+        queries = self.collection.queries[query_set]
+        return self._kept_run(
+            f"bm25-{depth}.{query_set}", lambda: self._bm25.search(queries, depth)
+        )
 
     @functools.cache  # noqa: B019
     def top_candidates(self, query_set: str) -> Run:
@@ -210,14 +215,17 @@ class Resources:
             assert isinstance(self.collection, msmarco.StoredCollection)
             run = self.collection.candidates[query_set]
             if all(len(set(scores.values())) == 1 for scores in run.values()):
-                run = self._scored(query_set, run)
+                queries, unscored = self.collection.queries[query_set], run
+                run = self._kept_run(
+                    f"candidates-bm25.{query_set}", lambda: self._bm25.rescore(queries, unscored)
+                )
         return {q: dict(retrieval.top(scores, depth)) for q, scores in run.items()}
 
-    def _scored(self, query_set: str, candidates: Run) -> Run:
-        path = self.folder / f"candidates-bm25.{query_set}.run.gz"
+    def _kept_run(self, name: str, make: Callable[[], Run]) -> Run:
+        """A ranking of BM25's, made once and kept beside the collection."""
+        path = self.folder / f"{name}.run.gz"
         if not path.is_file():
-            run = self._bm25.rescore(self.collection.queries[query_set], candidates)
-            retrieval.write_run(run, path, BM25_NAME)
+            retrieval.write_run(make(), path, BM25_NAME)
         return retrieval.read_run(path)
 
     @functools.cache  # noqa: B019
@@ -258,11 +266,7 @@ class Resources:
             if (e.base, e.revision) == (settings.base, settings.revision)
         ]
         frozen = sorted({_frozen(e) for e in alike if e.trained_layers})
-        merged = Tokens(
-            np.concatenate([queries.ids, passages.ids]),
-            np.concatenate([queries.offsets, passages.offsets[1:] + queries.offsets[-1]]),
-            queries.pad,
-        )
+        merged = queries + passages
         texts = hashlib.sha256(merged.ids.tobytes() + merged.offsets.tobytes()).hexdigest()
         key = _digest([weights_identity(settings), texts])
         tables = cached_states(

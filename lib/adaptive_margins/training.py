@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
-from adaptive_margins.data.arrow import SeededBatches
+from adaptive_margins.data.arrow import COLUMNS, SeededBatches
 from adaptive_margins.encoders import (
     Precision,
     Tokens,
@@ -44,7 +44,6 @@ CODE_VERSION = 3
 """Raised by hand whenever the same configuration would give other numbers; part of every run's id."""
 
 COMPLETE = "COMPLETE"
-_COLUMNS = ("query", "positive", "negative")
 
 
 class TrainingError(RuntimeError):
@@ -151,7 +150,7 @@ class _TripleCollator:
         self.first_position = first_position
 
     def __call__(self, rows: list[dict[str, int]]) -> dict[str, Any]:
-        query, positive, negative = (np.array([row[c] for row in rows]) for c in _COLUMNS)
+        query, positive, negative = (np.array([row[c] for row in rows]) for c in COLUMNS)
         queries, query_at = np.unique(query, return_inverse=True)
         passages, passage_at = np.unique([positive, negative], return_inverse=True)
         texts = self.queries.take(queries) + self.passages.take(passages)

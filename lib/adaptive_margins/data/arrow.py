@@ -26,9 +26,9 @@ _TRIPLE_BATCH = 1_000_000  # triples in one record batch: 12 MB
 _LOOKED_UP = 2_000_000  # triples whose ids are looked up at once: a hash table of all ids is built for each lot
 _SHOWN = 20
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-_COLUMNS = ("query", "positive", "negative")
+COLUMNS = ("query", "positive", "negative")
 _TEXTS = pa.schema({"id": pa.string(), "text": pa.string()})
-_TRIPLES = pa.schema(dict.fromkeys(_COLUMNS, pa.int32()))
+_TRIPLES = pa.schema(dict.fromkeys(COLUMNS, pa.int32()))
 
 
 # ---- texts ---------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def write_triples(
                         f"triple {count + at + 1}: "
                         + ", ".join(
                             f"unknown {name} {column[int(at)].as_py()!r}"
-                            for name, column, row in zip(_COLUMNS, columns, rows, strict=True)
+                            for name, column, row in zip(COLUMNS, columns, rows, strict=True)
                             if row[at] < 0
                         )
                     )
@@ -279,7 +279,7 @@ def write_triples(
 def select_triples(path: Path, triples: StoredTriples, numbers: np.ndarray) -> None:
     """Write only the triples of these row numbers, in their order, whole or not at all."""
     with whole_file(Path(path)) as partial, _stream_writer(partial, _TRIPLES) as writer:
-        columns = [triples.column(name) for name in _COLUMNS]
+        columns = [triples.column(name) for name in COLUMNS]
         for start in range(0, len(numbers), _TRIPLE_BATCH):
             chosen = numbers[start : start + _TRIPLE_BATCH]
             part = [pa.array(column[chosen]) for column in columns]
