@@ -1,0 +1,596 @@
+"""Collections in folders of the usual layouts: BEIR, TREC/TSV, a Hugging Face dataset, or what `Collection.save` wrote.
+
+Nothing is guessed: a line that does not fit is reported with its file and number, and all of them at once. Sets are called
+"train", "validation" and "test"; any of them may be missing.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import gzip
+import json
+import re
+import warnings
+import zlib
+from collections.abc import Collection as Container
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from adaptive_margins.data.collection import (
+    Collection,
+    DataError,
+    Problems,
+    Qrels,
+    Texts,
+    Triple,
+)
+from adaptive_margins.progress import Countdown
+
+MAX_LINE = 1 << 20
+"""Most bytes of a line. A longer one is hardly a passage; more likely, line feeds were lost."""
+SETS = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
+"""Name of a set → what files and splits of that set may be called."""
+_STANDARD = {called: name for name, names in SETS.items() for called in names}
+_ENDS = {"test": ("",), "train": ("_train",), "validation": ("_validation", "_dev")}
+QUERY_COLUMNS = ("query", "anchor", "question")
+"""What the column of the queries may be called in a Hugging Face dataset, as Sentence Transformers calls them."""
+_EXAMPLES = 5  # ids named in a warning
+_RUN = re.compile(r"(.+)\.(run|trec)(\.gz)?")
+_HEADER = "query-id\tcorpus-id\tscore"
+
+EXPECTED = """\
+  BEIR: corpus.jsonl; queries.jsonl and qrels/train.tsv, qrels/dev.tsv, qrels/test.tsv (any of them)
+  TREC: collection.tsv; queries.tsv and qrels.txt; also queries_train.tsv, qrels_train.txt,
+        queries_validation.tsv, qrels_validation.txt, triples.tsv, NAME.run
+  a Hugging Face dataset saved with save_to_disk: query, positive and perhaps negative
+  a collection saved by this library: sources.json, collection.tsv, queries.SET.tsv, qrels.SET.txt, triples.tsv
+Passages alone (corpus.jsonl or collection.tsv) are enough. A text file may be gzipped (NAME.gz)."""
+"""The layouts, for an error."""
+
+Rows = Iterator[tuple[int, str, str]]
+"""Line number (from 1), id, text."""
+Judgements = Iterator[tuple[int, str, str, str]]
+"""Line number (from 1), query id, docid, grade."""
+
+
+def read_folder(folder: Path) -> Collection:
+    """Read a collection; its layout is known by its files.
+
+    - **BEIR**: ``corpus.jsonl`` (``_id``, ``text``, perhaps ``title``; a passage is title, space, text), ``queries.jsonl``
+      (``_id``, ``text``) and ``qrels/train.tsv``, ``dev.tsv``, ``test.tsv`` under the header ``query-id corpus-id score``. A
+      set's queries are those that its qrels judge; others in ``queries.jsonl`` are left out.
+    - **TREC**: ``collection.tsv`` (docid, passage), ``queries.tsv`` (query id, query) and ``qrels.txt`` (query id, 0, docid,
+      grade) are the passages and the test set. ``queries_SET.tsv`` and ``qrels_SET.txt`` are further sets, SET being
+      ``train`` or ``validation`` (or ``dev``). ``triples.tsv`` has a training query's id, and the docids of a positive and a
+      negative. Without ``queries_SET.tsv``, the set's queries are those of ``queries.tsv`` that its qrels (or triples) name,
+      and are none of the test set. Without ``qrels_train.txt``, the positives of the triples are its judgements, of grade 1.
+    - A Hugging Face dataset: see `read_dataset`.
+    - What `Collection.save` wrote; sets that are neither "train" nor "validation" are joined as "test".
+
+    Passages without queries are a collection, too. In texts, tabs and line breaks (which JSON may hold) become spaces.
+    An empty passage is kept, with a UserWarning; so are queries of two sets that have the same text.
+
+    Raises:
+        DataError: the folder has none of these layouts, or two of them; or lists each malformed line as ``file:line`` (at
+            most 20 shown): columns or keys that are missing, ids that repeat or have white space, empty queries, judgements
+            of unknown queries or passages, grades that are not integers, a pair judged twice, a query in two sets,
+            bad UTF-8, a byte order mark, Windows line ends, a line longer than `MAX_LINE`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise DataError(f"{folder} {what}. A collection is a folder:\n{EXPECTED}")
+    beir, trec = (_variants(folder, name) for name in ("corpus.jsonl", "collection.tsv"))
+    if (folder / "passages.arrow").exists():
+        raise DataError(
+            f"{folder} is a converted collection, which `reproduce` uses; name its ir_datasets id instead"
+        )
+    if (folder / "sources.json").exists() and trec:
+        return standard_sets(Collection.load(folder), str(folder / "collection.tsv"))
+    if beir and trec:
+        raise DataError(f"{folder} has both {beir[0].name} and {trec[0].name}; remove one of them")
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        return read_dataset(folder)
+    if not beir and not trec:
+        names = sorted(path.name for path in folder.iterdir())
+        found = ", ".join(names[:10]) + (" …" if len(names) > 10 else "") if names else "nothing"
+        raise DataError(f"{folder} holds no collection (found: {found}). Expected:\n{EXPECTED}")
+    problems = Problems()
+    return (_read_beir if beir else _read_trec)(folder, problems)
+
+
+def read_titles(folder: Path) -> dict[str, str]:
+    """Docid → title of those passages that have one; only BEIR's layout has titles.
+
+    Raises:
+        DataError: as `read_folder`.
+    """
+    problems = Problems()
+    path = _only(Path(folder), "corpus.jsonl", problems=problems)
+    titles = {}
+    if path:
+        for _, (docid, title, _) in _json_rows(path, problems):
+            if title.strip():
+                titles[docid] = title
+    problems.check()
+    return titles
+
+
+def run_files(folder: Path) -> dict[str, Path]:
+    """Name → TREC run file in a folder: NAME.run or NAME.trec, each with ``.gz`` or without, sorted by name.
+
+    Raises:
+        DataError: two files have one name.
+    """
+    found: dict[str, Path] = {}
+    problems = Problems()
+    for path in sorted(Path(folder).iterdir()):
+        if (match := _RUN.fullmatch(path.name)) and path.is_file():
+            if (name := match[1]) in found:
+                problems.add(path, 0, f"{found[name].name} is a run named {name!r}, too")
+            found[name] = path
+    problems.check()
+    return found
+
+
+# ---- layouts -------------------------------------------------------------------------------------------------------
+
+
+def _read_beir(folder: Path, problems: Problems) -> Collection:
+    path = cast(Path, _only(folder, "corpus.jsonl", problems=problems))
+    passages = _texts(path, _beir_passages(path, problems), problems, {}, empty=True)
+    queries_path = _only(folder, "queries.jsonl", problems=problems)
+    asked = Texts([], [])
+    if queries_path:
+        rows = ((n, i, text) for n, (i, _, text) in _json_rows(queries_path, problems))
+        asked = _texts(queries_path, rows, problems, {})
+    judged: dict[str, Path] = {}
+    queries, qrels = {}, {}
+    for name, called in SETS.items():
+        if path_of_set := _only(folder, *(f"qrels/{c}.tsv" for c in called), problems=problems):
+            rows_of_set = _beir_judgements(path_of_set, problems)
+            # Without any queries, that they are missing is the only problem.
+            known = asked if queries_path else None
+            qrels[name] = _qrels(path_of_set, rows_of_set, known, passages, judged, problems)
+            queries[name] = _some(asked, qrels[name])
+    if qrels and not queries_path:
+        problems.add(folder / "queries.jsonl", 0, "file not found")
+    if queries_path and not qrels:
+        problems.add(
+            folder / "qrels",
+            0,
+            "none of train.tsv, dev.tsv, test.tsv found to judge queries.jsonl"
+            " (without queries.jsonl, the passages are read alone)",
+        )
+    for extra in sorted((folder / "qrels").glob("*.tsv*")):
+        if extra.name.split(".tsv")[0] not in _STANDARD:
+            warnings.warn(f"{extra} is not read; known are train, dev and test", stacklevel=3)
+    return _finish(folder, "BEIR", path, passages, queries, qrels, [], problems)
+
+
+def _read_trec(folder: Path, problems: Problems) -> Collection:
+    path = cast(Path, _only(folder, "collection.tsv", problems=problems))
+    passages = _texts(path, _tsv_rows(path, problems), problems, {}, empty=True)
+    lines: dict[Path, dict[str, int]] = {}  # where each query id was read, for all sets together
+    judged: dict[str, Path] = {}
+    own: dict[str, Texts] = {}  # set → queries of a file of its own
+    queries: dict[str, Texts] = {}
+    qrels: dict[str, Qrels] = {}
+    for name, ends in _ENDS.items():
+        own_path = _only(folder, *(f"queries{end}.tsv" for end in ends), problems=problems)
+        if own_path:
+            own[name] = _texts(own_path, _tsv_rows(own_path, problems), problems, lines)
+        asked = own.get(name, own.get("test"))
+        if judging := _only(folder, *(f"qrels{end}.txt" for end in ends), problems=problems):
+            if asked is None:
+                problems.add(judging, 0, f"there is no queries{ends[0]}.tsv, which it judges")
+            rows = _trec_judgements(judging, problems)
+            qrels[name] = _qrels(judging, rows, asked, passages, judged, problems)
+            queries[name] = own[name] if name in own else _some(asked, qrels[name])
+    triples: list[Triple] = []
+    if triples_path := _only(folder, "triples.tsv", problems=problems):
+        known = queries.get("train", own.get("train"))
+        asked = own.get("test") if known is None else known
+        if asked is None:
+            problems.add(triples_path, 0, "there is no queries_train.tsv, which it refers to")
+        triples = _triples(triples_path, asked, passages, judged, known is not None, problems)
+        positives: Qrels = {}
+        for qid, positive, _ in triples:
+            positives.setdefault(qid, {})[positive] = 1
+        queries.setdefault("train", _some(asked, positives) if known is None else known)
+        qrels.setdefault("train", positives)
+    shared = {qid for name in queries.keys() - own.keys() for qid in queries[name].ids}
+    if "test" in queries and shared:
+        queries["test"] = _some(queries["test"], set(queries["test"].ids) - shared)
+    for name in sorted(own.keys() - queries.keys()):
+        if name != "test" or not shared:
+            what = f"file not found; it judges queries{_ENDS[name][0]}.tsv"
+            problems.add(folder / f"qrels{_ENDS[name][0]}.txt", 0, what)
+    return _finish(folder, "TREC", path, passages, queries, qrels, triples, problems)
+
+
+def read_dataset(folder: Path) -> Collection:
+    """Read pairs or triples from a Hugging Face ``Dataset`` or ``DatasetDict`` that was saved with ``save_to_disk``.
+
+    Columns: ``query`` (or ``anchor``, ``question``), ``positive``, and perhaps ``negative``. A Dataset is the training set;
+    the splits of a DatasetDict are ``train``, ``validation`` (or ``dev``) and ``test``. Each different text is a passage (d1,
+    d2, … in the order of their first occurrence) or a query of its set (q1, q2, …). A query's positives have grade 1.
+    If there are negatives, the rows of the training set are its triples; those of other sets are passages like any other.
+    Tabs and line breaks become spaces.
+
+    Raises:
+        DataError: other columns or splits, or lists each row (from 1) with a value that is not a text, is empty, or is the
+            positive and the negative at once; or the files cannot be read.
+    """
+    import datasets
+
+    folder = Path(folder)
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever its readers raise about damaged files
+        raise DataError(f"{folder} cannot be read as a Hugging Face dataset: {error}") from error
+    splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+    problems = Problems()
+    docids: dict[str, str] = {}
+    qids: dict[str, dict[str, str]] = {name: {} for name in SETS}
+    qrels: dict[str, Qrels] = {}
+    triples: list[Triple] = []
+    count = 0
+    order = [*_STANDARD, *sorted(splits)]
+    for split, rows in sorted(splits.items(), key=lambda item: order.index(item[0])):
+        name = _STANDARD.get(split, "")
+        if not name or name in qrels:
+            problems.add(folder, 0, f"split {split!r}: expected train, validation or dev, and test, each once")  # fmt: skip
+            continue
+        qrels[name] = {}
+        columns = _dataset_columns(rows.column_names)
+        if columns is None:
+            accepted = f"{' or '.join(QUERY_COLUMNS)}, positive, and perhaps negative"
+            found = ", ".join(rows.column_names)
+            problems.add(folder, 0, f"split {split!r} has the columns {found}; expected {accepted}")
+            continue
+        where = folder if rows is loaded else folder / split
+        countdown = Countdown(f"reading {split}", len(rows), "rows")
+        values = zip(*(rows[column][:] for column in columns), strict=True)
+        for number, row in enumerate(values, start=1):
+            countdown.update(number)
+            wrong = [
+                f"{column!r} must be a text that is not empty, not {value!r:.60}"
+                for column, value in zip(columns, row, strict=True)
+                if not isinstance(value, str) or not value.strip()
+            ]
+            if wrong:
+                problems.add(where, number, "; ".join(wrong))
+                continue
+            query, *texts = map(one_line, row)
+            if len(set(texts)) < len(texts):
+                problems.add(where, number, "positive and negative are the same text")
+            if query not in qids[name]:
+                count += 1
+                qids[name][query] = f"q{count}"
+            qid = qids[name][query]
+            named = [docids.setdefault(text, f"d{len(docids) + 1}") for text in texts]
+            qrels[name].setdefault(qid, {})[named[0]] = 1
+            if name == "train" and len(named) == 2:
+                triples.append((qid, named[0], named[1]))
+    passages = Texts(list(docids.values()), list(docids))
+    queries = {name: Texts(list(qids[name].values()), list(qids[name])) for name in qrels}
+    layout = "Hugging Face dataset"
+    return _finish(folder, layout, folder, passages, queries, qrels, triples, problems)
+
+
+def _dataset_columns(found: Iterable[str]) -> list[str] | None:
+    """The columns in the order query, positive, negative; None if they are not as expected."""
+    for query in QUERY_COLUMNS:
+        for columns in ([query, "positive"], [query, "positive", "negative"]):
+            if sorted(found) == sorted(columns):
+                return columns
+    return None
+
+
+def standard_sets(collection: Collection, where: str) -> Collection:
+    """The same collection with the sets "train", "validation" and "test"; those of any other name are joined as "test".
+
+    Raises:
+        DataError: sets that are joined share a query id. ``where`` says what they were read from.
+    """
+    parts: dict[str, list[str]] = {}
+    for name in sorted(collection.queries):
+        parts.setdefault(_STANDARD.get(name, "test"), []).append(name)
+    queries, qrels = {}, {}
+    for name, old in parts.items():
+        try:
+            queries[name] = Texts(
+                [qid for n in old for qid in collection.queries[n].ids],
+                [text for n in old for text in collection.queries[n].texts],
+            )
+        except ValueError as error:
+            raise DataError(f"{where}: {' and '.join(old)} share a query: {error}") from error
+        qrels[name] = {qid: judged for n in old for qid, judged in collection.qrels[n].items()}
+    warn(collection.passages, queries, where)
+    return dataclasses.replace(collection, queries=queries, qrels=qrels)
+
+
+def _finish(
+    folder: Path,
+    layout: str,
+    corpus: Path,
+    passages: Texts,
+    queries: dict[str, Texts],
+    qrels: dict[str, Qrels],
+    triples: list[Triple],
+    problems: Problems,
+) -> Collection:
+    problems.check()
+    if not len(passages):
+        raise DataError(f"{corpus} holds no passage")
+    warn(passages, queries, str(corpus))
+    name = folder.resolve().name
+    queries = {set_name: queries[set_name] for set_name in SETS if set_name in queries}
+    return Collection(name, passages, queries, qrels, {"layout": layout}, triples)
+
+
+def warn(passages: Texts, queries: Mapping[str, Texts], where: str, unit: str = "line") -> None:
+    """UserWarnings about what is kept but should be known: empty passages, and one query's text in two sets.
+
+    ``where`` says in the warnings what the texts were read from, one passage a ``unit``.
+    """
+    empty = [row for row, text in enumerate(passages.texts) if not text.strip()]
+    if empty:
+        first = ", ".join(f"{passages.ids[row]!r} ({unit} {row + 1})" for row in empty[:_EXAMPLES])
+        more = ", …" if len(empty) > _EXAMPLES else ""
+        warnings.warn(
+            f"{where}: passages without text are kept, and never returned by a search: {len(empty)}, {first}{more}",
+            stacklevel=4,
+        )
+    names = [name for name in SETS if name in queries]
+    for i, name in enumerate(names):
+        texts = dict(zip(queries[name].texts, queries[name].ids, strict=True))
+        for other in names[i + 1 :]:
+            theirs = zip(queries[other].ids, queries[other].texts, strict=True)
+            twice = [(texts[text], qid) for qid, text in theirs if text in texts]
+            if twice:
+                pairs = ", ".join(f"{a!r} and {b!r}" for a, b in twice[:_EXAMPLES])
+                warnings.warn(
+                    f"{where}: queries of {name} and {other} with the same text: {len(twice)}, {pairs}"
+                    f"{', …' if len(twice) > _EXAMPLES else ''}; measures on {other} may be too high",
+                    stacklevel=4,
+                )
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def _variants(folder: Path, *names: str) -> list[Path]:
+    """Those of the files that are there, gzipped or not."""
+    paths = [folder / (name + end) for name in names for end in ("", ".gz")]
+    return [path for path in paths if path.is_file()]
+
+
+def _only(folder: Path, *names: str, problems: Problems) -> Path | None:
+    """The file with one of these names, gzipped or not; None if there is none. Several are a problem."""
+    found = _variants(folder, *names)
+    for other in found[1:]:
+        problems.add(other, 0, f"{found[0].name} is there, too; keep one of them")
+    return found[0] if found else None
+
+
+def _texts(
+    path: Path,
+    rows: Rows,
+    problems: Problems,
+    lines: dict[Path, dict[str, int]],
+    *,
+    empty: bool = False,
+) -> Texts:
+    """Ids and texts of a file. ``lines``: file → id → line, of all files whose ids must differ; this one is added.
+
+    ``empty``: whether a text may be empty.
+    """
+    own = lines.setdefault(path, {})
+    ids, texts = [], []
+    for number, identifier, text in rows:
+        before = [(file.name, known[identifier]) for file, known in lines.items() if identifier in known]  # fmt: skip
+        if identifier.split() != [identifier]:
+            problems.add(path, number, f"id {identifier!r} is empty or has white space")
+        elif before:
+            at = f"line {before[0][1]}" if before[0][0] == path.name else "{}:{}".format(*before[0])
+            problems.add(path, number, f"id {identifier!r} occurs already in {at}")
+        else:
+            own[identifier] = number
+            ids.append(identifier)
+            texts.append(text)
+            if not text.strip() and not empty:
+                problems.add(path, number, f"the text of {identifier!r} is empty")
+    return Texts(ids, texts)
+
+
+def _some(texts: Texts | None, wanted: Container[str]) -> Texts:
+    pairs = zip(texts.ids, texts.texts, strict=True) if texts else []
+    kept = [(i, text) for i, text in pairs if i in wanted]
+    return Texts([i for i, _ in kept], [text for _, text in kept])
+
+
+def _qrels(
+    path: Path,
+    rows: Judgements,
+    queries: Texts | None,
+    passages: Texts,
+    judged: dict[str, Path],
+    problems: Problems,
+) -> Qrels:
+    """Judgements of a file. ``judged``: query id → file, of all sets; this one's are added. Queries None: not checked."""
+    qrels: Qrels = {}
+    for number, qid, docid, grade in rows:
+        other = judged.setdefault(qid, path)
+        if queries is not None and qid not in queries:
+            problems.add(path, number, f"unknown query {qid!r}")
+        elif other != path:
+            problems.add(path, number, f"query {qid!r} is judged in {other.name}, too; sets must not share queries")  # fmt: skip
+        elif docid not in passages:
+            problems.add(path, number, f"unknown passage {docid!r}")
+        elif not re.fullmatch(r"[+-]?[0-9]{1,9}", grade):
+            problems.add(path, number, f"grade {grade!r} is not an integer (of at most 9 digits)")
+        elif docid in qrels.get(qid, {}):
+            problems.add(path, number, f"{qid!r} judges {docid!r} twice")
+        else:
+            qrels.setdefault(qid, {})[docid] = int(grade)
+    return qrels
+
+
+def _triples(
+    path: Path,
+    queries: Texts | None,
+    passages: Texts,
+    judged: Mapping[str, Path],
+    train: bool,
+    problems: Problems,
+) -> list[Triple]:
+    """Triples of a file. ``train``: whether ``queries`` are training queries; else those that the file names become them."""
+    triples: list[Triple] = []
+    for number, (qid, *docids) in _cells(path, 3, problems):
+        if queries is not None and qid not in queries:
+            what = f"{qid!r} is not a training query" if train else f"unknown query {qid!r}"
+            problems.add(path, number, what)
+        elif not train and qid in judged:
+            problems.add(path, number, f"query {qid!r} is judged in {judged[qid].name}; training must not use it")  # fmt: skip
+        for docid in docids:
+            if docid not in passages:
+                problems.add(path, number, f"unknown passage {docid!r}")
+        positive, negative = docids
+        if positive == negative:
+            problems.add(path, number, f"{positive!r} is the positive and the negative")
+        triples.append((qid, positive, negative))
+    return triples
+
+
+def _tsv_rows(path: Path, problems: Problems) -> Rows:
+    for number, (identifier, text) in _cells(path, 2, problems):
+        yield number, identifier, text
+
+
+def _trec_judgements(path: Path, problems: Problems) -> Judgements:
+    for number, (qid, _, docid, grade) in _cells(path, 4, problems, separator=None):
+        yield number, qid, docid, grade
+
+
+def _beir_judgements(path: Path, problems: Problems) -> Judgements:
+    number = 0
+    for number, (qid, docid, grade) in _cells(path, 3, problems):
+        if number > 1:
+            yield number, qid, docid, grade
+        elif "\t".join((qid, docid, grade)) != _HEADER:
+            found = f"{qid}, {docid}, {grade}"
+            problems.add(path, 1, f"the header {_HEADER.replace(chr(9), ', ')} expected, found {found}")  # fmt: skip
+    if number == 1:
+        problems.add(path, 1, "no judgement follows the header")
+
+
+def _beir_passages(path: Path, problems: Problems) -> Rows:
+    for number, (docid, title, text) in _json_rows(path, problems):
+        yield number, docid, " ".join(part for part in (title, text) if part.strip())
+
+
+def _json_rows(path: Path, problems: Problems) -> Iterator[tuple[int, tuple[str, str, str]]]:
+    """Line number, and ``_id``, ``title`` ("" if there is none) and ``text`` of a line."""
+    for number, line in _lines(path, problems):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.add(path, number, f"not valid JSON ({error})")
+            continue
+        if not isinstance(record, dict):
+            problems.add(path, number, 'expected {"_id": text, "text": text}')
+            continue
+        title = record.get("title")
+        values = (record.get("_id"), "" if title is None else title, record.get("text"))
+        wrong = [
+            f"{key!r} is missing" if key not in record else f"{key!r} must be a text, not {value!r:.60}"
+            for key, value in zip(("_id", "title", "text"), values, strict=True)
+            if not isinstance(value, str)
+        ]  # fmt: skip
+        if wrong:
+            problems.add(path, number, "; ".join(wrong))
+            continue
+        identifier, title, text = cast(tuple[str, str, str], values)
+        try:
+            (identifier + title + text).encode("utf-8")
+        except UnicodeEncodeError:
+            problems.add(path, number, "an escape in the JSON is half of a character (\\ud800 to \\udfff)")  # fmt: skip
+            continue
+        yield number, (identifier, one_line(title), one_line(text))
+
+
+def one_line(text: str) -> str:
+    """The text with spaces in the place of tabs and line breaks, as the files of a collection hold it."""
+    return re.sub(r"[\t\r\n]", " ", text)
+
+
+def _cells(
+    path: Path, columns: int, problems: Problems, *, separator: str | None = "\t"
+) -> Iterator[tuple[int, list[str]]]:
+    """Line number and cells; ``separator`` None splits at white space. Lines of another number of cells are problems."""
+    for number, line in _lines(path, problems):
+        cells = line.split(separator)
+        if len(cells) != columns:
+            kind = "tab-separated" if separator == "\t" else "white-space separated"
+            problems.add(path, number, f"{columns} {kind} columns expected, {len(cells)} found")
+            continue
+        yield number, cells
+
+
+def _lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
+    """Number (from 1) and text of each line of a UTF-8 file, gzipped if its name ends in ``.gz``; problems are noted.
+
+    Lines end at line feeds only: other Unicode line separators may occur inside a text.
+    """
+    zipped = path.suffix == ".gz"
+    number, windows = 0, False
+    try:
+        countdown = Countdown(
+            f"reading {path.name}", None if zipped else path.stat().st_size, "bytes"
+        )
+        with cast(BinaryIO, gzip.open(path) if zipped else path.open("rb")) as file:
+            while raw := file.readline(MAX_LINE + 1):
+                number += 1
+                if number % 10_000 == 0:
+                    countdown.update(file.tell())
+                if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    how = "iconv -f UTF-16 -t UTF-8"
+                    problems.add(path, 1, f"UTF-8 expected, found UTF-16; convert the file: {how}")
+                    return
+                if len(raw) > MAX_LINE and not raw.endswith(b"\n"):
+                    problems.add(path, number, f"the line is longer than {MAX_LINE:,} bytes")
+                    while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+                        pass
+                    continue
+                if number == 1 and raw.startswith(codecs.BOM_UTF8):
+                    how = r"sed -i '1s/^\xEF\xBB\xBF//'"
+                    problems.add(path, 1, f"begins with a byte order mark (BOM); remove it: {how}")
+                    raw = raw.removeprefix(codecs.BOM_UTF8)
+                raw = raw.removesuffix(b"\n")
+                if raw.endswith(b"\r"):
+                    if not windows:  # once a file
+                        how = r"sed -i 's/\r$//'"
+                        problems.add(
+                            path, number, f"Windows line end (CRLF); convert the file: {how}"
+                        )
+                    windows = True
+                    raw = raw.removesuffix(b"\r")
+                if b"\r" in raw:
+                    problems.add(path, number, "a carriage return (CR) within the line")
+                    continue
+                try:
+                    line = raw.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    what = f"not valid UTF-8 (byte {error.start + 1} of the line)"
+                    problems.add(path, number, what)
+                    continue
+                yield number, line
+        if not number:
+            problems.add(path, 0, "the file is empty")
+    except (OSError, EOFError, zlib.error) as error:
+        what = "truncated or damaged gzip file" if zipped else "cannot be read"
+        problems.add(path, number + 1, f"{what} ({error})")

@@ -1,0 +1,448 @@
+"""Collections in folders: what each layout gives, and that nothing malformed passes without its file and line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+
+from adaptive_margins.data.collection import Collection, DataError, Texts
+from adaptive_margins.data.folder import (
+    MAX_LINE,
+    read_dataset,
+    read_folder,
+    read_titles,
+    run_files,
+)
+
+DATA = Path(os.environ.get("ADAPTIVE_MARGINS_TEST_DATA", "none"))
+HEADER = "query-id\tcorpus-id\tscore\n"
+TREC = {
+    "collection.tsv": "d1\ta wing in a flow\nd2\tgrößer\u2028 als 𝄞\nd3\tthe third\n",
+    "queries.tsv": "q1\twhat is a wing\nq2\tnobody judged this\n",
+    "qrels.txt": "q1 0 d1 3\nq1 Q0 d2 0\n",
+}
+TRAIN = {
+    "queries_train.tsv": "t1\tthird\nt2\tflow\n",
+    "qrels_train.txt": "t1 0 d3 1\nt2\t0\td1\t-1\n",
+}
+DEV = {"queries_dev.tsv": "v1\tgroß\n", "qrels_dev.txt": "v1 0 d2 1\n"}
+BEIR = {
+    "corpus.jsonl": [
+        {"_id": "d1", "title": "Wings", "text": "in a flow", "metadata": {"url": 1}},
+        {"_id": "d2", "title": "", "text": "two\nlines\tand a tab"},
+        {"_id": "d3", "title": None, "text": "the third"},
+        {"_id": "d4", "title": "Only a title", "text": ""},
+    ],
+    "queries.jsonl": [
+        {"_id": "q1", "text": "what is a wing", "metadata": {}},
+        {"_id": "q2", "text": "third"},
+        {"_id": "q3", "text": "title"},
+        {"_id": "q4", "text": "nobody judged this"},
+    ],
+    "qrels/train.tsv": HEADER + "q2\td3\t1\nq2\td1\t0\n",
+    "qrels/dev.tsv": HEADER + "q3\td4\t2\n",
+    "qrels/test.tsv": HEADER + "q1\td1\t1\n",
+}
+
+
+def write(folder: Path, files: dict, *, zipped: bool = False) -> Path:
+    for name, content in files.items():
+        if isinstance(content, list):
+            content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in content)
+        data = content if isinstance(content, bytes) else content.encode("utf-8")
+        path = folder / (name + ".gz" if zipped else name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(data) if zipped else data)
+    return folder
+
+
+def problems(folder: Path) -> list[str]:
+    """The lines of the error, without the folder."""
+    with pytest.raises(DataError) as error:
+        read_folder(folder)
+    return [line.strip().replace(f"{folder}/", "") for line in str(error.value).splitlines()[1:]]
+
+
+def pairs(texts: Texts) -> dict[str, str]:
+    return dict(zip(texts.ids, texts.texts, strict=True))
+
+
+# ---- what comes out ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_beir(tmp_path: Path, zipped: bool) -> None:
+    folder = write(tmp_path / "small", BEIR, zipped=zipped)
+    collection = read_folder(folder)
+    assert collection.name == "small"
+    assert pairs(collection.passages) == {
+        "d1": "Wings in a flow",
+        "d2": "two lines and a tab",
+        "d3": "the third",
+        "d4": "Only a title",
+    }
+    assert {name: pairs(texts) for name, texts in collection.queries.items()} == {
+        "train": {"q2": "third"},
+        "validation": {"q3": "title"},
+        "test": {"q1": "what is a wing"},
+    }
+    assert collection.qrels == {
+        "train": {"q2": {"d3": 1, "d1": 0}}, "validation": {"q3": {"d4": 2}}, "test": {"q1": {"d1": 1}},
+    }  # fmt: skip
+    assert not collection.triples
+    assert read_titles(folder) == {"d1": "Wings", "d4": "Only a title"}
+    assert collection.fingerprint == read_folder(folder).fingerprint
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_trec(tmp_path: Path, zipped: bool) -> None:
+    files = {**TREC, **TRAIN, **DEV, "triples.tsv": "t1\td3\td1\nt1\td3\td2\n", "bm25.run": ""}
+    collection = read_folder(write(tmp_path / "small", files, zipped=zipped))
+    assert pairs(collection.passages)["d2"] == "größer\u2028 als 𝄞"
+    assert {name: list(texts.ids) for name, texts in collection.queries.items()} == {
+        "train": ["t1", "t2"], "validation": ["v1"], "test": ["q1", "q2"],
+    }  # fmt: skip
+    assert collection.qrels == {
+        "train": {"t1": {"d3": 1}, "t2": {"d1": -1}},
+        "validation": {"v1": {"d2": 1}},
+        "test": {"q1": {"d1": 3, "d2": 0}},
+    }
+    assert collection.triples == [("t1", "d3", "d1"), ("t1", "d3", "d2")]
+    assert read_titles(tmp_path / "small") == {}
+
+
+def test_only_the_test_set_and_only_passages(tmp_path: Path) -> None:
+    assert set(read_folder(write(tmp_path / "a", TREC)).queries) == {"test"}
+    for name, files in (("b", TREC), ("c", BEIR)):
+        first = dict(list(files.items())[:1])
+        collection = read_folder(write(tmp_path / name, first))
+        assert collection.queries == collection.qrels == {} and len(collection.passages) > 2
+
+
+def test_sets_without_queries_of_their_own_take_them_from_the_common_file(tmp_path: Path) -> None:
+    files = {
+        "collection.tsv": TREC["collection.tsv"],
+        "queries.tsv": "q1\tone\nq2\ttwo\nq3\tthree\nq4\tfour\nq5\tfive\n",
+        "qrels.txt": "q1 0 d1 1\n",
+        "qrels_validation.txt": "q2 0 d1 1\n",
+        "triples.tsv": "q3\td1\td2\nq4\td2\td3\nq3\td3\td2\n",
+    }
+    collection = read_folder(write(tmp_path / "a", files))
+    assert {name: list(texts.ids) for name, texts in collection.queries.items()} == {
+        "train": ["q3", "q4"], "validation": ["q2"], "test": ["q1", "q5"],
+    }  # fmt: skip
+    assert collection.qrels["train"] == {"q3": {"d1": 1, "d3": 1}, "q4": {"d2": 1}}
+    del files["qrels.txt"], files["qrels_validation.txt"]
+    only = read_folder(write(tmp_path / "b", files))
+    assert list(only.queries) == ["train"] and len(only.triples) == 3
+    files |= {"queries_train.tsv": "t1\tsix\n", "triples.tsv": "t1\td1\td2\n", "qrels.txt": "q1 0 d1 1\n"}  # fmt: skip
+    own = read_folder(write(tmp_path / "c", files))
+    assert (own.qrels["train"], len(own.queries["test"])) == ({"t1": {"d1": 1}}, 5)
+
+
+def test_a_query_of_the_test_set_is_not_trained_on(tmp_path: Path) -> None:
+    shared = {**TREC, "triples.tsv": "q2\td1\td3\nq1\td1\td3\n"}
+    assert problems(write(tmp_path / "a", shared)) == [
+        "triples.tsv:2: query 'q1' is judged in qrels.txt; training must not use it"
+    ]
+    shared = {**TREC, "qrels_train.txt": "q2 0 d1 1\nq1 0 d3 1\n"}
+    assert problems(write(tmp_path / "b", shared)) == [
+        "qrels_train.txt:2: query 'q1' is judged in qrels.txt, too; sets must not share queries"
+    ]
+    shared = {**BEIR, "qrels/train.tsv": HEADER + "q2\td3\t1\nq1\td3\t1\n"}
+    (found,) = problems(write(tmp_path / "c", shared))
+    assert found == "qrels/test.tsv:2: query 'q1' is judged in train.tsv, too; sets must not share queries"  # fmt: skip
+    same_ids = {**TREC, "queries_train.tsv": "q1\tanother\n", "qrels_train.txt": "q1 0 d1 1\n"}
+    assert "queries_train.tsv:1: id 'q1' occurs already in queries.tsv:1" in problems(
+        write(tmp_path / "d", same_ids)
+    )
+
+
+def test_what_was_saved_comes_back_with_the_usual_sets(tmp_path: Path) -> None:
+    texts = Texts(["d1", "d2"], ["first", "second"])
+    saved = Collection(
+        "saved", texts,
+        {name: Texts([f"q{i}"], [f"query {i}"]) for i, name in enumerate(["train", "dev", "test1", "test2"])},
+        {name: {f"q{i}": {"d1": i}} for i, name in enumerate(["train", "dev", "test1", "test2"])},
+        {"python": "3"}, [("q0", "d1", "d2")],
+    )  # fmt: skip
+    saved.save(tmp_path / "small")
+    collection = read_folder(tmp_path / "small")
+    assert {name: list(texts.ids) for name, texts in collection.queries.items()} == {
+        "train": ["q0"], "validation": ["q1"], "test": ["q2", "q3"],
+    }  # fmt: skip
+    assert collection.qrels["test"] == {"q2": {"d1": 2}, "q3": {"d1": 3}}
+    assert (collection.name, collection.triples) == ("saved", [("q0", "d1", "d2")])
+
+
+def test_runs_are_listed_by_name(tmp_path: Path) -> None:
+    write(tmp_path, {"tas-b.run": "", "z.bm25.trec": "", "notes.txt": "", "c.run.gz": ""})
+    assert run_files(tmp_path) == {
+        "c": tmp_path / "c.run.gz",
+        "tas-b": tmp_path / "tas-b.run",
+        "z.bm25": tmp_path / "z.bm25.trec",
+    }
+    write(tmp_path, {"c.trec": ""})
+    with pytest.raises(DataError, match=r"c\.trec: c\.run\.gz is a run named 'c', too"):
+        run_files(tmp_path)
+
+
+# ---- what is wrong -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"collection.tsv": "d1\tx\nd2\ty\nd1\tz\n"}, ["collection.tsv:3: id 'd1' occurs already in line 1"]),
+        ({"collection.tsv": "d1\tx\nd2\ty\tz\n"}, ["collection.tsv:2: 2 tab-separated columns expected, 3 found"]),
+        ({"collection.tsv": "d1\tx\n\nd2\ty\n"}, ["collection.tsv:2: 2 tab-separated columns expected, 1 found"]),
+        ({"collection.tsv": b"d1\tx\nd2\t\xff\n"}, ["collection.tsv:2: not valid UTF-8 (byte 4 of the line)"]),
+        ({"collection.tsv": "d1\tx\nd 2\ty\n\tz\n"},
+         ["collection.tsv:2: id 'd 2' is empty or has white space", "collection.tsv:3: id '' is empty or has white space"]),
+        ({"collection.tsv": "d1\tx\nd2\t" + "y" * MAX_LINE + "\nd3\n"},
+         ["collection.tsv:2: the line is longer than 1,048,576 bytes",
+          "collection.tsv:3: 2 tab-separated columns expected, 1 found"]),
+        ({"collection.tsv": "\ufeffd1\tx\nd2\ty\n"},
+         [r"collection.tsv:1: begins with a byte order mark (BOM); remove it: sed -i '1s/^\xEF\xBB\xBF//'"]),
+        ({"collection.tsv": "d1\tx\nd2\ty\r\nd3\tz\r\n"},
+         [r"collection.tsv:2: Windows line end (CRLF); convert the file: sed -i 's/\r$//'"]),
+        ({"collection.tsv": "d1\tx\rd2\ty\nd2\ty\n"}, ["collection.tsv:1: a carriage return (CR) within the line"]),
+        ({"collection.tsv": ""}, ["collection.tsv: the file is empty"]),
+        ({"queries.tsv": "q1\t \nq2\tx\n"}, ["queries.tsv:1: the text of 'q1' is empty"]),
+        ({"qrels.txt": "q1 0 d1 1\nq1 0 d1 1\n"}, ["qrels.txt:2: 'q1' judges 'd1' twice"]),
+        ({"qrels.txt": "q1 0 d1 1\nq9 0 d1 1\nq1 0 d9 1\n"},
+         ["qrels.txt:2: unknown query 'q9'", "qrels.txt:3: unknown passage 'd9'"]),
+        ({"qrels.txt": "q1 0 d1 0.5\nq1 0 d2 ²\nq1 0 d3 9999999999\n"},
+         [f"qrels.txt:{n}: grade '{g}' is not an integer (of at most 9 digits)"
+          for n, g in ((1, "0.5"), (2, "²"), (3, "9999999999"))]),
+        ({"qrels.txt": "q1 0 d1\n"}, ["qrels.txt:1: 4 white-space separated columns expected, 3 found"]),
+        ({"qrels.txt": ""}, ["qrels.txt: the file is empty"]),
+        ({"triples.tsv": "t9\td1\td2\nt1\td9\td1\nt1\td1\td1\nt1 d1 d2\n", **TRAIN},
+         ["triples.tsv:1: 't9' is not a training query", "triples.tsv:2: unknown passage 'd9'",
+          "triples.tsv:3: 'd1' is the positive and the negative",
+          "triples.tsv:4: 3 tab-separated columns expected, 1 found"]),
+        ({"triples.tsv": "t9\td1\td2\n"}, ["triples.tsv:1: unknown query 't9'"]),
+        ({"queries_validation.tsv": "v1\tx\n"},
+         ["qrels_validation.txt: file not found; it judges queries_validation.tsv"]),
+        ({"queries_validation.tsv": "v1\tx\n", **DEV},
+         ["queries_dev.tsv: queries_validation.tsv is there, too; keep one of them"]),
+        ({"collection.tsv.gz": b"x"}, ["collection.tsv.gz: collection.tsv is there, too; keep one of them"]),
+    ],
+)  # fmt: skip
+def test_malformed_trec_is_named_with_its_line(
+    tmp_path: Path, change: dict, expected: list
+) -> None:
+    found = problems(write(tmp_path, {**TREC, **change}))
+    # A passage or query that is left out for its own fault is then unknown elsewhere.
+    mine = [line for line in found if line.split(":")[0] in change]
+    assert expected in (mine, found)
+
+
+def test_missing_files_of_trec(tmp_path: Path) -> None:
+    alone = {k: v for k, v in TREC.items() if k != "qrels.txt"}
+    assert problems(write(tmp_path / "a", alone)) == [
+        "qrels.txt: file not found; it judges queries.tsv"
+    ]
+    alone = {k: v for k, v in TREC.items() if k != "queries.tsv"}
+    assert problems(write(tmp_path / "b", alone)) == [
+        "qrels.txt: there is no queries.tsv, which it judges"
+    ]
+    passages = {"collection.tsv": TREC["collection.tsv"]}
+    assert problems(write(tmp_path / "c", {**passages, "triples.tsv": "q1\td1\td2\n"})) == [
+        "triples.tsv: there is no queries_train.tsv, which it refers to"
+    ]
+    train = {**passages, "queries_train.tsv": "t1\tx\n"}
+    assert problems(write(tmp_path / "d", train)) == [
+        "qrels_train.txt: file not found; it judges queries_train.tsv"
+    ]
+
+
+D = '{"_id": "d1", "text": "x"}\n'
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"corpus.jsonl": D + '{"_id": "d2", "text": \n'}, "corpus.jsonl:2: not valid JSON"),
+        ({"corpus.jsonl": D + "[" * 100_000 + "\n"}, "corpus.jsonl:2: not valid JSON"),
+        ({"corpus.jsonl": D + "\n" + D}, "corpus.jsonl:2: not valid JSON"),
+        ({"corpus.jsonl": D + D}, "corpus.jsonl:2: id 'd1' occurs already in line 1"),
+        ({"corpus.jsonl": D + '["d2", "x"]\n'}, 'corpus.jsonl:2: expected {"_id": text, "text": text}'),
+        ({"corpus.jsonl": D + '{"id": "d2", "text": "x"}\n'}, "corpus.jsonl:2: '_id' is missing"),
+        ({"corpus.jsonl": D + '{"_id": 2, "title": 0, "text": null}\n'},
+         "corpus.jsonl:2: '_id' must be a text, not 2; 'title' must be a text, not 0; 'text' must be a text, not None"),
+        ({"corpus.jsonl": D + '{"_id": "d2", "text": "\\ud83d"}\n'}, "corpus.jsonl:2: an escape in the JSON is half"),
+        ({"corpus.jsonl": b"\xef\xbb\xbf" + D.encode()}, "corpus.jsonl:1: begins with a byte order mark (BOM)"),
+        ({"corpus.jsonl": D.encode("utf-16")}, "corpus.jsonl:1: UTF-8 expected, found UTF-16"),
+        ({"corpus.jsonl": D.replace("\n", "\r\n")}, "corpus.jsonl:1: Windows line end (CRLF)"),
+        ({"queries.jsonl": '{"_id": "q1", "text": ""}\n'}, "queries.jsonl:1: the text of 'q1' is empty"),
+        ({"qrels/test.tsv": "q1\td1\t1\n"},
+         "qrels/test.tsv:1: the header query-id, corpus-id, score expected, found q1, d1, 1"),
+        ({"qrels/test.tsv": HEADER + "q1\td1\thigh\n"}, "qrels/test.tsv:2: grade 'high' is not an integer"),
+        ({"qrels/test.tsv": HEADER + "q1\td9\t1\nq9\td1\t1\n"}, "qrels/test.tsv:2: unknown passage 'd9'"),
+        ({"qrels/test.tsv": HEADER + "q1\t0\td1\t1\n"}, "qrels/test.tsv:2: 3 tab-separated columns expected, 4 found"),
+        ({"qrels/test.tsv": HEADER}, "qrels/test.tsv:1: no judgement follows the header"),
+    ],
+)  # fmt: skip
+def test_malformed_beir_is_named_with_its_line(tmp_path: Path, change: dict, expected: str) -> None:
+    found = problems(write(tmp_path, {**BEIR, **change}))
+    assert any(line.startswith(expected) for line in found), found
+
+
+def test_missing_files_of_beir(tmp_path: Path) -> None:
+    files = {k: v for k, v in BEIR.items() if not k.startswith("qrels")}
+    (found,) = problems(write(tmp_path / "a", files))
+    assert found.startswith("qrels: none of train.tsv, dev.tsv, test.tsv found")
+    files = {k: v for k, v in BEIR.items() if k != "queries.jsonl"}
+    assert problems(write(tmp_path / "b", files)) == ["queries.jsonl: file not found"]
+    extra = write(tmp_path / "c", {**BEIR, "qrels/more.tsv": ""})
+    with pytest.warns(UserWarning, match=r"more\.tsv is not read"):
+        read_folder(extra)
+
+
+def test_all_problems_are_reported_but_twenty_shown(tmp_path: Path) -> None:
+    bad = {"qrels.txt": "".join(f"q1 0 x{i} 1\n" for i in range(18)), "queries.tsv": "q1\tx\n" + "q\n" * 9}  # fmt: skip
+    found = problems(write(tmp_path, {**TREC, **bad}))
+    assert len(found) == 21 and found[-1] == "… and 7 more"
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
+    write(tmp_path, TREC, zipped=True)
+    path = tmp_path / "queries.tsv.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert any("queries.tsv.gz:" in p and "truncated or damaged" in p for p in problems(tmp_path))
+
+
+def test_a_folder_without_a_collection_says_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"(?s)none does not exist.*corpus\.jsonl.*collection\.tsv"):
+        read_folder(tmp_path / "none")
+    write(tmp_path / "a", {"docs.csv": ""})
+    with pytest.raises(
+        DataError, match=r"(?s)holds no collection \(found: docs\.csv\).*qrels/train"
+    ):
+        read_folder(tmp_path / "a")
+    with pytest.raises(DataError, match="is a file, not a folder"):
+        read_folder(tmp_path / "a" / "docs.csv")
+    with pytest.raises(DataError, match=r"has both corpus\.jsonl and collection\.tsv"):
+        read_folder(write(tmp_path / "b", {**TREC, **BEIR}))
+    write(tmp_path / "c", {"passages.arrow": "", "sources.json": ""})
+    with pytest.raises(DataError, match="name its ir_datasets id"):
+        read_folder(tmp_path / "c")
+
+
+def test_what_is_kept_with_a_warning(tmp_path: Path) -> None:
+    files = {
+        **TREC,
+        **TRAIN,
+        "collection.tsv": "d1\twing\nd2\t\nd3\t \nd4\tflow\n",
+        "queries_train.tsv": "t1\twhat is a wing\nt2\tflow\n",
+    }
+    with pytest.warns(UserWarning) as caught:
+        collection = read_folder(write(tmp_path, files))
+    empty, twice = (str(warning.message) for warning in caught)
+    assert empty == (
+        f"{tmp_path}/collection.tsv: passages without text are kept, and never returned by a search:"
+        " 2, 'd2' (line 2), 'd3' (line 3)"
+    )
+    assert "queries of train and test with the same text: 1, 't1' and 'q1'" in twice
+    assert pairs(collection.passages)["d2"] == ""
+    from adaptive_margins.retrieval import BM25
+
+    assert set(BM25(collection.passages).search(Texts(["q"], ["wing flow"]), 10)["q"]) == {
+        "d1",
+        "d4",
+    }
+
+
+# ---- Hugging Face datasets -----------------------------------------------------------------------------------------
+
+
+def test_triples_of_a_dataset(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    train = {
+        "positive": ["wing", "flow", "wing"],
+        "negative": ["rib\tcage", "wing", "spar"],
+        "anchor": ["what?", "why?", "what?"],
+    }
+    test = {"query": ["why?", "how?"], "positive": ["flow", "so"]}
+    saved = DatasetDict(test=Dataset.from_dict(test), train=Dataset.from_dict(train))
+    saved.save_to_disk(tmp_path / "small")
+    with pytest.warns(UserWarning, match="queries of train and test with the same text: 1, 'q2'"):
+        collection = read_folder(tmp_path / "small")
+    assert pairs(collection.passages) == {
+        "d1": "wing", "d2": "rib cage", "d3": "flow", "d4": "spar", "d5": "so",
+    }  # fmt: skip
+    assert {name: pairs(texts) for name, texts in collection.queries.items()} == {
+        "train": {"q1": "what?", "q2": "why?"},
+        "test": {"q3": "why?", "q4": "how?"},
+    }
+    assert collection.qrels == {
+        "train": {"q1": {"d1": 1}, "q2": {"d3": 1}},
+        "test": {"q3": {"d3": 1}, "q4": {"d5": 1}},
+    }
+    assert collection.triples == [("q1", "d1", "d2"), ("q2", "d3", "d1"), ("q1", "d1", "d4")]
+
+
+def test_pairs_of_a_dataset(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = {"question": ["a", "b", "a"], "positive": ["x", "y", "z"]}
+    Dataset.from_dict(rows).save_to_disk(tmp_path / "pairs")
+    collection = read_dataset(tmp_path / "pairs")
+    assert collection.qrels == {"train": {"q1": {"d1": 1, "d3": 1}, "q2": {"d2": 1}}}
+    assert not collection.triples and collection.name == "pairs"
+
+
+def test_datasets_of_another_form_are_refused(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    def saved(name: str, **splits: dict) -> Path:
+        made = DatasetDict({split: Dataset.from_dict(rows) for split, rows in splits.items()})
+        made.save_to_disk(tmp_path / name)
+        return tmp_path / name
+
+    good = {"query": ["a"], "positive": ["x"]}
+    assert problems(saved("a", train={**good, "label": [1]})) == [
+        f"{tmp_path}/a: split 'train' has the columns query, positive, label; expected query or anchor or question,"
+        " positive, and perhaps negative"
+    ]
+    (found,) = problems(saved("b", train=good, extra=good))
+    assert "split 'extra': expected train, validation or dev, and test" in found
+    bad = {"query": ["a", "", "b"], "positive": ["x", "y", "x"], "negative": ["y", None, "x"]}
+    assert problems(saved("c", train=bad)) == [
+        "train:2: 'query' must be a text that is not empty, not ''; 'negative' must be a text that is not empty, not None",
+        "train:3: positive and negative are the same text",
+    ]  # fmt: skip
+    (folder := saved("d", train=good)).joinpath("train", "state.json").write_text("{")
+    with pytest.raises(DataError, match="cannot be read as a Hugging Face dataset"):
+        read_folder(folder)
+
+
+# ---- real collections ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "passages", "queries", "judgements", "empty"),
+    [
+        ("cranfield", 1400, 225, 1837, "2, '471' (line 471), '995' (line 995)"),
+        ("vaswani", 11429, 93, 2083, ""),
+        ("msmarco_dl19", 16999, 43, 9260, ""),
+    ],
+)
+def test_real_collections(
+    name: str, passages: int, queries: int, judgements: int, empty: str
+) -> None:
+    if not (DATA / name / "collection.tsv").is_file():
+        pytest.skip(f"$ADAPTIVE_MARGINS_TEST_DATA names no folder with {name}/collection.tsv")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        collection = read_folder(DATA / name)
+    assert [str(w.message).rpartition(": ")[2] for w in caught] == ([empty] if empty else [])
+    assert (len(collection.passages), len(collection.queries["test"])) == (passages, queries)
+    assert sum(map(len, collection.qrels["test"].values())) == judgements
