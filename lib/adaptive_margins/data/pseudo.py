@@ -1,0 +1,384 @@
+"""Pseudo-queries, for a corpus without any queries: titles, first sentences, and sentences cut out (inverse cloze task).
+
+They are weaker than real queries. A part of a passage uses its author's words, which a searcher does not know; it states
+where a searcher asks; and only the passage it came from counts as relevant, though others may answer it as well. An encoder
+can adapt to a corpus with them, and two rankings can be compared with care. How well users are served they do not tell.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from bm25s.stopwords import STOPWORDS_EN
+
+from adaptive_margins.data.collection import Collection, DataError, Texts
+from adaptive_margins.progress import Countdown
+
+KINDS = ("title", "first sentence", "inverse cloze")
+QUERY_WORDS = (4, 32)
+"""Fewest and most words of a sentence that is a query; a title may be shorter (`TITLE_WORDS`)."""
+TITLE_WORDS = (2, 32)
+"""Fewest and most words of a title that is a query."""
+MIN_CONTENT = {"title": 2, "first sentence": 3, "inverse cloze": 3}
+"""Fewest different words other than English stop words and numbers that a query has: "It is as follows" asks nothing."""
+MIN_TEXT_WORDS = 10
+"""Fewest words that a passage has left without its query."""
+CUT = 0.9
+"""Share of inverse cloze queries whose sentence is cut out of the text to train on (Lee et al. 2019, Section 4)."""
+_SPAN = (6, 14)  # words of a query from text without sentence ends
+_STOP_WORDS = frozenset(STOPWORDS_EN)
+
+
+@dataclass(frozen=True)
+class PseudoQueries:
+    """Queries made from passages.
+
+    Attributes:
+        queries: ids such as "inverse-cloze:DOCID", and texts.
+        positives: (query id, docid of the passage that the query was made from), in the order of ``queries``.
+        texts: query id → text of the positive to train on: the passage without the query.
+        kinds: kind → number of queries.
+    """
+
+    queries: Texts
+    positives: list[tuple[str, str]]
+    texts: dict[str, str]
+    kinds: dict[str, int]
+
+
+def pseudo_queries(
+    passages: Texts,
+    titles: Mapping[str, str] | None,
+    *,
+    kinds: Sequence[str] = KINDS,
+    count: int,
+    seed: int,
+) -> PseudoQueries:
+    """Make up to ``count`` queries, at most one a passage and kind, in equal shares of the kinds as far as they go.
+
+    - "title": a passage's title. The text to train on is the passage, without the title if it begins with it.
+    - "first sentence": the first sentence after the title. The text is the rest.
+    - "inverse cloze": any sentence after the title, at random. The text is the rest, in 9 of 10 cases; in the tenth it is
+      the whole passage, so that the encoder does not unlearn to match words (Lee, Chang & Toutanova, Latent Retrieval for
+      Weakly Supervised Open Domain Question Answering, ACL 2019, Section 4). In text without any sentence end (lower-case
+      abstracts, say), 6 to 14 consecutive words stand in for the sentence.
+
+    A title or sentence that another passage has too is no query, so that each has one positive. Words are what white space
+    separates, so text written without spaces gives none. Limits: `QUERY_WORDS`, `TITLE_WORDS`, `MIN_CONTENT`,
+    `MIN_TEXT_WORDS`.
+
+    The result depends on passages, titles, kinds and ``seed`` alone; fewer queries are a prefix of more. All passages are
+    read twice at most; a number of 8 bytes is held of each sentence.
+
+    Args:
+        passages: docids and texts.
+        titles: docid → title, of those passages that have one; None if there are none.
+        kinds: a choice of `KINDS`, in any order.
+        count: queries wanted; fewer if the passages do not give as many.
+        seed: of the choice of passages and sentences.
+
+    Raises:
+        ValueError: ``count`` below 1, no kind, or an unknown one.
+        DataError: no passage gives a query.
+    """
+    if count < 1:
+        raise ValueError(f"count must be at least 1, not {count}")
+    made = list(_draw(passages, titles or {}, kinds, count, seed, once=False))
+    ids = [one.qid for one in made]
+    texts = {one.qid: one.whole if one.keeps_query else one.rest for one in made}
+    positives = [(one.qid, one.docid) for one in made]
+    found = Counter(one.kind for one in made)
+    return PseudoQueries(
+        Texts(ids, [one.query for one in made]),
+        positives,
+        texts,
+        {kind: found[kind] for kind in KINDS if kind in kinds},
+    )
+
+
+def pseudo_collection(
+    passages: Texts,
+    name: str,
+    sources: Mapping[str, str],
+    titles: Mapping[str, str] | None,
+    *,
+    kinds: Sequence[str] = KINDS,
+    count: int,
+    test: int,
+    validation: int,
+    seed: int,
+) -> Collection:
+    """A collection with pseudo-queries to train on ("train"), to stop by ("validation") and to measure with ("test").
+
+    Every passage that a query was made from stands in it without that query, as PyDocs has docstrings without their
+    summaries; its grade is 1. Were the sentence still in its passage, matching words alone would find it (measured on 300 test
+    queries of Cranfield, nDCG@10 of first sentences and inverse cloze: BM25 .98 and .99, MiniLM .93 and .70; cut, BM25 .74
+    and .47, MiniLM .71 and .45). Were only the test queries' passages cut, they would differ from all others. In "train"
+    alone a tenth of the passages of inverse cloze queries stay whole, as `pseudo_queries` says. A passage gives at most one
+    query, so the sets share no positive.
+
+    For searching, index the passages as they were: only training and measuring need this collection.
+
+    Args:
+        passages: docids and texts; unchanged.
+        name: the collection's.
+        sources: where the texts come from; an entry on the pseudo-queries is added.
+        titles: docid → title, as for `pseudo_queries`.
+        kinds: a choice of `KINDS`.
+        count: queries to train on, at most.
+        test: queries to measure with; at most a quarter of all.
+        validation: queries to stop by; at most an eighth of all.
+        seed: of the queries and of the split. More queries to train on leave the other sets as they are, unless a
+            quarter or an eighth of all limits those.
+
+    Raises:
+        ValueError: a number below 1, no kind, or an unknown one.
+        DataError: the passages give fewer than 8 queries.
+    """
+    wanted = {"test": test, "validation": validation, "train": count}
+    for what, number in wanted.items():
+        if number < 1:
+            raise ValueError(f"{what} must be at least 1, not {number}")
+    made = list(_draw(passages, titles or {}, kinds, sum(wanted.values()), seed, once=True))
+    if len(made) < 8:
+        raise DataError(
+            f"{name}: its {len(passages)} passages give {len(made)} pseudo-queries; at least 8 are needed to train, to"
+            f" stop and to measure with"
+        )
+    texts = list(passages.texts)
+    queries: dict[str, Texts] = {}
+    qrels = {}
+    start = 0
+    shares = {"test": len(made) // 4, "validation": len(made) // 8, "train": len(made)}
+    for part, share in shares.items():
+        chosen = made[start : start + min(wanted[part], share)]
+        start += len(chosen)
+        queries[part] = Texts([one.qid for one in chosen], [one.query for one in chosen])
+        qrels[part] = {one.qid: {one.docid: 1} for one in chosen}
+        for one in chosen:
+            if not (part == "train" and one.keeps_query):
+                texts[one.row] = one.rest
+    origin = f"{', '.join(kind for kind in KINDS if kind in kinds)}; seed {seed}"
+    return Collection(
+        name=name,
+        passages=Texts(passages.ids, texts),
+        queries=queries,
+        qrels=qrels,
+        sources={**sources, "pseudo-queries": origin},
+    )
+
+
+def about(collection: Collection) -> str:
+    """What a report says of a collection by `pseudo_collection`: how many queries of which kind, and why they are weaker."""
+    kinds = Counter(
+        qid.partition(":")[0].replace("-", " ")
+        for queries in collection.queries.values()
+        for qid in queries.ids
+    )
+    numbers = ", ".join(f"{kind}: {kinds[kind]:,}" for kind in KINDS if kinds[kind])
+    return (
+        f"There are no real queries: {kinds.total():,} pseudo-queries were made from the passages ({numbers}). They are"
+        " weaker than real queries: they use the words of the passage's author, they state rather than ask, and only"
+        " the passage they come from counts as relevant. The measures say how well a passage is found by a part of it that"
+        " was cut out, not how well the queries of users are answered."
+    )
+
+
+# ---- from a passage to a query -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Made:
+    kind: str
+    row: int
+    docid: str
+    query: str
+    rest: str  # the passage without the query
+    whole: str
+    keeps_query: bool  # to be trained on with the whole passage
+
+    @property
+    def qid(self) -> str:
+        return f"{self.kind.replace(' ', '-')}:{self.docid}"
+
+
+def _draw(
+    passages: Texts,
+    titles: Mapping[str, str],
+    kinds: Sequence[str],
+    count: int,
+    seed: int,
+    *,
+    once: bool,
+) -> Iterator[_Made]:
+    """Up to ``count`` queries, the kinds taking turns; ``once``: at most one a passage, whatever the kind."""
+    if isinstance(kinds, str) or not kinds or set(kinds) - set(KINDS):
+        raise ValueError(f"kinds must be some of {', '.join(KINDS)}, not {kinds!r}")
+    repeated = _repeated(passages, titles)
+    taken: set[int] = set()
+
+    def made(kind: str) -> Iterator[_Made]:
+        order = list(range(len(passages)))
+        random.Random(f"{seed} {kind}").shuffle(order)
+        for row in order:
+            if once and row in taken:
+                continue
+            docid, whole = passages.ids[row], passages.texts[row]
+            # A generator per passage: its draws do not depend on which other passages there are.
+            rng = random.Random(f"{seed} {kind} {docid}")
+            found = _MAKERS[kind](*_parts(whole, titles.get(docid, "")), rng, repeated)
+            if found is not None:
+                taken.add(row)
+                keeps_query = kind == "inverse cloze" and rng.random() >= CUT
+                yield _Made(kind, row, docid, *found, whole, keeps_query)
+
+    turns = [made(kind) for kind in KINDS if kind in kinds]
+    number = 0
+    while turns and number < count:
+        for turn in list(turns):
+            one = next(turn, None)
+            if one is None:
+                turns.remove(turn)
+            elif number < count:
+                number += 1
+                yield one
+    if not number:
+        raise DataError(
+            f"none of {len(passages)} passages gives a pseudo-query ({', '.join(kinds)}): a query needs"
+            f" {QUERY_WORDS[0]} to {QUERY_WORDS[1]} words (a title {TITLE_WORDS[0]}) that no other passage has in this"
+            f" order, and {MIN_TEXT_WORDS} more words in its passage"
+        )
+
+
+def _repeated(passages: Texts, titles: Mapping[str, str]) -> set[int]:
+    """The hashes of all titles and sentences that more than one passage has."""
+    hashes = array("q")
+    countdown = Countdown("pseudo-queries: reading passages", len(passages), "passages")
+    for row, (docid, text) in enumerate(zip(passages.ids, passages.texts, strict=True)):
+        countdown.update(row)
+        title, body = _parts(text, titles.get(docid, ""))
+        hashes.extend({hash(_form(part)) for part in (title, *sentences(body))})
+    ordered = np.sort(np.frombuffer(hashes, dtype=np.int64)) if hashes else np.zeros(0, np.int64)
+    return set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+
+
+def _parts(text: str, title: str) -> tuple[str, str]:
+    """The title and the text after it, where the text begins with it; white space is made single."""
+    text, title = " ".join(text.split()), " ".join(title.split())
+    end = len(title)
+    if text[:end].casefold() == title.casefold() and not text[end : end + 1].isalnum():
+        return title, text[end:].lstrip(" .:;–—-")
+    return title, text
+
+
+def _title(title: str, body: str, rng: random.Random, repeated: set[int]) -> tuple[str, str] | None:
+    return _asked("title", title, body, repeated)
+
+
+def _first_sentence(
+    title: str, body: str, rng: random.Random, repeated: set[int]
+) -> tuple[str, str] | None:
+    first, *others = sentences(body) or [""]
+    return _asked("first sentence", first, " ".join(others), repeated)
+
+
+def _inverse_cloze(
+    title: str, body: str, rng: random.Random, repeated: set[int]
+) -> tuple[str, str] | None:
+    parts = sentences(body)
+    if len(parts) == 1 and not _MARK.search(body):
+        if hash(_form(body)) in repeated:
+            return None
+        words = body.split()
+        length = rng.randint(*_SPAN)
+        if len(words) < length:
+            return None
+        at = rng.randrange(len(words) - length + 1)
+        parts = [" ".join(words[:at]), " ".join(words[at : at + length]), " ".join(words[at + length :])]  # fmt: skip
+        choices = [1]
+    else:
+        choices = list(range(len(parts)))
+        rng.shuffle(choices)
+    for i in choices:
+        rest = " ".join(filter(None, parts[:i] + parts[i + 1 :]))
+        if found := _asked("inverse cloze", parts[i], rest, repeated):
+            return found
+    return None
+
+
+_MAKERS: dict[str, Callable[[str, str, random.Random, set[int]], tuple[str, str] | None]] = {
+    "title": _title,
+    "first sentence": _first_sentence,
+    "inverse cloze": _inverse_cloze,
+}
+
+
+def _asked(kind: str, query: str, rest: str, repeated: set[int]) -> tuple[str, str] | None:
+    """The query as it is asked, and the rest of its passage; None if either is too short, or the query too long or repeated."""
+    form = _form(query)
+    words = form.split()
+    low, high = TITLE_WORDS if kind == "title" else QUERY_WORDS
+    content = {word for word in words if word not in _STOP_WORDS and not word.isdigit()}
+    if (
+        not low <= len(words) <= high
+        or len(content) < MIN_CONTENT[kind]
+        or len(_form(rest).split()) < MIN_TEXT_WORDS
+        or hash(form) in repeated
+    ):
+        return None
+    return query.strip(" .,:;–—*•-"), rest
+
+
+# ---- sentences -----------------------------------------------------------------------------------------------------
+
+_MARK = re.compile(r"(?:[.!?]|…)['\"’”)\]]*(?=\s|$)")
+_ABBREVIATION = re.compile(
+    r"(?:e\.g|i\.e|cf|vs|viz|etc|al|approx|resp|incl|ca|figs?|eqs?|nos?|vols?|pp?|refs?|secs?|chs?|eds?|dept|univ|inc|ltd"
+    r"|dr|mrs?|ms|prof|st|jr|sr|gen|col|lt|hon|rev|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|(?:[a-z]\.)*[a-z])\Z",
+    re.IGNORECASE,
+)  # the last: initials, and "U.S."
+
+
+def sentences(text: str) -> list[str]:
+    """Split a text at its sentence ends; nothing is lost but white space around them.
+
+    A sentence ends at ".", "!", "?" or "…" (and closing quotes or brackets) before white space, unless a lower-case letter
+    follows, or a full stop belongs to a common English abbreviation, an initial, or a number. A mark between white space
+    ends one, too, whatever follows, as in text that was split into tokens.
+    """
+    found: list[str] = []
+    start = 0
+    for mark in _MARK.finditer(text):
+        if _ends(text, start, mark.start(), mark.end()):
+            found.append(text[start : mark.end()].strip())
+            start = mark.end()
+    found.append(text[start:].strip())
+    return [sentence for sentence in found if sentence]
+
+
+def _ends(text: str, start: int, mark: int, end: int) -> bool:
+    before = text[start:mark]
+    if not any(c.isalpha() for c in before):  # "1. Introduction"
+        return False
+    if before[-1].isspace():
+        return True
+    following = text[end:].lstrip()[:1]
+    if following.islower():
+        return False
+    if text[mark] != ".":
+        return True
+    word = before.split()[-1].lstrip("([\"'“‘")
+    if word.isdigit() and following.isdigit():  # "3. 0"
+        return False
+    return not _ABBREVIATION.match(word)
+
+
+def _form(text: str) -> str:
+    """The words of a text, lower case, by which two texts count as the same."""
+    return " ".join(re.findall(r"[^\W_]+", text.lower()))

@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from adaptive_margins.data.collection import DataError, Texts
+from adaptive_margins.data.pseudo import (
+    KINDS,
+    about,
+    pseudo_collection,
+    pseudo_queries,
+    sentences,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("One is here. Two is there! Is it? Yes", ["One is here.", "Two is there!", "Is it?", "Yes"]),
+        ('He said "stop." Then he left.', ['He said "stop."', "Then he left."]),
+        ("It rose (see below.) Then it fell.", ["It rose (see below.)", "Then it fell."]),
+        # Abbreviations, initials, numbers, and what goes on in lower case.
+        ("See Fig. 3 and Eq. 4, e.g. Smith et al. 1999. Then on.", ["See Fig. 3 and Eq. 4, e.g. Smith et al. 1999.", "Then on."]),
+        ("Dr. J. F. Doe of the U.S. Army wrote it.", ["Dr. J. F. Doe of the U.S. Army wrote it."]),
+        ("Version 3.5 is out. 4 bugs remain.", ["Version 3.5 is out.", "4 bugs remain."]),
+        ("At mach 3. 0 it fails.", ["At mach 3. 0 it fails."]),
+        ("1. Introduction to flow. It flows.", ["1. Introduction to flow.", "It flows."]),
+        ("He waited... and waited. Then ... no one.", ["He waited... and waited.", "Then ... no one."]),
+        # Tokenised, lower case: as Cranfield is.
+        ("a wing in a stream . a test was made, i.e., of lift .", ["a wing in a stream .", "a test was made, i.e., of lift ."]),
+        ("Größe zählt. Élan auch.", ["Größe zählt.", "Élan auch."]),
+        ("no end", ["no end"]),
+        ("  ", []),
+        ("", []),
+        ("...", ["..."]),
+    ],
+)  # fmt: skip
+def test_sentences(text: str, expected: list[str]) -> None:
+    assert sentences(text) == expected
+
+
+def test_sentences_lose_nothing() -> None:
+    rng = random.Random(2)
+    pieces = ["word", "Word", ".", "!", "?", "...", "e.g.", "3.", "0", "(a)", '"', "J."]
+    for _ in range(300):
+        text = " ".join(rng.choices(pieces, k=rng.randint(0, 15)))
+        assert "".join("".join(sentences(text)).split()) == "".join(text.split())
+
+
+def fact(number: int) -> str:
+    """A sentence that no other number has."""
+    return f"Compound{number} dissolves in solvent{number} at temperature{number}."
+
+
+PASSAGES = Texts(
+    [f"d{n}" for n in range(60)],
+    [f"The story of compound{n}: {' '.join(fact(10 * n + k) for k in range(4))}" for n in range(60)],
+)  # fmt: skip
+TITLES = {f"d{n}": f"The story of compound{n}" for n in range(0, 60, 2)}
+
+
+def test_each_kind_leaves_its_query_out_of_the_text_to_train_on() -> None:
+    made = pseudo_queries(PASSAGES, TITLES, count=1000, seed=1)
+    # Titles are given for half of the passages; the other passages begin with a title nobody declared.
+    assert made.kinds == {"title": 30, "first sentence": 60, "inverse cloze": 60}
+    assert len(made.queries) == len(made.positives) == len(made.texts) == 150
+    kept = 0
+    for qid, docid in made.positives:
+        kind, _, source = qid.partition(":")
+        number = int(docid[1:])
+        query, text, whole = made.queries[qid], made.texts[qid], PASSAGES[docid]
+        assert source == docid
+        facts = [fact(10 * number + k) for k in range(4)]
+        if kind == "title":
+            assert query == TITLES[docid]
+            assert text == " ".join(facts)
+        elif kind == "first-sentence":
+            first = facts[0] if docid in TITLES else f"The story of compound{number}: {facts[0]}"
+            assert query == first.rstrip(".")
+            assert text == " ".join(facts[1:])
+        else:
+            assert kind == "inverse-cloze"
+            assert query in whole
+            if text == whole:
+                kept += 1
+            else:
+                assert query not in text
+                assert sorted((text + " " + query + ".").split()) == sorted(
+                    whole.removeprefix(TITLES.get(docid, "") + ": ").split()
+                )
+    assert 0 < kept < 20  # a tenth of 60
+
+
+def test_a_tenth_of_inverse_cloze_keeps_its_sentence() -> None:
+    many = Texts(
+        [str(n) for n in range(2000)],
+        [" ".join(fact(5 * n + k) for k in range(4)) for n in range(2000)],
+    )
+    made = pseudo_queries(many, None, kinds=["inverse cloze"], count=2000, seed=4)
+    kept = sum(made.texts[qid] == many[docid] for qid, docid in made.positives)
+    assert abs(kept - 200) < 4 * (2000 * 0.1 * 0.9) ** 0.5  # four standard deviations
+    where = [many[docid].index(made.queries[qid]) > 0 for qid, docid in made.positives]
+    assert 0.7 < sum(where) / 2000 < 0.8  # any of the four sentences: three are not the first
+
+
+def test_kinds_share_equally_and_fewer_are_a_prefix_of_more() -> None:
+    made = pseudo_queries(PASSAGES, TITLES, count=100, seed=1)
+    assert made.kinds == {"title": 30, "first sentence": 35, "inverse cloze": 35}
+    few = pseudo_queries(PASSAGES, TITLES, count=31, seed=1)
+    assert few.kinds == {"title": 11, "first sentence": 10, "inverse cloze": 10}
+    assert few.positives == made.positives[:31]
+    assert few.queries.texts == made.queries.texts[:31]
+    assert few.texts.items() <= made.texts.items()
+    assert pseudo_queries(PASSAGES, TITLES, count=31, seed=2).positives != few.positives
+    assert pseudo_queries(PASSAGES, TITLES, kinds=KINDS[::-1], count=31, seed=1) == few
+
+
+def test_the_same_in_another_process() -> None:
+    program = "from test_pseudo import *; print(pseudo_queries(PASSAGES, TITLES, count=90, seed=1).queries.texts)"
+    done = [
+        subprocess.run(
+            [sys.executable, "-c", program], cwd=Path(__file__).parent,
+            env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    expected = pseudo_queries(PASSAGES, TITLES, count=90, seed=1).queries.texts
+    assert done == [f"{expected}\n"] * 2
+
+
+def test_what_several_passages_have_is_no_query() -> None:
+    boiler = "Permission is granted to copy this notice."
+    texts = [f"{boiler} {fact(10 * n)} {fact(10 * n + 1)} {fact(10 * n + 2)}" for n in range(40)]
+    texts[7] = texts[8]  # the same passage twice
+    titles = {str(n): "Copper and its alloys" if n % 2 else f"Alloy number{n}" for n in range(40)}
+    passages = Texts([str(n) for n in range(40)], texts)
+    made = pseudo_queries(passages, titles, count=1000, seed=1)
+    assert made.kinds == {"title": 20, "first sentence": 0, "inverse cloze": 38}
+    assert boiler.rstrip(".") not in made.queries.texts
+    assert {"inverse-cloze:7", "inverse-cloze:8"}.isdisjoint(made.queries.ids)
+    # Capitals, punctuation and white space do not make another sentence.
+    passages = Texts(
+        ["a", "b"],
+        [f"{fact(1)} {fact(2)} {fact(3)}", f"{fact(1).upper()}  {fact(4)} {fact(5)}, {fact(6)}"],
+    )
+    made = pseudo_queries(passages, None, kinds=KINDS[1:], count=9, seed=1)
+    assert made.kinds["first sentence"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "title", "kinds"),
+    [
+        (fact(1) + " " + fact(2) + " " + fact(3), "Long enough title", {"title", "first sentence", "inverse cloze"}),
+        (fact(1) + " " + fact(2) + " " + fact(3), "Short", {"first sentence", "inverse cloze"}),
+        (fact(1) + " " + fact(2) + " " + fact(3), "2 and 3 of 4", {"first sentence", "inverse cloze"}),
+        ("Too short. " + fact(1) + " " + fact(2) + " " + fact(3), "", {"inverse cloze"}),
+        ("It is as it was in that. " + fact(1) + " " + fact(2) + " " + fact(3), "", {"inverse cloze"}),
+        (fact(1) + " " + fact(2), "", set()),  # too little is left
+        ("word " * 33 + "ends. " + "Word " * 33 + "ends.", "", set()),  # too long
+        (fact(1), "", set()),
+        ("", "A long enough title", set()),
+    ],
+)  # fmt: skip
+def test_limits(text: str, title: str, kinds: set[str]) -> None:
+    passages = Texts(["one", "more"], [text, " ".join(map(fact, range(50, 55)))])
+    made = pseudo_queries(passages, {"one": title}, count=99, seed=1)
+    found = {qid.partition(":")[0].replace("-", " ") for qid, docid in made.positives if docid == "one"}  # fmt: skip
+    assert found == kinds
+
+
+def test_text_without_sentence_ends_gives_consecutive_words() -> None:
+    texts = [" ".join(f"word{n}x{k}" for k in range(40)) for n in range(50)]
+    passages = Texts([str(n) for n in range(50)], texts)
+    made = pseudo_queries(passages, None, count=500, seed=1)
+    assert made.kinds == {"title": 0, "first sentence": 0, "inverse cloze": 50}
+    for qid, docid in made.positives:
+        query, text, whole = made.queries[qid], made.texts[qid], passages[docid]
+        assert 6 <= len(query.split()) <= 14
+        before, _, after = whole.partition(query)
+        assert text in (whole, f"{before.strip()} {after.strip()}".strip())
+
+
+def test_nothing_to_make_queries_from_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"none of 2 passages gives a pseudo-query \(title, first"):
+        pseudo_queries(Texts(["a", "b"], ["", "Short."]), None, count=5, seed=1)
+    with pytest.raises(DataError, match="none of 0 passages"):
+        pseudo_queries(Texts([], []), None, count=5, seed=1)
+    with pytest.raises(ValueError, match="count must be at least 1, not 0"):
+        pseudo_queries(PASSAGES, None, count=0, seed=1)
+    for kinds in (["titles"], [], "title"):
+        with pytest.raises(ValueError, match="kinds must be some of title, first sentence"):
+            pseudo_queries(PASSAGES, None, kinds=kinds, count=5, seed=1)
+
+
+def build(count: int = 1000, test: int = 12, validation: int = 5, seed: int = 1, **changed):
+    given = {"kinds": KINDS, **changed}
+    return pseudo_collection(
+        PASSAGES, "Facts", {"source": "1"}, TITLES,
+        count=count, test=test, validation=validation, seed=seed, **given,
+    )  # fmt: skip
+
+
+def test_collection_has_disjoint_sets_and_passages_without_their_queries() -> None:
+    collection = build()
+    sizes = {name: len(queries) for name, queries in collection.queries.items()}
+    assert sizes == {"test": 12, "validation": 5, "train": 43}
+    positives = [
+        docid for qrels in collection.qrels.values() for j in qrels.values() for docid in j
+    ]
+    assert len(positives) == len(set(positives)) == 60
+    assert collection.passages.ids == PASSAGES.ids
+    whole = 0
+    for name, qrels in collection.qrels.items():
+        for qid, judged in qrels.items():
+            ((docid, grade),) = judged.items()
+            assert (grade, qid.partition(":")[2]) == (1, docid)
+            text, query = collection.passages[docid], collection.queries[name][qid]
+            assert query in PASSAGES[docid]
+            if query in text:
+                assert name == "train" and qid.startswith("inverse-cloze") and text == PASSAGES[docid]  # fmt: skip
+                whole += 1
+    assert whole < 10
+    for name in ("test", "validation"):  # the kinds in equal parts
+        kinds = [qid.partition(":")[0] for qid in collection.queries[name].ids]
+        assert max(map(kinds.count, kinds)) - min(map(kinds.count, kinds)) <= 1
+    assert collection.sources == {"source": "1", "pseudo-queries": "title, first sentence, inverse cloze; seed 1"}  # fmt: skip
+
+
+def test_held_out_passages_are_always_cut() -> None:
+    many = Texts(
+        [str(n) for n in range(800)],
+        [" ".join(fact(5 * n + k) for k in range(4)) for n in range(800)],
+    )
+    collection = pseudo_collection(
+        many, "many", {}, None, kinds=["inverse cloze"], count=500, test=200, validation=100, seed=1
+    )
+    uncut = {
+        name: sum(collection.queries[name][qid] in collection.passages[next(iter(judged))] for qid, judged in qrels.items())
+        for name, qrels in collection.qrels.items()
+    }  # fmt: skip
+    assert uncut["test"] == uncut["validation"] == 0
+    assert 20 < uncut["train"] < 85  # a tenth of 500
+    sources = {docid for qrels in collection.qrels.values() for j in qrels.values() for docid in j}
+    others = [docid for docid in many.ids if docid not in sources]
+    assert not others  # 800 were asked for
+
+
+def test_more_queries_to_train_on_leave_the_other_sets_and_passages_without_a_query_as_they_are() -> None:  # fmt: skip
+    few, more = build(count=10), build(count=20)
+    assert few.queries["test"] == build(count=10).queries["test"]
+    assert few.qrels["train"].items() <= build(count=10).qrels["train"].items()
+    assert len(few.queries["train"]) == 10 and len(more.queries["train"]) == 20
+    sources = {docid for qrels in few.qrels.values() for judged in qrels.values() for docid in judged}  # fmt: skip
+    untouched = [docid for docid in PASSAGES.ids if docid not in sources]
+    # 27 were asked for, of which a quarter and an eighth at most are held out.
+    assert {name: len(queries) for name, queries in few.queries.items()} == {"test": 6, "validation": 3, "train": 10}  # fmt: skip
+    assert all(few.passages[docid] == PASSAGES[docid] for docid in untouched) and untouched
+    big, bigger = build(count=36, test=5, validation=4), build(count=40, test=5, validation=4)
+    for name in ("test", "validation"):
+        assert big.queries[name] == bigger.queries[name]
+    assert list(bigger.qrels["train"].items())[:36] == list(big.qrels["train"].items())
+    assert build(seed=2).fingerprint != build(seed=1).fingerprint == build(seed=1).fingerprint
+
+
+def test_too_few_passages_for_three_sets_is_an_error() -> None:
+    few = Texts(PASSAGES.ids[:5], PASSAGES.texts[:5])
+    with pytest.raises(DataError, match="Few: its 5 passages give 5 pseudo-queries; at least 8"):
+        pseudo_collection(few, "Few", {}, TITLES, count=9, test=3, validation=3, seed=1)
+    with pytest.raises(ValueError, match="validation must be at least 1, not 0"):
+        build(validation=0)
+
+
+def test_what_is_said_about_them_has_their_numbers() -> None:
+    text = about(build())
+    assert "60 pseudo-queries" in text
+    numbers = {kind: int(text.split(f"{kind}: ")[1].split(",")[0].split(")")[0]) for kind in KINDS}
+    assert sum(numbers.values()) == 60
+    counted = [qid.partition(":")[0] for queries in build().queries.values() for qid in queries.ids]
+    assert numbers == {kind: counted.count(kind.replace(" ", "-")) for kind in KINDS}
+    assert "weaker than real queries" in text
