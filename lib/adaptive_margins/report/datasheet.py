@@ -1,8 +1,9 @@
-"""The book's data sheet of the collection, after Gebru et al. (2021): every number from the artefacts."""
+"""The data sheet of a collection, after Gebru et al. (2021): every number from the artefacts."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -11,16 +12,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adaptive_margins.data import pydocs
-from adaptive_margins.data.collection import Collection, Run
+from adaptive_margins.data.collection import Collection, Qrels, Run
 from adaptive_margins.report.marks import measure_label
 from adaptive_margins.report.show import evenly
+from adaptive_margins.report.tables import shorten
 
 if TYPE_CHECKING:
     from adaptive_margins.experiments import Reproduction
 
 _EXAMPLES = 4
 _CLOSEST = 3
-_SETS = ("train", "validation", "test1", "test2")
+_LONGEST = 1000  # characters of a passage that are shown
+_SETS = ("train", "validation", "test", "test1", "test2")
 
 
 def page(reproduction: Reproduction) -> str:
@@ -50,30 +53,39 @@ def datasheet(
     bm25: Mapping[str, Mapping[str, float]],
     *,
     official: bool = False,
+    scored: Mapping[str, Qrels] | None = None,
+    relevant: int = 2,
+    place: str = "book",
+    note: str = "",
 ) -> str:
     """A page of MyST Markdown that begins with a heading.
 
     Args:
-        collection: what is described.
+        collection: what is described; it may have no queries, and passages without text.
         candidates: set → the run that encoders rerank.
         bm25: set → measure in ir_measures' notation → BM25's value.
         official: whether the candidates come with the collection.
+        scored: set → judgements of the queries that candidates and measures are of; those of the collection if None.
+        relevant: the least grade of a relevant passage.
+        place: what the page is part of, as the text calls it.
+        note: a paragraph of plain text below the first one.
     """
     sets = sorted(collection.queries, key=lambda n: (_SETS.index(n) if n in _SETS else 9, n))
-    made_of_docstrings = collection.name == "PyDocs"
+    made_of_docstrings = is_pydocs(collection)
     sections = [
-        f"# The collection: {collection.name}",
+        f"# The collection: {_plain(collection.name)}",
         "A data sheet in the sense of {cite:t}`gebru2021`. Its numbers are computed from the files of"
-        f" the collection when this book is built. Fingerprint: `{collection.fingerprint}` (SHA-256"
+        f" the collection when this {place} is built. Fingerprint: `{collection.fingerprint}` (SHA-256"
         " over ids, texts, judgements, sources and triples, first 16 digits).",
+        _plain(note),
         _MOTIVATION if made_of_docstrings else "",
         "## Composition",
-        _counts(collection, sets),
+        _counts(collection, sets, relevant),
         "### Lengths",
         _lengths(collection, sets),
         "### Judgements",
         _GRADES if made_of_docstrings else "",
-        _grades(collection, sets),
+        _grades(collection, sets, relevant),
         "### Examples",
         _examples(collection),
         _collection_process() if made_of_docstrings else "",
@@ -81,14 +93,19 @@ def datasheet(
         _SPLITS if made_of_docstrings else "",
         _closest(collection, sets) if made_of_docstrings else "",
         "## Candidates and BM25",
-        _bm25(collection, candidates, bm25, sets, official),
+        _bm25(collection, candidates, bm25, sets, official, scored or collection.qrels, relevant),
         "## Training triples",
         _triples(collection, made_of_docstrings),
         "## Sources and their licences" if made_of_docstrings else "## Sources",
-        _licences(collection) if made_of_docstrings else _sources(collection),
+        _licences(collection) if made_of_docstrings else _sources(collection, place),
         _LIMITS if made_of_docstrings else "",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def is_pydocs(collection: Collection) -> bool:
+    """Whether `pydocs.build_pydocs` made it, and not a folder of that name."""
+    return collection.name == "PyDocs" and "python" in collection.sources
 
 
 _MOTIVATION = """\
@@ -98,8 +115,8 @@ PyDocs lets everybody train and evaluate a retriever on real text within minutes
 a network: its texts are docstrings of Python packages that this project installs anyway. A query is the summary
 sentence of a docstring, and the passage to find is the rest of it. People wrote both, one to say briefly what the other
 explains, which is close to a question and its answer, and nobody had to label anything. PyDocs stands in for MS MARCO
-{cite:p}`nguyen2016` where that is too large. It was made for this book and for comparisons within it, not as a
-benchmark: numbers on PyDocs can be compared only where the fingerprint is the same."""
+{cite:p}`nguyen2016` where that is too large. It was made for this project's book and for comparisons within it,
+not as a benchmark: numbers on PyDocs can be compared only where the fingerprint is the same."""
 
 _GRADES = f"""\
 Judgements are graded, and none was made by hand:
@@ -120,7 +137,7 @@ negative."""
 _SPLITS = """\
 Queries that share a passage of grade 2 or 3 form a connected component, and queries that are nearly the same do share
 such passages. Components are put in the order of a seeded hash of their texts and dealt out whole: to validation until
-it has enough, then to the first and to the second test set, the rest to training. So no query of one set has a
+it has enough, then to the test queries, one half after the other, the rest to training. So no query of one set has a
 near-identical twin in another, and no passage that is relevant to a query of one set is relevant to one of another. All
 sets search the same passages, as in MS MARCO: a passage that is relevant to a test query may be a negative in training."""
 
@@ -171,6 +188,11 @@ Ids follow a seeded hash of the texts and tell nothing of package, module or nam
 packages give the same bytes."""
 
 
+def _plain(text: str) -> str:
+    """The text on one line, with no character that means something in Markdown or HTML."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))
+
+
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table: the first column is text, the others are numbers."""
 
@@ -182,16 +204,20 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _html(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table of texts that other people wrote: escaped HTML, so that no character means anything."""
+    """A table of texts that other people wrote: escaped HTML on single lines, so that no character means anything."""
     lines = ['<div style="overflow-x: auto;">', '<table class="table">', "<thead><tr>"]
     lines += [f'<th scope="col">{escape(cell)}</th>' for cell in header]
     lines.append("</tr></thead><tbody>")
     for row in rows:
-        lines.append("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>")
+        lines.append(
+            "<tr>"
+            + "".join(f"<td>{escape(shorten(str(cell), _LONGEST))}</td>" for cell in row)
+            + "</tr>"
+        )
     return "\n".join([*lines, "</tbody></table>", "</div>"])
 
 
-def _counts(collection: Collection, sets: Sequence[str]) -> str:
+def _counts(collection: Collection, sets: Sequence[str], relevant: int) -> str:
     rows = []
     for name in sets:
         judged = collection.qrels[name].values()
@@ -200,13 +226,15 @@ def _counts(collection: Collection, sets: Sequence[str]) -> str:
                 name,
                 f"{len(collection.queries[name]):,}",
                 f"{sum(map(len, judged)):,}",
-                f"{len({d for j in judged for d, grade in j.items() if grade >= 2}):,}",
+                f"{len({d for j in judged for d, grade in j.items() if grade >= relevant}):,}",
             ]
         )
     total = sum(len(texts) for texts in collection.queries.values())
-    return f"{len(collection.passages):,} passages and {total:,} queries.\n\n" + _table(
-        ["set", "queries", "judgements", "passages of grade ≥ 2"], rows
-    )
+    text = f"{len(collection.passages):,} passages and {total:,} queries."
+    if empty := sum(not passage.strip() for passage in collection.passages.texts):
+        text += f" {empty:,} of the passages have no text; a search never returns them."
+    header = ["set", "queries", "judgements", f"passages of grade ≥ {relevant}"]
+    return f"{text}\n\n{_table(header, rows)}" if rows else text
 
 
 def _lengths(collection: Collection, sets: Sequence[str]) -> str:
@@ -223,7 +251,9 @@ def _lengths(collection: Collection, sets: Sequence[str]) -> str:
     )
 
 
-def _grades(collection: Collection, sets: Sequence[str]) -> str:
+def _grades(collection: Collection, sets: Sequence[str], relevant: int) -> str:
+    if not sets:
+        return "There are none."
     counted = {
         name: Counter(g for judged in collection.qrels[name].values() for g in judged.values())
         for name in sets
@@ -232,30 +262,42 @@ def _grades(collection: Collection, sets: Sequence[str]) -> str:
     rows = []
     for name in sets:
         several = sum(
-            sum(grade >= 2 for grade in judged.values()) > 1
+            sum(grade >= relevant for grade in judged.values()) > 1
             for judged in collection.qrels[name].values()
         )
         rows.append([name, *(f"{counted[name][g]:,}" for g in grades), f"{several:,}"])
-    header = ["set", *(f"grade {grade}" for grade in grades), "queries with several of grade ≥ 2"]
+    several_header = f"queries with several of grade ≥ {relevant}"
+    header = ["set", *(f"grade {grade}" for grade in grades), several_header]
     return _table(header, rows)
 
 
 def _examples(collection: Collection) -> str:
-    """The first training queries, in the order of their ids, that have a passage of a lower grade."""
-    name = "train" if "train" in collection.queries else min(collection.queries)
+    """The first training queries, in the order of their ids, that have a passage of a lower grade.
+
+    Where no query has two grades, the first queries; without judgements, the first passages.
+    """
+    judged_sets = [name for name in sorted(collection.qrels) if collection.qrels[name]]
+    if not judged_sets:
+        passages = evenly(collection.passages.texts)[: 2 * _EXAMPLES]
+        return "The first passages.\n\n" + _html(["passage"], [[text] for text in passages])
+    name = "train" if "train" in judged_sets else judged_sets[0]
+    several = [
+        qid for qid, judged in collection.qrels[name].items() if len(set(judged.values())) > 1
+    ]
     rows: list[list[object]] = []
-    for qid in sorted(collection.qrels[name]):
+    for qid in sorted(several or collection.qrels[name])[:_EXAMPLES]:
         judged = sorted(collection.qrels[name][qid].items(), key=lambda item: (-item[1], item[0]))
         by_grade = {grade: docid for docid, grade in reversed(judged)}
-        if len(by_grade) < 2 or len(rows) >= 2 * _EXAMPLES:
-            continue
-        for grade in (max(by_grade), min(by_grade)):
+        for grade in dict.fromkeys((max(by_grade), min(by_grade))):
             query = "" if rows and grade != max(by_grade) else collection.queries[name][qid]
             rows.append([query, grade, collection.passages[by_grade[grade]]])
-    return (
-        f"The first queries of the set {name}, in the order of their ids, that have passages of two"
-        " grades, with a passage of the highest and one of the lowest grade.\n\n"
-        + _html(["query", "grade", "passage"], rows)
+    which = (
+        "that have passages of two grades, with a passage of the highest and one of the lowest grade."
+        if several
+        else "with a passage that is judged for each."
+    )
+    return f"The first queries of the set {name}, in the order of their ids, {which}\n\n" + _html(
+        ["query", "grade", "passage"], rows
     )
 
 
@@ -288,14 +330,17 @@ def _bm25(
     bm25: Mapping[str, Mapping[str, float]],
     sets: Sequence[str],
     official: bool,
+    scored: Mapping[str, Qrels],
+    relevant: int,
 ) -> str:
     depth = max((len(scores) for run in candidates.values() for scores in run.values()), default=0)
     measures = list(dict.fromkeys(measure for values in bm25.values() for measure in values))
     rows = []
+    partly = []
     for name in (name for name in sets if name in candidates or name in bm25):
-        qrels, run = collection.qrels[name], candidates.get(name, {})
-        relevant = {q: {d for d, grade in j.items() if grade >= 2} for q, j in qrels.items()}
-        reachable = sum(bool(relevant[q] & run.get(q, {}).keys()) for q in relevant)
+        qrels, run = scored[name], candidates.get(name, {})
+        answers = {q: {d for d, grade in j.items() if grade >= relevant} for q, j in qrels.items()}
+        reachable = sum(bool(answers[q] & run.get(q, {}).keys()) for q in answers)
         values = [bm25.get(name, {}).get(measure) for measure in measures]
         rows.append(
             [
@@ -304,6 +349,10 @@ def _bm25(
                 *("" if value is None else f"{value:.3f}" for value in values),
             ]
         )
+        if len(qrels) < (judged := len(collection.qrels[name])):
+            partly.append(f"{len(qrels):,} of the {judged:,} judged queries of {name}")
+    if not rows:
+        return "No query is judged, so there is nothing to score."
     header = ["set", "with a relevant candidate", *map(measure_label, measures)]
     origin = (
         "The candidates are the official ones of the collection. Where they come without scores, their order here is that"
@@ -312,12 +361,13 @@ def _bm25(
         else "Candidates come from BM25 {cite:p}`robertson2009,lu2024bm25s` in Lucene's variant, with"
         " English stop words and stemming."
     )
+    some = f" They are of {' and '.join(partly)}, at even distances." if partly else ""
     return (
         f"{origin} What an encoder reranks is the first"
-        f" {depth} of a query, so no reranking can help a query without a relevant passage (grade ≥ 2)"
+        f" {depth} of a query, so no reranking can help a query without a relevant passage (grade ≥ {relevant})"
         ' among them; the column "with a relevant candidate" is the share of queries that have one.'
         " The other columns are what BM25's own order scores: Hits@k is the share of queries with a"
-        " relevant passage among the first k, R@k the share of a query's relevant passages.\n\n"
+        f" relevant passage among the first k, R@k the share of a query's relevant passages.{some}\n\n"
         + _table(header, rows)
     )
 
@@ -345,12 +395,12 @@ def _triples(collection: Collection, made_of_docstrings: bool) -> str:
     )
 
 
-def _sources(collection: Collection) -> str:
+def _sources(collection: Collection, place: str) -> str:
     """What the collection was read from."""
-    rows = sorted(collection.sources.items())
+    rows = [[_plain(cell) for cell in item] for item in sorted(collection.sources.items())]
     return (
-        "The texts stay under the terms of those who publish them, and are not distributed with this book.\n\n"
-        + _table(["what", "source"], rows).replace("---: |", "--- |")
+        "The texts stay under the terms of those who publish them. Apart from the examples above, they are not distributed"
+        f" with this {place}.\n\n" + _table(["what", "source"], rows).replace("---: |", "--- |")
     )
 
 

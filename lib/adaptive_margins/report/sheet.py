@@ -1,0 +1,194 @@
+"""The data sheet of any collection: as one HTML page that needs nothing else, as facts, and as text for a terminal."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from adaptive_margins.data import pydocs
+from adaptive_margins.data.collection import Collection, Qrels, Run, Texts
+from adaptive_margins.evaluation import evaluate
+from adaptive_margins.report.datasheet import datasheet, is_pydocs
+from adaptive_margins.report.show import evenly
+from adaptive_margins.report.text import aligned
+from adaptive_margins.retrieval import BM25
+
+DEPTH = 100
+"""Candidates a query."""
+MOST_QUERIES = 1000
+"""Most judged queries of a set that BM25 searches for, at even distances."""
+
+_CITED = {
+    "gebru2021": ("Gebru et al.", "2021", "Datasheets for Datasets. Communications of the ACM 64 (12)"),
+    "nguyen2016": (
+        "Nguyen et al.", "2016",
+        "MS MARCO: A Human Generated Machine Reading Comprehension Dataset. CEUR Workshop Proceedings 1773",
+    ),
+    "robertson2009": (
+        "Robertson and Zaragoza", "2009",
+        "The Probabilistic Relevance Framework: BM25 and Beyond. Foundations and Trends in Information Retrieval 3 (4)",
+    ),
+    "lu2024bm25s": (
+        "Lù", "2024", "BM25S: Orders of magnitude faster lexical search via eager sparse scoring. arXiv:2407.03618",
+    ),
+}  # fmt: skip
+"""What the data sheet cites: authors, year, title and where it appeared, as book/references.bib has them."""
+
+_CSS = """\
+:root { color-scheme: light dark; }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
+h1, h2, h3 { line-height: 1.2; margin: 1.6em 0 .5em; }
+table { display: block; overflow-x: auto; border-collapse: collapse; margin: 1em 0; font-size: .875rem;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: .3em .8em; text-align: left; vertical-align: top; border-bottom: 1px solid #8c8c8c80; }
+th p, td p { margin: 0; }
+.text-right { text-align: right; }
+.literal { font: .9em ui-monospace, monospace; }
+"""
+
+
+def collection_page(collection: Collection, *, note: str = "") -> str:
+    """The data sheet as an HTML page without scripts, fonts or files from elsewhere.
+
+    It is the book's data sheet (`datasheet.datasheet`) for any collection. BM25 searches `DEPTH` candidates for the judged
+    queries of each set, at most `MOST_QUERIES`; for those of "train" only if no other set is judged. A passage is
+    relevant from grade 1 on, in PyDocs from grade 2.
+
+    Args:
+        collection: what is described; it may have no queries, no triples, and passages without text.
+        note: plain text to stand below the first paragraph, e.g. how the queries were split.
+    """
+    relevant = pydocs.NEAR if is_pydocs(collection) else 1
+    scored = _scored(collection)
+    candidates: dict[str, Run] = {}
+    scores: dict[str, dict[str, float]] = {}
+    if scored:
+        bm25 = BM25(collection.passages)
+        measures = ["nDCG@10", f"Success(rel={relevant})@10", f"R(rel={relevant})@{DEPTH}"]
+        for name, qrels in scored.items():
+            texts = collection.queries[name]
+            asked = Texts(list(qrels), [texts[qid] for qid in qrels])
+            candidates[name] = bm25.search(asked, DEPTH)
+            scores[name] = evaluate(qrels, candidates[name], measures).mean
+    text = datasheet(
+        collection, candidates, scores, scored=scored, relevant=relevant, place="page", note=note
+    )
+    title = f"Data sheet of {collection.name}"
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{_CSS}</style>\n</head>\n<body>\n"
+        f"{_html(_without_citations(text))}</body>\n</html>\n"
+    )
+
+
+def collection_facts(collection: Collection) -> dict[str, Any]:
+    """What the data sheet says in numbers, ready for JSON.
+
+    ``name``, ``fingerprint``, ``sources``; ``passages``, ``empty_passages``; ``words`` of a passage (separated by white
+    space): ``mean``, ``median``, ``max``; ``sets``: name → ``queries``, ``judged`` (queries), ``judgements``, ``grades``
+    (grade as text, from high to low → number); ``triples``.
+    """
+    words = np.array([len(text.split()) for text in collection.passages.texts] or [0])
+    mean, median = float(words.mean()), float(np.median(words))
+    sets = {}
+    for name, queries in collection.queries.items():
+        judged = collection.qrels[name]
+        grades = Counter(grade for row in judged.values() for grade in row.values())
+        sets[name] = {
+            "queries": len(queries),
+            "judged": len(judged),
+            "judgements": grades.total(),
+            "grades": {str(grade): grades[grade] for grade in sorted(grades, reverse=True)},
+        }
+    return {
+        "name": collection.name,
+        "fingerprint": collection.fingerprint,
+        "sources": dict(collection.sources),
+        "passages": len(collection.passages),
+        "empty_passages": int((words == 0).sum()) if len(collection.passages) else 0,
+        "words": {"mean": mean, "median": median, "max": int(words.max())},
+        "sets": sets,
+        "triples": len(collection.triples),
+    }
+
+
+def facts_text(facts: dict[str, Any]) -> str:
+    """`collection_facts` for a terminal."""
+    words = facts["words"]
+    passages = f"{facts['passages']:,}"
+    if facts["empty_passages"]:
+        passages += f", of which {facts['empty_passages']:,} have no text"
+    lines = [
+        ["Collection", facts["name"]],
+        ["Fingerprint", facts["fingerprint"]],
+        *([what, source] for what, source in sorted(facts["sources"].items())),
+        ["Passages", passages],
+        ["Words of a passage", f"mean {words['mean']:.1f}, median {words['median']:g}, most {words['max']:,}"],
+        ["Triples", f"{facts['triples']:,}"],
+    ]  # fmt: skip
+    text = aligned(lines, left=2)
+    if facts["sets"]:
+        rows = [["Set", "Queries", "Judged", "Judgements", "Of grade"]]
+        for name, counts in facts["sets"].items():
+            numbers = [f"{counts[key]:,}" for key in ("queries", "judged", "judgements")]
+            grades = ", ".join(f"{grade}: {number:,}" for grade, number in counts["grades"].items())
+            rows.append([name, *numbers, grades])
+        text += ["", *aligned(rows)]
+    else:
+        text.append("No queries.")
+    return "\n".join(text)
+
+
+def _scored(collection: Collection) -> dict[str, Qrels]:
+    """Set → qrels of the queries that are searched for."""
+    judged = {name: qrels for name, qrels in collection.qrels.items() if qrels}
+    if len(judged) > 1:
+        judged.pop("train", None)
+    return {
+        name: {qid: qrels[qid] for qid in evenly(list(qrels), MOST_QUERIES)}
+        for name, qrels in judged.items()
+    }
+
+
+def _without_citations(text: str) -> str:
+    """Citations as authors and year, and a list of what they stand for at the end."""
+    cited: dict[str, None] = {}
+
+    def plain(match: re.Match[str]) -> str:
+        keys = match[2].split(",")
+        cited.update(dict.fromkeys(keys))
+        if match[1] == "t":
+            return ", ".join(f"{_CITED[key][0]} ({_CITED[key][1]})" for key in keys)
+        return f"({'; '.join(f'{_CITED[key][0]}, {_CITED[key][1]}' for key in keys)})"
+
+    text = re.sub(r"\{cite:([tp])\}`([^`]+)`", plain, text)
+    listed = [
+        f"- {names} ({year}). {rest}." for names, year, rest in sorted(_CITED[key] for key in cited)
+    ]
+    return "\n".join([text, "## References", "", *listed, ""])
+
+
+def _html(markdown: str) -> str:
+    """The body of an HTML page; nothing is read from files, nor is any configuration."""
+    from docutils.core import publish_parts  # type: ignore[import-untyped]
+    from myst_parser.parsers.docutils_ import Parser
+
+    settings = {
+        "_disable_config": True,
+        "file_insertion_enabled": False,
+        "embed_stylesheet": False,
+        "stylesheet_path": "",
+        "doctitle_xform": False,
+        "initial_header_level": 1,
+        "halt_level": 3,  # an error in the Markdown is ours
+        "math_output": "LaTeX",
+    }
+    parts = publish_parts(
+        markdown, parser=Parser(), writer_name="html5", settings_overrides=settings
+    )
+    return str(parts["body"])
