@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
+import json
 import os
 import resource
 import shutil
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
 
 from adaptive_margins import encoders
 from adaptive_margins.encoders import (
@@ -22,11 +25,14 @@ from adaptive_margins.encoders import (
     Tokens,
     cached_states,
     embed,
+    encoder_identity,
     file_sha256,
     hidden_states,
     length_chunks,
     load_encoder,
+    open_encoder,
     packs,
+    prompts,
     put_back,
     save_encoder,
     tokenize,
@@ -462,6 +468,187 @@ def test_a_hub_id_offline_says_what_to_do(monkeypatch):
         "Offline: put model.safetensors, config.json and the tokenizer into a folder",
     ):
         assert word in str(error.value)
+
+
+# ---- anybody's encoder -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(bert, tmp_path):
+    """A Sentence Transformers folder with a linear layer, as training leaves one."""
+    linear = Dense(16, 8, activation_function=torch.nn.Tanh())
+    model = SentenceTransformer(modules=[*copy.deepcopy(bert), linear], device="cpu")
+    model.max_seq_length = 12
+    save_encoder(model, tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def is_plain(model, folder, texts=TEXTS):
+    plain = SentenceTransformer(str(folder), device="cpu")
+    assert model.max_seq_length == plain.max_seq_length
+    found = embed(model, tokenize(model, texts, model.max_seq_length))
+    expected = plain.encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    again = model.encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(again, expected, rtol=0, atol=1e-6)
+
+
+def test_the_shipped_encoder_is_opened_by_its_name():
+    folder = weights_folder(EncoderSettings(base="minilm"))
+    model = open_encoder("minilm")
+    assert model.max_seq_length == 256
+    is_plain(model, folder, [*TEXTS, "word " * 400])
+    assert encoder_identity("minilm") == encoder_identity(str(folder)) == MINILM_SHA256
+    assert packs(model) == 0
+    assert prompts(model) == ("", "")
+
+
+def test_a_trained_folder_is_opened_as_plain_sentence_transformers_does(saved):
+    model = open_encoder(str(saved))
+    assert model.get_embedding_dimension() == 8
+    is_plain(model, saved)
+    hashes = [
+        [name, file_sha256(saved / name)] for name in ("model.safetensors", "2_Dense/model.safetensors")
+    ]  # fmt: skip
+    expected = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    assert encoder_identity(str(saved)) == expected
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "mpnet"])
+def test_plain_weights_get_mean_pooling_and_that_is_said(tiny_folder, kind, capsys):
+    folder = tiny_folder(kind)
+    model = open_encoder(str(folder))
+    assert "has no modules.json: its token embeddings are averaged" in capsys.readouterr().err
+    is_plain(model, folder)
+    loaded = load_encoder(EncoderSettings(base=str(folder)))
+    tokens = tokenize(model, TEXTS, 12)
+    np.testing.assert_array_equal(embed(model, tokens), embed(loaded, tokens))
+    assert encoder_identity(str(folder)) == file_sha256(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(("dropout", "expected"), [(None, 0.1), (0.0, 0.0), (0.3, 0.3)])
+def test_an_opened_encoder_has_the_dropout_asked_for(tiny_folder, dropout, expected):
+    model = open_encoder(str(tiny_folder("bert")), dropout=dropout)
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {expected}
+
+
+def test_parameters_are_float32_whatever_the_file_has(saved):
+    half = SentenceTransformer(str(saved), model_kwargs={"dtype": torch.bfloat16}, device="cpu")
+    half.save_pretrained(str(saved.with_name("half")))
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    model = open_encoder(str(saved.with_name("half")))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_opening_draws_nothing_from_the_generator(saved):
+    before = torch.random.get_rng_state()
+    a, b = (open_encoder(str(saved), seed=7).state_dict() for _ in range(2))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def modules_of(folder, change):
+    path = folder / "modules.json"
+    modules = json.loads(path.read_text())
+    path.write_text(json.dumps(change(modules)))
+
+
+def set_type(position, kind):
+    def change(modules):
+        modules[position]["type"] = kind
+        return modules
+
+    return lambda folder: modules_of(folder, change)
+
+
+def set_config(**values):
+    def change(folder):
+        path = folder / "config_sentence_transformers.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+def leave_prompts_out(folder):
+    set_config(prompts={"query": "find ", "document": ""})(folder)
+    path = folder / "1_Pooling" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "include_prompt": False}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_type(1, "modeling.MyPooling"), "names the custom module 'modeling.MyPooling': code that comes"),
+        (set_type(0, "sentence_transformers.models.BoW"), "first module must be a Transformer, not '.*BoW'"),
+        (lambda f: modules_of(f, lambda m: []), "first module must be a Transformer, not 'none'"),
+        (lambda f: modules_of(f, lambda m: ["a"]), "expected a list of modules with path and type"),
+        (lambda f: modules_of(f, lambda m: {}), "expected a JSON list, not {}"),
+        (lambda f: modules_of(f, lambda m: [{**m[0], "path": "../up"}]), r"path '\.\./up' leads out of the folder"),
+        (lambda f: (f / "modules.json").write_text("["), r"modules\.json cannot be read"),
+        (set_config(model_type="CrossEncoder"), "this is a CrossEncoder, not an encoder of single texts"),
+        (set_config(truncate_dim=4), r"cuts embeddings at 4 dimensions \(truncate_dim\)"),
+        (leave_prompts_out, "leaves its prompts out of the pooling"),
+        (lambda f: os.truncate(f / "model.safetensors", 500), "could not be loaded"),
+        (lambda f: (f / "config.json").write_text("{}"), "could not be loaded"),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            r"model\.safetensors does not exist; .* has 1_Pooling, .*pytorch_model\.bin is a pickle, which is never loaded",
+        ),
+        (
+            lambda f: (f / "2_Dense" / "model.safetensors").rename(f / "2_Dense" / "pytorch_model.bin"),
+            r"2_Dense has config\.json, pytorch_model\.bin \(pytorch_model\.bin is a pickle",
+        ),
+    ],
+)  # fmt: skip
+def test_a_folder_that_is_no_encoder_says_why(saved, change, message):
+    change(saved)
+    with pytest.raises(EncoderError, match=message) as error:
+        open_encoder(str(saved))
+    assert str(saved) in str(error.value)
+
+
+FORMS = r"An encoder is 'minilm' .* folder with safetensors .* ORGANISATION/NAME@REVISION"
+
+
+def test_an_unknown_name_says_what_there_is_and_what_could_be(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for name, there in {
+        "my/mistake/here": "there is no folder my/mistake/here",
+        "minilm-l6": r"there is no folder minilm-l6 \(and a hub id needs its revision, a commit: minilm-l6@COMMIT\)",
+        "some/model": r"there is no folder some/model \(and a hub id needs its revision",
+        "some/model@": "there is no folder some/model@",
+        "file": "file is a file",
+        "empty": r"empty/model\.safetensors does not exist; empty has nothing",
+    }.items():
+        for ask in (open_encoder, encoder_identity):
+            with pytest.raises(EncoderError, match=rf"{there}.*\. {FORMS}"):
+                ask(name)
+
+
+def test_an_unknown_device(saved):
+    with pytest.raises(EncoderError, match="device 'abacus' cannot be used"):
+        open_encoder(str(saved), device="abacus")
+
+
+def test_the_hub_is_asked_by_revision_alone_and_its_cache_is_enough(saved, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(EncoderError, match="'some/model@v1' is not in the hub's cache"):
+        open_encoder("some/model@v1")
+    commit = "0123456789" * 4
+    repository = tmp_path / "hub" / "models--some--model"
+    shutil.copytree(saved, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v1").write_text(commit)
+    for revision in ("v1", commit):
+        is_plain(open_encoder(f"some/model@{revision}"), saved)
+        assert encoder_identity(f"some/model@{revision}") == f"some/model@{commit}"
 
 
 def test_no_pickle_is_read():

