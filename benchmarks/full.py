@@ -6,6 +6,7 @@ Ratios as in run.py. Growth goes to growth.json, one object a quantity, with the
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import resource
 import tempfile
@@ -100,6 +101,7 @@ def beside_the_model(number: int) -> list[dict[str, Any]]:
     """Seconds of whole runs, stored, against the seconds in the encoder's forward, backward and the optimiser's step."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a worker of the profile computes
+    gc.freeze()
     spent = 0.0
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,6 +136,7 @@ def beside_the_model(number: int) -> list[dict[str, Any]]:
                 whole.append(clock() - started)
                 model.append(spent)
     torch.set_num_threads(threads)
+    gc.unfreeze()
     setting = "profile laptop, minilm-3, 768 triples, one evaluation of 150 queries × 20, 1 thread"
     return [row("a run / its model alone", whole, model, "s", setting, less_is_better=True)]
 

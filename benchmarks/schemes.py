@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from sentence_transformers.base.losses.merged_forward import column_merging_disabled
 from timing import clock
 from torch.nn.functional import pad
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from adaptive_margins import training
 from adaptive_margins.encoders import Tokens, quiet, tokenize
@@ -27,26 +27,76 @@ from adaptive_margins.losses import MarginLoss
 
 TARGET = "distributed"
 Step = Callable[[Any, Triples], tuple[float, float]]
-"""(model, a batch of triples) → seconds of a training run of one step, its loss; the model is not changed."""
+"""(model, a batch of triples) → seconds of a step in a run, collating a batch included; the loss of the run's first step.
+
+The model is not changed.
+"""
+
+
+WARM = 4  # triples of the step before the one that is timed
+
+
+class _Batches:
+    """A batch sampler: a first step of a few triples, then all of them, and again.
+
+    The first step makes the optimiser's state and whatever a run makes once. The third batch is fetched, as a run fetches one
+    ahead, and not trained on.
+    """
+
+    def __init__(self, size: int) -> None:
+        everything = list(range(size))
+        self.batches = [everything[:WARM], everything, everything]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+class _Clock(TrainerCallback):
+    """Seconds from the end of the first step to the end of the second, where training is stopped."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        self.ends.append(clock())
+        control.should_training_stop = len(self.ends) == 2
+        control.should_evaluate = control.should_save = False
+        return control
 
 
 @contextmanager
-def _outputs() -> Iterator[list[tuple[float, float]]]:
-    """Seconds and loss of each Trainer.train while this is open."""
-    found = []
-    original = Trainer.train
+def _timed() -> Iterator[list[tuple[float, float]]]:
+    """Of each Trainer.train while this is open: seconds of its second step, and the loss of its first."""
+    found, losses = [], []
+    train, training_step = Trainer.train, Trainer.training_step
 
     def spy(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        started = clock()
-        output = original(self, *args, **kwargs)
-        found.append((clock() - started, output.training_loss))
+        ends = _Clock()
+        self.add_callback(ends)
+        losses.clear()
+        output = train(self, *args, **kwargs)
+        found.append((ends.ends[1] - ends.ends[0], losses[0]))
         return output
 
-    with mock.patch.object(Trainer, "train", spy):
+    def spy_on_step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        loss = training_step(self, *args, **kwargs)
+        if not losses:
+            losses.append(float(loss))
+        return loss
+
+    with (
+        mock.patch.object(Trainer, "train", spy),
+        mock.patch.object(Trainer, "training_step", spy_on_step),
+    ):
         yield found
 
 
-class _Padded(training._TripleCollator):
+class _Padded(training.TripleCollator):
     """Three forwards, every text padded to its limit: the released code's way."""
 
     def __call__(self, rows: list[dict[str, int]]) -> dict[str, Any]:
@@ -66,28 +116,29 @@ class _Padded(training._TripleCollator):
         return {"chunks": chunks, "rows": torch.arange(3 * len(rows)).view(3, -1)}
 
 
-class _Merged(training._TripleCollator):
+class _Merged(training.TripleCollator):
     """All distinct texts in one forward, padded to the longest."""
 
     def __init__(self, queries: Tokens, passages: Tokens, *_: Any) -> None:
         super().__init__(queries, passages, 1, None)
 
 
-def ours(chunks: int, collator: type = training._TripleCollator) -> Step:
+def ours(chunks: int, collator: type = training.TripleCollator) -> Step:
     """This project's trainer, its texts tokenised beforehand, in so many chunks."""
 
     def step(model: Any, triples: Triples) -> tuple[float, float]:
         queries, passages = tokens_of(model, triples)
         size = len(triples)
-        numbers = np.arange(size, dtype=np.int32)
+        numbers = np.tile(np.arange(size, dtype=np.int32), 3)  # as many as a run asks for
         rows = Dataset.from_dict(
             {"query": numbers, "positive": numbers, "negative": numbers + size}
         )
         nothing = Evaluation({"nDCG@10": 0.0}, {"nDCG@10": {}})
         with (
             tempfile.TemporaryDirectory() as folder,
-            _outputs() as outputs,
-            mock.patch.object(training, "_TripleCollator", collator),
+            _timed() as outputs,
+            mock.patch.object(training, "TripleCollator", collator),
+            mock.patch.object(training, "SeededBatches", lambda *_: _Batches(size)),
         ):
             training.train(
                 config(size, chunks), copy.deepcopy(model), rows, queries, passages, lambda _: nothing,
@@ -117,7 +168,8 @@ def sentence_transformers(merged: bool) -> Step:
         with tempfile.TemporaryDirectory() as folder:
             arguments = SentenceTransformerTrainingArguments(
                 output_dir=folder,
-                max_steps=1,
+                max_steps=3,
+                batch_sampler=lambda *_, **__: _Batches(len(triples)),
                 per_device_train_batch_size=len(triples),
                 learning_rate=1e-5,
                 optim="adamw_torch_fused",
@@ -137,7 +189,7 @@ def sentence_transformers(merged: bool) -> Step:
             )
             with (
                 quiet(),
-                _outputs() as outputs,
+                _timed() as outputs,
                 nullcontext() if merged else column_merging_disabled(),
             ):
                 trainer.train()
@@ -155,11 +207,11 @@ def tokens_of(model: Any, triples: Triples) -> tuple[Tokens, Tokens]:
 
 
 def config(size: int, chunks: int) -> training.RunConfig:
-    """One step of ``size`` triples."""
+    """Three steps of ``size`` triples, of which `_Batches` makes others, and the last is not taken."""
     return training.RunConfig(
         encoder="benchmark", weights="", pooling="mean", layers=None, trained_layers=None, query_length=QUERY_LENGTH,
         passage_length=PASSAGE_LENGTH, loss="margin", target=TARGET, in_batch=False, batch_size=size, chunks=chunks,
-        triples=size, learning_rate=1e-5, weight_decay=0.0, decay=1.0, optimizer="adamw_torch_fused", precision="fp32",
+        triples=3 * size, learning_rate=1e-5, weight_decay=0.0, decay=1.0, optimizer="adamw_torch_fused", precision="fp32",
         dropout=None, seed=1, evaluate_every=0, patience=0, keep="last", selection="nDCG@10", validation="", depth=0,
         rerank_measures=("nDCG@10",), collection="",
     )  # fmt: skip

@@ -12,6 +12,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from adaptive_margins import training
+from adaptive_margins.losses import MarginLoss
+
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 with pytest.MonkeyPatch.context() as _patch:  # the scripts import each other by their names
     _patch.syspath_prepend(FOLDER)
@@ -111,7 +114,25 @@ def test_merging_is_switched_on_and_off(encoder, monkeypatch):
     for merged, expected in ((False, [4, 4, 4]), (True, [4, 8])):
         sizes.clear()
         schemes.sentence_transformers(merged)(encoder, material.triples(4))
-        assert sizes == expected
+        assert sizes == 2 * expected  # a step before the one that is timed
+
+
+def test_the_step_that_is_timed_has_all_triples_and_is_the_last(encoder):
+    batch = material.triples(6)
+    for name, step in run.CONTESTANTS.items():
+        sizes = []
+        with pytest.MonkeyPatch.context() as patch:
+            loss = training._RecordedLoss if "Sentence" not in name else MarginLoss
+            forward = loss.forward
+
+            def spy(self, features, labels=None, forward=forward, sizes=sizes):
+                rows = labels.shape[1] if torch.is_tensor(labels) else None
+                sizes.append(rows or len(next(iter(features))["input_ids"]))
+                return forward(self, features, labels)
+
+            patch.setattr(loss, "forward", spy)
+            step(encoder, batch)
+        assert sizes == [schemes.WARM, 6], name
 
 
 def test_a_step_is_accounted_for(encoder):

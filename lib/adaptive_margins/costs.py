@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +18,21 @@ from transformers.utils import cached_file
 
 from adaptive_margins.data import msmarco
 from adaptive_margins.data.arrow import COLUMNS
-from adaptive_margins.encoders import embed, load_encoder, tokenize, weights_folder
+from adaptive_margins.encoders import (
+    Tokens,
+    embed,
+    embed_chunks,
+    load_encoder,
+    packs,
+    tokenize,
+    weights_folder,
+)
 from adaptive_margins.files import folder_bytes
 from adaptive_margins.losses import margin_loss
 from adaptive_margins.profiles import EncoderSettings, IrDatasetsSettings
 from adaptive_margins.resources import BM25_NAME, Resources
 from adaptive_margins.retrieval import choose_index, index_bytes
-from adaptive_margins.training import RunConfig
+from adaptive_margins.training import RunConfig, TripleCollator
 
 _CALIBRATION_STEPS = 3
 _STATED_RATE = 1e13  # multiplications and additions a second of an A100 in FAISS's k-means, fp32
@@ -152,15 +161,19 @@ class Costs(Resources):
         finally:
             torch.set_num_threads(threads)
 
-    def _seconds_a_triple(self, model, queries, passages, columns, size) -> float:  # type: ignore[no-untyped-def]
+    def _seconds_a_triple(
+        self, model: Any, queries: Tokens, passages: Tokens, columns: list[np.ndarray], size: int
+    ) -> float:
+        """Collating, forward and backward as in training; the optimiser's step is small beside them."""
         step = max(1, min(size, len(columns[0]) // _CALIBRATION_STEPS))
+        collate = TripleCollator(queries, passages, self.profile.training.chunks, packs(model))
         times = []
         for start in range(0, len(columns[0]) - step + 1, step):
             since = time.perf_counter()
-            q, p, n = (column[start : start + step] for column in columns)
-            features = [queries.batch(q), passages.batch(p), passages.batch(n)]
-            moved = [{k: v.to(model.device) for k, v in f.items()} for f in features]
-            margin_loss(*(model(f)["sentence_embedding"] for f in moved)).backward()
+            rows = zip(*(column[start : start + step] for column in columns), strict=True)
+            batch = collate([dict(zip(COLUMNS, row, strict=True)) for row in rows])
+            chunks = [{k: v.to(model.device) for k, v in c.items()} for c in batch["chunks"]]
+            margin_loss(*embed_chunks(model, chunks, batch["rows"].to(model.device))).backward()
             if self.profile.device == "cuda":
                 torch.cuda.synchronize()
             times.append((time.perf_counter() - since) / step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import multiprocessing
@@ -391,6 +392,7 @@ def _start_worker(profile: Profile, folder: Path) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
     _worker = Runs(profile, folder)
+    gc.freeze()  # the trainer collects garbage at the end of a run: half a million objects of imports are none
     parent = multiprocessing.parent_process()
     if parent is not None:
 
