@@ -6,9 +6,12 @@ import pytrec_eval
 from scipy import stats
 
 from adaptive_margins.evaluation import (
+    compare,
     evaluate,
+    named,
     paired_interval,
     paired_tost,
+    superiority,
 )
 
 MEASURES = ["nDCG@10", "nDCG@3", "Success(rel=2)@5", "R(rel=2)@20", "R(rel=2)@50", "RR(rel=2)@10"]
@@ -216,7 +219,7 @@ def test_tost_without_variance(difference, equivalent, recwarn):
 PAIR = {"a": 0.1, "b": 0.4, "c": 0.2}
 
 
-@pytest.mark.parametrize("test", [paired_tost, paired_interval])
+@pytest.mark.parametrize("test", [paired_tost, paired_interval, compare, superiority])
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
@@ -315,3 +318,102 @@ def test_paired_interval_without_variance(recwarn):
 def test_paired_interval_rejects_a_senseless_confidence(confidence):
     with pytest.raises(ValueError, match="confidence must lie between 0 and 1"):
         paired_interval(PAIR, PAIR, confidence=confidence)
+
+
+def test_compare_and_superiority_are_the_tests_of_scipy():
+    rng = np.random.default_rng(3)
+    verdicts: dict = {compare: set(), superiority: set()}
+    for _ in range(400):
+        n, m = int(rng.integers(2, 80)), int(rng.integers(1, 6))
+        margin, alpha = rng.uniform(0.02, 0.1), rng.uniform(0.01, 0.2)
+        a, b = as_runs(rng.normal(rng.uniform(-0.08, 0.08), rng.uniform(0.01, 0.2), n))
+        x, y = np.array(list(a.values())), np.array([b[q] for q in a])
+        t = stats.ttest_rel(x, y)
+        tost = max(
+            stats.ttest_rel(x + margin, y, alternative="greater").pvalue,
+            stats.ttest_rel(x - margin, y, alternative="less").pvalue,
+        )
+
+        found = compare(a, b, margin=margin, alpha=alpha, comparisons=m)
+        interval = t.confidence_interval(0.95)
+        assert (found.n, found.margin) == (n, margin)
+        assert found.difference == pytest.approx((x - y).mean())
+        assert found.ci == pytest.approx((interval.low, interval.high))
+        assert found.p_t == pytest.approx(t.pvalue)
+        assert found.p_tost == pytest.approx(tost)
+        different = "different" if t.pvalue * m < alpha else "undecided"
+        assert found.verdict == ("equivalent" if tost * m < alpha else different)
+
+        better = superiority(a, b, margin=margin, alpha=alpha)
+        assert better.p_t == found.p_t
+        sign = "better" if x.mean() > y.mean() else "worse"
+        equivalent = "equivalent" if tost < alpha else "undecided"
+        assert better.verdict == (sign if t.pvalue < alpha else equivalent)
+        verdicts[compare].add(found.verdict)
+        verdicts[superiority].add(better.verdict)
+    assert verdicts[compare] == {"equivalent", "different", "undecided"}
+    assert verdicts[superiority] == {"better", "worse", "equivalent", "undecided"}
+
+
+def test_a_small_sure_difference_is_equivalent_and_better():
+    a, b = as_runs([0.010, 0.012, 0.008, 0.011, 0.009])
+    assert compare(a, b).verdict == "equivalent"
+    assert superiority(a, b).verdict == "better"
+    assert superiority(b, a).verdict == "worse"
+
+
+@pytest.mark.parametrize(
+    ("difference", "verdicts", "p"),
+    [
+        (0.0, ("equivalent", "equivalent"), (1, 0)),
+        (0.02, ("equivalent", "better"), (0, 0)),
+        (-0.3, ("different", "worse"), (0, 1)),
+    ],
+)
+def test_compare_without_variance(difference, verdicts, p, recwarn):
+    base = np.random.default_rng(0).uniform(0.3, 0.6, 43)
+    a = {f"q{i}": x + difference for i, x in enumerate(base)}
+    b = {f"q{i}": x for i, x in enumerate(base)}
+    for test, verdict in zip((compare, superiority), verdicts, strict=True):
+        found = test(a, b)
+        assert (found.verdict, found.p_t, found.p_tost) == (verdict, *p)
+        assert found.ci == pytest.approx((difference, difference))
+    assert len(recwarn) == 0
+
+
+@pytest.mark.parametrize("test", [compare, superiority])
+@pytest.mark.parametrize("options", [{"margin": 0.0}, {"margin": math.nan}, {"alpha": 0.5}])
+def test_compare_rejects_senseless_settings(test, options):
+    with pytest.raises(ValueError, match="must"):
+        test(PAIR, PAIR, **options)
+
+
+@pytest.mark.parametrize(
+    ("measure", "expected"),
+    [
+        ("R@100", "R(rel=1)@100"),
+        ("Recall@100", "R(rel=1)@100"),
+        ("Success@5", "Success(rel=1)@5"),
+        ("RR@10", "RR(rel=1)@10"),
+        ("AP", "AP(rel=1)"),
+        ("P@10", "P(rel=1)@10"),
+        ("P(judged_only=True)@10", "P(rel=1,judged_only=True)@10"),
+        ("IPrec@0.1", "IPrec(rel=1)@0.1"),
+        ("nDCG@10", "nDCG@10"),
+        ("NumRet", "NumRet"),
+        ("R(rel=2)@100", "R(rel=2)@100"),
+        ("R(rel=1)@100", "R(rel=1)@100"),
+    ],
+)
+def test_the_level_of_a_binary_measure_stands_in_its_name(measure, expected):
+    assert named(measure) == expected
+    qrels, run = random_data(5)
+    assert [*evaluate(qrels, run, [measure]).per_query.values()] == [
+        *evaluate(qrels, run, [expected]).per_query.values()
+    ]
+
+
+@pytest.mark.parametrize("measure", ["nDCG@-3", "Hits@5", "R", "nDCG 10", ""])
+def test_a_measure_that_cannot_be_computed_has_no_name(measure):
+    with pytest.raises(ValueError, match="cannot compute the measure"):
+        named(measure)

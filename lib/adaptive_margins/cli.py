@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from adaptive_margins import cli_corpus, progress
+
 if TYPE_CHECKING:
     from adaptive_margins.experiments import Reproduction
 
@@ -111,14 +113,24 @@ def profiles() -> None:
     typer.echo("\n".join(available()))
 
 
+app.add_typer(cli_corpus.commands)
+
+
 def main() -> None:
-    """Entry point: an error that says what to do becomes one message and exit status 1."""
+    """Entry point: an error that says what to do becomes one message and exit status 1, an interruption 130."""
     try:
         app()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except Exception as error:
-        if type(error).__module__.startswith("adaptive_margins."):
-            raise SystemExit(f"adaptive-margins: {error}") from None
-        raise
+        message = str(error)
+        if not type(error).__module__.startswith("adaptive_margins."):
+            if not isinstance(error, OSError):
+                raise
+            if error.filename is not None:
+                message = f"{error.filename}: {error.strerror}"
+        progress.clear()
+        raise SystemExit(f"adaptive-margins: {message}") from None
 
 
 if __name__ == "__main__":

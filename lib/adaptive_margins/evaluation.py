@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ir_measures
 import numpy as np
@@ -123,6 +123,78 @@ def paired_tost(
     return Equivalence(len(x), difference, low, high, p, adjusted, adjusted < alpha)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs a and b, by a paired t test and a paired TOST over their queries.
+
+    Attributes:
+        n: queries.
+        difference: mean of a - b.
+        ci: the 95 % paired t interval of it, (low, high), whatever alpha and comparisons are.
+        p_t: p-value of the two-sided paired t test.
+        p_tost: the larger p-value of the two one-sided tests (`paired_tost`). Neither is corrected
+            for the number of comparisons; the verdict is.
+        margin: the largest mean difference that counts as equivalent.
+        verdict: of `compare` "equivalent", "different" or "undecided"; of `superiority` "better",
+            "worse" (a than b), "equivalent" or "undecided".
+    """
+
+    n: int
+    difference: float
+    ci: tuple[float, float]
+    p_t: float
+    p_tost: float
+    margin: float
+    verdict: str
+
+
+def compare(
+    a: Mapping[str, float],
+    b: Mapping[str, float],
+    *,
+    margin: float = 0.05,
+    alpha: float = 0.05,
+    comparisons: int = 1,
+) -> Comparison:
+    """Are two runs equivalent within ±margin? If that is not shown, are they different?
+
+    "equivalent" if p_tost · comparisons < alpha; else "different" if p_t · comparisons < alpha;
+    else "undecided": there are too few queries to tell. Equivalent runs may differ significantly,
+    by less than the margin.
+
+    Arguments and errors are those of `paired_tost`. If all differences are equal, p_t is 1 if they
+    are zero, else 0.
+    """
+    tost = paired_tost(a, b, margin=margin, alpha=alpha, comparisons=comparisons)
+    difference, low, high = paired_interval(a, b)
+    x, y = _paired(a, b)
+    if np.ptp(x - y) <= _CONSTANT:
+        p = 1.0 if abs(difference) <= _CONSTANT else 0.0
+    else:
+        p = float(DescrStatsW(x - y).ttest_mean(0)[1])
+    different = p * comparisons < alpha
+    verdict = "equivalent" if tost.equivalent else "different" if different else "undecided"
+    return Comparison(tost.n, difference, (low, high), p, tost.p, margin, verdict)
+
+
+def superiority(
+    a: Mapping[str, float],
+    b: Mapping[str, float],
+    *,
+    margin: float = 0.05,
+    alpha: float = 0.05,
+) -> Comparison:
+    """Is run a better than run b, or worse? If neither is shown, are they equivalent?
+
+    "better" or "worse" if p_t < alpha, by the sign of a - b, however small the difference; else
+    "equivalent" if p_tost < alpha; else "undecided". Arguments and errors are those of `compare`.
+    """
+    found = compare(a, b, margin=margin, alpha=alpha)
+    if found.p_t < alpha:
+        return replace(found, verdict="better" if found.difference > 0 else "worse")
+    return found
+
+
 def paired_interval(
     a: Mapping[str, float], b: Mapping[str, float], *, confidence: float = 0.95
 ) -> tuple[float, float, float]:
@@ -160,6 +232,25 @@ def _paired(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[np.ndarray,
             f"query {qids[wrong[0]]!r} has a value that is not finite: {x[wrong[0]]}, {y[wrong[0]]}"
         )
     return x, y
+
+
+def named(measure: str) -> str:
+    """The measure with the relevance level 1 in its name if it needs one and none is given.
+
+    "R@100" is "R(rel=1)@100"; "Success(rel=2)@5" and measures of grades, like "nDCG@10", stay as
+    they are. ir_measures' own default is 1, too: the values are the same.
+
+    Raises:
+        ValueError: the measure is unknown or cannot be computed.
+    """
+    parsed = _measure(measure)
+    level = parsed.SUPPORTED_PARAMS.get("rel")
+    if level is None or level.default != 1 or "rel" in parsed.params:
+        return measure
+    values = {"rel": 1, **parsed.params}
+    cutoff = values.pop(parsed.AT_PARAM, None)
+    name = f"{parsed.NAME}({','.join(f'{key}={value!r}' for key, value in values.items())})"
+    return name if cutoff is None else f"{name}@{cutoff}"
 
 
 def _measure(notation: str) -> ir_measures.Measure:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+HOME_VARIABLE = "ADAPTIVE_MARGINS_HOME"
+
 
 class WriteError(OSError):
     """A file that could not be written; the message names it and says why."""
@@ -60,6 +62,14 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         message = f"{path} could not be written: {error}; what stood there is unchanged"
         raise WriteError(message) from error
+
+
+def home() -> Path:
+    """Where results lie: $ADAPTIVE_MARGINS_HOME, else the checkout this library is installed from, else the current folder."""
+    if given := os.environ.get(HOME_VARIABLE):
+        return Path(given).resolve()
+    checkout = Path(__file__).resolve().parents[2]
+    return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
 
 
 def folder_bytes(folder: Path) -> int:

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 import time
+
+_quiet = False
+
+
+def quiet(on: bool = True) -> None:
+    """Say nothing from now on in this process, or (``quiet(False)``) speak again."""
+    global _quiet
+    _quiet = on
 
 
 def say(text: str) -> None:
     """A line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    if not _quiet:
+        clear()
+        print(text, file=sys.stderr, flush=True)
+
+
+def clear() -> None:
+    """Take the line that a `Countdown` rewrites off the terminal, if there is one."""
+    if _terminal():
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:
@@ -19,7 +37,10 @@ def clock(seconds: float) -> str:
 
 
 class Countdown:
-    """Says how much of ``total`` is done and how much time is left, at most once in ``every`` seconds."""
+    """Says how much of ``total`` is done and how much time is left, at most once in ``every`` seconds.
+
+    On a terminal it is one line, rewritten every second, and gone at the end.
+    """
 
     def __init__(self, what: str, total: int | None, unit: str, *, every: float = 15.0) -> None:
         self.what, self.total, self.unit, self.every = what, total, unit, every
@@ -31,7 +52,10 @@ class Countdown:
         now = time.monotonic()
         if self.first is None:
             self.first = done
-        if now - self.said < self.every:
+        if _terminal() and done == self.total and self.said > self.since:
+            clear()
+            return
+        if now - self.said < (min(self.every, 1.0) if _terminal() else self.every):
             return
         self.said = now
         text = f"{self.what}: {done:,}"
@@ -41,4 +65,13 @@ class Countdown:
         if self.total is not None and done > self.first:
             left = (now - self.since) / (done - self.first) * (self.total - done)
             text += f", about {clock(left)} left"
-        say(text)
+        if _terminal() and not _quiet:
+            width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be rewritten
+            print(f"\r\x1b[K{text[:width]}", end="", file=sys.stderr, flush=True)
+        else:
+            say(text)
+
+
+def _terminal() -> bool:
+    """Whether stderr is a terminal whose current line can be erased."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import bm25s
 import faiss
@@ -23,9 +24,11 @@ import numpy as np
 import Stemmer
 
 from adaptive_margins.data.collection import DataError, Problems, Run, Texts
-from adaptive_margins.encoders import Shards
 from adaptive_margins.files import whole_file
 from adaptive_margins.progress import Countdown
+
+if TYPE_CHECKING:
+    from adaptive_margins.encoders import Shards
 
 _BATCH = 256  # queries searched at a time, so that k_factor · depth hits of each fit in memory
 _BLOCK = 1 << 25  # scores held at a time by exact search (128 MB)
@@ -330,7 +333,7 @@ def build_index(
         ValueError: other dimensions than the settings', fewer passages than lists or than
             centroids of a code, or an embedding that is not finite or not of length 1 or 0.
     """
-    passages = embeddings if isinstance(embeddings, Shards) else Shards.of(embeddings)
+    passages = _shards(embeddings)
     n, dim = len(passages), passages.dim
     if dim != settings.dim:
         raise ValueError(f"embeddings have {dim} dimensions, the index settings {settings.dim}")
@@ -621,9 +624,15 @@ def _queries(embeddings: np.ndarray, qids: Sequence[str]) -> np.ndarray:
     return queries
 
 
+def _shards(embeddings: np.ndarray | Shards) -> Shards:
+    from adaptive_margins.encoders import Shards  # brings torch, which runs and BM25 do without
+
+    return embeddings if isinstance(embeddings, Shards) else Shards.of(embeddings)
+
+
 def _passages(embeddings: np.ndarray | Shards, ids: Sequence[str], queries: np.ndarray) -> Shards:
     """The embeddings, one row an id and as wide as the queries'. (Whether they are finite is seen when they are read.)"""
-    passages = embeddings if isinstance(embeddings, Shards) else Shards.of(embeddings)
+    passages = _shards(embeddings)
     if len(passages) != len(ids):
         raise ValueError(
             f"passage embeddings must have shape ({len(ids)}, D), one row an id, not {(len(passages), passages.dim)}"

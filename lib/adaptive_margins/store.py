@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,23 +14,15 @@ from safetensors import SafetensorError
 
 from adaptive_margins.data.collection import Run
 from adaptive_margins.evaluation import Evaluation
+from adaptive_margins.files import HOME_VARIABLE as HOME_VARIABLE
+from adaptive_margins.files import home as home
 from adaptive_margins.files import whole_folder
 from adaptive_margins.retrieval import read_run, write_run
 from adaptive_margins.training import RunConfig, TrainingResult
 
-HOME_VARIABLE = "ADAPTIVE_MARGINS_HOME"
-
 
 class StoreError(RuntimeError):
     """An artefact that is missing, damaged, or cannot be written; the message names the file and what to do."""
-
-
-def home() -> Path:
-    """Where results lie: $ADAPTIVE_MARGINS_HOME, else the checkout this library is installed from, else the current folder."""
-    if given := os.environ.get(HOME_VARIABLE):
-        return Path(given).resolve()
-    checkout = Path(__file__).resolve().parents[2]
-    return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,7 @@ from __future__ import annotations
 from adaptive_margins.experiments import Plan
 from adaptive_margins.profiles import IrDatasetsSettings, Profile
 from adaptive_margins.progress import clock
-
-_UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
-
-
-def size(count: float) -> str:
-    """Bytes in the largest unit that leaves a number of at least 1."""
-    for unit, name in _UNITS:
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count:.0f} B"
+from adaptive_margins.report.text import aligned, size
 
 
 def plan_text(profile: Profile, plan: Plan, *, every: bool = False) -> str:
@@ -40,7 +31,7 @@ def plan_text(profile: Profile, plan: Plan, *, every: bool = False) -> str:
             ]
         )
     lines = [f"Profile {profile.name}: {len(runs)} runs, {len(runs) - len(todo)} are there.", ""]
-    lines += _aligned([header, *rows])
+    lines += aligned([header, *rows], left=2)
     lines += [
         "",
         "seconds: a run, h:mm:ss or m:ss; disk: kept, all runs of the line; scratch: disk while a run is made; memory: host.",
@@ -66,14 +57,3 @@ def plan_text(profile: Profile, plan: Plan, *, every: bool = False) -> str:
     elif len(todo):
         lines.append("Speeds were measured on this machine just now.")
     return "\n".join(lines)
-
-
-def _aligned(table: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]

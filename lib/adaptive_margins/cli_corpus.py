@@ -1,0 +1,714 @@
+"""The commands for a corpus of one's own: train, evaluate, compare, index, search, collection, export; and status.
+
+Each prints text for people, or with ``--json`` one JSON object. What they need is imported when they are called.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from adaptive_margins import progress
+
+if TYPE_CHECKING:
+    from adaptive_margins.data.collection import Collection, Texts
+
+commands = typer.Typer()
+
+_PANEL = "Your own corpus"
+_FIGURES = (".png", ".svg", ".pdf")
+_CANDIDATES = 100  # of BM25, reranked if nothing else is asked for
+
+
+def _examples(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  adaptive-margins {line}" for line in lines)
+
+
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="PATH",
+        help="A collection: a folder (BEIR's layout, or collection.tsv, queries.tsv, qrels.txt, or a saved Hugging Face"
+        " dataset), 'pydocs', or an id of ir_datasets.",
+    ),
+]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        help="An encoder: 'minilm' (shipped), a Sentence Transformers folder, or ORG/NAME@REVISION of the hub."
+    ),
+]
+MeasuresOption = Annotated[
+    str, typer.Option(help="Measures in ir_measures' notation, with spaces between them.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, … (default: a GPU if there is one).")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", help="Say progress even if stderr is not a terminal.")
+]
+PerQueryOption = Annotated[
+    bool, typer.Option("--per-query", help="With --json: also the value of each query.")
+]
+
+
+@commands.command(
+    rich_help_panel=_PANEL,
+    epilog=_examples(
+        "train my_corpus --output my_encoder",
+        "train my_corpus --output my_encoder --json > report.json",
+        "train pydocs:numpy --output small --triples 512",
+        "train my_corpus --output baseline --target 0.3",
+    ),
+)
+def train(
+    path: SourceArgument,
+    output: Annotated[Path, typer.Option(help="A new folder for the trained encoder.")],
+    model: ModelOption = "minilm",
+    target: Annotated[
+        str, typer.Option(help="distributed, adaptive, or a number: the static margin.")
+    ] = "distributed",
+    seed: Annotated[int, typer.Option(help="Of split, negatives, order and dropout.")] = 1,
+    negatives: Annotated[
+        Literal["bm25", "encoder"],
+        typer.Option(help="Whose best passages become negatives, if there are no triples."),
+    ] = "bm25",
+    triples: Annotated[
+        int | None,
+        typer.Option(min=2, help="Triples to train on (default: as many as make sense)."),
+    ] = None,
+    measures: MeasuresOption = "nDCG@10 R@100",
+    device: DeviceOption = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(help="Log to tensorboard, wandb, mlflow or trackio. Repeatable."),
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Fine-tune an encoder on a corpus, and say whether it became better.
+
+    The test queries are ranked by the encoder before and after, by BM25, and
+    by both together; a paired test says whether differences are more than
+    chance. If training does not help on validation queries, the original
+    encoder is kept. An interrupted call goes on where it was.
+    """
+    with _working(verbose, model):
+        parsed = _target(target)
+        names = _measures(measures)
+        from adaptive_margins.finetuning import finetune
+        from adaptive_margins.training import REPORTERS
+
+        if unknown := set(report_to or ()) - set(REPORTERS):
+            raise typer.BadParameter(
+                f"expected {', '.join(REPORTERS)}, got {min(unknown)!r}", param_hint="--report-to"
+            )
+        report = finetune(
+            path, output, model=model, target=parsed, seed=seed, measures=names, negatives=negatives, device=device,
+            triples=triples, report_to=tuple(report_to or ()),
+        ).report  # fmt: skip
+    _tell(report, as_json, _trained(report, path))
+
+
+@commands.command(
+    rich_help_panel=_PANEL,
+    epilog=_examples(
+        "evaluate my_corpus --model my_encoder",
+        "evaluate my_corpus --model minilm --run-out minilm.run",
+        "evaluate my_corpus --model minilm --mode rerank --json",
+        'evaluate my_corpus --model minilm --measures "AP RR@10"',
+    ),
+)
+def evaluate(
+    path: SourceArgument,
+    model: ModelOption,
+    mode: Annotated[
+        Literal["full", "rerank"],
+        typer.Option(help="Rank all passages (exact search), or order candidates again."),
+    ] = "full",
+    query_set: Annotated[
+        str | None,
+        typer.Option("--set", help="Which queries (default: test, or the only set)."),
+    ] = None,
+    candidates: Annotated[
+        Path | None,
+        typer.Option(help="With --mode rerank: a TREC run to order again, in the place of BM25's."),
+    ] = None,
+    depth: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Passages ranked for a query (default: 100, or what the measures need)."
+        ),
+    ] = None,
+    run_out: Annotated[
+        Path | None, typer.Option(help="Write the ranking: a TREC run, gzipped if it ends in .gz.")
+    ] = None,
+    measures: MeasuresOption = "nDCG@10 R@100",
+    device: DeviceOption = None,
+    per_query: PerQueryOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Rank a set of queries with an encoder and score the ranking.
+
+    If the encoder was trained on a part of these very queries, only its test queries are ranked.
+    """
+    if candidates and mode == "full":
+        raise typer.BadParameter(
+            "candidates are ordered with --mode rerank", param_hint="--candidates"
+        )
+    with _working(verbose, model):
+        names = _measures(measures)
+        result = _evaluated(path, model, mode, query_set, candidates, depth, run_out, names, device)
+    if not per_query:
+        del result["per_query"]
+    found = result["collection"]
+    about = (
+        f"{model} on {found['name']}, {result['set']}: {result['queries']:,} queries, {found['passages']:,} passages,"
+        f" {'full ranking' if mode == 'full' else 'candidates reranked'}, depth {result['depth']:,}"
+    )
+    rows = [["measure", "mean"], *([m, f"{value:.4f}"] for m, value in result["measures"].items())]
+    from adaptive_margins.report.text import aligned
+
+    lines = [about, *([result["split"]] if result["split"] else []), "", *aligned(rows)]
+    _tell(result, as_json, "\n".join(lines + ([f"\nRun: {run_out}"] if run_out else [])))
+
+
+def _evaluated(
+    path: str,
+    model: str,
+    mode: str,
+    query_set: str | None,
+    candidates_path: Path | None,
+    depth: int | None,
+    run_out: Path | None,
+    measures: list[str],
+    device: str | None,
+) -> dict[str, Any]:
+    import ir_measures
+
+    from adaptive_margins.data.collection import DataError
+    from adaptive_margins.data.sources import open_collection
+    from adaptive_margins.dense import DenseRetriever
+    from adaptive_margins.encoders import encoder_identity, open_encoder
+    from adaptive_margins.retrieval import BM25, read_run, top, write_run
+    from adaptive_margins.supplied import score
+
+    collection = open_collection(path)
+    candidates = read_run(candidates_path) if candidates_path else None
+    collection, split = _held_out(model, collection)
+    name = _set(collection, query_set)
+    queries, qrels = collection.queries[name], collection.qrels[name]
+    if not qrels:
+        raise DataError(
+            f"{path}: none of the queries of {name!r} is judged; there is nothing to evaluate"
+        )
+    deepest = max(ir_measures.parse_measure(m).params.get("cutoff", 1) for m in measures)
+    if depth is None and candidates is None:
+        depth = max(_CANDIDATES, deepest) if mode == "full" else _CANDIDATES
+    if depth is not None and depth < min(deepest, len(collection.passages)):
+        raise typer.BadParameter(
+            f"{depth} passages a query are too few for {' '.join(measures)}: {deepest} are needed",
+            param_hint="--depth",
+        )
+    encoder = open_encoder(model, device=device or _device())
+    retriever = DenseRetriever(encoder, collection.passages)
+    if mode == "full":
+        assert depth
+        run = retriever.search(queries, depth)
+    else:
+        if candidates is None:
+            assert depth
+            candidates = BM25(collection.passages).search(queries, depth)
+        else:
+            candidates = {
+                qid: dict(top(hits, depth)) for qid, hits in candidates.items() if qid in queries
+            }
+            if not candidates:
+                raise DataError(
+                    f"{candidates_path} has none of the {len(queries)} queries of {name!r}"
+                )
+        run = retriever.rerank(queries, candidates)
+    scored = score(run, qrels, measures, passages=len(collection.passages))
+    if candidates_path and scored.refused:
+        raise DataError(f"{candidates_path}: {'; '.join(scored.refused.values())}")
+    evaluation = scored.evaluation
+    if run_out:
+        write_run(run, run_out, "adaptive-margins")
+    return {
+        "measures": evaluation.mean,
+        "queries": len(qrels),
+        "run": str(run_out) if run_out else None,
+        "mode": mode,
+        "set": name,
+        "depth": depth or max(map(len, run.values())),
+        "model": model,
+        "identity": encoder_identity(model),
+        "collection": {
+            "name": collection.name,
+            "source": path,
+            "fingerprint": collection.fingerprint,
+            "passages": len(collection.passages),
+        },
+        "split": split,
+        "per_query": evaluation.per_query,
+    }
+
+
+def _held_out(model: str, collection: Collection) -> tuple[Collection, str]:
+    """The collection with the split that the encoder was trained with, and what it was; the collection itself if there is none.
+
+    `train` splits a collection without training queries. To test such an encoder on all of its queries would be to test it
+    on what it was trained on.
+    """
+    from adaptive_margins.data.collection import DataError
+    from adaptive_margins.data.sources import split_queries
+
+    if not (Path(model) / "training.json").is_file():
+        return collection, ""
+    from adaptive_margins.finetuning import Finetuned
+
+    report = Finetuned.load(Path(model)).report
+    if not report.get("collection", {}).get("split"):
+        return collection, ""
+    try:
+        parts, split = split_queries(collection, seed=report["seed"])
+    except DataError:
+        return collection, ""
+    same = parts.fingerprint == report["collection"]["fingerprint"]
+    return (
+        (parts, f"The encoder was trained on this collection. {split}")
+        if same
+        else (collection, "")
+    )
+
+
+def _set(collection: Collection, wanted: str | None) -> str:
+    """The set of queries that is meant."""
+    there = [name for name, queries in collection.queries.items() if len(queries)]
+    if not there:
+        from adaptive_margins.data.collection import DataError
+
+        raise DataError(f"{collection.name} has passages, but no queries to evaluate with")
+    if wanted is None and len(there) == 1:
+        return there[0]
+    name = wanted or "test"
+    if name not in there:
+        raise typer.BadParameter(
+            f"{collection.name} has no queries {name!r}; it has {', '.join(there)}",
+            param_hint="--set",
+        )
+    return name
+
+
+@commands.command(
+    rich_help_panel=_PANEL,
+    epilog=_examples(
+        "compare --qrels qrels.txt bm25.run mine.run",
+        "compare --qrels qrels.txt a.run b.run --plot a_and_b.svg",
+        "compare --qrels qrels.txt a.run b.run c.run.gz --json",
+    ),
+)
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="TREC runs, two or more.")],
+    qrels: Annotated[
+        Path,
+        typer.Option(help="Judgements: TREC's four columns, or BEIR's three with their header."),
+    ],
+    measure: Annotated[str, typer.Option(help="A measure in ir_measures' notation.")] = "nDCG@10",
+    margin: Annotated[
+        float, typer.Option(help="The largest mean difference that counts as equivalent.")
+    ] = 0.05,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the differences per query: NAME.png, .svg or .pdf.")
+    ] = None,
+    per_query: PerQueryOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare runs pair by pair: equivalent, different or undecided.
+
+    By a paired t test and TOST (two one-sided tests, within ±margin) over all
+    judged queries, corrected for the number of pairs (Bonferroni). A query
+    that a run has no hits for counts 0.
+    """
+    if len(runs) < 2:
+        raise typer.BadParameter(f"two or more are needed, got {len(runs)}", param_hint="RUN")
+    if not 0 < margin < math.inf:
+        raise typer.BadParameter(f"expected a number above 0, got {margin}", param_hint="--margin")
+    if plot and plot.suffix not in _FIGURES:
+        raise typer.BadParameter(
+            f"expected a name that ends in {', '.join(_FIGURES)}, got {plot}", param_hint="--plot"
+        )
+    with _working():
+        (name,) = _measures(measure, "--measure", most=1)
+        from adaptive_margins.report import compared
+        from adaptive_margins.retrieval import read_run
+
+        judged = compared.read_qrels(qrels)
+        read = {n: read_run(p) for n, p in zip(compared.run_names(runs), runs, strict=True)}
+        result = compared.compare_runs(judged, read, name, margin)
+        if plot:
+            os.environ.setdefault("MPLBACKEND", "agg")
+            from adaptive_margins.files import whole_file
+
+            with whole_file(plot) as partial:
+                compared.per_query_figure(result).savefig(partial, format=plot.suffix[1:])
+    result["plot"] = str(plot) if plot else None
+    if not per_query:
+        del result["per_query"]
+    text = compared.comparison_text(result)
+    _tell(result, as_json, f"{text}\n\nPlot: {plot}" if plot else text)
+
+
+@commands.command(
+    rich_help_panel=_PANEL,
+    epilog=_examples(
+        "index my_corpus --model my_encoder --output my_index",
+        'search my_index "how do I sort an array?"',
+    ),
+)
+def index(
+    path: SourceArgument,
+    model: ModelOption,
+    output: Annotated[Path, typer.Option(help="A new folder for the index.")],
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Embed all passages and write an index to search in. An interrupted call goes on where it was."""
+    with _working(verbose, model):
+        from adaptive_margins.data.sources import open_collection
+        from adaptive_margins.dense import DenseIndex, DenseRetriever
+        from adaptive_margins.encoders import open_encoder
+        from adaptive_margins.files import folder_bytes
+        from adaptive_margins.report.text import size
+
+        collection = open_collection(path)
+        encoder = open_encoder(model, device=device or _device())
+        built = DenseIndex.build(
+            DenseRetriever(encoder, collection.passages), collection.name, model, output,
+            fingerprint=collection.fingerprint,
+        )  # fmt: skip
+        result = {
+            "index": str(output),
+            "passages": len(built.passages),
+            "kind": built.settings.factory,
+            "bytes": folder_bytes(output),
+            "encoder": {"name": built.encoder, "identity": built.identity},
+            "collection": built.about["collection"],
+        }
+    text = (
+        f"{output}: {result['passages']:,} passages of {collection.name}, {result['kind']}, {size(folder_bytes(output))}\n\n"
+        f'adaptive-margins search {_quoted(output)} "…"'
+    )
+    _tell(result, as_json, text)
+
+
+@commands.command(
+    rich_help_panel=_PANEL,
+    epilog=_examples(
+        'search my_index "how do I sort an array?"',
+        "search my_index --queries queries.tsv --run-out my.run",
+    ),
+)
+def search(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `index` wrote.")],
+    query: Annotated[str | None, typer.Argument(metavar="QUERY", help="One query.")] = None,
+    queries: Annotated[
+        Path | None, typer.Option(help="Many queries: a line each, id, tab, text.")
+    ] = None,
+    depth: Annotated[int, typer.Option(min=1, help="Passages for a query.")] = 10,
+    run_out: Annotated[
+        Path | None, typer.Option(help="Write the ranking: a TREC run, gzipped if it ends in .gz.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The index's encoder, if it lies elsewhere than when the index was built."
+        ),
+    ] = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Search an index: one query, or a file of queries."""
+    if (query is None) == (queries is None):
+        raise typer.BadParameter("give one of QUERY and --queries", param_hint="QUERY")
+    if query is not None and not query.strip():
+        raise typer.BadParameter("the query is empty", param_hint="QUERY")
+    with _working(verbose):
+        from adaptive_margins.data.collection import Texts
+        from adaptive_margins.dense import DenseIndex
+        from adaptive_margins.retrieval import top, write_run
+
+        asked = Texts(["1"], [query]) if query else _read_queries(queries)
+        opened = DenseIndex.open(folder)
+        _offline(model or opened.encoder)
+        encoder = opened.open_encoder(model, device=device or _device())
+        run = opened.search(encoder, asked, depth)
+        if run_out:
+            write_run(run, run_out, "adaptive-margins")
+        hits = [
+            {
+                "qid": qid,
+                "rank": rank,
+                "score": score,
+                "docid": docid,
+                "text": opened.passages[docid],
+            }
+            for qid in asked.ids
+            for rank, (docid, score) in enumerate(top(run[qid]), start=1)
+        ]
+    result = {
+        "index": str(folder),
+        "encoder": opened.encoder,
+        "depth": depth,
+        "queries": dict(zip(asked.ids, asked.texts, strict=True)),
+        "run": str(run_out) if run_out else None,
+        "hits": hits,
+    }
+    if query is None and run_out:
+        text = f"{run_out}: {len(hits):,} hits of {len(asked):,} queries"
+    else:
+        text = _hits(asked, hits, titles=query is None)
+    _tell(result, as_json, text)
+
+
+def _read_queries(path: Path | None) -> Texts:
+    from adaptive_margins.data.collection import Problems, Texts, read_columns
+
+    assert path
+    problems = Problems()
+    found: dict[str, str] = {}
+    for number, (qid, text) in read_columns(path, 2, problems):
+        if qid.split() != [qid]:
+            problems.add(path, number, f"id {qid!r} is empty or has white space")
+        elif qid in found:
+            problems.add(path, number, f"id {qid!r} occurs twice")
+        elif not text.strip():
+            problems.add(path, number, f"the text of {qid!r} is empty")
+        found[qid] = text
+    if not found:
+        problems.add(path, 0, "no query found")
+    problems.check()
+    return Texts(list(found), list(found.values()))
+
+
+def _hits(queries: Texts, hits: Sequence[Mapping[str, Any]], *, titles: bool) -> str:
+    """Rank, score, docid and as much of the passage as the terminal is wide."""
+    from adaptive_margins.report.text import aligned
+
+    if not hits:
+        return "No passage was found."
+    width = shutil.get_terminal_size().columns
+    table = [[f"{hit['rank']}", f"{hit['score']:.4f}", hit["docid"]] for hit in hits]
+    lines = [
+        f"{start}  {' '.join(hit['text'].split())}"[:width]
+        for start, hit in zip(aligned(table, left=3), hits, strict=True)
+    ]
+    if not titles:
+        return "\n".join(lines)
+    parts = [
+        "\n".join([f"{qid}: {text}"[:width], *(line for line, hit in zip(lines, hits, strict=True) if hit["qid"] == qid)])
+        for qid, text in zip(queries.ids, queries.texts, strict=True)
+    ]  # fmt: skip
+    return "\n\n".join(parts)
+
+
+@commands.command(
+    rich_help_panel=_PANEL,
+    epilog=_examples(
+        "collection my_corpus",
+        "collection my_corpus --output my_corpus.html",
+        "collection beir/scifact --json",
+    ),
+)
+def collection(
+    path: SourceArgument,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the whole data sheet: a page, NAME.html.")
+    ] = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Check a collection and describe it: a data sheet."""
+    with _working(verbose):
+        from adaptive_margins.data.sources import open_collection
+        from adaptive_margins.files import write_text
+        from adaptive_margins.report import sheet
+
+        opened = open_collection(path)
+        facts = sheet.collection_facts(opened)
+        if output:
+            write_text(output, sheet.collection_page(opened))
+    text = sheet.facts_text(facts)
+    _tell(
+        {**facts, "page": str(output) if output else None},
+        as_json,
+        f"{text}\n\nPage: {output}" if output else text,
+    )
+
+
+@commands.command(
+    rich_help_panel=_PANEL, epilog=_examples("export my_encoder --output my_encoder.onnx")
+)
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="An encoder, named as for the other commands.")
+    ],
+    output: Annotated[Path, typer.Option(help="A new folder: the encoder with onnx/model.onnx.")],
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write an encoder with an ONNX graph, which gives the same embeddings."""
+    with _working(verbose, model):
+        from adaptive_margins.onnx import export_onnx
+        from adaptive_margins.report.text import size
+
+        path = export_onnx(model, output)
+        result = {
+            "model": model,
+            "folder": str(output),
+            "onnx": str(path),
+            "bytes": path.stat().st_size,
+        }
+    _tell(result, as_json, f"{path}: {size(path.stat().st_size)}")
+
+
+@commands.command(epilog=_examples("status", "status --json"))
+def status(as_json: JsonOption = False) -> None:
+    """What the home folder holds: runs, collections, notebooks, book. Only reads."""
+    from adaptive_margins.files import home
+    from adaptive_margins.profiles import available
+    from adaptive_margins.report.status import status as status_of
+    from adaptive_margins.report.status import status_text
+
+    found = {**status_of(home()), "profiles": available()}
+    _tell(found, as_json, status_text(found))
+
+
+# ---- what the commands share ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _working(verbose: bool = False, model: str = "") -> Iterator[None]:
+    """While a command computes: stdout is kept clean, progress goes to a terminal only, and a warning is one line."""
+    _offline(model)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    progress.quiet(not (verbose or sys.stderr.isatty()))
+    try:
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+            warnings.showwarning = _warn
+            yield
+    finally:
+        progress.clear()
+        progress.quiet(False)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    progress.clear()
+    print(f"adaptive-margins: warning: {message}", file=sys.stderr, flush=True)
+
+
+def _offline(model: str) -> None:
+    """The hub is not reached, unless an encoder of the hub is named."""
+    if "@" not in model:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _measures(text: str, option: str = "--measures", most: int | None = None) -> list[str]:
+    """Measures with their levels in their names, each once."""
+    from adaptive_margins.evaluation import named
+
+    try:
+        names = list(dict.fromkeys(named(measure) for measure in text.split()))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+    if not names or len(names) > (most or len(names)):
+        expected = f"{most} measure" if most else "at least one measure"
+        raise typer.BadParameter(f"expected {expected}, got {text!r}", param_hint=option)
+    return names
+
+
+def _target(text: str) -> float | Literal["adaptive", "distributed"]:
+    if text == "adaptive":
+        return "adaptive"
+    if text == "distributed":
+        return "distributed"
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise typer.BadParameter(
+            f"expected distributed, adaptive or a number, got {text!r}", param_hint="--target"
+        )
+    return value
+
+
+def _trained(report: Mapping[str, Any], path: str) -> str:
+    """The report of `train` for a terminal."""
+    from adaptive_margins.report.text import aligned
+
+    measures = list(report["measures"]["start"])
+    table = [["test queries", *measures]]
+    table += [
+        [name, *(f"{values[measure]:.4f}" for measure in measures)]
+        for name, values in report["measures"].items()
+    ]
+    compared = [[f"difference in {measures[0]}", "mean", "95 % interval", "p (t)", "p (TOST)", ""]]
+    for name, found in report["comparisons"].items():
+        numbers = ["—", "—", "—"]
+        if found["ci"] is not None:
+            low, high = found["ci"]
+            numbers = [
+                f"[{low:+.4f}, {high:+.4f}]",
+                f"{found['p_t']:.4f}",
+                f"{found['p_tost']:.4f}",
+            ]
+        compared.append([name, f"{found['difference']:+.4f}", *numbers, found["verdict"]])
+    place, source = _quoted(report["model_dir"]), _quoted(path)
+    runs = " ".join(f"{place}/runs/{name}.test.run.gz" for name in ("start", "trained"))
+    split = [report["collection"]["split"], ""] if report["collection"]["split"] else []
+    return "\n".join(
+        [
+            *split,
+            *aligned(table),
+            "",
+            *aligned(compared),
+            "",
+            report["verdict"],
+            "",
+            f"The encoder is in {report['model_dir']}: SentenceTransformer({report['model_dir']!r}) opens it. Next:",
+            f"  adaptive-margins index {source} --model {place} --output {place}.index",
+            f'  adaptive-margins search {place}.index "…"',
+            f"  adaptive-margins compare --qrels {place}/qrels.test.txt {runs}",
+        ]
+    )
+
+
+def _quoted(value: object) -> str:
+    return shlex.quote(str(value))
+
+
+def _tell(result: Mapping[str, Any], as_json: bool, text: str) -> None:
+    """The outcome on stdout: an object for machines, or text for people."""
+    print(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) if as_json else text)

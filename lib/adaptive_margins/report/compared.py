@@ -1,0 +1,296 @@
+"""Runs compared pair by pair: as data, as text, and query by query in a figure."""
+
+from __future__ import annotations
+
+import codecs
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaptive_margins.data.collection import Problems, Qrels, Run, read_columns
+from adaptive_margins.evaluation import Comparison, compare, named
+from adaptive_margins.report.text import aligned
+from adaptive_margins.supplied import score
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ALPHA = 0.05
+_BEIR_HEADER = [b"query-id", b"corpus-id", b"score"]
+
+
+class ComparisonError(ValueError):
+    """Runs that cannot be compared; the message says which, and why."""
+
+
+def compare_runs(
+    qrels: Qrels, runs: Mapping[str, Run], measure: str = "nDCG@10", margin: float = 0.05
+) -> dict[str, Any]:
+    """Compare every two of the runs by a paired t test and TOST over all judged queries.
+
+    Args:
+        qrels: query id → docid → grade. A query that a run has no hits for counts 0.
+        runs: name → run; at least two.
+        measure: in ir_measures' notation; one that needs a relevance level and has none gets 1.
+        margin: the largest mean difference that counts as equivalent.
+
+    Returns:
+        ``measure``, ``margin``, ``alpha``, ``queries`` (their number); ``runs``: name → ``mean`` and ``missing`` (queries without
+        hits); ``pairs``: a dict each with ``a``, ``b``, the fields of `Comparison`, ``p_t_adjusted``, ``p_tost_adjusted``
+        (Bonferroni: times the number of pairs, at most 1), ``verdict`` ("equivalent", "different" or "undecided", by the
+        adjusted values) and ``words``, a sentence; ``per_query``: name → query id → value.
+
+    Raises:
+        ComparisonError: fewer than two runs or judged queries, or a run is not deep enough for the measure.
+        ValueError: as `evaluate` and `paired_tost`.
+    """
+    if len(runs) < 2:
+        raise ComparisonError(f"at least two runs are needed, got {len(runs)}")
+    if len(qrels) < 2:
+        raise ComparisonError(f"at least two judged queries are needed, got {len(qrels)}")
+    measure = named(measure)
+    scored = {name: score(run, qrels, [measure]) for name, run in runs.items()}
+    if refused := [f"{name}: {s.refused[measure]}" for name, s in scored.items() if s.refused]:
+        raise ComparisonError("; ".join(refused))
+    values = {name: s.evaluation.per_query[measure] for name, s in scored.items()}
+    pairs = list(combinations(runs, 2))
+    return {
+        "measure": measure,
+        "margin": margin,
+        "alpha": ALPHA,
+        "queries": len(qrels),
+        "runs": {
+            name: {"mean": s.evaluation.mean[measure], "missing": s.missing}
+            for name, s in scored.items()
+        },
+        "pairs": [_pair(a, b, values[a], values[b], measure, margin, len(pairs)) for a, b in pairs],
+        "per_query": values,
+    }
+
+
+def _pair(
+    a: str,
+    b: str,
+    values_a: Mapping[str, float],
+    values_b: Mapping[str, float],
+    measure: str,
+    margin: float,
+    pairs: int,
+) -> dict[str, Any]:
+    found = compare(values_a, values_b, margin=margin, alpha=ALPHA, comparisons=pairs)
+    return {
+        "a": a,
+        "b": b,
+        **asdict(found),
+        "p_t_adjusted": min(1.0, found.p_t * pairs),
+        "p_tost_adjusted": min(1.0, found.p_tost * pairs),
+        "words": _words(a, b, found, measure, pairs),
+    }
+
+
+def _words(a: str, b: str, found: Comparison, measure: str, pairs: int) -> str:
+    if found.difference < 0:  # from here on, a is the higher one
+        a, b, low, high = b, a, -found.ci[1], -found.ci[0]
+    else:
+        low, high = found.ci
+    if low == high == 0:
+        return f"{a} and {b} have the same {measure} on each of the {found.n} queries."
+    interval = f"{abs(found.difference):.4f} higher, 95 % interval {low:+.4f} to {high:+.4f}"
+    p_t, p_tost = (f"p {_p(min(1.0, p * pairs), ' = ')}" for p in (found.p_t, found.p_tost))
+    if pairs > 1:
+        p_tost += f" (both corrected for {pairs} pairs)"
+    tests = f"paired t test {p_t}, TOST {p_tost}"
+    if found.verdict == "different":
+        return f"{a} is better than {b}: its mean {measure} is {interval}; {tests}."
+    margin = f"±{found.margin:g}"
+    if found.verdict == "equivalent":
+        small = found.p_t * pairs < ALPHA
+        but = f", though {a} is better by a small, significant difference" if small else ""
+        return (
+            f"{a} and {b} are equivalent within {margin}{but}: the mean {measure} of {a} is {interval}; {tests}."
+        )  # fmt: skip
+    return (
+        f"{a} and {b} are neither shown to differ nor to be equivalent within {margin}: the mean {measure} of {a} is {interval};"
+        f" {tests}. {found.n} queries do not decide it."
+    )
+
+
+def _p(value: float, equals: str = "") -> str:
+    return f"{equals}{value:.4f}".strip() if value >= 0.0001 else "< 0.0001"
+
+
+def comparison_text(found: Mapping[str, Any]) -> str:
+    """What `compare_runs` returned as two tables, of runs and of pairs, and a sentence a pair."""
+    runs = [["run", f"mean {found['measure']}", "queries without hits"]]
+    runs += [
+        [name, f"{run['mean']:.4f}", f"{run['missing']:,}"] for name, run in found["runs"].items()
+    ]
+    pairs = [["a", "b", "a − b", "95 % interval", "p (t)", "p (TOST)", "verdict"]]
+    for pair in found["pairs"]:
+        low, high = pair["ci"]
+        pairs.append(
+            [
+                pair["a"],
+                pair["b"],
+                f"{pair['difference']:+.4f}",
+                f"[{low:+.4f}, {high:+.4f}]",
+                _p(pair["p_t_adjusted"]),
+                _p(pair["p_tost_adjusted"]),
+                pair["verdict"],
+            ]
+        )
+    count = len(found["pairs"])
+    note = f"{found['queries']:,} judged queries; margin of equivalence ±{found['margin']:g}"
+    if count > 1:
+        note += f"; p values are multiplied by the {count} pairs (Bonferroni)"
+    sentences = [pair["words"] for pair in found["pairs"]]
+    return "\n".join([*aligned(runs), "", *aligned(pairs, left=2), "", f"{note}.", "", *sentences])
+
+
+def read_qrels(path: Path) -> Qrels:
+    """Read judgements alone: TREC's four columns (query id, any, docid, grade), or BEIR's three under their header.
+
+    Raises:
+        DataError: lists each malformed line as ``file:line`` (at most 20): a wrong number of columns, bad UTF-8, a byte order
+            mark, a grade that is not an integer, a passage judged twice for a query; or there are no judgements.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    problems = Problems()
+    with path.open("rb") as file:
+        first = file.readline()
+    if first.startswith(codecs.BOM_UTF8):
+        problems.add(path, 1, "begins with a byte order mark (BOM); remove it")
+        problems.check()
+    beir = first.split() == _BEIR_HEADER
+    rows = read_columns(path, 3 if beir else 4, problems, separator="\t" if beir else None)
+    qrels: Qrels = {}
+    for number, (qid, *_, docid, grade) in rows:
+        judged = qrels.setdefault(qid, {})
+        if beir and number == 1:
+            qrels.clear()
+        elif not re.fullmatch(r"[+-]?[0-9]{1,9}", grade):
+            problems.add(path, number, f"grade {grade!r} is not an integer (of at most 9 digits)")
+        elif docid in judged:
+            problems.add(path, number, f"{qid!r} judges {docid!r} twice")
+        else:
+            judged[docid] = int(grade)
+    if not qrels:
+        problems.add(path, 0, "no judgement found")
+    problems.check()
+    return qrels
+
+
+def run_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each run file: its stem, without .gz; with folders in front where stems are the same.
+
+    The same file given twice is numbered.
+    """
+    parts = [
+        (*path.resolve().parent.parts[1:], Path(path.name.removesuffix(".gz")).stem)
+        for path in paths
+    ]
+    names = [stem for *_, stem in parts]
+    for depth in range(2, max(map(len, parts), default=0) + 1):
+        names = [
+            "/".join(folders[-depth:]) if names.count(name) > 1 else name
+            for folders, name in zip(parts, names, strict=True)
+        ]
+    return [
+        name if names.count(name) == 1 else f"{name}-{names[: i + 1].count(name)}"
+        for i, name in enumerate(names)
+    ]
+
+
+def per_query_figure(found: Mapping[str, Any]) -> Figure:
+    """Differences per query, sorted, a panel a pair: with their mean, its 95 % interval, and the band of ±margin.
+
+    ``found`` is what `compare_runs` returned.
+    """
+    from matplotlib import pyplot as plt
+
+    from adaptive_margins.report.figures import WIDTH, drawing
+
+    pairs = found["pairs"]
+    columns = min(len(pairs), 2)
+    rows = math.ceil(len(pairs) / columns)
+    left, lane, top, bottom, panel, between = 0.75, 1.05, 0.42, 0.5, 2.0, 0.95
+    width = (WIDTH - left - lane * columns) / columns
+    height = top + bottom + panel * rows + between * (rows - 1)
+    with drawing():
+        figure, axes = plt.subplots(
+            rows,
+            columns,
+            sharey=True,
+            squeeze=False,
+            figsize=(WIDTH, height),
+            gridspec_kw={
+                "left": left / WIDTH,
+                "right": 1 - lane / WIDTH,
+                "top": 1 - top / height,
+                "bottom": bottom / height,
+                "wspace": lane / width,
+                "hspace": between / panel,
+            },
+        )
+        for axis in axes.flat[len(pairs) :]:
+            axis.set_visible(False)
+        for axis, pair in zip(axes.flat, pairs, strict=False):
+            _panel(axis, pair, found)
+        for axis in axes[:, 0]:
+            axis.set_ylabel(f"difference in {found['measure']}")
+        for axis, pair in zip(axes.flat, pairs, strict=False):  # only now are the limits final
+            _ends(axis, pair, found["margin"])
+    return figure
+
+
+def _panel(axis: Axes, pair: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    import numpy as np
+    from matplotlib import color_sequences
+    from matplotlib.ticker import MaxNLocator
+
+    from adaptive_margins.report.figures import PALE
+
+    a, b = (found["per_query"][pair[side]] for side in "ab")
+    differences = np.sort([a[qid] - b[qid] for qid in a])
+    n = len(differences)
+    _, _, _, _, _, blue, vermilion, _ = color_sequences["okabe_ito"]
+    axis.set_label(f"{pair['a']} − {pair['b']}")
+    axis.axhspan(-found["margin"], found["margin"], color="#e6e6e6", linewidth=0, gid="margin")
+    # Steps of width 1 around 1, 2, …, n: bars that touch, in one shape, however many queries.
+    edges = np.repeat(np.arange(n + 1) + 0.5, 2)[1:-1]
+    heights = np.repeat(differences, 2)
+    for part, color in ((heights.clip(min=0), blue), (heights.clip(max=0), vermilion)):
+        axis.fill_between(edges, part, color=color, linewidth=0, gid="differences")
+    axis.axhspan(*pair["ci"], color="black", alpha=0.2, linewidth=0, gid="interval")
+    axis.axhline(0, color=PALE, linewidth=0.8, gid="zero")
+    axis.axhline(pair["difference"], color="black", linewidth=1.2, gid="mean")
+    axis.set_xlim(0.5, n + 0.5)
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    names = {side: _short(pair[side]) for side in "ab"}
+    axis.set_title(f"{names['a']} − {names['b']}\n{pair['verdict']}")
+    up, down = int((differences > 0).sum()), int((differences < 0).sum())
+    axis.set_xlabel(f"{up:,} queries above 0, {down:,} below, {n - up - down:,} equal")
+
+
+def _ends(axis: Axes, pair: Mapping[str, Any], margin: float) -> None:
+    from adaptive_margins.report.figures import GREY
+    from adaptive_margins.report.marks import End, end_labels
+
+    mean = f"mean {pair['difference']:+.3f}".replace("-", "−")
+    ends = [
+        End(margin, "margin", GREY),
+        End(pair["difference"], mean, "black"),
+        End(-margin, "margin", GREY),
+    ]
+    low, high = axis.get_ylim()
+    end_labels(axis, [end for end in ends if low <= end.y <= high])
+
+
+def _short(name: str, most: int = 22) -> str:
+    return name if len(name) <= most else f"…{name[1 - most :]}"

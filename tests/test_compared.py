@@ -1,0 +1,246 @@
+"""Runs compared pair by pair, against pytrec_eval and scipy; their names, judgements, words and figure."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from itertools import combinations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import pytrec_eval
+from scipy import stats
+
+from adaptive_margins.data.collection import DataError
+from adaptive_margins.report.compared import (
+    ComparisonError,
+    compare_runs,
+    comparison_text,
+    per_query_figure,
+    read_qrels,
+    run_names,
+)
+
+
+def judged(queries: int, docs: int = 30, seed: int = 0):
+    """Qrels with graded judgements."""
+    rng = np.random.default_rng(seed)
+    return {
+        f"q{i}": {f"d{j}": int(rng.integers(0, 3)) for j in rng.choice(docs, 8, replace=False)}
+        for i in range(queries)
+    }
+
+
+def ranked(qrels, noise: float, seed: int, docs: int = 30):
+    """A run of all passages by grade and noise."""
+    rng = np.random.default_rng(seed)
+    return {
+        qid: {f"d{j}": grades.get(f"d{j}", 0) + noise * rng.normal() for j in range(docs)}
+        for qid, grades in qrels.items()
+    }
+
+
+QRELS = judged(60)
+RUNS = {
+    "good": ranked(QRELS, 0.3, 1),
+    "good too": ranked(QRELS, 0.3, 2),
+    "bad": ranked(QRELS, 9.0, 3),
+    "fair": ranked(QRELS, 0.9, 4),
+    "fair too": ranked(QRELS, 0.9, 5),
+}
+
+
+def test_a_comparison_is_that_of_trec_eval_and_scipy():
+    found = compare_runs(QRELS, RUNS, margin=0.05)
+    evaluator = pytrec_eval.RelevanceEvaluator(QRELS, {"ndcg_cut.10"})
+    values = {
+        name: np.array([evaluator.evaluate(run)[q]["ndcg_cut_10"] for q in QRELS])
+        for name, run in RUNS.items()
+    }
+    assert (found["measure"], found["margin"], found["queries"]) == ("nDCG@10", 0.05, 60)
+    assert found["runs"] == {
+        name: {"mean": pytest.approx(x.mean()), "missing": 0} for name, x in values.items()
+    }
+    assert [(p["a"], p["b"]) for p in found["pairs"]] == list(combinations(RUNS, 2))
+    for pair in found["pairs"]:
+        x, y = values[pair["a"]], values[pair["b"]]
+        t = stats.ttest_rel(x, y)
+        interval = t.confidence_interval(0.95)
+        lower = stats.ttest_rel(x + 0.05, y, alternative="greater").pvalue
+        upper = stats.ttest_rel(x - 0.05, y, alternative="less").pvalue
+        assert pair["difference"] == pytest.approx((x - y).mean())
+        assert pair["ci"] == pytest.approx((interval.low, interval.high))
+        assert pair["p_t"] == pytest.approx(t.pvalue)
+        assert pair["p_tost"] == pytest.approx(max(lower, upper))
+        assert pair["p_t_adjusted"] == pytest.approx(min(1, 10 * t.pvalue))
+        assert pair["p_tost_adjusted"] == pytest.approx(min(1, 10 * max(lower, upper)))
+        if pair["p_tost_adjusted"] < 0.05:
+            assert pair["verdict"] == "equivalent"
+        else:
+            assert pair["verdict"] == ("different" if pair["p_t_adjusted"] < 0.05 else "undecided")
+    assert {p["verdict"] for p in found["pairs"]} == {"equivalent", "different", "undecided"}
+    assert json.loads(json.dumps(found))["pairs"][0]["ci"] == list(found["pairs"][0]["ci"])
+
+
+def test_the_level_of_the_measure_is_named_and_missing_queries_count_zero():
+    some = {qid: hits for qid, hits in RUNS["good"].items() if qid not in ("q0", "q1")}
+    found = compare_runs(QRELS, {"all": RUNS["good"], "some": some}, "R@20")
+    assert found["measure"] == "R(rel=1)@20"
+    assert {name: run["missing"] for name, run in found["runs"].items()} == {"all": 0, "some": 2}
+    assert found["per_query"]["some"]["q0"] == 0
+    lost = sum(found["per_query"]["all"][q] for q in ("q0", "q1"))
+    assert found["pairs"][0]["difference"] == pytest.approx(lost / 60)
+
+
+def test_runs_that_cannot_be_compared():
+    shallow = {qid: dict(list(hits.items())[:9]) for qid, hits in RUNS["bad"].items()}
+    runs = {"deep": RUNS["good"], "shallow": shallow}
+    with pytest.raises(ComparisonError, match=r"^shallow: nDCG@10 needs 10 hits a query; the run has at most 9$"):  # fmt: skip
+        compare_runs(QRELS, runs)
+    assert compare_runs(QRELS, runs, "nDCG@9")["queries"] == 60
+    with pytest.raises(ComparisonError, match=r"^other: none of the 60 judged queries is in the"):
+        compare_runs(QRELS, {"deep": RUNS["good"], "other": {"z": {"d1": 1.0}}})
+    with pytest.raises(ComparisonError, match="at least two runs are needed, got 1"):
+        compare_runs(QRELS, {"deep": RUNS["good"]})
+    with pytest.raises(ComparisonError, match="at least two judged queries are needed, got 1"):
+        compare_runs({"q0": QRELS["q0"]}, RUNS)
+    with pytest.raises(ValueError, match="cannot compute the measure 'nDCG@0'"):
+        compare_runs(QRELS, RUNS, "nDCG@0")
+
+
+def test_words_say_who_is_better_whatever_the_order():
+    for names in (("good", "bad"), ("bad", "good")):
+        (pair,) = compare_runs(QRELS, {name: RUNS[name] for name in names})["pairs"]
+        assert (pair["difference"] > 0) == (names[0] == "good")
+        size, (low, high) = abs(pair["difference"]), sorted(map(abs, pair["ci"]))
+        assert pair["words"].startswith(
+            f"good is better than bad: its mean nDCG@10 is {size:.4f} higher, 95 % interval +{low:.4f} to +{high:.4f};"
+        )
+        assert "paired t test p < 0.0001" in pair["words"]
+        assert "corrected" not in pair["words"]
+
+
+def test_words_of_the_other_verdicts():
+    found = compare_runs(QRELS, RUNS)
+    words = {frozenset((p["a"], p["b"])): p for p in found["pairs"]}
+    pair = words[frozenset(("good", "good too"))]
+    assert pair["verdict"] == "equivalent"
+    assert "are equivalent within ±0.05: the mean nDCG@10 of good" in pair["words"]
+    assert pair["words"].endswith("(both corrected for 10 pairs).")
+    pair = words[frozenset(("fair", "fair too"))]
+    assert pair["verdict"] == "undecided"
+    assert "are neither shown to differ nor to be equivalent within ±0.05" in pair["words"]
+    assert "60 queries do not decide it." in pair["words"]
+    (same,) = compare_runs(QRELS, {"a": RUNS["fair"], "b": RUNS["fair"]})["pairs"]
+    assert same["words"] == "a and b have the same nDCG@10 on each of the 60 queries."
+    assert (same["verdict"], same["p_t"]) == ("equivalent", 1)
+    # Equivalent and different at once: a sure difference, smaller than the margin.
+    slightly = compare_runs(QRELS, {"good": RUNS["good"], "fair": RUNS["fair"]}, margin=0.5)
+    (pair,) = slightly["pairs"]
+    assert pair["verdict"] == "equivalent"
+    assert "though good is better by a small, significant difference" in pair["words"]
+
+
+def test_the_text_has_a_line_for_each_run_and_pair_and_a_sentence():
+    found = compare_runs(QRELS, RUNS)
+    lines = comparison_text(found).splitlines()
+    assert lines[0].split() == ["run", "mean", "nDCG@10", "queries", "without", "hits"]
+    assert [line.startswith(name) for line, name in zip(lines[1:6], RUNS, strict=True)] == [True] * 5  # fmt: skip
+    assert lines[7].split()[-3:] == ["p", "(TOST)", "verdict"]
+    assert len({line.rindex(" ") for line in lines[8:18]}) <= 3  # verdicts are set flush right
+    assert "multiplied by the 10 pairs (Bonferroni)" in lines[19]
+    assert lines[21:] == [pair["words"] for pair in found["pairs"]]
+
+
+def test_run_names(tmp_path):
+    def names(*paths):
+        return run_names([tmp_path / path for path in paths])
+
+    assert names("bm25.run", "tasb.run.gz", "x.y.txt") == ["bm25", "tasb", "x.y"]
+    assert names("a/runs/m.run", "b/runs/m.run.gz", "c.run") == ["a/runs/m", "b/runs/m", "c"]
+    assert names("a/m.run", "b/m.run", "a/x/m.run") == ["a/m", "b/m", "x/m"]
+    assert names("m.run", "m.run", "n.run")[2] == "n"
+    assert len(set(names("m.run", "m.run", "m.run.gz"))) == 3
+
+
+def test_read_qrels(tmp_path):
+    trec, beir = tmp_path / "qrels.txt", tmp_path / "test.tsv"
+    trec.write_text("1 0 a 2\n1 0 b -1\n2\t0\ta\t0\n")
+    beir.write_text("query-id\tcorpus-id\tscore\n1\ta\t2\n1\tb\t-1\n2\ta\t0\n")
+    assert read_qrels(trec) == read_qrels(beir) == {"1": {"a": 2, "b": -1}, "2": {"a": 0}}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"1 0 a 2\n1 a 2\n", ":2: 4 white-space separated columns expected, 3 found"),
+        (b"1 0 a 1.0\n", ":1: grade '1.0' is not an integer"),
+        (b"1 0 a 1\n2 0 a 1\n1 0 a 0\n", ":3: '1' judges 'a' twice"),
+        (b"1 0 \xff 1\n", r":1: not valid UTF-8 \(byte 5 of the line\)"),
+        (b"\xef\xbb\xbf1 0 a 1\n", r":1: begins with a byte order mark \(BOM\)"),
+        (b"", ": no judgement found"),
+        (b"query-id\tcorpus-id\tscore\n", ": no judgement found"),
+        (b"query-id\tcorpus-id\tscore\n1 a 1\n", ":2: 3 tab-separated columns expected, 1 found"),
+    ],
+)
+def test_malformed_qrels(tmp_path, data, message):
+    path = tmp_path / "qrels.txt"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        read_qrels(path)
+
+
+def test_the_figure_shows_sorted_differences_with_mean_interval_and_margin():
+    found = compare_runs(QRELS, {name: RUNS[name] for name in ("good", "bad", "fair")})
+    figure = per_query_figure(found)
+    panels = [axis for axis in figure.axes if axis.get_visible()]
+    assert len(panels) == len(found["pairs"]) == 3
+    for axis, pair in zip(panels, found["pairs"], strict=True):
+        assert axis.get_title() == f"{pair['a']} − {pair['b']}\n{pair['verdict']}"
+        (mean,) = (line for line in axis.get_lines() if line.get_gid() == "mean")
+        assert list(mean.get_ydata()) == [pair["difference"]] * 2
+        bands = {p.get_gid(): p.get_bbox().intervaly for p in axis.patches}
+        assert bands["margin"] == pytest.approx([-0.05, 0.05])
+        assert bands["interval"] == pytest.approx(pair["ci"])
+        a, b = (found["per_query"][pair[side]] for side in "ab")
+        expected = np.sort([a[qid] - b[qid] for qid in a])
+        up, down = (c.get_paths()[0].vertices for c in axis.collections)
+        middle = np.arange(1, 61)
+
+        def height(vertices, x):
+            near = np.abs(vertices[:, 0] - x) <= 0.5
+            return vertices[near][:, 1]
+
+        for x, value in zip(middle, expected, strict=True):
+            shown = height(up, x) if value > 0 else height(down, x)
+            assert np.isclose(shown, value).any()
+        assert axis.get_xlim() == (0.5, 60.5)
+        counts = [(expected > 0).sum(), (expected < 0).sum(), (expected == 0).sum()]
+        assert axis.get_xlabel() == "{} queries above 0, {} below, {} equal".format(*counts)
+        texts = [text.get_text() for text in axis.texts if text.get_text()]
+        assert texts.count("margin") == 2
+        assert sum(text.startswith("mean ") for text in texts) == 1
+    assert not plt.get_fignums()
+
+
+def test_nothing_of_the_figure_is_cut_off():
+    runs = {"a very long name of a run, longer than a panel": RUNS["good"], "b": RUNS["bad"]}
+    for figure in (
+        per_query_figure(compare_runs(QRELS, runs)),
+        per_query_figure(compare_runs(QRELS, {**runs, "c": RUNS["fair"]})),
+    ):
+        figure.savefig(io.BytesIO(), format="png", dpi=50)
+        for axis in figure.axes:
+            if axis.get_visible():
+                box = axis.get_tightbbox()
+                assert box.x0 >= 0 and box.y0 >= 0
+                assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+
+
+def test_two_equal_runs_can_be_drawn():
+    figure = per_query_figure(compare_runs(QRELS, {"a": RUNS["good"], "b": RUNS["good"]}))
+    low, high = figure.axes[0].get_ylim()
+    assert low < -0.05 < 0.05 < high
+    assert math.isfinite(high)
