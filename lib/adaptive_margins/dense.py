@@ -34,7 +34,7 @@ EXACT_BELOW = 100_000
 QUERY_LENGTH = 64
 """Tokens of a query at most, special tokens included, if nothing else is asked for."""
 _NO_LIMIT = 1 << 20  # tokenizers that know no limit have a huge one
-_SLICE = 2048  # texts embedded between two lines of progress
+_SLICE = 256  # texts embedded between two lines of progress
 _SHARD = 4096  # passages whose embeddings a killed build may lose
 _RRF = 60
 _FORMAT = 1  # of the index's folder

@@ -1,0 +1,405 @@
+"""Fine-tuning on one's own collection: where it helps, where it cannot, what is written, and what a second call finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import random
+import re
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import pytrec_eval
+import torch
+from safetensors.torch import load_file
+from scipy.stats import sem
+from sentence_transformers import SentenceTransformer
+from transformers import BertConfig, BertModel
+
+from adaptive_margins import finetuning
+from adaptive_margins.data.collection import Collection, Texts
+from adaptive_margins.evaluation import Evaluation
+from adaptive_margins.finetuning import RUNS, Finetuned, FinetuneError, Settings, finetune, verdict
+from adaptive_margins.training import TrainingError
+from conftest import SPECIAL, write_tokenizer
+
+PASSAGES = 120
+TOPIC = [f"t{number}" for number in range(30)]  # what passages are about
+FILLER = [f"f{number}" for number in range(8)]  # what says nothing
+SETTINGS = Settings(
+    batch_size=16, triples=960, passes=10, learning_rate=1e-2, checks=4, patience=2, check_passages=60
+)  # fmt: skip
+
+
+def collection_of(train_on_chance: bool) -> Collection:
+    """Passages of topic words and fillers; queries with topic words of theirs, among other fillers.
+
+    An encoder that knows neither can learn to overlook fillers, unless what it is trained on is drawn by lot.
+    """
+    rng = random.Random(3)
+    topics = [rng.sample(TOPIC, 5) for _ in range(PASSAGES)]
+    ids = [f"d{row}" for row in range(PASSAGES)]
+    texts = [" ".join(topic + rng.choices(FILLER, k=6)) for topic in topics]
+    queries, qrels = {}, {}
+    for name, size in (("train", 96), ("validation", 60), ("test", 80)):
+        rows = [rng.randrange(PASSAGES) for _ in range(size)]
+        qids = [f"{name}{number}" for number in range(size)]
+        asked = [" ".join(rng.sample(topics[row], 3) + rng.choices(FILLER, k=6)) for row in rows]
+        if train_on_chance and name == "train":
+            rng.shuffle(rows)
+        queries[name] = Texts(qids, asked)
+        qrels[name] = {qid: {ids[row]: 1} for qid, row in zip(qids, rows, strict=True)}
+    return Collection("invented", Texts(ids, texts), queries, qrels)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A random encoder of one layer that hardly does more than average its words, so that alike texts are near."""
+    folder = tmp_path_factory.mktemp("encoder")
+    words = [*SPECIAL, *TOPIC, *FILLER]
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(7)
+    model = BertModel(config)
+    torch.nn.init.normal_(model.embeddings.word_embeddings.weight)
+    model.save_pretrained(folder)
+    write_tokenizer(folder, words=words)
+    return str(folder)
+
+
+def saved(collection, folder):
+    collection.save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def helped(tmp_path_factory, encoder):
+    """A finished fine-tuning that helps, and all curves it told of."""
+    folder = tmp_path_factory.mktemp("helped")
+    collection, curves = collection_of(train_on_chance=False), []
+    source = saved(collection, folder / "collection")
+    done = finetune(
+        source, folder / "output", model=encoder, device="cpu", settings=SETTINGS, on_check=curves.append,
+        measures=("nDCG@10", "R@100"),
+    )  # fmt: skip
+    return SimpleNamespace(folder=folder, source=source, collection=collection, done=done, curves=curves)  # fmt: skip
+
+
+def test_a_learnable_collection_is_learnt_and_said_to_be(helped):
+    report = helped.done.report
+    assert report["kept"] == "trained"
+    assert report["best_step"] > 0
+    before, after = (report["measures"][name]["nDCG@10"] for name in ("start", "trained"))
+    assert after > before + 0.05
+    compared = report["comparisons"]["trained vs start"]
+    assert compared["verdict"] == "better"
+    assert compared["ci"][0] <= after - before <= compared["ci"][1]
+    assert report["verdict"].startswith(
+        "The trained encoder is better than the one it started from: nDCG@10 "
+    )
+
+
+def test_report_has_what_scripts_rely_on(helped):
+    report = helped.done.report
+    assert report.keys() == {
+        "model_dir", "collection", "encoder", "target", "seed", "triples", "settings", "kept", "best_step", "stop_step",
+        "validation", "measures", "comparisons", "verdict", "seconds", "versions",
+    }  # fmt: skip
+    assert report["model_dir"] == str(helped.done.folder)
+    assert report["collection"].keys() == {"name", "source", "fingerprint", "passages", "sets", "split", "pseudo"}  # fmt: skip
+    assert report["collection"]["sets"] == {"train": 96, "validation": 60, "test": 80}
+    assert report["encoder"].keys() == {"name", "identity", "parameters"}
+    assert report["measures"].keys() == set(RUNS)
+    assert all(m.keys() == {"nDCG@10", "R(rel=1)@100"} for m in report["measures"].values())
+    assert report["comparisons"].keys() == {"trained vs start", "trained vs bm25", "hybrid vs trained"}  # fmt: skip
+    assert report["triples"]["used"] <= 960
+    assert report["settings"]["steps"] == 60
+    again = Finetuned.load(helped.done.folder)
+    assert again.report == report
+    assert not (helped.folder / "output.work").exists()
+    assert (helped.done.folder / "README.md").read_text().strip()
+
+
+def test_measures_are_those_of_the_written_runs(helped):
+    done = helped.done
+    qrels, queries = done.qrels, done.queries
+    assert qrels == helped.collection.qrels["test"]
+    assert queries == helped.collection.queries["test"]
+    judge = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut_10", "recall_100"})
+    for name in RUNS:
+        found = judge.evaluate(done.run(name))
+        for measure, theirs in (("nDCG@10", "ndcg_cut_10"), ("R(rel=1)@100", "recall_100")):
+            expected = sum(values[theirs] for values in found.values()) / len(qrels)
+            assert done.report["measures"][name][measure] == pytest.approx(expected, abs=1e-9)
+
+    table = done.per_query("nDCG@10")
+    assert sorted(table["qid"]) == sorted(qrels)
+    assert table["difference"].is_monotonic_increasing
+    for name in RUNS:
+        assert table[name].mean() == pytest.approx(done.report["measures"][name]["nDCG@10"])
+    row = table.iloc[0]
+    assert row["query"] == queries[row["qid"]]
+
+
+def test_output_is_a_plain_sentence_transformers_folder(helped):
+    model = SentenceTransformer(str(helped.done.folder), device="cpu")
+    passages, queries = helped.collection.passages, helped.done.queries
+    encoded = [
+        model.encode(list(texts), normalize_embeddings=True)
+        for texts in (queries.texts, passages.texts)
+    ]
+    scores = encoded[0] @ encoded[1].T
+    run = helped.done.run("trained")
+    for row, qid in enumerate(queries.ids):
+        found = np.array([scores[row, passages.row(docid)] for docid in run[qid]])
+        np.testing.assert_allclose(found, list(run[qid].values()), atol=1e-5)
+        assert len(found) == 100
+        assert found.min() >= np.sort(scores[row])[-100] - 1e-5
+
+
+def test_curve_and_targets_are_kept(helped):
+    report, curve, targets = helped.done.report, helped.done.curve, helped.done.targets
+    assert curve["step"].tolist() == [*range(0, report["stop_step"] + 1, 15)]
+    assert len(targets) == report["stop_step"]
+    best = curve.loc[curve["nDCG@10"].idxmax()]
+    assert best["step"] == report["best_step"]
+    assert report["validation"]["best"]["nDCG@10"] == best["nDCG@10"]
+    assert report["validation"]["start"]["nDCG@10"] == curve["nDCG@10"].iloc[0]
+    pd.testing.assert_frame_equal(helped.curves[-1], curve)
+    assert [len(c) for c in helped.curves] == list(range(1, len(curve) + 1))
+
+
+def test_a_second_call_goes_on_and_comes_to_the_same(helped, encoder, tmp_path, capsys):
+    output, curves = tmp_path / "output", []
+
+    def stop(curve):
+        curves.append(curve)
+        if len(curve) == 3:
+            raise KeyboardInterrupt
+
+    arguments = {"model": encoder, "device": "cpu", "settings": SETTINGS, "measures": ("nDCG@10", "R@100")}  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        finetune(helped.source, output, on_check=stop, **arguments)
+    assert not output.exists()
+    assert list((tmp_path / "output.work").glob("training-*/checkpoint-15/COMPLETE"))
+    curves.clear()
+    done = finetune(helped.source, output, on_check=curves.append, **arguments)
+    assert curves[0]["step"].tolist() == [0, 15]
+    assert not (tmp_path / "output.work").exists()
+    differing = {"model_dir", "seconds"}
+    assert {k: v for k, v in done.report.items() if k not in differing} == {
+        k: v for k, v in helped.done.report.items() if k not in differing
+    }
+    for file in ("model.safetensors", "runs/trained.test.run.gz", "targets.parquet"):
+        assert (output / file).read_bytes() == (helped.done.folder / file).read_bytes()
+    assert "step 60 of 60: validation nDCG@10" in capsys.readouterr().err
+
+
+def test_where_it_cannot_help_the_original_is_kept_and_that_is_said(tmp_path, encoder):
+    source = saved(collection_of(train_on_chance=True), tmp_path / "collection")
+    (tmp_path / "output").mkdir()  # an empty folder is as good as none
+    report_to = [name for name in ("tensorboard",) if importlib.util.find_spec(name)]
+    done = finetune(
+        source, tmp_path / "output", model=encoder, device="cpu", settings=SETTINGS, negatives="encoder",
+        report_to=report_to,
+    )  # fmt: skip
+    assert all(any((done.folder / name).iterdir()) for name in report_to)
+    report = done.report
+    assert report["kept"] == "start"
+    assert report["measures"]["trained"] == report["measures"]["start"]
+    assert report["measures"]["start"]["nDCG@10"] > 0.1  # there was something to lose
+    assert report["comparisons"]["trained vs start"]["difference"] == 0
+    assert report["verdict"].startswith("Training did not help on the validation queries (")
+    assert "the original encoder was kept" in report["verdict"]
+    assert done.run("trained") == done.run("start")
+    assert report["stop_step"] < report["settings"]["steps"]  # stopped early
+    assert report["triples"]["negatives"] == "encoder"
+    kept = load_file(done.folder / "model.safetensors")
+    for name, weights in load_file(f"{encoder}/model.safetensors").items():
+        assert weights.equal(kept[name])
+
+
+def test_a_gain_that_chance_would_explain_does_not_count(helped, encoder, tmp_path):
+    settings = dataclasses.replace(SETTINGS, standard_errors=100.0, checks=2)
+    done = finetune(helped.source, tmp_path / "output", model=encoder, device="cpu", settings=settings)  # fmt: skip
+    report = done.report
+    validation = report["validation"]
+    assert 0 < validation["difference"] < 100 * validation["standard_error"]
+    assert report["best_step"] > 0
+    assert report["kept"] == "start"
+    assert "not more than 100 standard error" in report["verdict"]
+    found = load_file(done.folder / "model.safetensors")
+    expected = load_file(f"{encoder}/model.safetensors")
+    assert all(weights.equal(found[name]) for name, weights in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"target": "dynamic"}, "target is 'dynamic'"),
+        ({"target": float("nan")}, "target is nan"),
+        ({"measures": ("nDCG@10", "Bang@5")}, "cannot compute the measure 'Bang@5'"),
+        ({"measures": ()}, "no measure was given"),
+        ({"negatives": "random"}, "negatives is 'random'; expected 'bm25' or 'encoder'"),
+        ({"triples": 1}, "triples is 1; expected at least 2"),
+        ({"report_to": ("printer",)}, "cannot report to 'printer'; expected any of tensorboard, "),
+    ],
+)
+def test_wrong_values_are_told_before_anything_is_read(tmp_path, values, said):
+    with pytest.raises((FinetuneError, TrainingError), match=re.escape(said)):
+        finetune("no such folder", tmp_path / "output", **{"device": "cpu", **values})
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_holds_something_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(FinetuneError, match="is not an empty folder"):
+        finetune("no such folder", tmp_path)
+    with pytest.raises(FinetuneError, match="is not an empty folder"):
+        finetune("no such folder", tmp_path / "thesis.txt")
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_folder_that_is_no_finetuning_is_told(tmp_path):
+    with pytest.raises(FinetuneError, match="cannot be read"):
+        Finetuned.load(tmp_path)
+
+
+def test_a_corpus_alone_gets_pseudo_queries_and_that_is_told(tmp_path, capsys):
+    rng = random.Random(4)
+    texts = []
+    for _ in range(60):
+        words = ["".join(rng.choices("abcdefgh", k=6)) for _ in range(40)]
+        texts.append(" ".join(" ".join(words[i : i + 10]).capitalize() + "." for i in (0, 10, 20, 30)))  # fmt: skip
+    lines = [f"d{row}\t{text}\n" for row, text in enumerate(texts)]
+    (tmp_path / "collection.tsv").write_text("".join(lines))
+    collection, split, pseudo = finetuning._open(str(tmp_path), 30, seed=1)
+    assert split == ""
+    assert pseudo["queries"] == sum(map(len, collection.queries.values())) == 52
+    assert sum(pseudo["kinds"].values()) == 52
+    assert len(collection.queries["train"]) == 30
+    for qid, judged in collection.qrels["test"].items():
+        assert collection.queries["test"][qid] not in collection.passages[next(iter(judged))]
+    assert "There are no real queries" in capsys.readouterr().err
+
+
+def test_own_triples_are_chosen_by_seed_or_repeated():
+    passages = Texts(["a", "b", "c", "empty"], ["one", "two", "three", " "])
+    train = {"train": Texts(["q", "r"], ["what", "who"])}
+    own = [("q", "a", "b"), ("q", "a", "c"), ("r", "c", "a"), ("r", "empty", "a"), ("q", "a", "empty")]  # fmt: skip
+    collection = Collection("own", passages, train, {"train": {}}, triples=own)
+    few = Settings(triples=100, passes=4)
+    triples, available = finetuning._own_triples(collection, few, None, seed=1)
+    assert available == 5
+    assert sorted(Counter(triples).values()) == [2, 3, 3]
+    assert set(triples) == set(own[:3])  # none without text; 4 passes over 2 pairs
+    assert len(finetuning._own_triples(collection, few, 11, seed=1)[0]) == 11
+    assert len(finetuning._own_triples(collection, Settings(passes=1), None, seed=1)[0]) == 3
+    many = dataclasses.replace(collection, triples=[("q", "a", "b"), *[("r", "c", "a")] * 50])
+    chosen = [finetuning._own_triples(many, Settings(triples=9), None, seed=s)[0] for s in (1, 1, 2)]  # fmt: skip
+    assert [len(c) for c in chosen] == [9, 9, 9]
+    assert chosen[0] == chosen[1]
+
+
+def test_numbered_triples_name_each_text_once_and_with_its_prompt():
+    passages = Texts(["a", "b", "c"], ["one", "two", "three"])
+    collection = Collection("own", passages, {"train": Texts(["r", "q"], ["who", "what"])}, {"train": {}})  # fmt: skip
+    triples = [("q", "c", "a"), ("r", "a", "b"), ("q", "c", "b")]
+    rows, queries, texts = finetuning._numbered(triples, collection, ("ask: ", "say: "))
+    assert rows.shape == (3, 3)
+    for (qid, positive, negative), (q, p, n) in zip(triples, rows.T, strict=True):
+        assert queries[q] == "ask: " + collection.queries["train"][qid]
+        assert (texts[p], texts[n]) == (f"say: {passages[positive]}", f"say: {passages[negative]}")
+    assert (len(queries), len(texts)) == (2, 3)
+
+
+def ranked(offset, queries=30, depth=60, of=4000):
+    return {
+        f"q{q}": {f"d{(offset + 61 * q + rank) % of}": -float(rank) for rank in range(depth)}
+        for q in range(queries)
+    }
+
+
+@pytest.mark.parametrize(
+    ("budget", "queries", "depth"),
+    [(5000, 30, None), (3700, 30, 60), (3100, 30, 50), (1300, 30, 20), (700, 30, 10), (450, 21, 10), (10, 20, 10)],
+)  # fmt: skip
+def test_validation_ranks_as_much_as_a_check_may_cost(budget, queries, depth):
+    ids = [f"d{row}" for row in range(4000)]
+    texts = Texts([f"q{q}" for q in range(30)], ["what"] * 30)
+    qrels = {f"q{q}": {f"d{3999 - q}": 1, f"d{q}": 0} for q in range(30)}
+    collection = Collection("c", Texts(ids, ["text"] * 4000), {"validation": texts}, {"validation": qrels})  # fmt: skip
+    runs = [ranked(0), ranked(2000)]
+    found = finetuning._Validation(collection, runs, budget, "fp32", 1)
+    assert len(found.queries) == queries
+    assert set(found.qrels) == set(found.queries.ids)
+    expected = set(ids)
+    if depth:
+        expected = {d for q in found.qrels for run in runs for d in list(run[q])[:depth]}
+        expected |= {f"d{3999 - int(q[1:])}" for q in found.qrels}
+    assert set(found.passages.ids) == expected
+    assert len(found.passages) <= budget or queries == 20
+    assert found.passages.ids == sorted(found.passages.ids, key=ids.index)
+
+
+def test_gain_is_the_best_checks_with_the_standard_error_of_paired_differences():
+    rng = np.random.default_rng(2)
+    values = rng.random((3, 12))
+    rows = [
+        (step, f"q{q}", measure, values[i, q] if measure == "nDCG@10" else 9.0)
+        for i, step in enumerate((0, 5, 10))
+        for q in range(12)
+        for measure in ("nDCG@10", "RR@10")
+    ]
+    checks = pd.DataFrame(rows, columns=["step", "qid", "measure", "value"])
+    gain, error = finetuning._gain(SimpleNamespace(checks=checks, best_step=10))
+    assert gain == pytest.approx((values[2] - values[0]).mean())
+    assert error == pytest.approx(sem(values[2] - values[0]))
+    alone = checks[checks["qid"] == "q3"]
+    assert np.isnan(finetuning._gain(SimpleNamespace(checks=alone, best_step=10))[1])
+
+
+def scored(*values):
+    per_query = {f"q{i}": value for i, value in enumerate(values)}
+    return Evaluation({"nDCG@10": float(np.mean(values))}, {"nDCG@10": per_query})
+
+
+def test_one_query_is_not_compared_but_said_to_be_too_few():
+    compared = finetuning._compared(scored(0.5), scored(0.25), "nDCG@10")
+    assert compared["verdict"] == "too few queries"
+    assert compared["difference"] == 0.25
+    assert compared["ci"] is compared["p_t"] is compared["p_tost"] is None
+    words = finetuning._in_words("it", "BM25", compared, 0.5, 0.25)
+    assert words == "There are too few queries to compare it with BM25: nDCG@10 .500 against .250"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "said"),
+    [
+        ([0.5, 0.7, 0.6, 0.8] * 5, [0.3, 0.6, 0.5, 0.5] * 5, "It is better than BM25: nDCG@10 .650 against .475, +.175 [+.135, "),
+        ([0.3, 0.6, 0.5, 0.5] * 5, [0.5, 0.7, 0.6, 0.8] * 5, "It is worse than BM25: nDCG@10 .475 against .650, −.175 [−.215, "),
+        ([0.5, 0.6] * 20, [0.51, 0.59] * 20, "It is equivalent to BM25 within ±.050: nDCG@10 .550 against .550, +.000 [−.003, "),
+        ([0.0, 1.0, 0.5], [1.0, 0.0, 0.4], "Whether it is better or worse than BM25 is undecided: "),
+    ],
+)  # fmt: skip
+def test_words_follow_the_tests(a, b, said):
+    compared = finetuning._compared(scored(*a), scored(*b), "nDCG@10")
+    assert finetuning._in_words("it", "BM25", compared, np.mean(a), np.mean(b)).startswith(said)  # fmt: skip
+
+
+def test_a_verdict_by_pseudo_queries_says_so(helped):
+    report = helped.done.report
+    assert "pseudo" not in verdict(report)
+    made = {**report, "collection": {**report["collection"], "pseudo": {"queries": 9, "kinds": {}}}}
+    assert "All queries are pseudo-queries" in verdict(made)
+
+
+def test_numbers_have_three_digits():
+    numbers = [finetuning._number(x) for x in (0.4123, -0.0036, 1.0, 0.0, -0.0001)]
+    assert numbers == [".412", "−.004", "1.000", ".000", ".000"]
+    assert finetuning._number(0.0271, sign=True) == "+.027"
