@@ -10,26 +10,32 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from adaptive_margins.store import StoredRun
 from adaptive_margins.training import CODE_VERSION, RunConfig
 
 CURVES = Path(__file__).parent / "curves.json"
 
 
-def trained(home: Path) -> dict[str, StoredRun]:
+class Run(NamedTuple):
+    """A stored run, of whatever code version (`StoredRun` would refuse the id of an older one)."""
+
+    config: RunConfig
+    curve: pd.DataFrame
+
+
+def trained(home: Path) -> dict[str, Run]:
     """The trained runs of a home by everything that is configured but the code; of several versions the newest."""
-    found: dict[str, StoredRun] = {}
-    for folder in sorted((home / "runs").glob("[0-9a-f]*")):
-        run = StoredRun(folder)
-        if run.config.loss == "none":
+    found: dict[str, Run] = {}
+    for file in sorted((home / "runs").glob("*/config.json")):
+        config = RunConfig.model_validate_json(file.read_text())
+        if config.loss == "none":
             continue
-        key = run.config.model_dump_json(exclude={"code_version", "chunks"})
-        if key not in found or run.config.code_version > found[key].config.code_version:
-            found[key] = run
+        key = config.model_dump_json(exclude={"code_version", "chunks"})
+        if key not in found or config.code_version > found[key].config.code_version:
+            found[key] = Run(config, pd.read_parquet(file.with_name("curve.parquet")))
     return found
 
 
@@ -40,7 +46,7 @@ def kind(config: RunConfig) -> str:
     return config.target if isinstance(config.target, str) else "static"
 
 
-def best(run: StoredRun) -> float:
+def best(run: Run) -> float:
     """The best value of the measure that selects, step 0 included."""
     return float(run.curve[run.config.selection].max())
 

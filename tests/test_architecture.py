@@ -1,7 +1,7 @@
 """A module imports only from those left of it.
 
-losses → profiles → data (collection, pydocs, triples) → encoders → retrieval → evaluation → training → store → experiments
-→ report (published first, then its pages, build last) → cli
+losses → profiles → data → encoders → retrieval → evaluation → dense → training → finetuning → store → … → experiments →
+report (published first, then its pages, build last) → cli: `ORDER` and `DATA` have all of them
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import adaptive_margins
 
 PACKAGE = Path(adaptive_margins.__file__).parent
 ORDER = [
-    "losses", "profiles", "progress", "files", "data", "encoders", "retrieval", "evaluation", "supplied", "training", "store",
-    "resources", "costs", "execution", "experiments", "differences", "report", "cli",
+    "losses", "profiles", "progress", "files", "data", "encoders", "retrieval", "evaluation", "supplied", "dense", "training",
+    "onnx", "modelcard", "finetuning", "store", "resources", "costs", "execution", "experiments", "differences",
+    "report", "cli_corpus", "cli",
 ]  # fmt: skip
-DATA = ["collection", "arrow", "triples", "pydocs", "msmarco"]
+DATA = [
+    "collection", "arrow", "triples", "mining", "pseudo", "pydocs", "msmarco", "folder", "sources",
+]  # fmt: skip
 
 
 def name_of(path: Path) -> str:
@@ -104,6 +107,8 @@ def test_light_parts_stay_light():
         import adaptive_margins.profiles
         adaptive_margins.profiles.available()
         found["profiles"] = [m for m in heavy if m in sys.modules]
+        import adaptive_margins.supplied
+        found["runs"] = [m for m in heavy if m in sys.modules and m != "pandas"]
         import adaptive_margins.losses
         found["losses"] = [m for m in heavy if m in sys.modules]
         print(json.dumps(found))
@@ -111,4 +116,6 @@ def test_light_parts_stay_light():
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
     )
-    assert json.loads(done.stdout) == {"cli": [], "profiles": [], "losses": ["torch"]}
+    assert json.loads(done.stdout) == {
+        "cli": [], "profiles": [], "runs": ["faiss"], "losses": ["torch", "faiss", "pandas"],
+    }  # fmt: skip

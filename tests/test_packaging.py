@@ -64,12 +64,14 @@ def test_environment_names_each_dependency_at_the_pinned_version():
     from_pip = next(entry["pip"] for entry in listed if isinstance(entry, dict))
     assert from_pip[-1] == "--editable ."
     conda = [e.split("=") for e in listed if isinstance(e, str) and "=" in e]
-    named = {CONDA_NAMES.get(e[0], e[0]): e[1] for e in conda} | pins(from_pip[:-1])
+    named = {CONDA_NAMES.get(e[0], canonicalize_name(e[0])): e[1] for e in conda} | pins(
+        from_pip[:-1]
+    )
     assert named.pop("python") == "3.11"
     faiss = named.pop("faiss-gpu")
     assert EXTRAS["gpu"][0].specifier.contains(faiss)
     assert any(e[0] == "pytorch" and e[2].startswith("cuda") for e in conda)
-    needed = DEPENDENCIES + EXTRAS["lab"] + EXTRAS["dev"]
+    needed = DEPENDENCIES + EXTRAS["lab"] + EXTRAS["onnx"] + EXTRAS["dev"]
     assert named == {n: CONSTRAINTS[n] for n in (canonicalize_name(r.name) for r in needed)}
 
 
@@ -85,7 +87,11 @@ def imported(file: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("folder", "allowed"),
-    [("lib", DEPENDENCIES + EXTRAS["cpu"]), ("tests", DIRECT), ("benchmarks", DIRECT)],
+    [
+        ("lib", DEPENDENCIES + EXTRAS["cpu"] + EXTRAS["lab"] + EXTRAS["onnx"]),
+        ("tests", DIRECT),
+        ("benchmarks", DIRECT),
+    ],
 )
 def test_imports_are_direct_dependencies(folder, allowed):
     files = list((ROOT / folder).rglob("*.py"))

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -89,7 +90,8 @@ def measured(model):
 
 def run(material, folder, evaluator=None, **values):
     """Train a copy of the tiny model; returns it with the result."""
-    options = {k: values.pop(k) for k in ("initial", "checkpoint_every") if k in values}
+    names = ("initial", "checkpoint_every", "report_to", "run_name", "on_check")
+    options = {k: values.pop(k) for k in names if k in values}
     model = values.pop("model", None) or copy.deepcopy(material.model)
     rows = values.pop("rows", material.triples)
     names = ("query", "positive", "negative")
@@ -157,13 +159,13 @@ def trainers(monkeypatch):
 def rows_seen(monkeypatch):
     """The triples in the order in which they were trained on."""
     seen = []
-    collate = training._TripleCollator.__call__
+    collate = training.TripleCollator.__call__
 
     def spy(self, rows):
         seen.extend((r["query"], r["positive"], r["negative"]) for r in rows)
         return collate(self, rows)
 
-    monkeypatch.setattr(training._TripleCollator, "__call__", spy)
+    monkeypatch.setattr(training.TripleCollator, "__call__", spy)
     return seen
 
 
@@ -292,7 +294,7 @@ def test_chunks_change_neither_loss_nor_gradient(material, doubles, encoder, set
         assert len(gradients) >= 16
         for chunks, first in itertools.product((1, 3, 8, 1000), (None, packs(model))):
             rows = [dict(zip(("query", "positive", "negative"), t, strict=True)) for t in triples]
-            batch = training._TripleCollator(queries, passages, chunks, first)(rows)
+            batch = training.TripleCollator(queries, passages, chunks, first)(rows)
             texts = len(set(triples[:, 0])) + len(set(triples[:, 1:].ravel()))
             assert sum(len(texts_of(c)) for c in batch["chunks"]) == texts
             assert all(("cu_seq_lens_q" in c) == (first is not None) for c in batch["chunks"])
@@ -541,6 +543,121 @@ def test_the_clocks_of_training_and_evaluation_are_kept_apart(material, tmp_path
     assert seconds == sorted(seconds)
     assert seconds[-1] == result.train_seconds
     assert result.peak_bytes > 50e6
+
+
+# ---- reporting -------------------------------------------------------------------------------------------------------
+
+
+def scalars(folder):
+    """TensorBoard's scalars in a folder: name → [(step, value)]."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    found = events.Tags()["scalars"]
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in found}
+
+
+def test_tensorboard_gets_what_the_run_keeps(material, tmp_path, losses, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where TensorBoard's own default would be
+    values = {"evaluate_every": 3, "decay": 0.5, "dropout": 0.2}
+    plain_model, plain = run(material, tmp_path / "plain", measured, **values)
+    assert not list((tmp_path / "plain").glob("**/events.*"))
+    losses.clear()
+    model, result = run(
+        material, tmp_path / "told", measured, **values,
+        report_to=["tensorboard", "tensorboard"], run_name="of a test", on_check=lambda curve: None,
+    )  # fmt: skip
+    same(trainable(model), trainable(plain_model))
+    pd.testing.assert_frame_equal(result.targets, plain.targets)
+
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plain", "told"]
+    found = scalars(tmp_path / "told" / "tensorboard")
+    assert found["train/loss"] == [
+        (step, pytest.approx(loss, rel=1e-5)) for step, (loss, _) in enumerate(losses, start=1)
+    ]
+    assert found["train/learning_rate"] == [
+        (step, pytest.approx(1e-2 * 0.5 ** (step - 1), rel=1e-6)) for step in range(1, 8)
+    ]
+    curve = result.curve
+    assert curve["step"].tolist() == [0, 3, 6, 7]
+    assert curve["nDCG@10"].nunique() == 4
+    assert found["eval/nDCG@10"] == [
+        (step, np.float32(value)) for step, value in zip(curve["step"], curve["nDCG@10"], strict=True)
+    ]  # fmt: skip
+
+
+def test_tensorboard_has_its_own_variable(material, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "mine"))
+    run(material, tmp_path / "run", measured, report_to=["tensorboard"])
+    assert [step for step, _ in scalars(tmp_path / "mine")["eval/nDCG@10"]] == [0, 2, 4, 6, 7]
+    assert not list((tmp_path / "run").glob("**/events.*"))
+
+
+def test_the_curve_is_told_at_every_check_and_when_a_run_is_resumed(material, tmp_path):
+    told = []
+
+    def on_check(curve):
+        told.append(curve.drop(columns="seconds").to_dict("records"))
+        curve.loc[:, "nDCG@10"] = -1.0  # it is theirs to change
+
+    values = {"evaluate_every": 3, "checkpoint_every": 6, "on_check": on_check}
+    values["report_to"] = ["tensorboard"]
+    _, result = run(material, tmp_path, Script([1, 2, 3, 4]), **values)
+    rows = [
+        {"step": step, "triples": 4 * step, "nDCG@10": value}
+        for step, value in zip([0, 3, 6, 7], [1, 2, 3, 4], strict=True)
+    ]
+    assert told == [rows[:1], rows[:2], rows[:3], rows]
+    assert result.curve["nDCG@10"].tolist() == [1, 2, 3, 4]
+
+    told.clear()
+    run(material, tmp_path, Script([5]), **values)  # from the checkpoint of step 6
+    assert told == [rows[:3], [*rows[:3], {**rows[3], "nDCG@10": 5}]]
+    steps = [step for step, _ in scalars(tmp_path / "tensorboard")["eval/nDCG@10"]]
+    assert (steps.count(0), steps.count(3)) == (1, 1)
+
+
+def test_on_check_is_not_timed(material, tmp_path):
+    since = time.perf_counter()
+    _, result = run(material, tmp_path, on_check=lambda curve: time.sleep(0.1))
+    whole = time.perf_counter() - since
+    assert result.eval_seconds + result.train_seconds <= whole - 0.5  # five checks
+
+
+def test_the_trainer_knows_all_reporters():
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    assert len(get_reporting_integration_callbacks(list(training.REPORTERS))) == 4
+
+
+@pytest.mark.parametrize("name", training.REPORTERS)
+def test_a_reporter_that_is_not_installed_is_named_first(material, tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    script = Script()
+    with pytest.raises(TrainingError, match=f"report to '{name}'.*: pip install {name}$"):
+        run(material, tmp_path, script, report_to=[name])
+    assert not script.seen
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reporter_that_is_half_installed(material, tmp_path, monkeypatch):
+    (tmp_path / "trackio.py").write_text("import no_such_thing")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    with pytest.raises(TrainingError, match="'trackio' cannot be used: No module named 'no_such_"):
+        run(material, tmp_path / "run", report_to=["trackio"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["comet_ml", "all", "none", "", "TensorBoard"])
+def test_an_unknown_reporter(material, tmp_path, name):
+    script = Script()
+    expected = f"cannot report to '{name}'; expected any of tensorboard, wandb, mlflow, trackio"
+    with pytest.raises(TrainingError, match=expected):
+        run(material, tmp_path, script, report_to=["tensorboard", name])
+    assert not script.seen
+    assert not list(tmp_path.iterdir())
 
 
 # ---- what cannot go on -----------------------------------------------------------------------------------------------

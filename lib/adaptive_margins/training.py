@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -27,6 +28,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from adaptive_margins.data.arrow import COLUMNS, SeededBatches
 from adaptive_margins.encoders import (
@@ -45,9 +47,15 @@ CODE_VERSION = 3
 
 COMPLETE = "COMPLETE"
 
+REPORTERS = ("tensorboard", "wandb", "mlflow", "trackio")
+"""Integrations of the trainer that `train` reports to; each is also the name of its package."""
+
 
 class TrainingError(RuntimeError):
-    """Training that cannot go on: a loss that is not finite, too few triples, a checkpoint that cannot be written."""
+    """Training that cannot go on.
+
+    A loss that is not finite, too few triples, a checkpoint that cannot be written, nothing to report to.
+    """
 
 
 class RunConfig(BaseModel):
@@ -133,7 +141,7 @@ class TrainingResult:
     peak_bytes: int
 
 
-class _TripleCollator:
+class TripleCollator:
     """Rows of pre-tokenised texts → a step's features: its distinct texts sorted by length, in ``chunks`` parts.
 
     Each part is packed, its texts end to end, if ``first_position`` (`encoders.packs`) is a number; else padded. All of it
@@ -150,6 +158,7 @@ class _TripleCollator:
         self.first_position = first_position
 
     def __call__(self, rows: list[dict[str, int]]) -> dict[str, Any]:
+        """One row a triple: the row of its query among the queries, those of its passages among the passages."""
         query, positive, negative = (np.array([row[c] for row in rows]) for c in COLUMNS)
         queries, query_at = np.unique(query, return_inverse=True)
         passages, passage_at = np.unique([positive, negative], return_inverse=True)
@@ -222,12 +231,15 @@ class _Watch(TrainerCallback):
         loss: _RecordedLoss,
         evaluator: Callable[[Any], Evaluation],
         checkpoint_every: int,
+        on_check: Callable[[pd.DataFrame], None] | None,
     ) -> None:
         self.config = config
         self.model = model
         self.loss = loss
         self.evaluator = evaluator
         self.checkpoint_every = checkpoint_every
+        self.on_check = on_check
+        self.log: Callable[[dict[str, float]], None] | None = None  # to the integrations, if any
         self.progress = _Progress()
         self.best_state: dict[str, Tensor] = {}
         self.last: Evaluation | None = None
@@ -277,10 +289,18 @@ class _Watch(TrainerCallback):
         self.last = evaluation
         return gained
 
+    def tell(self) -> None:
+        """Hand the curve to ``on_check``; the time that it takes is booked to neither clock."""
+        if self.on_check is not None:
+            self.on_check(pd.DataFrame(self.progress.curve))
+        self.tick(None)
+
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self.tick(None)
+        if self.log is not None and self.last is not None:  # not resumed: that is step 0's
+            self.log({f"eval_{name}": value for name, value in self.last.mean.items()})
+        self.tell()
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
@@ -307,6 +327,7 @@ class _Watch(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         self.tick("eval_seconds")
+        self.tell()
         if self.config.patience and self.progress.checks_without_gain >= self.config.patience:
             control.should_training_stop = True
             control.should_save = False  # a checkpoint here would be resumed past the stop
@@ -426,14 +447,27 @@ def train(
     folder: Path,
     checkpoint_every: int = 0,
     device: str = "cpu",
+    report_to: Sequence[str] = (),
+    run_name: str = "",
+    on_check: Callable[[pd.DataFrame], None] | None = None,
 ) -> TrainingResult:
     """Train ``model`` in place on ``triples``: columns query, positive and negative, rows of the two `Tokens`.
 
     ``evaluator`` gives the validation measures of a model; ``initial`` is its result at step 0 where it is known already.
     ``folder`` takes checkpoints and is resumed from. The order of the triples depends on their number and ``config.seed``
-    alone, so all runs of a grid see the same one, and shorter runs the beginning of it. Raises TrainingError if the triples
-    do not suffice for one pass, or if the loss is not finite.
+    alone, so all runs of a grid see the same one, and shorter runs the beginning of it.
+
+    ``report_to`` names any of `REPORTERS`: they get loss and learning rate every few steps, and the measures of every
+    evaluation, step 0 included. Each is set up by its own environment variables, which also say whether anything leaves the
+    machine; TensorBoard's files go to $TENSORBOARD_LOGGING_DIR, else to ``folder / "tensorboard"``. ``run_name`` is what
+    the others call the run. ``on_check`` gets the curve so far when training begins, and after each evaluation. None of
+    this changes what is computed.
+
+    Raises:
+        TrainingError: the triples do not suffice for one pass, the loss is not finite, or one of ``report_to`` is unknown
+            or cannot be used.
     """
+    reporters = _reporters(report_to, folder)
     if config.steps * config.batch_size > len(triples) or not config.steps:
         raise TrainingError(
             f"run {config.run_id} needs {config.triples} triples in batches of {config.batch_size}, there are {len(triples)}"
@@ -443,7 +477,7 @@ def train(
         return SeededBatches(len(dataset), config.seed, batch_size, config.steps)
 
     loss = _RecordedLoss(model, config)
-    watch = _Watch(config, model, loss, evaluator, checkpoint_every)
+    watch = _Watch(config, model, loss, evaluator, checkpoint_every, on_check)
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         watch.tick(None)
@@ -465,12 +499,14 @@ def train(
         fp16=config.precision == "fp16",
         seed=config.seed,
         batch_sampler=batches,
-        logging_strategy="no",
+        logging_strategy="steps" if reporters else "no",
+        logging_steps=max(1, min(10, config.steps // 20)) if reporters else 500,
         logging_nan_inf_filter=False,  # it would look at every step's loss; _Watch does at checks and checkpoints
         eval_strategy="no",  # _Watch says when
         save_strategy="no",
         save_total_limit=2,  # the older one is removed before the newer one is marked
-        report_to="none",
+        report_to="none",  # _reporters are among the callbacks
+        run_name=run_name or None,
         disable_tqdm=True,
         use_cpu=device == "cpu",
     )
@@ -482,11 +518,12 @@ def train(
         train_dataset=triples,
         loss=loss,
         evaluator=_Evaluator(watch),
-        data_collator=_TripleCollator(queries, passages, config.chunks, packs(model)),
-        callbacks=[watch],
+        data_collator=TripleCollator(queries, passages, config.chunks, packs(model)),
+        callbacks=[*reporters, watch],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.watch = watch
+    watch.log = trainer.log if reporters else None
     with quiet():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
@@ -518,6 +555,32 @@ def train(
         eval_seconds=progress.eval_seconds,
         peak_bytes=progress.peak_bytes,
     )
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """TrainingError for a name that is none of `REPORTERS`, or whose package is not installed."""
+    for name in names:
+        if name not in REPORTERS:
+            raise TrainingError(
+                f"cannot report to {name!r}; expected any of {', '.join(REPORTERS)}"
+            )
+        if importlib.util.find_spec(name) is None:
+            raise TrainingError(f"to report to {name!r} its package is needed: pip install {name}")
+
+
+def _reporters(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
+    """The trainer's integrations of these names; TrainingError for one that is unknown or cannot be used."""
+    check_reporters(names)
+    reporters = []
+    for name in dict.fromkeys(names):
+        try:
+            (kind,) = get_reporting_integration_callbacks([name])
+            reporters.append(kind())
+        except Exception as error:  # whatever a package raises that is half installed
+            raise TrainingError(f"{name!r} cannot be used: {error}") from error
+        if isinstance(reporters[-1], TensorBoardCallback) and reporters[-1].logging_dir is None:
+            reporters[-1].logging_dir = str(folder / "tensorboard")
+    return reporters
 
 
 def _long(progress: _Progress) -> pd.DataFrame:

@@ -175,7 +175,7 @@ def _without_citations(text: str) -> str:
 
 def _html(markdown: str) -> str:
     """The body of an HTML page; nothing is read from files, nor is any configuration."""
-    from docutils.core import publish_parts  # type: ignore[import-untyped]
+    from docutils.core import publish_parts
     from myst_parser.parsers.docutils_ import Parser
 
     settings = {

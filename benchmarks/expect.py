@@ -1,0 +1,70 @@
+"""Fine-tune on some collections with several seeds, and keep what came out: the book's page "What to expect".
+
+    python benchmarks/expect.py OUT.json WORK NAME=SOURCE… --models "MiniLM=minilm" --seeds 1 2 3
+
+Finished trainings in WORK are read, not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from timing import machine
+
+from adaptive_margins.files import write_text
+from adaptive_margins.finetuning import Finetuned, finetune
+
+KEPT = (
+    "target", "seed", "triples", "settings", "kept", "best_step", "stop_step", "validation", "measures", "comparisons",
+    "verdict", "seconds", "versions",
+)  # fmt: skip
+
+
+def trained(source: str, folder: Path, **given: Any) -> dict[str, Any]:
+    """The report of one training."""
+    if not (folder / "training.json").is_file():
+        finetune(source, folder, **given)
+    return Finetuned.load(folder).report
+
+
+def main() -> None:
+    """Train, and write a row a training."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("sources", nargs="+", type=pair, metavar="NAME=SOURCE")
+    parser.add_argument("--models", nargs="+", type=pair, default=[("all-MiniLM-L6-v2", "minilm")])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--targets", nargs="+", default=["distributed"])
+    given = parser.parse_args()
+    rows = []
+    choices = (given.models, given.sources, given.targets, given.seeds)
+    for (encoder, model), (name, source), target, seed in product(*choices):
+        folder = given.work / f"{name}-{encoder.replace(' ', '-')}-{target}-{seed}"
+        report = trained(source, folder, model=model, seed=seed, target=target)
+        about = {k: v for k, v in report["collection"].items() if k != "source"}
+        rows.append({
+            "collection": {**about, "name": name},
+            "encoder": encoder,
+            **{key: report[key] for key in KEPT},
+            "machine": machine(),
+            "date": datetime.date.today().isoformat(),
+        })  # fmt: skip
+        write_text(given.out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+
+
+def pair(text: str) -> tuple[str, str]:
+    """NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, not {text!r}")
+    return name, value
+
+
+if __name__ == "__main__":
+    main()
