@@ -290,7 +290,7 @@ def main() -> None:
         "rerank": lambda: reranking(given.rounds),
         "beside": lambda: beside_the_model(given.rounds),
         "large": lambda: (
-            run.training(random_base, "random BERT, 12 × 768", 8, given.rounds, (0.1, 0.0))
+            run.training(random_base, "random BERT, 12 × 768", 8, given.rounds, (0.1,))
             + run.encoding(random_base, "random BERT, 12 × 768", 48, given.rounds)
         ),
         "memory": memory,

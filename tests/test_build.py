@@ -276,6 +276,21 @@ def test_notebooks_are_selected_by_number_or_name(tmp_path):
         select(tmp_path / "none")
 
 
+def test_the_notebook_on_ones_own_collection_is_no_page(tmp_path):
+    page = write_notebook(tmp_path / "notebooks" / "01_a.ipynb")
+    own = write_notebook(
+        tmp_path / "notebooks" / f"{pages.OWN}.ipynb", parameters='source = "pydocs"'
+    )
+    assert (ROOT / "notebooks" / own.name).is_file()
+    assert select(own.parent) == [page]
+    assert select(own.parent, ["10"]) == select(own.parent, [pages.OWN]) == [own]
+    (tmp_path / "_config.yml").touch()
+    with pytest.raises(
+        BuildError, match=rf"papermill notebooks/{own.name} out\.ipynb .* -p source"
+    ):
+        build("smoke", home=tmp_path, source=tmp_path, notebooks=["10"])
+
+
 def test_progress_estimates_from_last_time_then_from_this_time():
     a, b, c = Path("a"), Path("b"), Path("c")
     progress = Progress({a: None, b: 30.0, c: None}, workers=2)

@@ -278,7 +278,7 @@ def test_a_corpus_alone_gets_pseudo_queries_and_that_is_told(tmp_path, capsys):
         texts.append(" ".join(" ".join(words[i : i + 10]).capitalize() + "." for i in (0, 10, 20, 30)))  # fmt: skip
     lines = [f"d{row}\t{text}\n" for row, text in enumerate(texts)]
     (tmp_path / "collection.tsv").write_text("".join(lines))
-    collection, split, pseudo = finetuning._open(str(tmp_path), 30, seed=1)
+    collection, split, pseudo = finetuning.open_split(str(tmp_path), 30, seed=1)
     assert split == ""
     assert pseudo["queries"] == sum(map(len, collection.queries.values())) == 52
     assert sum(pseudo["kinds"].values()) == 52

@@ -730,3 +730,25 @@ def test_trains_with_gradient_caching_as_without(tiny_encoder, tmp_path):
     model.save_pretrained(str(tmp_path / "model"))
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
     assert "gienapp2025" in card and "gao2021" in card and '"mini_batch_size": 2' in card
+
+
+@pytest.mark.parametrize(
+    ("target", "in_batch"), [(0.3, True), ("adaptive", True), ("distributed", False)]
+)
+def test_compiled_is_eager(target, in_batch):
+    """The whole loss is one graph; backend aot_eager needs no C++ compiler."""
+    torch.manual_seed(4)
+    embeddings = [torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+
+    def loss(*columns):
+        return margin_loss(*columns, target=target, in_batch=in_batch)
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    expected, found = loss(*embeddings), compiled(*embeddings)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    for a, b in zip(
+        torch.autograd.grad(found, embeddings),
+        torch.autograd.grad(expected, embeddings),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)

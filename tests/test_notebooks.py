@@ -1,4 +1,7 @@
-"""The committed notebooks: their cells, and one executed by papermill's command on finished runs and with other values."""
+"""The committed notebooks: their cells, and one executed by papermill's command on finished runs and with other values.
+
+The one on a collection of one's own is no page of the book, and executed in test_own.py.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import pandas as pd
 import pytest
 
 from adaptive_margins.report.execute import parameter_defaults
+from adaptive_margins.report.pages import OWN
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -28,6 +32,9 @@ SHOWS = {
     "07_paper_and_released_code": [],
 }
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+each_page = pytest.mark.parametrize(
+    "path", [p for p in NOTEBOOKS if p.stem != OWN], ids=lambda p: p.stem
+)
 
 
 def cells(path: Path, kind: str) -> list[nbformat.NotebookNode]:
@@ -35,10 +42,10 @@ def cells(path: Path, kind: str) -> list[nbformat.NotebookNode]:
 
 
 def test_all_are_there():
-    assert [path.stem for path in NOTEBOOKS] == list(SHOWS)
+    assert [path.stem for path in NOTEBOOKS] == [*SHOWS, OWN]
 
 
-@each
+@each_page
 def test_opens_with_the_question_and_closes_with_what_was_found(path):
     notebook = nbformat.read(path, as_version=4)
     first, *texts = [c.source for c in cells(path, "markdown")]
@@ -75,7 +82,7 @@ def test_code_is_calls(path):
         assert len(tree.body) <= 8
 
 
-@each
+@each_page
 def test_shows_and_saves_its_figures_and_tables(path):
     code = {c.id: c for c in cells(path, "code")}
     prose = "\n".join(c.source for c in cells(path, "markdown"))

@@ -58,7 +58,8 @@ def test_the_page_has_every_figure():
         assert any(line[:2] == [r["name"], ratio] for line in lines), r["name"]
     for g in read("growth"):
         assert any(
-            line[0].startswith(g["name"]) and line[2] == f"{g['exponent']:.2f}" for line in lines
+            line[0].startswith(g["name"]) and float(line[2]) == round(g["exponent"], 2)
+            for line in lines
         )
     for r in read("curves")["rows"]:
         found = [line for line in lines if f"{r['before']:.4f}" in line]

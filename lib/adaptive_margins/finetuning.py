@@ -235,7 +235,7 @@ def finetune(
     identity = encoder_identity(model)  # an encoder that is not there is told first
 
     with clocks.stage("collection", f"reading {source}"):
-        collection, split, pseudo = _open(source, triples or settings.triples, seed)
+        collection, split, pseudo = open_split(source, triples or settings.triples, seed)
         sets = {name: len(qrels) for name, qrels in collection.qrels.items()}
         counts = ", ".join(f"{sets[name]:,} {name}" for name in ("train", "validation", "test"))
         say(f"{collection.name}: {len(collection.passages):,} passages; queries: {counts}. {split}")
@@ -477,7 +477,7 @@ class _Clocks:
 # ---- what is trained on --------------------------------------------------------------------------------------------
 
 
-def _open(source: str, count: int, seed: int) -> tuple[Collection, str, dict[str, Any] | None]:
+def open_split(source: str, count: int, seed: int) -> tuple[Collection, str, dict[str, Any] | None]:
     """A collection with the sets train, validation and test; how it was split; and of what its pseudo-queries are, if any.
 
     ``count``: pseudo-queries to train on, at most.

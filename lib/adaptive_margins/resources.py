@@ -262,7 +262,7 @@ class Resources:
         uncut = settings.model_copy(update={"layers": None})
         alike = [
             e
-            for e in self.profile.encoders.values()
+            for e in [*self.profile.encoders.values(), *self.profile.untrained.values()]
             if (e.base, e.revision) == (settings.base, settings.revision)
         ]
         frozen = sorted({_frozen(e) for e in alike if e.trained_layers})

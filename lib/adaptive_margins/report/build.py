@@ -81,6 +81,11 @@ def build(
         raise BuildError(f"{source} is no checkout: it has no _config.yml; the book needs one")
     site = Site(home, profile)
     chosen = select(source / "notebooks", notebooks)
+    if any(notebook.stem == pages.OWN for notebook in chosen):
+        raise BuildError(
+            f"{pages.OWN} takes a collection of yours, not a profile, and is no page of the book; open it in JupyterLab, or:"
+            f" papermill notebooks/{pages.OWN}.ipynb out.ipynb -k python3 -p source FOLDER -p output ENCODER"
+        )
     if notebooks is None and not every:
         chosen = [n for n in chosen if n.stem != pages.LONG or site.finished(n)]
     for notebook in chosen:
@@ -93,7 +98,7 @@ def build(
             return site.pages
         if home != source:
             shutil.copy(source / "_config.yml", home)
-            for folder in ("book", "lib"):  # pages quote from the library
+            for folder in ("book", "lib", "benchmarks"):  # pages quote from the library
                 shutil.copytree(
                     source / folder,
                     home / folder,
@@ -109,7 +114,7 @@ def build(
 
 
 def select(folder: Path, names: Sequence[str] | None = None) -> list[Path]:
-    """The numbered notebooks of ``folder`` in order: all, or those whose number or name is given."""
+    """The numbered notebooks of ``folder`` in order: all but `pages.OWN`, or those whose number or name is given."""
     found = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not found:
         raise BuildError(f"{folder} has no notebooks named NN_*.ipynb")
@@ -119,7 +124,7 @@ def select(folder: Path, names: Sequence[str] | None = None) -> list[Path]:
         if not matching:
             raise BuildError(f"no notebook {name!r}; there are {', '.join(p.stem for p in found)}")
         chosen.update(matching)
-    return [p for p in found if p in chosen] if names is not None else found
+    return [p for p in found if (p.stem != pages.OWN if names is None else p in chosen)]
 
 
 @dataclass(frozen=True)

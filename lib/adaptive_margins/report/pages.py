@@ -22,12 +22,15 @@ from adaptive_margins.experiments import Reproduction, describe
 from adaptive_margins.files import write_text
 from adaptive_margins.profiles import Profile
 from adaptive_margins.progress import clock
-from adaptive_margins.report import concepts, datasheet, differences
+from adaptive_margins.report import concepts, datasheet, differences, expect, speed
 from adaptive_margins.report.marks import measure_label
 from adaptive_margins.store import StoredRun
 
 LONG = "07_paper_and_released_code"
 """The notebook that is executed only when asked for; else its page is a committed summary."""
+
+OWN = "10_your_collection"
+"""The notebook that is no page of the book: it takes a collection, not a profile."""
 
 Receipts = Mapping[str, Mapping[str, Any]]
 """Notebook (without suffix) → its receipt, as `build` writes it."""
@@ -42,6 +45,8 @@ def write(home: Path, profile: Profile, receipts: Receipts) -> None:
     write_text(folder / "cover.md", cover(profile, table if table.is_file() else None))
     write_text(folder / "datasheet.md", datasheet.page(reproduction))
     write_long(home, profile.name, receipts)
+    speed.write(home / "benchmarks", folder)
+    write_text(folder / "what_to_expect.md", expect.page(expect.read(home / "book" / expect.FILE)))
     runs = [
         StoredRun(home / "runs" / run_id)
         for run_id in sorted({i for r in receipts.values() for i in r.get("results", ())})

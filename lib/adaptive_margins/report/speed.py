@@ -47,7 +47,7 @@ def page(benchmarks: Path) -> str:
                 [
                     f"{g['name']} ({g['unit']})",
                     f"{g['sizes'][0]:,} … {g['sizes'][-1]:,} {g['size_unit']}",
-                    f"{g['exponent']:.2f}",
+                    _exponent(g),
                     g["setting"],
                 ]
                 for g in growth
@@ -76,7 +76,7 @@ def figure(growth: list[dict[str, Any]]) -> Figure:
             ax.plot(sizes, level * sizes ** g["exponent"], color=GREY, linewidth=0.8, linestyle=":")
             ax.plot(sizes, values, marker="o", color=style("minilm-3").color)
             ax.set(xscale="log", yscale="log", xlabel=g["size_unit"], ylabel=g["unit"])
-            ax.set_title(f"{g['name']}: exponent {g['exponent']:.2f}", loc="left")
+            ax.set_title(f"{g['name']}: exponent {_exponent(g)}", loc="left")
         for ax in axes.flat[len(growth) :]:
             ax.set_axis_off()
     return drawn
@@ -126,6 +126,10 @@ def _curves(rows: list[dict[str, Any]]) -> str:
             for r in rows
         ],
     )
+
+
+def _exponent(row: dict[str, Any]) -> str:
+    return f"{round(row['exponent'], 2) + 0.0:.2f}"  # no minus before a zero
 
 
 def _machines(rows: list[dict[str, Any]]) -> list[str]:
