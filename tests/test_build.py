@@ -300,7 +300,10 @@ def test_progress_estimates_from_last_time_then_from_this_time():
     assert Progress({a: None}, workers=1).left() is None
 
 
-STUBS = {"cover.md": "Stub.", "datasheet.md": "# Data sheet", "provenance.md": "# Provenance"}
+STUBS = {
+    "cover.md": "Stub.", "datasheet.md": "# Data sheet", "provenance.md": "# Provenance", "speed.md": "# Speed",
+    "what_to_expect.md": "# What to expect",
+}  # fmt: skip
 
 
 def stub_pages(home, profile, receipts):
@@ -319,7 +322,8 @@ def test_the_book_is_built_strictly_and_only_when_something_changed(tmp_path, mo
         write_notebook(source / "notebooks" / f"{name}.ipynb")
     monkeypatch.setattr(Site, "execute", pretend_to_execute)
     quoted = (ROOT / "lib").rglob("*.py")
-    for path in [ROOT / "_config.yml", *(ROOT / "book").rglob("*"), *quoted]:
+    measured = (ROOT / "benchmarks").glob("*.json")
+    for path in [ROOT / "_config.yml", *(ROOT / "book").rglob("*"), *quoted, *measured]:
         if path.is_file() and "_executed" not in path.parts:
             copy = source / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
+from adaptive_margins import files
 from adaptive_margins import store as store_module
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.store import Store, StoredRun, StoreError, home
@@ -364,8 +365,8 @@ def test_home(tmp_path, monkeypatch):
     monkeypatch.delenv("ADAPTIVE_MARGINS_HOME")
     checkout = Path(__file__).resolve().parents[1]
     assert home() == checkout
-    installed = tmp_path / "lib" / "python" / "site-packages" / "adaptive_margins" / "store.py"
-    monkeypatch.setattr(store_module, "__file__", str(installed))
+    installed = tmp_path / "lib" / "python" / "site-packages" / "adaptive_margins" / "files.py"
+    monkeypatch.setattr(files, "__file__", str(installed))
     monkeypatch.chdir(tmp_path)
     assert home() == tmp_path
     assert os.environ.get("ADAPTIVE_MARGINS_HOME") is None

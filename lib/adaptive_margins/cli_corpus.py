@@ -360,8 +360,11 @@ def compare(
         read = {n: read_run(p) for n, p in zip(compared.run_names(runs), runs, strict=True)}
         result = compared.compare_runs(judged, read, name, margin)
         if plot:
-            os.environ.setdefault("MPLBACKEND", "agg")
+            import matplotlib
+
             from adaptive_margins.files import whole_file
+
+            matplotlib.use("agg")
 
             with whole_file(plot) as partial:
                 compared.per_query_figure(result).savefig(partial, format=plot.suffix[1:])
