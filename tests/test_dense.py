@@ -286,7 +286,8 @@ def test_a_larger_index_finds_nearly_all_and_scores_exactly(model, folder, tmp_p
     for qid, hits in found.items():
         for docid in set(hits) & set(exact[qid]):
             assert hits[docid] == pytest.approx(exact[qid][docid], abs=1e-6)
-    again = DenseIndex.build(retriever, "Sentences", str(folder), tmp_path / "again")
+    anew = DenseRetriever(model, passages, precision="fp32")
+    again = DenseIndex.build(anew, "Sentences", str(folder), tmp_path / "again")
     for path in built.folder.iterdir():
         assert path.read_bytes() == (again.folder / path.name).read_bytes(), path.name
 
