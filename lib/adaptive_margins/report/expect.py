@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from adaptive_margins.progress import clock
 from adaptive_margins.report.marks import measure_label
 from adaptive_margins.report.show import markdown_table
 
@@ -113,7 +112,6 @@ def _each(rows: Sequence[Row]) -> str:
                 _name(row),
                 row["seed"],
                 f"{row['triples']['used']:,}",
-                clock(sum(row["seconds"].values())),
                 f"{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
                 if kept
                 else "original kept",
@@ -123,7 +121,7 @@ def _each(rows: Sequence[Row]) -> str:
                 row["comparisons"]["trained vs bm25"]["verdict"],
             ]
         )
-    header = ["Collection, encoder", "Seed", "Triples", "Time", "nDCG@10", "p (t)", "p (TOST)"]  # fmt: skip
+    header = ["Collection, encoder", "Seed", "Triples", "nDCG@10", "p (t)", "p (TOST)"]  # fmt: skip
     return markdown_table([*header, "Against start", "Against BM25"], lines)
 
 
