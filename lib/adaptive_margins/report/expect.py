@@ -31,8 +31,7 @@ trained encoder replaces it only if its best check is better on the validation q
 _HOW = """\
 The first rows start from all-MiniLM-L6-v2 as it is shipped. "First 3 layers" is the same encoder without its upper half: twice as
 fast, and not trained by its makers in this form, so there is something to learn. Cranfield and Vaswani are the classic test
-collections of abstracts with judged questions; networkx is a folder made by `examples/package_docs.py` from the docstrings
-of that package: it has no queries, so pseudo-queries stand in for them, and its numbers say less than those of real queries."""
+collections of abstracts with judged questions; their queries are split by the seed."""
 
 
 def page(rows: Sequence[Row]) -> str:
