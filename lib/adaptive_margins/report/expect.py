@@ -19,7 +19,7 @@ Row = Mapping[str, Any]
 _INTRO = """\
 # What to expect
 
-`adaptive-margins train` was run on collections that this project does not ship, with several seeds each. A seed decides which
+`adaptive-margins train` was run on collections that this project does not ship, with the seeds listed below. A seed decides which
 queries are trained on, validated on and tested on (where a collection comes without such sets), which negatives are drawn, and
 in which order. The target is the distributed one. Nothing was tuned for a collection: each training is the command with a
 path, an encoder and a seed. The test queries are never looked at before the end.
@@ -29,8 +29,8 @@ pairs of texts, and a few hundred judged pairs more may not improve it. Then the
 trained encoder replaces it only if its best check is better on the validation queries by more than one standard error."""
 
 _HOW = """\
-The first rows start from all-MiniLM-L6-v2 as it is shipped. "First 3 layers" is the same encoder without its upper half: twice as
-fast, and not trained by its makers in this form, so there is something to learn. Cranfield and Vaswani are the classic test
+"all-MiniLM-L6-v2" is the encoder as it is shipped. "First 3 layers" is the same one without its upper half, which its makers did not
+train in this form, so there is something to learn; it stays far below BM25 here. Cranfield and Vaswani are the classic test
 collections of abstracts with judged questions; their queries are split by the seed."""
 
 
