@@ -29,9 +29,9 @@ pairs of texts, and a few hundred judged pairs more may not improve it. Then the
 trained encoder replaces it only if its best check is better on the validation queries by more than one standard error."""
 
 _HOW = """\
-"all-MiniLM-L6-v2" is the encoder as it is shipped. "First 3 layers" is the same one without its upper half, which its makers did not
-train in this form, so there is something to learn; it stays far below BM25 here. Cranfield and Vaswani are the classic test
-collections of abstracts with judged questions; their queries are split by the seed."""
+"all-MiniLM-L6-v2" is the encoder as it is shipped. "First 3 layers" is the same one without its upper half, which its makers did
+not train in this form, so there is something to learn; it stays far below BM25 here. Cranfield and Vaswani are the classic
+test collections of abstracts with judged questions; their queries are split by the seed."""
 
 
 def page(rows: Sequence[Row]) -> str:
