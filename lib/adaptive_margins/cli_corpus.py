@@ -202,7 +202,7 @@ def _evaluated(
     from adaptive_margins.data.collection import DataError
     from adaptive_margins.data.sources import open_collection
     from adaptive_margins.dense import DenseRetriever
-    from adaptive_margins.encoders import encoder_identity, open_encoder
+    from adaptive_margins.encoders import default_device, encoder_identity, open_encoder
     from adaptive_margins.retrieval import BM25, read_run, top, write_run
     from adaptive_margins.supplied import score
 
@@ -223,7 +223,7 @@ def _evaluated(
             f"{depth} passages a query are too few for {' '.join(measures)}: {deepest} are needed",
             param_hint="--depth",
         )
-    encoder = open_encoder(model, device=device or _device())
+    encoder = open_encoder(model, device=device or default_device())
     retriever = DenseRetriever(encoder, collection.passages)
     if mode == "full":
         assert depth
@@ -394,12 +394,12 @@ def index(
     with _working(verbose, model):
         from adaptive_margins.data.sources import open_collection
         from adaptive_margins.dense import DenseIndex, DenseRetriever
-        from adaptive_margins.encoders import open_encoder
+        from adaptive_margins.encoders import default_device, open_encoder
         from adaptive_margins.files import folder_bytes
         from adaptive_margins.report.text import size
 
         collection = open_collection(path)
-        encoder = open_encoder(model, device=device or _device())
+        encoder = open_encoder(model, device=device or default_device())
         built = DenseIndex.build(
             DenseRetriever(encoder, collection.passages), collection.name, model, output,
             fingerprint=collection.fingerprint,
@@ -454,12 +454,13 @@ def search(
     with _working(verbose):
         from adaptive_margins.data.collection import Texts
         from adaptive_margins.dense import DenseIndex
+        from adaptive_margins.encoders import default_device
         from adaptive_margins.retrieval import top, write_run
 
         asked = Texts(["1"], [query]) if query else _read_queries(queries)
         opened = DenseIndex.open(folder)
         _offline(model or opened.encoder)
-        encoder = opened.open_encoder(model, device=device or _device())
+        encoder = opened.open_encoder(model, device=device or default_device())
         run = opened.search(encoder, asked, depth)
         if run_out:
             write_run(run, run_out, "adaptive-margins")
@@ -629,12 +630,6 @@ def _offline(model: str) -> None:
     """The hub is not reached, unless an encoder of the hub is named."""
     if "@" not in model:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _measures(text: str, option: str = "--measures", most: int | None = None) -> list[str]:

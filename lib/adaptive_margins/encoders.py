@@ -286,6 +286,11 @@ def open_encoder(
         raise EncoderError(f"device {device!r} cannot be used: {error}") from error
 
 
+def default_device() -> str:
+    """A GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def encoder_identity(name: str) -> str:
     """What pins an encoder of `open_encoder`: the SHA-256 of its model.safetensors, or hub id and commit.
 

@@ -152,11 +152,11 @@ class Runs(Costs):
         for name in self.evaluated_sets:
             self.top_candidates(name)
             self.bm25_ranking(name)
-        starts = [c for c in missing if c.loss == "none" and c.encoder in self.profile.encoders]
-        others = [c for c in missing if c not in starts]
+        starts = [c for c in missing if c.loss == "none"]
+        others = [c for c in missing if c.loss != "none"]
         expected = {c: self.expected_seconds(c) for c in missing}
         progress = _Progress(expected, self.profile.workers)
-        for group in (starts, others):  # step 0 first: trained runs take it from the store
+        for group in (starts, others):  # step 0 first: the others take it from the store
             ordered = sorted(
                 group, key=expected.__getitem__, reverse=True
             )  # long runs first, so that workers end together

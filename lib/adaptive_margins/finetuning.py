@@ -38,6 +38,7 @@ from adaptive_margins.data.collection import (
     Run,
     Texts,
     Triple,
+    qrels_text,
     read_columns,
 )
 from adaptive_margins.data.mining import guard, mine_triples
@@ -52,6 +53,7 @@ from adaptive_margins.data.sources import (
 from adaptive_margins.dense import DenseRetriever, hybrid
 from adaptive_margins.encoders import (
     Precision,
+    default_device,
     encoder_identity,
     open_encoder,
     packs,
@@ -227,7 +229,7 @@ def finetune(
         DataError, EncoderError, TrainingError: the collection, the encoder, or a step of training is at fault.
     """
     output = Path(output).absolute()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     settings = settings or Settings.for_device(device)
     measures = _check(output, target, measures, negatives, device, triples, report_to)
     work = output.with_name(f"{output.name}.work")
@@ -739,12 +741,7 @@ def _write(
     queries, qrels = collection.queries["test"], collection.qrels["test"]
     lines = [f"{qid}\t{' '.join(queries[qid].split())}\n" for qid in queries.ids]
     (folder / "queries.test.tsv").write_text("".join(lines), encoding="utf-8")
-    lines = [
-        f"{qid} 0 {docid} {grade}\n"
-        for qid, judged in sorted(qrels.items())
-        for docid, grade in sorted(judged.items())
-    ]
-    (folder / "qrels.test.txt").write_text("".join(lines), encoding="utf-8")
+    (folder / "qrels.test.txt").write_text(qrels_text(qrels), encoding="utf-8")
 
 
 def _versions() -> dict[str, str]:

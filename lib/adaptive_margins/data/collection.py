@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -59,13 +59,27 @@ def read_columns(
     except FileNotFoundError:
         problems.add(path, 0, "file not found")
         return
+    yield from split_columns(_decoded(path, data, problems), path, columns, problems, separator)
+
+
+def _decoded(path: Path, data: bytes, problems: Problems) -> Iterator[tuple[int, str]]:
     # Split at line feeds only: other Unicode line separators may occur inside a text.
     for number, raw in enumerate(data.removesuffix(b"\n").split(b"\n") if data else [], start=1):
         try:
-            line = raw.removesuffix(b"\r").decode("utf-8")
+            yield number, raw.removesuffix(b"\r").decode("utf-8")
         except UnicodeDecodeError as error:
             problems.add(path, number, f"not valid UTF-8 (byte {error.start + 1} of the line)")
-            continue
+
+
+def split_columns(
+    lines: Iterable[tuple[int, str]],
+    path: Path,
+    columns: int,
+    problems: Problems,
+    separator: str | None,
+) -> Iterator[tuple[int, list[str]]]:
+    """Line number and cells of lines of ``path``; those of another number of cells are noted and left out."""
+    for number, line in lines:
         cells = line.split(separator)
         if len(cells) != columns:
             kind = "tab-separated" if separator == "\t" else "white-space separated"
@@ -195,11 +209,7 @@ class Collection:
             if not re.fullmatch(r"[\w-]+", name):
                 raise ValueError(f"a set name must be letters, digits, _ and -, not {name!r}")
             files[f"queries.{name}.tsv"] = _tsv(texts)
-            files[f"qrels.{name}.txt"] = "".join(
-                f"{qid} 0 {docid} {grade}\n"
-                for qid, judged in sorted(self.qrels[name].items())
-                for docid, grade in sorted(judged.items())
-            )
+            files[f"qrels.{name}.txt"] = qrels_text(self.qrels[name])
         files["triples.tsv"] = "".join("\t".join(triple) + "\n" for triple in self.triples)
         about = {"name": self.name, "fingerprint": self.fingerprint, "sources": self.sources}
         files["sources.json"] = json.dumps(about, indent=2, sort_keys=True) + "\n"
@@ -263,6 +273,28 @@ class Collection:
                     " a file was changed after the collection was saved"
                 )
         return collection
+
+
+def qrels_text(qrels: Qrels) -> str:
+    """Qrels in TREC's four columns (query id, 0, docid, grade), sorted."""
+    return "".join(
+        f"{qid} 0 {docid} {grade}\n"
+        for qid, judged in sorted(qrels.items())
+        for docid, grade in sorted(judged.items())
+    )
+
+
+def add_judgement(
+    qrels: Qrels, qid: str, docid: str, grade: str, path: Path, line: int, problems: Problems
+) -> None:
+    """Add a judgement read from a line, or note that its grade is no integer or its pair is judged already."""
+    judged = qrels.setdefault(qid, {})
+    if not re.fullmatch(r"[+-]?[0-9]{1,9}", grade):
+        problems.add(path, line, f"grade {grade!r} is not an integer (of at most 9 digits)")
+    elif docid in judged:
+        problems.add(path, line, f"{qid!r} judges {docid!r} twice")
+    else:
+        judged[docid] = int(grade)
 
 
 def _tsv(texts: Texts) -> str:

@@ -25,6 +25,8 @@ from adaptive_margins.data.collection import (
     Qrels,
     Texts,
     Triple,
+    add_judgement,
+    split_columns,
 )
 from adaptive_margins.progress import Countdown
 
@@ -431,12 +433,8 @@ def _qrels(
             problems.add(path, number, f"query {qid!r} is judged in {other.name}, too; sets must not share queries")  # fmt: skip
         elif docid not in passages:
             problems.add(path, number, f"unknown passage {docid!r}")
-        elif not re.fullmatch(r"[+-]?[0-9]{1,9}", grade):
-            problems.add(path, number, f"grade {grade!r} is not an integer (of at most 9 digits)")
-        elif docid in qrels.get(qid, {}):
-            problems.add(path, number, f"{qid!r} judges {docid!r} twice")
         else:
-            qrels.setdefault(qid, {})[docid] = int(grade)
+            add_judgement(qrels, qid, docid, grade, path, number, problems)
     return qrels
 
 
@@ -532,13 +530,7 @@ def _cells(
     path: Path, columns: int, problems: Problems, *, separator: str | None = "\t"
 ) -> Iterator[tuple[int, list[str]]]:
     """Line number and cells; ``separator`` None splits at white space. Lines of another number of cells are problems."""
-    for number, line in _lines(path, problems):
-        cells = line.split(separator)
-        if len(cells) != columns:
-            kind = "tab-separated" if separator == "\t" else "white-space separated"
-            problems.add(path, number, f"{columns} {kind} columns expected, {len(cells)} found")
-            continue
-        yield number, cells
+    yield from split_columns(_lines(path, problems), path, columns, problems, separator)
 
 
 def _lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:

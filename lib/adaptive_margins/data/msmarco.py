@@ -36,6 +36,7 @@ from adaptive_margins.data.collection import (
     Texts,
     _read_about,
     _tsv,
+    qrels_text,
 )
 from adaptive_margins.files import whole_file, whole_folder, write_text
 from adaptive_margins.profiles import IrDatasetsSettings
@@ -291,11 +292,7 @@ def _qrels(key: str, identifier: str, queries: Texts, passages: Texts) -> bytes:
                 problems.add(where, number, f"{record.query_id} judges {record.doc_id} twice")
             judged[record.doc_id] = record.relevance
     problems.check()
-    return "".join(
-        f"{qid} 0 {docid} {grade}\n"
-        for qid, judged in sorted(qrels.items())
-        for docid, grade in sorted(judged.items())
-    ).encode("utf-8")
+    return qrels_text(qrels).encode("utf-8")
 
 
 def _candidates(key: str, identifier: str, queries: Texts, passages: Texts) -> bytes:

@@ -28,7 +28,7 @@ from typing import Any
 import pandas as pd
 
 from adaptive_margins import store
-from adaptive_margins.files import write_text
+from adaptive_margins.files import read_object, write_text
 from adaptive_margins.profiles import Profile, load_profile
 from adaptive_margins.progress import clock, say
 from adaptive_margins.report import pages
@@ -168,7 +168,7 @@ class Site:
 
     def finished(self, notebook: Path) -> dict[str, Any] | None:
         """The notebook's receipt if it matches what lies there now, else None."""
-        receipt = _read_json(self.receipt(notebook))
+        receipt = read_object(self.receipt(notebook))
         try:
             whole = (
                 receipt["key"] == self.key(notebook)
@@ -187,7 +187,7 @@ class Site:
         if not pending:
             return
         # Durations of last time, finished or outdated, are the best estimate there is.
-        before = {n: _read_json(self.receipt(n)).get("seconds") for n in pending}
+        before = {n: read_object(self.receipt(n)).get("seconds") for n in pending}
         progress = Progress(before, min(WORKERS, len(pending)))
         failures: list[str] = []
         running: dict[Future[float], Path] = {}
@@ -265,7 +265,7 @@ class Site:
 
     def write_pages(self, notebooks: Sequence[Path], profile: Profile) -> None:
         """Write what the book shows besides notebooks: cover, data sheet, provenance, drawings."""
-        receipts = {n.stem: _read_json(self.receipt(n)) for n in notebooks}
+        receipts = {n.stem: read_object(self.receipt(n)) for n in notebooks}
         named = {self.pages / path for r in receipts.values() for path in r.get("outputs", ())}
         for file in (self.pages / "data").glob("*"):
             if file not in named:
@@ -294,7 +294,7 @@ class Site:
         built, partial_folder = self.home / "_build", self.home / ".book.partial"
         index = built / "html" / "index.html"
         inputs = self.book_inputs()
-        if _read_json(built / "receipt.json").get("inputs") == inputs and index.is_file():
+        if read_object(built / "receipt.json").get("inputs") == inputs and index.is_file():
             say(f"[book] nothing has changed. Open {index}")
             return index
         say("[book] building")
@@ -384,15 +384,6 @@ def _run_ids(table: Path) -> set[str]:
     frame = pd.read_csv(table, dtype=str, keep_default_na=False)
     columns = [name for name in frame.columns if name.endswith("run_id")]
     return {run_id for name in columns for run_id in frame[name]} - {""}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """What the file holds; {} if there is none or it is damaged, which here means: not finished."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _sha256(path: Path) -> str:

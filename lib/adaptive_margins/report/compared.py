@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import codecs
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptive_margins.data.collection import Problems, Qrels, Run, read_columns
+from adaptive_margins.data.collection import Problems, Qrels, Run, add_judgement, read_columns
 from adaptive_margins.evaluation import Comparison, compare, named
 from adaptive_margins.report.text import aligned
 from adaptive_margins.supplied import score
@@ -171,15 +170,8 @@ def read_qrels(path: Path) -> Qrels:
     rows = read_columns(path, 3 if beir else 4, problems, separator="\t" if beir else None)
     qrels: Qrels = {}
     for number, (qid, *_, docid, grade) in rows:
-        judged = qrels.setdefault(qid, {})
-        if beir and number == 1:
-            qrels.clear()
-        elif not re.fullmatch(r"[+-]?[0-9]{1,9}", grade):
-            problems.add(path, number, f"grade {grade!r} is not an integer (of at most 9 digits)")
-        elif docid in judged:
-            problems.add(path, number, f"{qid!r} judges {docid!r} twice")
-        else:
-            judged[docid] = int(grade)
+        if not (beir and number == 1):
+            add_judgement(qrels, qid, docid, grade, path, number, problems)
     if not qrels:
         problems.add(path, 0, "no judgement found")
     problems.check()

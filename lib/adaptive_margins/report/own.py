@@ -32,7 +32,7 @@ from adaptive_margins.data.collection import Collection, Run
 from adaptive_margins.data.mining import guard, mine_triples
 from adaptive_margins.data.pseudo import about
 from adaptive_margins.dense import DenseRetriever
-from adaptive_margins.encoders import encoder_identity, open_encoder
+from adaptive_margins.encoders import default_device, encoder_identity, open_encoder
 from adaptive_margins.evaluation import Comparison, superiority
 from adaptive_margins.finetuning import (
     RUNS,
@@ -87,7 +87,7 @@ def open_collection(
     Raises:
         DataError: as `sources.open_collection` and `split_queries`.
     """
-    count = triples or Settings.for_device(_device()).triples
+    count = triples or Settings.for_device(default_device()).triples
     collection, split, pseudo = open_split(source, count, seed)
     return collection, about(collection) if pseudo else split
 
@@ -99,16 +99,11 @@ def facts(collection: Collection, split: str) -> str:
     empty = (
         f", of which {found['empty_passages']:,} have no text" if found["empty_passages"] else ""
     )
-    rows = []
-    for name, counts in found["sets"].items():
-        grades = ", ".join(f"{grade}: {number:,}" for grade, number in counts["grades"].items())
-        numbers = (f"{counts[key]:,}" for key in ("queries", "judged", "judgements"))
-        rows.append([name, *numbers, grades])
     triples = f"{found['triples']:,} triples" if found["triples"] else "no triples of its own"
     return (
         f"**{found['name']}**: {found['passages']:,} passages{empty}; {words['mean']:.0f} words each on average, the longest"
         f" {words['max']:,}; {triples}. {split}\n\n"
-        + markdown_table(["Set", "Queries", "Judged", "Judgements", "Of grade"], rows)
+        + markdown_table(sheet.SET_COLUMNS, sheet.set_rows(found))
     )
 
 
@@ -557,7 +552,7 @@ def batch(
         names["trained"] = str(done.folder)
     embeddings = {}
     for name, encoder in names.items():
-        retriever = DenseRetriever(open_encoder(encoder, device=_device()), passages)
+        retriever = DenseRetriever(open_encoder(encoder, device=default_device()), passages)
         texts = [done.queries[qid] for qid, _, _ in triples]
         rows = [np.array([passages.row(t[part]) for t in triples]) for part in (1, 2)]
         found = [retriever.embed_queries(texts), *map(retriever.embed_passages, rows)]
@@ -769,7 +764,3 @@ def next_steps(source: str, done: Finetuned) -> str:
         "queries = model.encode_query([...])\npassages = model.encode_document([...])\n"
         "similarities = model.similarity(queries, passages)\n```"
     )
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -133,15 +133,23 @@ def facts_text(facts: dict[str, Any]) -> str:
     ]  # fmt: skip
     text = aligned(lines, left=2)
     if facts["sets"]:
-        rows = [["Set", "Queries", "Judged", "Judgements", "Of grade"]]
-        for name, counts in facts["sets"].items():
-            numbers = [f"{counts[key]:,}" for key in ("queries", "judged", "judgements")]
-            grades = ", ".join(f"{grade}: {number:,}" for grade, number in counts["grades"].items())
-            rows.append([name, *numbers, grades])
-        text += ["", *aligned(rows)]
+        text += ["", *aligned([SET_COLUMNS, *set_rows(facts)])]
     else:
         text.append("No queries.")
     return "\n".join(text)
+
+
+SET_COLUMNS = ["Set", "Queries", "Judged", "Judgements", "Of grade"]
+
+
+def set_rows(facts: dict[str, Any]) -> list[list[str]]:
+    """The sets of `collection_facts`, a row each under `SET_COLUMNS`."""
+    rows = []
+    for name, counts in facts["sets"].items():
+        numbers = [f"{counts[key]:,}" for key in ("queries", "judged", "judgements")]
+        grades = ", ".join(f"{grade}: {number:,}" for grade, number in counts["grades"].items())
+        rows.append([name, *numbers, grades])
+    return rows
 
 
 def _scored(collection: Collection) -> dict[str, Qrels]:

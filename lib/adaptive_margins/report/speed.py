@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from adaptive_margins.files import whole_file, write_text
-from adaptive_margins.report.figures import _RC, GREY, WIDTH
+from adaptive_margins.report.figures import GREY, WIDTH, drawing
 from adaptive_margins.report.marks import encoder_label, measure_label, style
 from adaptive_margins.report.show import markdown_table
 
@@ -66,7 +66,7 @@ def figure(growth: list[dict[str, Any]]) -> Figure:
     """One panel a quantity of growth.json: value by size on logarithmic axes, with the fitted line."""
     columns = 3
     rows = -(-len(growth) // columns)
-    with plt.rc_context(_RC):
+    with drawing():
         drawn, axes = plt.subplots(
             rows, columns, figsize=(WIDTH, 2.1 * rows), layout="constrained", squeeze=False
         )
@@ -88,7 +88,6 @@ def write(benchmarks: Path, folder: Path) -> None:
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "images" / FIGURE) as partial:
         drawn.savefig(partial, format="png", metadata={"Software": None})
-    plt.close(drawn)
     write_text(folder / "speed.md", page(benchmarks))
 
 

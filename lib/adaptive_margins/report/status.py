@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from adaptive_margins.files import folder_bytes
+from adaptive_margins.files import folder_bytes, read_object
 from adaptive_margins.report.text import aligned, size
 
 
@@ -25,7 +24,7 @@ def status(home: Path) -> dict[str, Any]:
     runs = [
         (path, config)
         for path in _folders(home / "runs")
-        if (config := _json(path / "config.json")) and (path / "result.json").is_file()
+        if (config := read_object(path / "config.json")) and (path / "result.json").is_file()
     ]
     newest = max(runs, key=lambda run: (run[0] / "result.json").stat().st_mtime, default=None)
     book = home / "_build" / "html" / "index.html"
@@ -50,7 +49,7 @@ def status(home: Path) -> dict[str, Any]:
         "collections": [
             {
                 "fingerprint": path.name,
-                "name": _json(path / "sources.json").get("name"),
+                "name": read_object(path / "sources.json").get("name"),
                 "bytes": folder_bytes(path),
             }
             for path in _folders(home / "collections")
@@ -63,7 +62,7 @@ def status(home: Path) -> dict[str, Any]:
                 "seconds": receipt["seconds"],
             }
             for path in sorted((home / "book" / "_executed" / "receipts").glob("*.json"))
-            if {"key", "finished", "seconds"} <= (receipt := _json(path)).keys()
+            if {"key", "finished", "seconds"} <= (receipt := read_object(path)).keys()
         ],
         "book": str(book) if book.is_file() else None,
     }
@@ -103,14 +102,6 @@ def _folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _newest(folder: Path) -> str:
