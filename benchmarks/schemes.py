@@ -17,6 +17,7 @@ from material import PASSAGE_LENGTH, QUERY_LENGTH, Triples
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.losses.merged_forward import column_merging_disabled
 from timing import clock
+from torch import nn
 from torch.nn.functional import pad
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
@@ -123,7 +124,21 @@ class _Merged(training.TripleCollator):
         super().__init__(queries, passages, 1, None)
 
 
-def ours(chunks: int, collator: type = training.TripleCollator) -> Step:
+def _plain(model: Any) -> Any:
+    """A copy with torch's own dropout, as anybody but this project has it."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout):
+                setattr(module, name, nn.Dropout(child.p))
+    return model
+
+
+def ours(
+    chunks: int,
+    collator: type = training.TripleCollator,
+    copied: Callable[[Any], Any] = copy.deepcopy,
+) -> Step:
     """This project's trainer, its texts tokenised beforehand, in so many chunks."""
 
     def step(model: Any, triples: Triples) -> tuple[float, float]:
@@ -141,7 +156,7 @@ def ours(chunks: int, collator: type = training.TripleCollator) -> Step:
             mock.patch.object(training, "SeededBatches", lambda *_: _Batches(size)),
         ):
             training.train(
-                config(size, chunks), copy.deepcopy(model), rows, queries, passages, lambda _: nothing,
+                config(size, chunks), copied(model), rows, queries, passages, lambda _: nothing,
                 initial=nothing, folder=Path(folder),
             )  # fmt: skip
         return outputs[0]
@@ -150,20 +165,20 @@ def ours(chunks: int, collator: type = training.TripleCollator) -> Step:
 
 
 def padded() -> Step:
-    """Every text padded to 30 or 200 tokens, one forward a column; otherwise as `ours`."""
-    return ours(1, _Padded)
+    """Every text padded to 30 or 200 tokens, one forward a column, torch's dropout; otherwise as `ours`."""
+    return ours(1, _Padded, _plain)
 
 
 def merged() -> Step:
-    """All texts in one forward, padded to the longest of them; otherwise as `ours`."""
-    return ours(1, _Merged)
+    """All texts in one forward, padded to the longest of them, torch's dropout; otherwise as `ours`."""
+    return ours(1, _Merged, _plain)
 
 
 def sentence_transformers(merged: bool) -> Step:
     """Sentence Transformers' trainer with the same loss, which tokenises in every step, as it does."""
 
     def step(model: Any, triples: Triples) -> tuple[float, float]:
-        model = copy.deepcopy(model)
+        model = _plain(model)
         model.max_seq_length = PASSAGE_LENGTH
         with tempfile.TemporaryDirectory() as folder:
             arguments = SentenceTransformerTrainingArguments(

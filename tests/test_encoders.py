@@ -304,6 +304,39 @@ def test_dropout_of_packed_texts_keeps_the_mean(bert):
     assert ((states[1].std(0) / scale - 1).abs() < 0.1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.5])
+def test_dropout_drops_as_many_and_scales_the_rest(tiny_folder, p, dtype):
+    model = open_encoder(str(tiny_folder("bert")), dropout=p)
+    layer = model[0].model.embeddings.dropout
+    x = torch.ones(301, 999, dtype=dtype, requires_grad=True)
+    torch.manual_seed(1)
+    found = layer.train()(x)
+    found.sum().backward()
+    assert torch.equal(x.grad, found.detach())
+    kept = found != 0
+    np.testing.assert_allclose(
+        found[kept].detach().float(), 1 / (1 - p), rtol=1e-4 if dtype != torch.bfloat16 else 4e-3
+    )
+    # Within five standard deviations: of all, of each of the four elements of a random number, and of neighbours.
+    for part in (kept, *(kept.flatten()[i::4] for i in range(4))):
+        assert abs((~part).double().mean() - p) < 5 * (p * (1 - p) / part.numel()) ** 0.5
+    for apart in (1, 2, 3, 4, 8):
+        a, b = (~kept).flatten()[:-apart].double(), (~kept).flatten()[apart:].double()
+        assert abs(((a - p) * (b - p)).mean()) < 5 * p * (1 - p) / len(a) ** 0.5
+    torch.manual_seed(1)
+    assert torch.equal(layer(x), found)  # torch's seed decides
+    assert not torch.equal(layer(x), found)
+    assert layer.eval()(x) is x
+
+
+@pytest.mark.parametrize(("p", "kept"), [(0.0, 1), (1e-6, 1), (1.0, 0)])
+def test_dropout_of_nothing_and_of_all(tiny_folder, p, kept):
+    layer = open_encoder(str(tiny_folder("bert")), dropout=p)[0].model.embeddings.dropout
+    torch.manual_seed(1)
+    torch.testing.assert_close(layer.train()(torch.ones(7)), torch.full((7,), float(kept)))
+
+
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
