@@ -517,6 +517,25 @@ def test_collection(call, corpus, tmp_path):
     assert "collection.tsv:3: 2 tab-separated columns expected, 1 found" in err
 
 
+def test_collection_lists_the_runs_in_its_folder(call, corpus, tmp_path):
+    folder = shutil.copytree(corpus, tmp_path / "with_runs")
+    (folder / "mine.run").write_text("q0 Q0 d1 1 2.5 me\nq0 Q0 d2 2 1.5 me\nq1 Q0 nowhere 1 1 me\n")
+    page = tmp_path / "page.html"
+    code, out, _ = call("collection", folder, "--json", "--output", page)
+    found = json.loads(out)["runs"]
+    run = {"q0": {"d1": 2.5, "d2": 1.5}, "q1": {"nowhere": 1.0}}
+    expected = evaluate(read_folder(corpus).qrels["test"], run, ["nDCG@10"]).mean["nDCG@10"]
+    assert code == 0
+    assert found == {
+        "mine": {"set": "test", "queries": 2, "depth": 2, "unknown": 1, "nDCG@10": expected}
+    }
+    assert "Runs that came with it" in page.read_text("utf-8")
+    (folder / "mine.run").write_text("q0 Q0 d1 1 much me\n")
+    code, out, err = call("collection", folder)
+    assert (code, out) == (1, "")
+    assert "mine.run:1:" in err and "'much'" in err
+
+
 def test_export(call, tmp_path, monkeypatch):
     def export_onnx(model, output):
         if output.exists():

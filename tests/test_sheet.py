@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def small(**changes: object) -> Collection:
     return Collection(**{**parts, **changes})
 
 
-def shown(collection: Collection, **options: str) -> BeautifulSoup:
+def shown(collection: Collection, **options: Any) -> BeautifulSoup:
     page = collection_page(collection, **options)
     assert page.startswith("<!DOCTYPE html>") and page.endswith("</html>\n")
     # Nothing from elsewhere, nothing that runs, nothing that Markdown or docutils stumbled over.
@@ -187,11 +188,36 @@ def test_the_facts_are_those_of_the_page() -> None:
             "test": {"queries": 3, "judged": 2, "judgements": 3, "grades": {"2": 1, "1": 1, "0": 1}},
         },
         "triples": 1,
+        "runs": {},
     }  # fmt: skip
     text = facts_text(facts)
     assert "4, of which 1 have no text" in text and "2: 1, 1: 1, 0: 1" in text
     alone = collection_facts(small(queries={}, qrels={}, triples=[]))
     assert alone["sets"] == {} and "No queries." in facts_text(alone)
+
+
+def test_runs_that_came_with_it_are_described() -> None:
+    runs = {
+        HOSTILE: {"q1": {"d2": 2.0, "d4": 3.0, "elsewhere": 1.0}, "q2": {"d3": 1.0}, "t1": {}},
+        "other": {"of another collection": {"d1": 1.0}},
+    }
+    facts = collection_facts(small(), runs)["runs"]
+    qrels = small().qrels["test"]
+    expected = evaluate(qrels, runs[HOSTILE], ["nDCG@10"]).mean["nDCG@10"]
+    assert 0 < expected < 1
+    assert facts == {
+        HOSTILE: {"set": "test", "queries": 2, "depth": 3, "unknown": 1, "nDCG@10": expected},
+        "other": {"set": None, "queries": 0, "depth": 1, "unknown": 0, "nDCG@10": None},
+    }
+    shown_runs = cells(shown(small(), runs=runs), "Unknown hits")
+    assert (
+        shown_runs[HOSTILE]["nDCG@10"] == f"{expected:.4f}" and shown_runs[HOSTILE]["Set"] == "test"
+    )
+    assert shown_runs["other"]["nDCG@10"] == "—"
+    text = facts_text(collection_facts(small(), runs))
+    assert f"{expected:.4f}" in text and "Unknown hits" in text
+    nothing = small(queries={}, qrels={}, triples=[])
+    assert collection_facts(nothing, {"r": {}})["runs"]["r"]["set"] is None
 
 
 def test_the_book_keeps_its_own_level_and_words() -> None:

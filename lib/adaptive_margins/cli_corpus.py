@@ -547,16 +547,23 @@ def collection(
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Check a collection and describe it: a data sheet."""
+    """Check a collection and describe it: a data sheet.
+
+    Runs in its folder (NAME.run or NAME.trec) are listed, too.
+    """
     with _working(verbose):
+        from adaptive_margins.data.folder import run_files
         from adaptive_margins.data.sources import open_collection
         from adaptive_margins.files import write_text
         from adaptive_margins.report import sheet
+        from adaptive_margins.retrieval import read_run
 
         opened = open_collection(path)
-        facts = sheet.collection_facts(opened)
+        files = run_files(Path(path)) if Path(path).is_dir() else {}
+        runs = {name: read_run(file) for name, file in files.items()}
+        facts = sheet.collection_facts(opened, runs)
         if output:
-            write_text(output, sheet.collection_page(opened))
+            write_text(output, sheet.collection_page(opened, runs=runs))
     text = sheet.facts_text(facts)
     _tell(
         {**facts, "page": str(output) if output else None},

@@ -73,11 +73,11 @@ def datasheet(
     sets = sorted(collection.queries, key=lambda n: (_SETS.index(n) if n in _SETS else 9, n))
     made_of_docstrings = is_pydocs(collection)
     sections = [
-        f"# The collection: {_plain(collection.name)}",
+        f"# The collection: {plain(collection.name)}",
         "A data sheet in the sense of {cite:t}`gebru2021`. Its numbers are computed from the files of"
         f" the collection when this {place} is built. Fingerprint: `{collection.fingerprint}` (SHA-256"
         " over ids, texts, judgements, sources and triples, first 16 digits).",
-        _plain(note),
+        plain(note),
         _MOTIVATION if made_of_docstrings else "",
         "## Composition",
         _counts(collection, sets, relevant),
@@ -188,7 +188,7 @@ Ids follow a seeded hash of the texts and tell nothing of package, module or nam
 packages give the same bytes."""
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """The text on one line, with no character that means something in Markdown or HTML."""
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))
 
@@ -397,7 +397,7 @@ def _triples(collection: Collection, made_of_docstrings: bool) -> str:
 
 def _sources(collection: Collection, place: str) -> str:
     """What the collection was read from."""
-    rows = [[_plain(cell) for cell in item] for item in sorted(collection.sources.items())]
+    rows = [[plain(cell) for cell in item] for item in sorted(collection.sources.items())]
     return (
         "The texts stay under the terms of those who publish them. Apart from the examples above, they are not distributed"
         f" with this {place}.\n\n" + _table(["what", "source"], rows).replace("---: |", "--- |")

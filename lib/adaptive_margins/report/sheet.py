@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 from adaptive_margins.data import pydocs
 from adaptive_margins.data.collection import Collection, Qrels, Run, Texts
 from adaptive_margins.evaluation import evaluate
-from adaptive_margins.report.datasheet import datasheet, is_pydocs
-from adaptive_margins.report.show import evenly
+from adaptive_margins.report.datasheet import datasheet, is_pydocs, plain
+from adaptive_margins.report.show import evenly, markdown_table
 from adaptive_margins.report.text import aligned
 from adaptive_margins.retrieval import BM25
 
@@ -51,7 +52,9 @@ th p, td p { margin: 0; }
 """
 
 
-def collection_page(collection: Collection, *, note: str = "") -> str:
+def collection_page(
+    collection: Collection, *, note: str = "", runs: Mapping[str, Run] | None = None
+) -> str:
     """The data sheet as an HTML page without scripts, fonts or files from elsewhere.
 
     It is the book's data sheet (`datasheet.datasheet`) for any collection. BM25 searches `DEPTH` candidates for the judged
@@ -61,6 +64,7 @@ def collection_page(collection: Collection, *, note: str = "") -> str:
     Args:
         collection: what is described; it may have no queries, no triples, and passages without text.
         note: plain text to stand below the first paragraph, e.g. how the queries were split.
+        runs: rankings that came with the collection, by name, to be listed.
     """
     relevant = pydocs.NEAR if is_pydocs(collection) else 1
     scored = _scored(collection)
@@ -77,6 +81,9 @@ def collection_page(collection: Collection, *, note: str = "") -> str:
     text = datasheet(
         collection, candidates, scores, scored=scored, relevant=relevant, place="page", note=note
     )
+    if runs:
+        rows = run_rows({plain(n): found for n, found in _run_facts(collection, runs).items()})
+        text += f"\n## Runs that came with it\n\n{markdown_table(RUN_COLUMNS, rows)}\n"
     title = f"Data sheet of {collection.name}"
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -86,12 +93,16 @@ def collection_page(collection: Collection, *, note: str = "") -> str:
     )
 
 
-def collection_facts(collection: Collection) -> dict[str, Any]:
+def collection_facts(
+    collection: Collection, runs: Mapping[str, Run] | None = None
+) -> dict[str, Any]:
     """What the data sheet says in numbers, ready for JSON.
 
     ``name``, ``fingerprint``, ``sources``; ``passages``, ``empty_passages``; ``words`` of a passage (separated by white
     space): ``mean``, ``median``, ``max``; ``sets``: name → ``queries``, ``judged`` (queries), ``judgements``, ``grades``
-    (grade as text, from high to low → number); ``triples``.
+    (grade as text, from high to low → number); ``triples``; ``runs`` (those given, by name): ``set`` that most of its
+    queries are of, ``queries`` of that set, ``depth`` (most hits of a query), ``unknown`` (hits that the collection has no
+    passage for), ``nDCG@10`` (over all judged queries of the set; None without any).
     """
     words = np.array([len(text.split()) for text in collection.passages.texts] or [0])
     mean, median = float(words.mean()), float(np.median(words))
@@ -114,7 +125,25 @@ def collection_facts(collection: Collection) -> dict[str, Any]:
         "words": {"mean": mean, "median": median, "max": int(words.max())},
         "sets": sets,
         "triples": len(collection.triples),
+        "runs": _run_facts(collection, runs or {}),
     }
+
+
+def _run_facts(collection: Collection, runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
+    known = set(collection.passages.ids)
+    facts = {}
+    for name, run in runs.items():
+        of_set = {s: [qid for qid in q.ids if qid in run] for s, q in collection.queries.items()}
+        of = max(of_set, key=lambda s: len(of_set[s]), default=None)
+        judged = collection.qrels[of] if of and of_set[of] else {}
+        facts[name] = {
+            "set": of if of and of_set[of] else None,
+            "queries": len(of_set[of]) if of else 0,
+            "depth": max(map(len, run.values()), default=0),
+            "unknown": sum(docid not in known for hits in run.values() for docid in hits),
+            "nDCG@10": evaluate(judged, run, ["nDCG@10"]).mean["nDCG@10"] if judged else None,
+        }
+    return facts
 
 
 def facts_text(facts: dict[str, Any]) -> str:
@@ -136,6 +165,8 @@ def facts_text(facts: dict[str, Any]) -> str:
         text += ["", *aligned([SET_COLUMNS, *set_rows(facts)])]
     else:
         text.append("No queries.")
+    if facts["runs"]:
+        text += ["", *aligned([RUN_COLUMNS, *run_rows(facts["runs"])])]
     return "\n".join(text)
 
 
@@ -150,6 +181,22 @@ def set_rows(facts: dict[str, Any]) -> list[list[str]]:
         grades = ", ".join(f"{grade}: {number:,}" for grade, number in counts["grades"].items())
         rows.append([name, *numbers, grades])
     return rows
+
+
+RUN_COLUMNS = ["Run", "Set", "Queries", "Depth", "Unknown hits", "nDCG@10"]
+
+
+def run_rows(runs: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """The runs of `collection_facts`, a row each under `RUN_COLUMNS`."""
+    return [
+        [
+            name,
+            found["set"] or "none",
+            *(f"{found[key]:,}" for key in ("queries", "depth", "unknown")),
+            "—" if found["nDCG@10"] is None else f"{found['nDCG@10']:.4f}",
+        ]
+        for name, found in runs.items()
+    ]
 
 
 def _scored(collection: Collection) -> dict[str, Qrels]:
