@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import random
 import re
+import signal
 from collections import Counter
 from types import SimpleNamespace
 
@@ -19,12 +21,12 @@ from scipy.stats import sem
 from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, BertModel
 
-from adaptive_margins import finetuning
+from adaptive_margins import finetuning, training
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.finetuning import RUNS, Finetuned, FinetuneError, Settings, finetune, verdict
-from adaptive_margins.training import TrainingError
-from conftest import SPECIAL, write_tokenizer
+from adaptive_margins.training import TrainingError, newest_checkpoint
+from conftest import SPECIAL, in_child, write_tokenizer
 
 PASSAGES = 120
 TOPIC = [f"t{number}" for number in range(30)]  # what passages are about
@@ -198,6 +200,53 @@ def test_a_second_call_goes_on_and_comes_to_the_same(helped, encoder, tmp_path, 
     for file in ("model.safetensors", "runs/trained.test.run.gz", "targets.parquet"):
         assert (output / file).read_bytes() == (helped.done.folder / file).read_bytes()
     assert "step 60 of 60: validation nDCG@10" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "checkpoint"),
+    [
+        (finetuning, "_triples", 1, None),
+        (training._Trainer, "training_step", 7, None),
+        (training._Trainer, "training_step", 40, "checkpoint-30"),
+        (finetuning, "hybrid", 1, "checkpoint-45"),
+        (finetuning, "_write", 1, "checkpoint-45"),
+    ],
+    ids=["choosing triples", "first steps", "later steps", "ranking", "writing"],
+)
+def test_killed_at_any_moment_it_comes_to_the_same(
+    helped, encoder, tmp_path, owner, name, call, checkpoint
+):
+    output = tmp_path / "output"
+
+    def go():
+        return finetune(
+            helped.source, output, model=encoder, device="cpu", settings=SETTINGS, measures=("nDCG@10", "R@100"),
+        )  # fmt: skip
+
+    def killed():
+        original, calls = getattr(owner, name), []
+
+        def deadly(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, deadly)
+        go()
+
+    assert in_child(killed) == "died"
+    assert not output.exists()
+    found = newest_checkpoint(next(iter((tmp_path / "output.work").glob("training-*")), tmp_path))
+    assert (found and found.name) == checkpoint
+    done = go()
+    assert not (tmp_path / "output.work").exists()
+    differing = {"model_dir", "seconds"}
+    assert {k: v for k, v in done.report.items() if k not in differing} == {
+        k: v for k, v in helped.done.report.items() if k not in differing
+    }
+    for file in ("model.safetensors", "runs/trained.test.run.gz", "targets.parquet"):
+        assert (output / file).read_bytes() == (helped.done.folder / file).read_bytes()
 
 
 def test_where_it_cannot_help_the_original_is_kept_and_that_is_said(tmp_path, encoder):
