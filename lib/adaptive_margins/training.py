@@ -42,7 +42,7 @@ from adaptive_margins.encoders import (
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.losses import margin_loss
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Raised by hand whenever the same configuration would give other numbers; part of every run's id."""
 
 COMPLETE = "COMPLETE"
