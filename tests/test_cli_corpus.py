@@ -481,7 +481,7 @@ def test_search_refuses_what_makes_no_sense(call, index, corpus, tmp_path):
     code, out, err = call("search", index, "--queries", queries)
     assert (code, out) == (1, "")
     for line, what in (
-        (2, "id '1' occurs twice"),
+        (2, "id '1' occurs already in line 1"),
         (3, "id '2 3' is empty or has white space"),
         (4, "the text of '3' is empty"),
         (5, "2 tab-separated columns expected, 1 found"),

@@ -457,7 +457,7 @@ def search(
         from adaptive_margins.encoders import default_device
         from adaptive_margins.retrieval import top, write_run
 
-        asked = Texts(["1"], [query]) if query else _read_queries(queries)
+        asked = _read_queries(queries) if queries else Texts(["1"], [query or ""])
         opened = DenseIndex.open(folder)
         _offline(model or opened.encoder)
         encoder = opened.open_encoder(model, device=device or default_device())
@@ -490,24 +490,15 @@ def search(
     _tell(result, as_json, text)
 
 
-def _read_queries(path: Path | None) -> Texts:
-    from adaptive_margins.data.collection import Problems, Texts, read_columns
+def _read_queries(path: Path) -> Texts:
+    from adaptive_margins.data.collection import Problems, read_texts
 
-    assert path
     problems = Problems()
-    found: dict[str, str] = {}
-    for number, (qid, text) in read_columns(path, 2, problems):
-        if qid.split() != [qid]:
-            problems.add(path, number, f"id {qid!r} is empty or has white space")
-        elif qid in found:
-            problems.add(path, number, f"id {qid!r} occurs twice")
-        elif not text.strip():
-            problems.add(path, number, f"the text of {qid!r} is empty")
-        found[qid] = text
-    if not found:
+    found = read_texts(path, problems)
+    if not len(found):
         problems.add(path, 0, "no query found")
     problems.check()
-    return Texts(list(found), list(found.values()))
+    return found
 
 
 def _hits(queries: Texts, hits: Sequence[Mapping[str, Any]], *, titles: bool) -> str:

@@ -240,12 +240,12 @@ class Collection:
             raise FileNotFoundError(f"no collection at {folder}: the folder does not exist")
         problems = Problems()
         about = _read_about(folder / "sources.json", problems)
-        passages = _read_texts(folder / "collection.tsv", problems)
+        passages = read_texts(folder / "collection.tsv", problems)
         queries: dict[str, Texts] = {}
         qrels: dict[str, Qrels] = {}
         for path in sorted(folder.glob("queries.*.tsv")):
             name = path.name.removeprefix("queries.").removesuffix(".tsv")
-            queries[name] = _read_texts(path, problems)
+            queries[name] = read_texts(path, problems)
             qrels[name] = _read_qrels(
                 folder / f"qrels.{name}.txt", queries[name], passages, problems
             )
@@ -330,7 +330,8 @@ def _read_about(path: Path, problems: Problems) -> dict:
     return about
 
 
-def _read_texts(path: Path, problems: Problems) -> Texts:
+def read_texts(path: Path, problems: Problems) -> Texts:
+    """Ids and texts, a line each with a tab between them; what is wrong is noted in ``problems``."""
     found: dict[str, str] = {}
     first: dict[str, int] = {}
     for number, (identifier, text) in read_columns(path, 2, problems):
