@@ -264,7 +264,8 @@ def index_growth(
         exact = retrieval.exact_search(queries, vectors, qids, ids, 100)
         times["searching exactly"].append(clock() - started)
         recall.append(retrieval.approximation_recall(found, exact, 100))
-        print(f"  {size} vectors: recall of exact {recall[-1]:.3f}", flush=True)
+        seconds = ", ".join(f"{name} {times[name][-1]:.4g} s" for name in times)
+        print(f"  {size} vectors: {seconds}, recall of exact {recall[-1]:.3f}", flush=True)
     setting = f"{dim} dimensions, 256 clusters, 100 queries, depth 100"
     return [
         growth(name, list(sizes), seconds, "vectors", "s", setting)
@@ -272,7 +273,7 @@ def index_growth(
     ]
 
 
-PARTS = ("rerank", "beside", "large", "memory", "growth")
+PARTS = ("rerank", "beside", "large", "memory", "growth", "index")
 
 
 def main() -> None:
@@ -300,8 +301,9 @@ def main() -> None:
             rows = part()
             show(rows)
             keep(LATEST, rows)
-    if "growth" in given.parts:
-        for grown in (training_growth, encoding_growth, index_growth):
+    growing = {"growth": (training_growth, encoding_growth), "index": (index_growth,)}
+    for name, functions in growing.items():
+        for grown in functions if name in given.parts else ():
             rows = grown()
             for r in rows:
                 values = ", ".join(

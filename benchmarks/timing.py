@@ -19,6 +19,7 @@ import torch
 
 LATEST = Path(__file__).parent / "latest.json"
 GROWTH = Path(__file__).parent / "growth.json"
+PROFILE = Path(__file__).parent / "profile.json"
 
 
 def clock() -> float:
@@ -47,6 +48,11 @@ def machine() -> str:
     counted = "processor time" if _clock is time.process_time else "wall time"
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
     return f"{model}, {os.cpu_count()} cores, {threads}, {counted}, torch {torch.__version__}"
+
+
+def stamp() -> dict[str, str]:
+    """Where and when a figure was measured."""
+    return {"machine": machine(), "date": datetime.date.today().isoformat()}
 
 
 def rounds(
@@ -99,8 +105,7 @@ def row(
         "unit": unit,
         "setting": setting,
         "rounds": len(ratios),
-        "machine": machine(),
-        "date": datetime.date.today().isoformat(),
+        **stamp(),
     }
 
 
@@ -121,8 +126,7 @@ def growth(
         "size_unit": size_unit,
         "unit": unit,
         "setting": setting,
-        "machine": machine(),
-        "date": datetime.date.today().isoformat(),
+        **stamp(),
     }
 
 
@@ -130,7 +134,11 @@ def keep(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write ``rows`` to ``path``; what it held of other names or settings stays."""
     old = json.loads(path.read_text()) if path.is_file() else []
     new = {(r["name"], r["setting"]) for r in rows}
-    rows = [r for r in old if (r["name"], r["setting"]) not in new] + rows
+    write_rows(path, [r for r in old if (r["name"], r["setting"]) not in new] + rows)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write ``rows`` as JSON in the place of what ``path`` held."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     partial.replace(path)

@@ -36,13 +36,16 @@ def test_committed_ratios_are_whole_and_consistent():
         assert r["machine"] and re.fullmatch(r"20\d\d-\d\d-\d\d", r["date"])
         assert r["rounds"] >= 5 or "one measurement" in r["setting"], r["name"]
     settings = " ".join(r["setting"] for r in rows)
-    for part in ("B 32, dropout 0.1", "B 32, dropout 0", "B 128"):
+    for part in ("B 32, dropout 0.1", "B 32, dropout 0", "B 128", "12 × 768"):
         assert part in settings
 
 
 def test_committed_exponents_are_those_of_the_values():
     grown = read("growth")
-    assert {"training", "peak memory of a step", "encoding"} <= {g["name"] for g in grown}
+    assert {g["name"]: max(g["sizes"]) for g in grown} == {
+        "training": 256, "peak memory of a step": 256, "encoding": 10_000,
+        "building an index": 1_000_000, "searching it": 1_000_000, "searching exactly": 1_000_000,
+    }  # fmt: skip
     for g in grown:
         slope = np.polyfit(np.log(g["sizes"]), np.log(g["values"]), 1)[0]
         assert g["exponent"] == pytest.approx(slope)
@@ -54,6 +57,12 @@ def test_the_page_has_every_figure():
     for r in read("latest"):
         ratio = f"**{r['ratio']:.2f}** [{r['spread'][0]:.2f}, {r['spread'][1]:.2f}]"
         assert any(line[:2] == [r["name"], ratio] for line in lines), r["name"]
+    for i, r in enumerate(read("profile"), start=1):
+        whole = sum(r["seconds"].values())
+        for group, seconds in r["seconds"].items():
+            assert [line[i] for line in lines if line[0] == group] == [
+                f"{100 * seconds / whole:.0f}"
+            ]
     for g in read("growth"):
         assert any(
             line[0].startswith(g["name"]) and float(line[2]) == round(g["exponent"], 2)

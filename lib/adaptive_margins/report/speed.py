@@ -22,10 +22,11 @@ def page(benchmarks: Path) -> str:
     """A page of MyST Markdown.
 
     Args:
-        benchmarks: the folder with ``latest.json`` (ratios), ``growth.json`` and ``curves.json``.
+        benchmarks: the folder with ``latest.json`` (ratios), ``profile.json`` (what a step spends its time on), ``growth.json``
+            and ``curves.json``.
     """
-    latest, growth, curves = (
-        _read(benchmarks / f"{n}.json") for n in ("latest", "growth", "curves")
+    latest, profile, growth, curves = (
+        _read(benchmarks / f"{n}.json") for n in ("latest", "profile", "growth", "curves")
     )
     settings = list(dict.fromkeys(row["setting"] for row in latest))
     parts = [
@@ -34,9 +35,12 @@ def page(benchmarks: Path) -> str:
         " the two sides in turns: the median of the rounds, its quartiles in brackets. Above 1 is in this project's favour."
         " `make bench` measures the first ones again in less than ten minutes, `make bench-full` the rest; what was tried and"
         " left out stands in `benchmarks/NOTES.md`.",
-        f"Measured on: {'; '.join(_machines([*latest, *growth]))}.",
+        f"Measured on: {'; '.join(_machines([*latest, *profile, *growth]))}.",
         "## Against peers",
         *(part for setting in settings for part in _ratios(setting, latest)),
+        "## Where a step goes",
+        "A profile of one step of this project's, in per cent of its time:",
+        _profile(profile),
         "## Growth",
         "One measurement a size. The exponent is the slope of a straight line through the logarithms: 1 is growth in proportion.",
         f"```{{figure}} images/{FIGURE}\n:alt: Six small plots on logarithmic axes; the exponents are in the table below.\n"
@@ -107,6 +111,15 @@ def _ratios(setting: str, latest: list[dict[str, Any]]) -> list[str]:
         f"### {setting}",
         markdown_table(["This project / peer", "Ratio", "Ours", "Peer", "Unit"], rows),
     ]
+
+
+def _profile(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        [group, *(f"{100 * r['seconds'][group] / sum(r['seconds'].values()):.0f}" for r in rows)]
+        for group in rows[0]["seconds"]
+    ]
+    total = ["**all, in seconds**", *(f"{sum(r['seconds'].values()):.2f}" for r in rows)]
+    return markdown_table(["Kind of work", *(r["setting"] for r in rows)], [*lines, total])
 
 
 def _curves(rows: list[dict[str, Any]]) -> str:
