@@ -152,27 +152,22 @@ class Runs(Costs):
         for name in self.evaluated_sets:
             self.top_candidates(name)
             self.bm25_ranking(name)
-        starts = [c for c in missing if c.loss == "none"]
-        others = [c for c in missing if c.loss != "none"]
         expected = {c: self.expected_seconds(c) for c in missing}
         progress = _Progress(expected, self.profile.workers)
-        for group in (starts, others):  # step 0 first: the others take it from the store
-            ordered = sorted(
-                group, key=expected.__getitem__, reverse=True
-            )  # long runs first, so that workers end together
-            if pool is None:
-                for config in ordered:
-                    progress.done(config, self.execute(config))
-                continue
-            futures = {pool.submit(_work, config): config for config in ordered}
-            for future in as_completed(futures):
-                try:
-                    progress.done(futures[future], future.result())
-                except BrokenProcessPool:
-                    raise TrainingError(
-                        "a worker process was killed (out of memory?); finished runs are kept, and the same call makes "
-                        "the rest"
-                    ) from None
+        # Step 0 first, for the others take it from the store if it is there; then long runs, so that workers end together.
+        ordered = sorted(missing, key=lambda c: (c.loss != "none", -expected[c]))
+        if pool is None:
+            for config in ordered:
+                progress.done(config, self.execute(config))
+            return
+        futures = {pool.submit(_work, config): config for config in ordered}
+        for future in as_completed(futures):
+            try:
+                progress.done(futures[future], future.result())
+            except BrokenProcessPool:
+                raise TrainingError(
+                    "a worker process was killed (out of memory?); finished runs are kept, and the same call makes the rest"
+                ) from None
 
     # ---- one run ---------------------------------------------------------------------------------------------------
 

@@ -160,35 +160,43 @@ class Reproduction(Runs):
 
     # ---- all runs --------------------------------------------------------------------------------------------------
 
-    def stages(self) -> list[list[RunConfig]]:
-        """The runs that are known beforehand: starts, then figures. The tables' runs need the ε that Figure 3 finds."""
-        first = self.start_configs()
-        second = [*self.figure3_configs(), *self.figure4_configs(), *self.figure5_configs()]
-        return [first, second]
+    def known_configs(self) -> list[RunConfig]:
+        """The runs that are known beforehand: starts, figures, and the tables' rows that no ε is tuned for."""
+        fixed = [
+            self.variant_config(e, target, in_batch)
+            for e in self.profile.encoders
+            for target, in_batch in VARIANTS
+            if target != "static"
+        ]
+        figures = [*self.figure3_configs(), *self.figure4_configs(), *self.figure5_configs()]
+        return [*self.start_configs(), *figures, *fixed, *self.table4_configs()]
 
-    def last_stage(self) -> list[RunConfig]:
-        """The tables' runs; StoreError as long as Figure 3's are missing."""
-        return [*self.table3_configs(), *self.table4_configs()]
+    def tuned_configs(self) -> list[RunConfig]:
+        """Table 3's rows with the ε that Figure 3 finds; StoreError as long as Figure 3's runs are missing."""
+        return [
+            self.variant_config(e, target, in_batch)
+            for e in self.profile.encoders
+            for target, in_batch in VARIANTS
+            if target == "static"
+        ]
 
     def run_all(self) -> None:
         """Make every run of the profile that is not in the store."""
         self.announce()
         with self._workers() as pool:
-            for stage in self.stages():
-                self._make(stage, pool)
-            self._make(self.last_stage(), pool)
+            self._make(self.known_configs(), pool)
+            self._make(self.tuned_configs(), pool)
 
     def run_one(self, run_id: str) -> StoredRun:
         """Make the run of an id (or the beginning of one, if only one run begins so), with what it needs before it.
 
         Raises StoreError if no run of the profile has it.
         """
-        known = [c for stage in self.stages() for c in stage]
-        found = [c for c in dict.fromkeys(known) if c.run_id.startswith(run_id)]
+        known = dict.fromkeys(self.known_configs())
+        found = [c for c in known if c.run_id.startswith(run_id)]
         if not found:
             self.ensure(self.figure3_configs())
-            last = dict.fromkeys(self.last_stage())
-            found = [c for c in last if c.run_id.startswith(run_id)]
+            found = [c for c in self.tuned_configs() if c.run_id.startswith(run_id)]
         if len(found) > 1:
             raise StoreError(f"{len(found)} runs begin with {run_id!r}; give more of the id")
         if found:
@@ -227,14 +235,16 @@ class Reproduction(Runs):
         return without._plan()
 
     def _plan(self) -> Plan:
-        rows = [c for stage in self.stages() for c in stage]
-        for encoder in self.profile.encoders:
-            for target, in_batch in VARIANTS:
-                try:
-                    rows.append(self.variant_config(encoder, target, in_batch))
-                except StoreError:  # ε is not known before Figure 3 is
-                    rows.append(self.comparison_config(encoder, target=0.0, in_batch=in_batch))
-        rows += self.table4_configs()
+        rows = self.known_configs()
+        try:
+            rows += self.tuned_configs()
+        except StoreError:  # ε is not known before Figure 3 is
+            rows += [
+                self.comparison_config(encoder, target=0.0, in_batch=in_batch)
+                for encoder in self.profile.encoders
+                for target, in_batch in VARIANTS
+                if target == "static"
+            ]
         frame = pd.DataFrame(
             {
                 "run_id": c.run_id,
