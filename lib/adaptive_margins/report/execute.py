@@ -115,7 +115,8 @@ def execute(
             start_timeout=START_TIMEOUT,
             progress_bar=False,
             cwd=str(cwd),
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # it warns of its own local sockets
+            # It warns of its own local sockets, and now and then calls the end of a kernel an error.
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
         idle = [
             number
