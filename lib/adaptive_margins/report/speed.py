@@ -28,6 +28,7 @@ def page(benchmarks: Path) -> str:
     latest, profile, growth, curves = (
         _read(benchmarks / f"{n}.json") for n in ("latest", "profile", "growth", "curves")
     )
+    latest.sort(key=_kind)
     settings = list(dict.fromkeys(row["setting"] for row in latest))
     parts = [
         "# Speed",
@@ -93,6 +94,14 @@ def write(benchmarks: Path, folder: Path) -> None:
     with whole_file(folder / "images" / FIGURE) as partial:
         drawn.savefig(partial, format="png", metadata={"Software": None})
     write_text(folder / "speed.md", page(benchmarks))
+
+
+_KINDS = ("training", "share", "encoding", "reranking", "peak memory", "a run", "margin_loss")
+"""How the names of ratios begin, in the order of the page."""
+
+
+def _kind(row: dict[str, Any]) -> int:
+    return next(i for i, kind in enumerate(_KINDS) if row["name"].startswith(kind))
 
 
 def _ratios(setting: str, latest: list[dict[str, Any]]) -> list[str]:
