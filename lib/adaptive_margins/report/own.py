@@ -709,9 +709,12 @@ def play(batch: Batch) -> None:
         target=(choice, {"options": ["distributed", "adaptive", STATIC], "value": "distributed", "description": "target"}),
         epsilon=(
             "FloatSlider",
-            {"value": 0.3, "min": 0.0, "max": 1.0, "step": 0.05, "description": "ε", "continuous_update": False},
+            {"value": 0.3, "min": 0.0, "max": 1.0, "step": 0.05, "description": "static ε", "continuous_update": False},
         ),
-        in_batch=("Checkbox", {"value": False, "description": "in-batch negatives (static ε, adaptive)"}),
+        in_batch=(
+            "Checkbox",
+            {"value": False, "description": "in-batch negatives (static ε, adaptive)", "layout": {"width": "max-content"}},
+        ),
         orientation=(choice, {"options": ORIENTATIONS, "value": "paper", "description": "orientation"}),
         encoder=(choice, {"options": list(batch.embeddings), "value": "start", "description": "encoder"}),
         steps=(
