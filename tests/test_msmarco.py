@@ -335,8 +335,8 @@ def test_a_wrong_count_is_an_error(name: str, mini, into, tmp_path: Path) -> Non
 
 def test_the_licence_is_accepted_before_anything_is_read(mini, into, tmp_path, monkeypatch) -> None:
     read: list[str] = []
-    records = msmarco._records
-    monkeypatch.setattr(msmarco, "_records", lambda *a: read.append(a[1]) or records(*a))
+    records = msmarco.read_records
+    monkeypatch.setattr(msmarco, "read_records", lambda *a: read.append(a[1]) or records(*a))
     terms = "Terms of Miniature Inc., see <https://terms.example>"
     for given in ("", "no", "am-msmarco/train"):
         monkeypatch.setenv(msmarco.ACCEPT_VARIABLE, given)
@@ -408,7 +408,7 @@ def test_malformed_data_is_named(file: str, line: str, said: str, copied, into, 
     ],
 )  # fmt: skip
 def test_ids_are_checked_first(change: dict, said: str, mini, into, monkeypatch) -> None:
-    monkeypatch.setattr(msmarco, "_records", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(msmarco, "read_records", lambda *_: pytest.fail("read"))
     settings = IrDatasetsSettings(**mini.settings(**change))
     with pytest.raises(DataError, match=said):
         into(mini, **change)

@@ -204,11 +204,11 @@ class Collection:
         folder = Path(folder)
         if self._is_in(folder):
             return
-        files = {"collection.tsv": _tsv(self.passages)}
+        files = {"collection.tsv": tsv(self.passages)}
         for name, texts in self.queries.items():
             if not re.fullmatch(r"[\w-]+", name):
                 raise ValueError(f"a set name must be letters, digits, _ and -, not {name!r}")
-            files[f"queries.{name}.tsv"] = _tsv(texts)
+            files[f"queries.{name}.tsv"] = tsv(texts)
             files[f"qrels.{name}.txt"] = qrels_text(self.qrels[name])
         files["triples.tsv"] = "".join("\t".join(triple) + "\n" for triple in self.triples)
         about = {"name": self.name, "fingerprint": self.fingerprint, "sources": self.sources}
@@ -239,7 +239,7 @@ class Collection:
         if not folder.is_dir():
             raise FileNotFoundError(f"no collection at {folder}: the folder does not exist")
         problems = Problems()
-        about = _read_about(folder / "sources.json", problems)
+        about = read_about(folder / "sources.json", problems)
         passages = read_texts(folder / "collection.tsv", problems)
         queries: dict[str, Texts] = {}
         qrels: dict[str, Qrels] = {}
@@ -297,7 +297,8 @@ def add_judgement(
         judged[docid] = int(grade)
 
 
-def _tsv(texts: Texts) -> str:
+def tsv(texts: Texts) -> str:
+    """Ids and texts, a line each with a tab between them."""
     for identifier, text in zip(texts.ids, texts.texts, strict=True):
         if not re.fullmatch(r"\S+", identifier):
             raise ValueError(f"an id must be non-empty and without white space, not {identifier!r}")
@@ -309,7 +310,8 @@ def _tsv(texts: Texts) -> str:
     return "".join(f"{i}\t{text}\n" for i, text in zip(texts.ids, texts.texts, strict=True))
 
 
-def _read_about(path: Path, problems: Problems) -> dict:
+def read_about(path: Path, problems: Problems) -> dict:
+    """What ``sources.json`` says of a saved collection; what is wrong is noted in ``problems``."""
     empty = {"name": "", "fingerprint": "", "sources": {}}
     try:
         about = json.loads(path.read_bytes())

@@ -34,9 +34,9 @@ from adaptive_margins.data.collection import (
     Qrels,
     Run,
     Texts,
-    _read_about,
-    _tsv,
     qrels_text,
+    read_about,
+    tsv,
 )
 from adaptive_margins.files import whole_file, whole_folder, write_text
 from adaptive_margins.profiles import IrDatasetsSettings
@@ -101,7 +101,7 @@ class StoredCollection(Collection):
         if not folder.is_dir():
             raise FileNotFoundError(f"no collection at {folder}: the folder does not exist")
         problems = Problems()
-        about = _read_about(folder / "sources.json", problems)
+        about = read_about(folder / "sources.json", problems)
         problems.check()
         for name, size in about.get("files", {}).items():
             path = folder / name
@@ -197,7 +197,7 @@ def convert(settings: IrDatasetsSettings, work: Path, collections: Path) -> Stor
                 return StoredCollection.load(finished)
             receipt.unlink()
         _check_ids(settings)
-        _check_licence(settings)
+        check_licence(settings)
         for partial in work.glob(".*.partial"):  # of a killed process
             partial.unlink()
         target = collections / _write(settings, work)
@@ -215,7 +215,7 @@ def _write(settings: IrDatasetsSettings, work: Path) -> str:
 
     path = work / "passages.arrow"
     if not path.is_file():
-        docs = _records("passages", settings.passages, "docs")
+        docs = read_records("passages", settings.passages, "docs")
         pairs = ((doc.doc_id, doc.default_text()) for doc in docs)
         write_texts(path, pairs, what="passages", expected=counts.get("passages"))
     passages = StoredTexts(path)
@@ -230,7 +230,7 @@ def _write(settings: IrDatasetsSettings, work: Path) -> str:
         check_count(f"queries of {name}", len(queries[name]), counts.get(name))
         ids = (queries[name], passages)
         _make(work / f"qrels.{name}.txt", _qrels, *place, *ids)
-        if name != "train" and _dataset(*place).has("scoreddocs"):
+        if name != "train" and find_dataset(*place).has("scoreddocs"):
             _make(work / f"candidates.{name}.run.gz", _candidates, *place, *ids)
     _write_triples(settings, work / "triples.arrow", queries.get("train", Texts([], [])), passages)
 
@@ -272,11 +272,11 @@ def _make(path: Path, content: Callable[..., bytes], *arguments: Any) -> None:
 
 
 def _queries(key: str, identifier: str) -> bytes:
-    records = list(_records(key, identifier, "queries"))
+    records = list(read_records(key, identifier, "queries"))
     # Lines of a tab-separated file hold them, so tabs and line breaks become spaces.
     texts = [re.sub(r"[\t\n\r]", " ", record.default_text()) for record in records]
     try:
-        return _tsv(Texts([record.query_id for record in records], texts)).encode("utf-8")
+        return tsv(Texts([record.query_id for record in records], texts)).encode("utf-8")
     except ValueError as error:
         raise DataError(f"collection.{key}: queries of {identifier!r}: {error}") from error
 
@@ -285,7 +285,7 @@ def _qrels(key: str, identifier: str, queries: Texts, passages: Texts) -> bytes:
     qrels: Qrels = {}
     problems = Problems()
     where = Path(f"{identifier} qrels")
-    for number, record in enumerate(_records(key, identifier, "qrels"), start=1):
+    for number, record in enumerate(read_records(key, identifier, "qrels"), start=1):
         if _known(record, queries, passages, where, number, problems):
             judged = qrels.setdefault(record.query_id, {})
             if record.doc_id in judged:
@@ -300,7 +300,7 @@ def _candidates(key: str, identifier: str, queries: Texts, passages: Texts) -> b
     run: Run = {}
     problems = Problems()
     where = Path(f"{identifier} scoreddocs")
-    for number, record in enumerate(_records(key, identifier, "scoreddocs"), start=1):
+    for number, record in enumerate(read_records(key, identifier, "scoreddocs"), start=1):
         if _known(record, queries, passages, where, number, problems):
             hits = run.setdefault(record.query_id, {})
             if record.doc_id in hits:
@@ -371,7 +371,7 @@ def _write_triples(
     expected, per_query = settings.counts.get("triples"), settings.triples_per_query
     every = path if per_query is None else path.with_name(".every-triple.arrow")
     if not path.is_file() and not every.is_file():
-        triples = _records("triples", settings.triples, "docpairs") if settings.triples else []
+        triples = read_records("triples", settings.triples, "docpairs") if settings.triples else []
         write_triples(every, triples, queries, passages, expected=expected)
     if per_query is None:
         check_count("triples", len(StoredTriples(path, queries, passages)), expected)
@@ -421,7 +421,11 @@ def downloads(settings: IrDatasetsSettings) -> list[tuple[str, int]]:
         DataError: an unknown ir_datasets id, or one without what is needed from it.
     """
     _check_ids(settings)
-    wanted = [_files(_dataset(*place), kind) for place, kinds in _uses(settings) for kind in kinds]
+    wanted = [
+        files_behind(find_dataset(*place), kind)
+        for place, kinds in _uses(settings)
+        for kind in kinds
+    ]
     missing = {file.url: file.size for files in wanted for file in files if not file.here}
     return list(missing.items())
 
@@ -444,7 +448,7 @@ def _uses(settings: IrDatasetsSettings) -> Iterator[tuple[tuple[str, str], list[
         kinds = ["queries", "qrels"]
         if name == "train":
             kinds.append("docpairs")
-        elif _dataset(_key(name), identifier).has("scoreddocs"):
+        elif find_dataset(_key(name), identifier).has("scoreddocs"):
             kinds.append("scoreddocs")
         yield (_key(name), identifier), kinds
 
@@ -453,7 +457,8 @@ def _key(name: str) -> str:
     return "triples" if name == "train" else f"sets.{name}"
 
 
-def _dataset(key: str, identifier: str) -> Any:
+def find_dataset(key: str, identifier: str) -> Any:
+    """The data set of an id of ir_datasets; DataError names ``key``, the setting it came from, and ids like it."""
     import ir_datasets
 
     try:
@@ -468,7 +473,7 @@ def _dataset(key: str, identifier: str) -> Any:
 
 def _check_ids(settings: IrDatasetsSettings) -> None:
     for (key, identifier), kinds in _uses(settings):
-        dataset = _dataset(key, identifier)
+        dataset = find_dataset(key, identifier)
         if lacking := [kind for kind in kinds if not dataset.has(kind)]:
             raise DataError(
                 f"collection.{key}: {identifier!r} of ir_datasets has no {' and no '.join(lacking)};"
@@ -476,7 +481,8 @@ def _check_ids(settings: IrDatasetsSettings) -> None:
             )
 
 
-def _check_licence(settings: IrDatasetsSettings) -> None:
+def check_licence(settings: IrDatasetsSettings) -> None:
+    """Raise LicenceError unless the terms of use of the data were accepted."""
     accepted = os.environ.get(ACCEPT_VARIABLE, "")
     if settings.licence and accepted not in (settings.passages, "all"):
         given = f" (it is {accepted!r})" if accepted else ""
@@ -487,13 +493,13 @@ def _check_licence(settings: IrDatasetsSettings) -> None:
         )
 
 
-def _records(key: str, identifier: str, kind: str) -> Iterator[Any]:
+def read_records(key: str, identifier: str, kind: str) -> Iterator[Any]:
     """What ir_datasets reads, with errors that say what to do."""
-    dataset = _dataset(key, identifier)
+    dataset = find_dataset(key, identifier)
     try:
         yield from getattr(dataset, f"{kind}_iter")()
     except Exception as error:  # whatever the readers, the archives and the network raise
-        files = _files(dataset, kind)
+        files = files_behind(dataset, kind)
         missing = list({file.url: file for file in files if file.url and not file.here}.values())
         message = f"collection.{key}: the {kind} of {identifier!r} could not be read: {type(error).__name__}: {error}"
         if missing:
@@ -509,22 +515,23 @@ def _records(key: str, identifier: str, kind: str) -> Iterator[Any]:
         raise (DownloadError if missing else DataError)(message) from error
 
 
-def _files(dataset: Any, kind: str) -> list[_File]:
+def files_behind(dataset: Any, kind: str) -> list[_File]:
     """The files behind what a dataset offers, found by going through the parts that ir_datasets built it from."""
     found: list[_File] = []
-    handler = _handler(dataset, f"{kind}_handler")
+    handler = handler_of(dataset, f"{kind}_handler")
     _collect(handler, found, set())
     if hasattr(handler, "_lazy_qids"):  # only what is judged: the qrels are read first
-        _collect(_handler(dataset, "qrels_handler"), found, set())
+        _collect(handler_of(dataset, "qrels_handler"), found, set())
     return found
 
 
-def _handler(part: Any, name: str) -> Any:
+def handler_of(part: Any, name: str) -> Any:
+    """The innermost part of a data set that offers ``name``."""
     # Not by calling it: that may already change files (ir_datasets' Migrator).
     inner: Iterable[Any] = vars(part).get("_constituents", [])
     for constituent in inner:
         if hasattr(constituent, name):
-            return _handler(constituent, name)
+            return handler_of(constituent, name)
     return part
 
 

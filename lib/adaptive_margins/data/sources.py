@@ -15,7 +15,13 @@ from adaptive_margins.data import pydocs
 from adaptive_margins.data.collection import Collection, DataError, Qrels, Texts, Triple
 from adaptive_margins.data.folder import EXPECTED, one_line, read_folder, standard_sets, warn
 from adaptive_margins.data.folder import read_titles as read_folder_titles
-from adaptive_margins.data.msmarco import _check_licence, _dataset, _files, _handler, _records
+from adaptive_margins.data.msmarco import (
+    check_licence,
+    files_behind,
+    find_dataset,
+    handler_of,
+    read_records,
+)
 from adaptive_margins.profiles import IrDatasetsSettings, PyDocsSettings, load_profile
 from adaptive_margins.progress import Countdown, say
 
@@ -89,7 +95,7 @@ def open_titles(source: str) -> dict[str, str]:
     if source.split(":")[0] == PYDOCS or not _known(source):
         return {}
     _check_fetching(source, [(source, "docs")])
-    docs = _records("passages", source, "docs")
+    docs = read_records("passages", source, "docs")
     found = ((doc.doc_id, one_line(getattr(doc, "title", None) or "")) for doc in docs)
     return {docid: title for docid, title in found if title.strip()}
 
@@ -244,7 +250,7 @@ def _known(identifier: str) -> bool:
 
 
 def _is_judged(identifier: str) -> bool:
-    return _known(identifier) and all(_dataset("queries", identifier).has(kind) for kind in ("queries", "qrels"))  # fmt: skip
+    return _known(identifier) and all(find_dataset("queries", identifier).has(kind) for kind in ("queries", "qrels"))  # fmt: skip
 
 
 def _sets(source: str) -> dict[str, str]:
@@ -254,7 +260,7 @@ def _sets(source: str) -> dict[str, str]:
         base = source
 
     def docs(identifier: str) -> Any:
-        return _handler(_dataset("passages", identifier), "docs_handler")
+        return handler_of(find_dataset("passages", identifier), "docs_handler")
 
     sets: dict[str, str] = {}
     for name, members in _MEMBERS.items():
@@ -263,14 +269,16 @@ def _sets(source: str) -> dict[str, str]:
             if name not in sets and _is_judged(identifier) and docs(identifier) is docs(source):
                 sets[name] = identifier
     if not sets and _is_judged(source):
-        sets["train" if _dataset("triples", source).has("docpairs") else "test"] = source
+        sets["train" if find_dataset("triples", source).has("docpairs") else "test"] = source
     return sets
 
 
 def _check_fetching(source: str, wanted: Iterable[tuple[str, str]]) -> None:
     """Nothing is fetched that the user did not accept. ``wanted``: ir_datasets ids, and what is read from them."""
     files = [
-        file for identifier, kind in wanted for file in _files(_dataset(kind, identifier), kind)
+        file
+        for identifier, kind in wanted
+        for file in files_behind(find_dataset(kind, identifier), kind)
     ]
     missing = {file.url: file for file in files if file.url and not file.here}
     if missing:
@@ -283,20 +291,20 @@ def _check_fetching(source: str, wanted: Iterable[tuple[str, str]]) -> None:
         settings = IrDatasetsSettings(
             kind="ir_datasets", name=source, passages=source, sets={"test": source}, licence=terms
         )
-        _check_licence(settings)
+        check_licence(settings)
 
 
 def _from_ir_datasets(source: str) -> Collection:
     import ir_datasets
 
     sets = _sets(source)
-    if not _dataset("passages", source).has("docs"):
+    if not find_dataset("passages", source).has("docs"):
         raise DataError(f"{source!r} of ir_datasets has no passages; expected an id that has")
     wanted = [
         (source, "docs"),
         *((i, kind) for i in sets.values() for kind in ("queries", "qrels")),
     ]
-    has_triples = "train" in sets and _dataset("triples", sets["train"]).has("docpairs")
+    has_triples = "train" in sets and find_dataset("triples", sets["train"]).has("docpairs")
     if has_triples:
         wanted.append((sets["train"], "docpairs"))
     _check_fetching(source, wanted)
@@ -311,7 +319,7 @@ def _from_ir_datasets(source: str) -> Collection:
         left_out[f"queries of {identifier} without text"] += len(texts) - len(asked)
         queries[name] = Texts([qid for qid, _ in asked], [text for _, text in asked])
         judged: Qrels = {}
-        for record in _records(name, identifier, "qrels"):
+        for record in read_records(name, identifier, "qrels"):
             if record.query_id not in queries[name]:
                 left_out[f"judgements of unknown queries in {identifier}"] += 1
             elif record.doc_id not in passages:
@@ -323,7 +331,7 @@ def _from_ir_datasets(source: str) -> Collection:
         qrels[name] = {qid: grades for qid, grades in judged.items() if grades}
     triples: list[Triple] = []
     if has_triples:
-        pairs = _records("triples", sets["train"], "docpairs")
+        pairs = read_records("triples", sets["train"], "docpairs")
         known = _known_triples(pairs, queries["train"], passages, left_out)
         triples = thinned(known, MAX_TRIPLES)
     if found := [f"{count:,} {what}" for what, count in left_out.items() if count]:
@@ -337,7 +345,7 @@ def _ir_texts(name: str, identifier: str, kind: str) -> Texts:
     """Passages (``kind`` "docs") or queries of an ir_datasets id."""
     found: dict[str, str] = {}
     countdown = Countdown(f"reading {kind} of {identifier}", None, "texts")
-    for number, record in enumerate(_records(name, identifier, kind), start=1):
+    for number, record in enumerate(read_records(name, identifier, kind), start=1):
         countdown.update(number)
         if not hasattr(record, "default_text"):
             raise DataError(
