@@ -101,7 +101,7 @@ class Settings:
         check_passages: what a check may embed in any case, however short the training.
     """
 
-    batch_size: int = 32  # takes about 4 GB with MiniLM and passages of 200 tokens
+    batch_size: int = 32  # takes up to 8.4 GB with MiniLM and passages of 256 tokens
     triples: int = 2048  # about five minutes with MiniLM on two cores
     passes: int = 5
     learning_rate: float = 2e-5  # customary for encoders that are already trained contrastively
