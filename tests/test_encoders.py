@@ -6,6 +6,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import os
 import resource
 import shutil
@@ -302,6 +303,41 @@ def test_dropout_of_packed_texts_keeps_the_mean(bert):
     scale = states[0].std(0)
     assert ((states[0].mean(0) - states[1].mean(0)).abs() < 0.1 * scale).all()
     assert ((states[1].std(0) / scale - 1).abs() < 0.1).all()
+
+
+@pytest.mark.parametrize("scaling", [None, 0.2])
+def test_attention_of_packed_texts_with_dropout_is_that_of_a_loop(scaling):
+    heads, width, lengths = 2, 4, [3, 3, 4, 1]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, heads, offsets[-1], width, dtype=torch.float64)
+    torch.manual_seed(1)
+    found, _ = encoders._packed_attention(
+        torch.nn.Module(), query, key, value, None, dropout=0.3, scaling=scaling, cu_seq_lens_q=torch.tensor(offsets),
+    )  # fmt: skip
+    torch.manual_seed(1)
+    masks = [  # drawn for neighbours of equal length together
+        mask
+        for count, length in ((2, 3), (1, 4), (1, 1))
+        for mask in encoders._drop(
+            torch.ones(count, heads, length, length, dtype=torch.float64), 0.3
+        )
+    ]
+    assert any((mask == 0).any() for mask in masks)
+    for text, mask in enumerate(masks):
+        rows = range(offsets[text], offsets[text + 1])
+        for h in range(heads):
+            for i, row in enumerate(rows):
+                scores = [
+                    (query[0, h, row] @ key[0, h, other]).item() * (scaling or width**-0.5)
+                    for other in rows
+                ]
+                whole = sum(math.exp(score) for score in scores)
+                expected = sum(
+                    math.exp(score) / whole * mask[h, i, j] * value[0, h, other]
+                    for j, (score, other) in enumerate(zip(scores, rows, strict=True))
+                )
+                torch.testing.assert_close(found[0, row, h], expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -388,7 +388,13 @@ def tiny_encoder(tmp_path_factory):
         )
     ).save_pretrained(folder)
 
-    def encoder(*_, dropout=0.0):
+    def encoder(*_, dropout=0.0, opened=False):
+        if opened:
+            from adaptive_margins.encoders import open_encoder
+
+            model = open_encoder(str(folder), dropout=dropout)
+            model.max_seq_length = 16
+            return model
         transformer = Transformer(str(folder), max_seq_length=16)
         pooling = Pooling(transformer.get_embedding_dimension(), "mean")
         model = SentenceTransformer(modules=[transformer, pooling], device="cpu")
@@ -553,8 +559,9 @@ def test_cached_loss_and_gradients_are_the_uncached_ones(tiny_encoder, settings,
 
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_dropout_is_replayed(tiny_encoder, size, dropout):
-    model = tiny_encoder(dropout=dropout).double().train()
+@pytest.mark.parametrize("opened", [False, True], ids=["torch's dropout", "this project's"])
+def test_dropout_is_replayed(tiny_encoder, size, dropout, opened):
+    model = tiny_encoder(dropout=dropout, opened=opened).double().train()
     features = features_of(model)
     torch.manual_seed(1)
     want = margin_loss(*in_mini_batches(model, features, size))
