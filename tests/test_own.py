@@ -439,7 +439,12 @@ def test_controls_draw_anew_in_the_place_of_the_first_picture(batch, screen):
     controls = {widget.description: widget for widget in box.children}
     assert isinstance(pictures[0], Figure)
     titles = [pictures[0].axes[0].get_title()]
-    for name, value in (("target", own.STATIC), ("static ε", 0.8), ("encoder", "trained"), ("steps", 0)):
+    for name, value in (
+        ("target", own.STATIC),
+        ("static ε", 0.8),
+        ("encoder", "trained"),
+        ("steps", 0),
+    ):
         controls[name].value = value
         titles.append(pictures[-1].axes[0].get_title())
     assert len(pictures) == 5

@@ -117,14 +117,13 @@ def _each(rows: Sequence[Row]) -> str:
                 f"{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
                 if kept
                 else "original kept",
-                f"{found['p_t']:.3f}" if kept else "",
-                f"{found['p_tost']:.3f}" if kept else "",
+                f"{found['p_t']:.3f}, {found['p_tost']:.3f}" if kept else "",
                 found["verdict"] if kept else "",
                 row["comparisons"]["trained vs bm25"]["verdict"],
                 f"{sum(row['seconds'].values()) / 60:.0f}",
             ]
         )
-    header = ["Collection, encoder", "Seed", "Triples", "nDCG@10", "p (t)", "p (TOST)"]  # fmt: skip
+    header = ["Collection, encoder", "Seed", "Triples", "nDCG@10", "p (t), p (TOST)"]  # fmt: skip
     return markdown_table([*header, "Against start", "Against BM25", "Minutes"], lines)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from adaptive_margins.files import whole_file, write_text
 from adaptive_margins.report.figures import GREY, WIDTH, drawing
@@ -69,7 +70,7 @@ def page(benchmarks: Path) -> str:
 
 def figure(growth: list[dict[str, Any]]) -> Figure:
     """One panel a quantity of growth.json: value by size on logarithmic axes, with the fitted line."""
-    columns = 3
+    columns = 2
     rows = -(-len(growth) // columns)
     with drawing():
         drawn, axes = plt.subplots(
@@ -81,6 +82,12 @@ def figure(growth: list[dict[str, Any]]) -> Figure:
             ax.plot(sizes, level * sizes ** g["exponent"], color=GREY, linewidth=0.8, linestyle=":")
             ax.plot(sizes, values, marker="o", color=style("minilm-3").color)
             ax.set(xscale="log", yscale="log", xlabel=g["size_unit"], ylabel=g["unit"])
+            # The measured sizes, and the least and the most: a short logarithmic axis has too few ticks of its own, or too many.
+            ax.xaxis.set_major_locator(FixedLocator(sizes))
+            ax.yaxis.set_major_locator(FixedLocator([values.min(), values.max()]))
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_minor_locator(NullLocator())
+                axis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x >= 1000 else f"{x:.3g}")
             ax.set_title(f"{g['name']}: exponent {_exponent(g)}", loc="left")
         for ax in axes.flat[len(growth) :]:
             ax.set_axis_off()
