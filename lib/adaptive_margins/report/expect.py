@@ -53,7 +53,7 @@ def page(rows: Sequence[Row]) -> str:
         _means(rows),
         "## Each training",
         "Differences of trained and start on the test queries with 95 % intervals; *p* of a paired t test, and of a TOST for"
-        " equivalence within ±.05. Minutes are those of one thread, with another training on the other core.",
+        " equivalence within ±.05. Minutes (min.) are those of one thread, with another training on the other core.",
         _each(rows),
         ":::{dropdown} What the command said",
         "\n".join(f"- {_name(row)}, seed {row['seed']}: {row['verdict']}" for row in rows),
@@ -124,7 +124,7 @@ def _each(rows: Sequence[Row]) -> str:
             ]
         )
     header = ["Collection, encoder", "Seed", "Triples", "nDCG@10", "p (t), p (TOST)"]  # fmt: skip
-    return markdown_table([*header, "Against start", "Against BM25", "Minutes"], lines)
+    return markdown_table([*header, "Against start", "Against BM25", "Min."], lines)
 
 
 def _name(row: Row) -> str:
