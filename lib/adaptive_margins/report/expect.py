@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from adaptive_margins.progress import clock
 from adaptive_margins.report.marks import measure_label
 from adaptive_margins.report.show import markdown_table
 
@@ -53,7 +54,7 @@ def page(rows: Sequence[Row]) -> str:
         _means(rows),
         "## Each training",
         "Differences of trained and start on the test queries with 95 % intervals; *p* of a paired t test, and of a TOST for"
-        " equivalence within ±.05. Minutes (min.) are those of one thread, with another training on the other core.",
+        " equivalence within ±.05. Times are those of one thread, with another training on the other core.",
         _each(rows),
         ":::{dropdown} What the command said",
         "\n".join(f"- {_name(row)}, seed {row['seed']}: {row['verdict']}" for row in rows),
@@ -120,11 +121,11 @@ def _each(rows: Sequence[Row]) -> str:
                 f"{found['p_t']:.3f}, {found['p_tost']:.3f}" if kept else "",
                 found["verdict"] if kept else "",
                 row["comparisons"]["trained vs bm25"]["verdict"],
-                f"{sum(row['seconds'].values()) / 60:.0f}",
+                clock(sum(row["seconds"].values())),
             ]
         )
     header = ["Collection, encoder", "Seed", "Triples", "nDCG@10", "p (t), p (TOST)"]  # fmt: skip
-    return markdown_table([*header, "Against start", "Against BM25", "Min."], lines)
+    return markdown_table([*header, "Against start", "Against BM25", "Time"], lines)
 
 
 def _name(row: Row) -> str:
