@@ -6,6 +6,7 @@ import atexit
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -79,6 +80,24 @@ def in_child(work: Callable[[], object]) -> str:
         return "died"
     finally:
         process.join()
+
+
+def die() -> None:
+    """The end of this process, as by kill -9."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in(owner: object, name: str, number: int) -> None:
+    """Make the ``number``-th call (from 1) of a function or method the last thing the process does."""
+    original, calls = getattr(owner, name), []
+
+    def deadly(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            die()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, deadly)
 
 
 def pytest_collection_modifyitems(items):

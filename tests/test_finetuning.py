@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
 import random
 import re
-import signal
 from collections import Counter
 from types import SimpleNamespace
 
@@ -26,7 +24,7 @@ from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.finetuning import RUNS, Finetuned, FinetuneError, Settings, finetune, verdict
 from adaptive_margins.training import TrainingError, newest_checkpoint
-from conftest import SPECIAL, in_child, write_tokenizer
+from conftest import SPECIAL, in_child, kill_in, write_tokenizer
 
 PASSAGES = 120
 TOPIC = [f"t{number}" for number in range(30)]  # what passages are about
@@ -85,11 +83,11 @@ def helped(tmp_path_factory, encoder):
     folder = tmp_path_factory.mktemp("helped")
     collection, curves = collection_of(train_on_chance=False), []
     source = saved(collection, folder / "collection")
-    done = finetune(
-        source, folder / "output", model=encoder, device="cpu", settings=SETTINGS, on_check=curves.append,
-        measures=("nDCG@10", "R@100"),
+    arguments = {"model": encoder, "device": "cpu", "settings": SETTINGS, "measures": ("nDCG@10", "R@100")}  # fmt: skip
+    done = finetune(source, folder / "output", on_check=curves.append, **arguments)
+    return SimpleNamespace(
+        folder=folder, source=source, arguments=arguments, collection=collection, done=done, curves=curves,
     )  # fmt: skip
-    return SimpleNamespace(folder=folder, source=source, collection=collection, done=done, curves=curves)  # fmt: skip
 
 
 def test_a_learnable_collection_is_learnt_and_said_to_be(helped):
@@ -176,7 +174,17 @@ def test_curve_and_targets_are_kept(helped):
     assert [len(c) for c in helped.curves] == list(range(1, len(curve) + 1))
 
 
-def test_a_second_call_goes_on_and_comes_to_the_same(helped, encoder, tmp_path, capsys):
+def came_to_the_same(done, expected):
+    assert not done.folder.with_name(f"{done.folder.name}.work").exists()
+    differing = {"model_dir", "seconds"}
+    assert {k: v for k, v in done.report.items() if k not in differing} == {
+        k: v for k, v in expected.report.items() if k not in differing
+    }
+    for file in ("model.safetensors", "runs/trained.test.run.gz", "targets.parquet"):
+        assert (done.folder / file).read_bytes() == (expected.folder / file).read_bytes()
+
+
+def test_a_second_call_goes_on_and_comes_to_the_same(helped, tmp_path, capsys):
     output, curves = tmp_path / "output", []
 
     def stop(curve):
@@ -184,21 +192,14 @@ def test_a_second_call_goes_on_and_comes_to_the_same(helped, encoder, tmp_path, 
         if len(curve) == 3:
             raise KeyboardInterrupt
 
-    arguments = {"model": encoder, "device": "cpu", "settings": SETTINGS, "measures": ("nDCG@10", "R@100")}  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
-        finetune(helped.source, output, on_check=stop, **arguments)
+        finetune(helped.source, output, on_check=stop, **helped.arguments)
     assert not output.exists()
     assert list((tmp_path / "output.work").glob("training-*/checkpoint-15/COMPLETE"))
     curves.clear()
-    done = finetune(helped.source, output, on_check=curves.append, **arguments)
+    done = finetune(helped.source, output, on_check=curves.append, **helped.arguments)
     assert curves[0]["step"].tolist() == [0, 15]
-    assert not (tmp_path / "output.work").exists()
-    differing = {"model_dir", "seconds"}
-    assert {k: v for k, v in done.report.items() if k not in differing} == {
-        k: v for k, v in helped.done.report.items() if k not in differing
-    }
-    for file in ("model.safetensors", "runs/trained.test.run.gz", "targets.parquet"):
-        assert (output / file).read_bytes() == (helped.done.folder / file).read_bytes()
+    came_to_the_same(done, helped.done)
     assert "step 60 of 60: validation nDCG@10" in capsys.readouterr().err
 
 
@@ -213,40 +214,18 @@ def test_a_second_call_goes_on_and_comes_to_the_same(helped, encoder, tmp_path, 
     ],
     ids=["choosing triples", "first steps", "later steps", "ranking", "writing"],
 )
-def test_killed_at_any_moment_it_comes_to_the_same(
-    helped, encoder, tmp_path, owner, name, call, checkpoint
-):
+def test_killed_at_any_moment_it_comes_to_the_same(helped, tmp_path, owner, name, call, checkpoint):
     output = tmp_path / "output"
 
-    def go():
-        return finetune(
-            helped.source, output, model=encoder, device="cpu", settings=SETTINGS, measures=("nDCG@10", "R@100"),
-        )  # fmt: skip
-
     def killed():
-        original, calls = getattr(owner, name), []
-
-        def deadly(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == call:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*args, **kwargs)
-
-        setattr(owner, name, deadly)
-        go()
+        kill_in(owner, name, call)
+        finetune(helped.source, output, **helped.arguments)
 
     assert in_child(killed) == "died"
     assert not output.exists()
     found = newest_checkpoint(next(iter((tmp_path / "output.work").glob("training-*")), tmp_path))
     assert (found and found.name) == checkpoint
-    done = go()
-    assert not (tmp_path / "output.work").exists()
-    differing = {"model_dir", "seconds"}
-    assert {k: v for k, v in done.report.items() if k not in differing} == {
-        k: v for k, v in helped.done.report.items() if k not in differing
-    }
-    for file in ("model.safetensors", "runs/trained.test.run.gz", "targets.parquet"):
-        assert (output / file).read_bytes() == (helped.done.folder / file).read_bytes()
+    came_to_the_same(finetune(helped.source, output, **helped.arguments), helped.done)
 
 
 def test_where_it_cannot_help_the_original_is_kept_and_that_is_said(tmp_path, encoder):

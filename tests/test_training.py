@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import signal
 import sys
 import time
 import traceback
@@ -40,7 +39,7 @@ from adaptive_margins.training import (
     train,
     trainable,
 )
-from conftest import in_child, run_config
+from conftest import die, in_child, kill_in, run_config
 
 TRIPLES = 40
 
@@ -698,23 +697,6 @@ def test_a_full_disk_in_a_checkpoint(material, tmp_path):
 # ---- killed and resumed ----------------------------------------------------------------------------------------------
 
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kill_in(name, number):
-    """Make the ``number``-th call (from 1) of a method of the trainer the last thing the process does."""
-    original, calls = getattr(training._Trainer, name), []
-
-    def deadly(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == number:
-            die()
-        return original(self, *args, **kwargs)
-
-    setattr(training._Trainer, name, deadly)
-
-
 def kill_before_the_mark_of(name):
     """All of a checkpoint is written and older ones are removed, but it is not marked as complete."""
 
@@ -728,11 +710,11 @@ def kill_before_the_mark_of(name):
 @pytest.mark.parametrize(
     ("moment", "resumed_from"),
     [
-        (lambda: kill_in("training_step", 2), None),
-        (lambda: kill_in("training_step", 6), 4),
-        (lambda: kill_in("_save_rng_state", 1), None),  # a checkpoint is half-written
-        (lambda: kill_in("_save_rng_state", 3), 4),
-        (lambda: kill_in("evaluate", 2), 2),
+        (lambda: kill_in(training._Trainer, "training_step", 2), None),
+        (lambda: kill_in(training._Trainer, "training_step", 6), 4),
+        (lambda: kill_in(training._Trainer, "_save_rng_state", 1), None),  # a checkpoint is half-written
+        (lambda: kill_in(training._Trainer, "_save_rng_state", 3), 4),
+        (lambda: kill_in(training._Trainer, "evaluate", 2), 2),
         (lambda: kill_before_the_mark_of("checkpoint-6"), 4),
     ],
     ids=["before any", "step", "half of the first", "half of the third", "evaluation", "mark"],
@@ -823,7 +805,7 @@ def test_a_killed_run_of_a_profile_leaves_nothing_that_looks_finished(smoke, tmp
     checkpoints = home / "cache" / "work" / config.run_id
 
     def killed():
-        kill_in("training_step", 4)
+        kill_in(training._Trainer, "training_step", 4)
         other.execute(config)
 
     assert in_child(killed) == "died"
