@@ -8,13 +8,12 @@ Finished trainings in WORK are read, not made again.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from timing import machine
+from timing import stamp
 
 from adaptive_margins.files import write_text
 from adaptive_margins.finetuning import Finetuned, finetune
@@ -52,8 +51,7 @@ def main() -> None:
             "collection": {**about, "name": name},
             "encoder": encoder,
             **{key: report[key] for key in KEPT},
-            "machine": machine(),
-            "date": datetime.date.today().isoformat(),
+            **stamp(),
         })  # fmt: skip
         write_text(given.out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 

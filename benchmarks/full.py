@@ -302,8 +302,8 @@ def main() -> None:
             show(rows)
             keep(LATEST, rows)
     growing = {"growth": (training_growth, encoding_growth), "index": (index_growth,)}
-    for name, functions in growing.items():
-        for grown in functions if name in given.parts else ():
+    for name in given.parts:
+        for grown in growing.get(name, ()):
             rows = grown()
             for r in rows:
                 values = ", ".join(

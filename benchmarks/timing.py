@@ -17,6 +17,8 @@ import numpy as np
 import psutil
 import torch
 
+from adaptive_margins.files import write_text
+
 LATEST = Path(__file__).parent / "latest.json"
 GROWTH = Path(__file__).parent / "growth.json"
 PROFILE = Path(__file__).parent / "profile.json"
@@ -139,9 +141,7 @@ def keep(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write ``rows`` as JSON in the place of what ``path`` held."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 
 
 def show(rows: list[dict[str, Any]]) -> None:

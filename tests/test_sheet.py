@@ -209,7 +209,7 @@ def test_runs_that_came_with_it_are_described() -> None:
         HOSTILE: {"set": "test", "queries": 2, "depth": 3, "unknown": 1, "nDCG@10": expected},
         "other": {"set": None, "queries": 0, "depth": 1, "unknown": 0, "nDCG@10": None},
     }
-    shown_runs = cells(shown(small(), runs=runs), "Unknown hits")
+    shown_runs = cells(shown(small(), runs=facts), "Unknown hits")
     assert (
         shown_runs[HOSTILE]["nDCG@10"] == f"{expected:.4f}" and shown_runs[HOSTILE]["Set"] == "test"
     )

@@ -554,7 +554,7 @@ def collection(
         runs = {name: read_run(file) for name, file in files.items()}
         facts = sheet.collection_facts(opened, runs)
         if output:
-            write_text(output, sheet.collection_page(opened, runs=runs))
+            write_text(output, sheet.collection_page(opened, runs=facts["runs"]))
     text = sheet.facts_text(facts)
     _tell(
         {**facts, "page": str(output) if output else None},

@@ -162,22 +162,21 @@ class Reproduction(Runs):
 
     def known_configs(self) -> list[RunConfig]:
         """The runs that are known beforehand: starts, figures, and the tables' rows that no ε is tuned for."""
-        fixed = [
-            self.variant_config(e, target, in_batch)
-            for e in self.profile.encoders
-            for target, in_batch in VARIANTS
-            if target != "static"
-        ]
+        fixed = [self.variant_config(*variant) for variant in self._variants(static=False)]
         figures = [*self.figure3_configs(), *self.figure4_configs(), *self.figure5_configs()]
         return [*self.start_configs(), *figures, *fixed, *self.table4_configs()]
 
     def tuned_configs(self) -> list[RunConfig]:
         """Table 3's rows with the ε that Figure 3 finds; StoreError as long as Figure 3's runs are missing."""
+        return [self.variant_config(*variant) for variant in self._variants(static=True)]
+
+    def _variants(self, static: bool) -> list[tuple[str, str, bool]]:
+        """Encoder, target and in-batch of those rows of Table 3 whose target is static, or of the others."""
         return [
-            self.variant_config(e, target, in_batch)
+            (e, target, in_batch)
             for e in self.profile.encoders
             for target, in_batch in VARIANTS
-            if target == "static"
+            if (target == "static") == static
         ]
 
     def run_all(self) -> None:
@@ -236,15 +235,11 @@ class Reproduction(Runs):
 
     def _plan(self) -> Plan:
         rows = self.known_configs()
-        try:
-            rows += self.tuned_configs()
-        except StoreError:  # ε is not known before Figure 3 is
-            rows += [
-                self.comparison_config(encoder, target=0.0, in_batch=in_batch)
-                for encoder in self.profile.encoders
-                for target, in_batch in VARIANTS
-                if target == "static"
-            ]
+        for encoder, target, in_batch in self._variants(static=True):
+            try:
+                rows.append(self.variant_config(encoder, target, in_batch))
+            except StoreError:  # ε is not known before Figure 3 is
+                rows.append(self.comparison_config(encoder, target=0.0, in_batch=in_batch))
         frame = pd.DataFrame(
             {
                 "run_id": c.run_id,

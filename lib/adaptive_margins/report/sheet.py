@@ -53,7 +53,7 @@ th p, td p { margin: 0; }
 
 
 def collection_page(
-    collection: Collection, *, note: str = "", runs: Mapping[str, Run] | None = None
+    collection: Collection, *, note: str = "", runs: Mapping[str, Mapping[str, Any]] | None = None
 ) -> str:
     """The data sheet as an HTML page without scripts, fonts or files from elsewhere.
 
@@ -64,7 +64,7 @@ def collection_page(
     Args:
         collection: what is described; it may have no queries, no triples, and passages without text.
         note: plain text to stand below the first paragraph, e.g. how the queries were split.
-        runs: rankings that came with the collection, by name, to be listed.
+        runs: "runs" of `collection_facts`, to be listed.
     """
     relevant = pydocs.NEAR if is_pydocs(collection) else 1
     scored = _scored(collection)
@@ -82,7 +82,7 @@ def collection_page(
         collection, candidates, scores, scored=scored, relevant=relevant, place="page", note=note
     )
     if runs:
-        rows = run_rows({plain(n): found for n, found in _run_facts(collection, runs).items()})
+        rows = run_rows({plain(name): found for name, found in runs.items()})
         text += f"\n## Runs that came with it\n\n{markdown_table(RUN_COLUMNS, rows)}\n"
     title = f"Data sheet of {collection.name}"
     return (
@@ -133,12 +133,13 @@ def _run_facts(collection: Collection, runs: Mapping[str, Run]) -> dict[str, dic
     known = set(collection.passages.ids)
     facts = {}
     for name, run in runs.items():
-        of_set = {s: [qid for qid in q.ids if qid in run] for s, q in collection.queries.items()}
-        of = max(of_set, key=lambda s: len(of_set[s]), default=None)
-        judged = collection.qrels[of] if of and of_set[of] else {}
+        asked = {s: sum(q in run for q in texts.ids) for s, texts in collection.queries.items()}
+        most = max(asked, key=asked.__getitem__, default="")
+        of = most if asked.get(most) else None
+        judged = collection.qrels[of] if of else {}
         facts[name] = {
-            "set": of if of and of_set[of] else None,
-            "queries": len(of_set[of]) if of else 0,
+            "set": of,
+            "queries": asked.get(most, 0),
             "depth": max(map(len, run.values()), default=0),
             "unknown": sum(docid not in known for hits in run.values() for docid in hits),
             "nDCG@10": evaluate(judged, run, ["nDCG@10"]).mean["nDCG@10"] if judged else None,

@@ -108,7 +108,8 @@ _KINDS = ("training", "share", "encoding", "reranking", "peak memory", "a run", 
 
 
 def _kind(row: dict[str, Any]) -> int:
-    return next(i for i, kind in enumerate(_KINDS) if row["name"].startswith(kind))
+    kinds = (i for i, kind in enumerate(_KINDS) if row["name"].startswith(kind))
+    return next(kinds, len(_KINDS))
 
 
 def _ratios(setting: str, latest: list[dict[str, Any]]) -> list[str]:
@@ -130,12 +131,14 @@ def _ratios(setting: str, latest: list[dict[str, Any]]) -> list[str]:
 
 
 def _profile(rows: list[dict[str, Any]]) -> str:
+    spent = [r["seconds"] for r in rows]
+    totals = [sum(seconds.values()) for seconds in spent]
     lines = [
-        [group, *(f"{100 * r['seconds'][group] / sum(r['seconds'].values()):.0f}" for r in rows)]
-        for group in rows[0]["seconds"]
+        [group, *(f"{100 * s[group] / total:.0f}" for s, total in zip(spent, totals, strict=True))]
+        for group in spent[0]
     ]
-    total = ["**all, in seconds**", *(f"{sum(r['seconds'].values()):.2f}" for r in rows)]
-    return markdown_table(["Kind of work", *(r["setting"] for r in rows)], [*lines, total])
+    last = ["**all, in seconds**", *(f"{total:.2f}" for total in totals)]
+    return markdown_table(["Kind of work", *(r["setting"] for r in rows)], [*lines, last])
 
 
 def _curves(rows: list[dict[str, Any]]) -> str:
