@@ -17,7 +17,7 @@ import adaptive_margins
 
 PACKAGE = Path(adaptive_margins.__file__).parent
 ORDER = [
-    "losses", "profiles", "progress", "files", "data", "encoders", "retrieval", "evaluation", "supplied", "dense", "training",
+    "errors", "losses", "profiles", "progress", "files", "data", "encoders", "retrieval", "evaluation", "supplied", "dense", "training",
     "onnx", "modelcard", "finetuning", "store", "resources", "costs", "execution", "experiments", "differences",
     "report", "cli_corpus", "cli",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adaptive_margins import cli_corpus, progress
+from adaptive_margins.errors import AdaptiveMarginsError
 
 if TYPE_CHECKING:
     from adaptive_margins.experiments import Reproduction
@@ -124,7 +125,7 @@ def main() -> None:
         raise SystemExit(130) from None
     except Exception as error:
         message = str(error)
-        if not type(error).__module__.startswith("adaptive_margins."):
+        if not isinstance(error, AdaptiveMarginsError):
             if not isinstance(error, OSError):
                 raise
             if error.filename is not None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers.utils import cached_file
 
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.data import msmarco
 from adaptive_margins.data.arrow import COLUMNS
 from adaptive_margins.encoders import (
@@ -40,7 +41,7 @@ _KMEANS_ITERATIONS = 10  # FAISS's number for the lists of an IVF index
 _RUN_LINE = 12  # bytes of a hit in a gzipped run file
 
 
-class PlanError(RuntimeError):
+class PlanError(AdaptiveMarginsError, RuntimeError):
     """A plan that lacks a number; the message says which, and where to state it."""
 
 

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import whole_file, write_text
 from adaptive_margins.profiles import EncoderSettings
 from adaptive_margins.progress import Countdown, say
@@ -48,7 +49,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class EncoderError(RuntimeError):
+class EncoderError(AdaptiveMarginsError, RuntimeError):
     """Weights or files that are missing, not the expected ones, or cannot be written or used as asked."""
 
 

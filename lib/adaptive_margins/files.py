@@ -15,10 +15,12 @@ from typing import Any
 
 import psutil
 
+from adaptive_margins.errors import AdaptiveMarginsError
+
 HOME_VARIABLE = "ADAPTIVE_MARGINS_HOME"
 
 
-class WriteError(OSError):
+class WriteError(AdaptiveMarginsError, OSError):
     """A file that could not be written; the message names it and says why."""
 
 

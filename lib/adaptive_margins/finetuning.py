@@ -29,6 +29,7 @@ import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins import __version__
 from adaptive_margins.data.arrow import COLUMNS, seeded_order
 from adaptive_margins.data.collection import (
@@ -77,7 +78,7 @@ _COMPARISONS = (("trained", "start"), ("trained", "bm25"), ("hybrid", "trained")
 _TENSORBOARD = "tensorboard"
 
 
-class FinetuneError(ValueError):
+class FinetuneError(AdaptiveMarginsError, ValueError):
     """Fine-tuning that cannot begin, or whose result cannot be written or read; the message says what was expected."""
 
 

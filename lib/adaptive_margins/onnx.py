@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.encoders import open_encoder, packs, save_encoder
 from adaptive_margins.files import whole_folder
 
@@ -27,7 +28,7 @@ _TRACED = ["a passage", "a somewhat longer passage than that"]
 _CHECKED = ["one", "What is a margin?", "A passage of " + 40 * "many " + "words."]
 
 
-class OnnxError(RuntimeError):
+class OnnxError(AdaptiveMarginsError, RuntimeError):
     """A package that is missing, a place that is taken, or a model that cannot be exported as it is."""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 from safetensors import SafetensorError
 
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.data.collection import Run
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.files import HOME_VARIABLE as HOME_VARIABLE
@@ -21,7 +22,7 @@ from adaptive_margins.retrieval import read_run, write_run
 from adaptive_margins.training import RunConfig, TrainingResult
 
 
-class StoreError(RuntimeError):
+class StoreError(AdaptiveMarginsError, RuntimeError):
     """An artefact that is missing, damaged, or cannot be written; the message names the file and what to do."""
 
 

@@ -30,6 +30,7 @@ from torch.nn.functional import normalize
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.data.arrow import COLUMNS, SeededBatches
 from adaptive_margins.encoders import (
     Precision,
@@ -51,7 +52,7 @@ REPORTERS = ("tensorboard", "wandb", "mlflow", "trackio")
 """Integrations of the trainer that `train` reports to; each is also the name of its package."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(AdaptiveMarginsError, RuntimeError):
     """Training that cannot go on.
 
     A loss that is not finite, too few triples, a checkpoint that cannot be written, nothing to report to.

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import whole_folder
 
 Qrels = dict[str, dict[str, int]]
@@ -24,7 +25,7 @@ _SHOWN = 20  # malformed lines listed in one error
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 
 
-class DataError(ValueError):
+class DataError(AdaptiveMarginsError, ValueError):
     """Malformed data. The message lists every problem as ``file:line: what`` (at most 20)."""
 
 

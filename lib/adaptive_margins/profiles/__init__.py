@@ -21,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from adaptive_margins.errors import AdaptiveMarginsError
+
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Pooling = Literal["mean", "cls", "cls+linear", "cls+pooler"]
@@ -44,7 +46,7 @@ LearningRate = Annotated[float | str, BeforeValidator(_rate)]
 """A number, or a text such as "5e-6/B": divided by the run's batch size."""
 
 
-class ProfileError(ValueError):
+class ProfileError(AdaptiveMarginsError, ValueError):
     """A profile that cannot be used; the message names the file, the key, the value and what is allowed."""
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import pandas as pd
 
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins import store
 from adaptive_margins.files import read_object, write_text
 from adaptive_margins.profiles import Profile, load_profile
@@ -48,7 +49,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _UNFINISHED = ("*.running.ipynb", "*.failed.ipynb")
 
 
-class BuildError(RuntimeError):
+class BuildError(AdaptiveMarginsError, RuntimeError):
     """The book was not built; the message says at which notebook or page, and what to look at."""
 
 

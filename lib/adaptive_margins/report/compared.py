@@ -10,6 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.data.collection import Problems, Qrels, Run, add_judgement, read_columns
 from adaptive_margins.evaluation import Comparison, compare, named
 from adaptive_margins.report.text import aligned
@@ -23,7 +24,7 @@ ALPHA = 0.05
 _BEIR_HEADER = [b"query-id", b"corpus-id", b"score"]
 
 
-class ComparisonError(ValueError):
+class ComparisonError(AdaptiveMarginsError, ValueError):
     """Runs that cannot be compared; the message says which, and why."""
 
 

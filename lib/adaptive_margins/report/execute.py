@@ -23,6 +23,8 @@ from typing import Any
 import nbformat
 import papermill
 
+from adaptive_margins.errors import AdaptiveMarginsError
+
 START_TIMEOUT = 300
 """Seconds a kernel may take to start; on a busy machine importing torch alone takes ten."""
 
@@ -31,7 +33,7 @@ _WIDGET = "application/vnd.jupyter.widget-view+json"
 _KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 
 
-class NotebookError(RuntimeError):
+class NotebookError(AdaptiveMarginsError, RuntimeError):
     """A notebook that cannot be executed, or failed; the message names it and the copy kept."""
 
 
