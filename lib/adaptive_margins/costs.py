@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from transformers.utils import cached_file
 
-from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.data import msmarco
 from adaptive_margins.data.arrow import COLUMNS
 from adaptive_margins.encoders import (
@@ -28,6 +27,7 @@ from adaptive_margins.encoders import (
     tokenize,
     weights_folder,
 )
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import folder_bytes
 from adaptive_margins.losses import margin_loss
 from adaptive_margins.profiles import EncoderSettings, IrDatasetsSettings

@@ -29,7 +29,6 @@ import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 
-from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins import __version__
 from adaptive_margins.data.arrow import COLUMNS, seeded_order
 from adaptive_margins.data.collection import (
@@ -62,6 +61,7 @@ from adaptive_margins.encoders import (
     save_encoder,
     tokenize,
 )
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation import Evaluation, evaluate, named, superiority
 from adaptive_margins.files import whole_file, whole_folder
 from adaptive_margins.losses import MarginLoss

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.encoders import open_encoder, packs, save_encoder
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import whole_folder
 
 TOLERANCE = 1e-4

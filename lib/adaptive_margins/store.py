@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 from safetensors import SafetensorError
 
-from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.data.collection import Run
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.files import HOME_VARIABLE as HOME_VARIABLE
 from adaptive_margins.files import home as home

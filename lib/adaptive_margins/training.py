@@ -30,7 +30,6 @@ from torch.nn.functional import normalize
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
-from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.data.arrow import COLUMNS, SeededBatches
 from adaptive_margins.encoders import (
     Precision,
@@ -40,6 +39,7 @@ from adaptive_margins.encoders import (
     packs,
     quiet,
 )
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.losses import margin_loss
 

@@ -27,8 +27,8 @@ from typing import Any
 
 import pandas as pd
 
-from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins import store
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import read_object, write_text
 from adaptive_margins.profiles import Profile, load_profile
 from adaptive_margins.progress import clock, say

@@ -10,8 +10,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.data.collection import Problems, Qrels, Run, add_judgement, read_columns
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation import Comparison, compare, named
 from adaptive_margins.report.text import aligned
 from adaptive_margins.supplied import score
