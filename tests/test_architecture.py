@@ -22,7 +22,7 @@ ORDER = [
     "execution", "experiments", "differences", "report", "cli_corpus", "cli",
 ]  # fmt: skip
 DATA = [
-    "collection", "arrow", "triples", "mining", "pseudo", "pydocs", "msmarco", "folder", "sources",
+    "words", "collection", "arrow", "triples", "mining", "pseudo", "pydocs", "msmarco", "folder", "sources",
 ]  # fmt: skip
 
 

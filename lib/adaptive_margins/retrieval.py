@@ -24,6 +24,7 @@ import numpy as np
 import Stemmer
 
 from adaptive_margins.data.collection import DataError, Problems, Run, Texts
+from adaptive_margins.data.words import terms, without_spaces
 from adaptive_margins.files import whole_file
 from adaptive_margins.progress import Countdown
 
@@ -62,10 +63,11 @@ def top(scores: Mapping[str, float], depth: int | None = None) -> list[tuple[str
 class BM25:
     """BM25 in Lucene's variant (bm25s), with English stop words and the English Snowball stemmer.
 
-    ``k1`` and ``b`` default to Anserini's values for MS MARCO, which the official candidates of
-    the paper's Section 4 were made with. While the index is built, a passage's terms are held as
-    numbers of 4 bytes, texts only 65,536 at a time; a posting (a term of a passage) takes 27 bytes
-    then, and 8 afterwards.
+    Terms are words of two characters or more, and character bigrams of text in scripts without
+    spaces (`terms`), which ``bigram_passages`` of the passages have. ``k1`` and ``b`` default to
+    Anserini's values for MS MARCO, which the official candidates of the paper's Section 4 were
+    made with. While the index is built, a passage's terms are held as numbers of 4 bytes, texts
+    only 65,536 at a time; a posting (a term of a passage) takes 27 bytes then, and 8 afterwards.
 
     Raises:
         ValueError: there are no passages.
@@ -76,19 +78,21 @@ class BM25:
             raise ValueError("BM25 needs at least one passage, got none")
         self._passages = passages
         self._tokenizer = bm25s.tokenization.Tokenizer(
-            stopwords="en", stemmer=Stemmer.Stemmer("english")
+            splitter=terms, stopwords="en", stemmer=Stemmer.Stemmer("english")
         )
         self._index = bm25s.BM25(method="lucene", k1=k1, b=b, backend="numpy", csc_backend="scipy")
-        terms = _Terms()
+        found = _Terms()
+        self.bigram_passages = 0
         countdown = Countdown("BM25: reading passages", len(passages), "passages")
         for start in range(0, len(passages), _TEXTS):
             countdown.update(start)
             some = passages.texts[start : start + _TEXTS]
+            self.bigram_passages += sum(map(without_spaces, some))
             for ids in self._tokenizer.streaming_tokenize(some, allow_empty=False):
-                terms.append(ids)
+                found.append(ids)
         self._vocabulary = self._tokenizer.get_vocab_dict()
         if self._vocabulary:
-            corpus = bm25s.tokenization.Tokenized(terms, self._vocabulary)
+            corpus = bm25s.tokenization.Tokenized(found, self._vocabulary)
             self._index.index(corpus, create_empty_token=False, show_progress=False)
 
     def _scores(self, query: str) -> np.ndarray:
@@ -129,6 +133,18 @@ class BM25:
             found = scores[rows].tolist() if len(scores) else [0.0] * len(rows)
             run[qid] = dict(top(dict(zip(hits, found, strict=True))))
         return run
+
+
+def without_hits(run: Run) -> int:
+    """Return how many queries of BM25's run have no hit, and warn if there are any."""
+    if count := sum(not hits for hits in run.values()):
+        which = next(qid for qid, hits in run.items() if not hits)
+        warnings.warn(
+            f"BM25 finds nothing for {count:,} of {len(run):,} queries, {which!r} among them: no passage"
+            " has any of their terms (words of two characters or more, without English stop words)",
+            stacklevel=2,
+        )
+    return count
 
 
 class _Terms:
