@@ -23,6 +23,7 @@ from adaptive_margins import finetuning, training
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.finetuning import RUNS, Finetuned, FinetuneError, Settings, finetune, verdict
+from adaptive_margins.report import own
 from adaptive_margins.training import TrainingError, newest_checkpoint
 from conftest import SPECIAL, in_child, kill_in, write_tokenizer
 
@@ -108,7 +109,7 @@ def test_report_has_what_scripts_rely_on(helped):
     report = helped.done.report
     assert report.keys() == {
         "model_dir", "collection", "encoder", "target", "seed", "triples", "settings", "kept", "best_step", "stop_step",
-        "validation", "measures", "comparisons", "verdict", "seconds", "versions",
+        "validation", "measures", "comparisons", "bm25", "verdict", "seconds", "versions",
     }  # fmt: skip
     assert report["model_dir"] == str(helped.done.folder)
     assert report["collection"].keys() == {"name", "source", "fingerprint", "passages", "sets", "split", "pseudo"}  # fmt: skip
@@ -431,3 +432,42 @@ def test_numbers_have_three_digits():
     numbers = [finetuning._number(x) for x in (0.4123, -0.0036, 1.0, 0.0, -0.0001)]
     assert numbers == [".412", "−.004", "1.000", ".000", ".000"]
     assert finetuning._number(0.0271, sign=True) == "+.027"
+
+
+def test_where_bm25_finds_nothing_for_most_queries_no_verdict_rests_on_it(tmp_path, encoder):
+    collection = collection_of(train_on_chance=False)
+    test = collection.queries["test"]
+    asked = ["C++" if row < 41 else text for row, text in enumerate(test.texts)]
+    queries = {**collection.queries, "test": Texts(test.ids, asked)}
+    source = saved(dataclasses.replace(collection, queries=queries), tmp_path / "source")
+    few = dataclasses.replace(SETTINGS, triples=32)
+    with pytest.warns(UserWarning, match="41 of 80 queries, 'test0'"):
+        done = finetune(source, tmp_path / "done", model=encoder, settings=few, device="cpu")
+    assert done.report["bm25"] == {"queries": 80, "without_hits": 41, "bigram_passages": 0}
+    verdicts = {pair: found["verdict"] for pair, found in done.report["comparisons"].items()}
+    assert verdicts["trained vs bm25"] == verdicts["hybrid vs trained"] == "withheld"
+    assert verdicts["trained vs start"] in ("equivalent", "better", "worse", "undecided")
+    means = done.report["measures"]
+    found = done.report["comparisons"]["trained vs bm25"]
+    difference = means["trained"]["nDCG@10"] - means["bm25"]["nDCG@10"]
+    assert found["difference"] == pytest.approx(difference)
+    assert found["ci"] is found["p_t"] is found["p_tost"] is None
+    assert "better than BM25" not in done.report["verdict"]
+    card = (tmp_path / "done" / "README.md").read_text("utf-8")
+    for text in (done.report["verdict"], card):
+        assert "nothing for 41 of 80 test queries" in text and "not compared with BM25" in text
+    rows = own.comparisons(done)
+    assert {r["verdict"] for r in rows if r["b"] == "bm25"} == {"withheld"}
+    assert "withheld" in own.comparison_table(done, rows)
+
+
+def test_half_of_the_queries_without_hits_are_told_and_compared(helped):
+    report = {
+        **helped.done.report,
+        "bm25": {"queries": 80, "without_hits": 40, "bigram_passages": 7},
+    }
+    said = verdict(report)
+    assert "nothing for 40 of 80" in said and "7 of 120 passages" in said
+    assert "not compared" not in said
+    assert helped.done.report["bm25"] == {"queries": 80, "without_hits": 0, "bigram_passages": 0}
+    assert "nothing for" not in verdict(helped.done.report)

@@ -182,6 +182,7 @@ def test_the_facts_are_those_of_the_page() -> None:
         "sources": {"layout": "TREC"},
         "passages": 4,
         "empty_passages": 1,
+        "bigram_passages": 0,
         "words": {"mean": np.mean(words), "median": np.median(words), "max": max(words)},
         "sets": {
             "train": {"queries": 2, "judged": 1, "judgements": 1, "grades": {"1": 1}},
@@ -224,3 +225,20 @@ def test_the_book_keeps_its_own_level_and_words() -> None:
     text = datasheet(small(), {}, {})
     assert "when this book is built" in text and "passages of grade ≥ 2" in text
     assert "{cite:t}`gebru2021`" in text
+
+
+def test_text_without_spaces_and_queries_without_hits_are_told() -> None:
+    one = small(
+        passages=Texts(["d1", "d2", "d3", "d4"], ["企鹅生活在南极", "a flow", "", "ペンギン and flow"]),
+        queries={"test": Texts(["q1", "q2"], ["企鹅吃什么", "C++"])},
+        qrels={"test": {"q1": {"d1": 1}, "q2": {"d2": 1}}},
+        triples=[],
+    )  # fmt: skip
+    soup = shown(one)
+    assert cells(soup, "with a relevant candidate")["test"]["nDCG@10"] == "0.500"
+    text = " ".join(soup.get_text().split())
+    assert "2 of 4 passages" in text and "nothing for 1 of 2 queries of test" in text
+    facts = collection_facts(one)
+    assert facts["bigram_passages"] == 2 and "2 passages" in facts_text(facts)
+    assert "bigrams" not in facts_text(collection_facts(small()))
+    assert "bigrams" not in shown(small()).get_text()

@@ -203,7 +203,7 @@ def _evaluated(
     from adaptive_margins.data.sources import open_collection
     from adaptive_margins.dense import DenseRetriever
     from adaptive_margins.encoders import default_device, encoder_identity, open_encoder
-    from adaptive_margins.retrieval import BM25, read_run, top, write_run
+    from adaptive_margins.retrieval import BM25, read_run, top, without_hits, write_run
     from adaptive_margins.supplied import score
 
     collection = open_collection(path)
@@ -232,6 +232,7 @@ def _evaluated(
         if candidates is None:
             assert depth
             candidates = BM25(collection.passages).search(queries, depth)
+            without_hits({qid: hits for qid, hits in candidates.items() if qid in qrels})
         else:
             candidates = {
                 qid: dict(top(hits, depth)) for qid, hits in candidates.items() if qid in queries

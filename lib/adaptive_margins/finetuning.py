@@ -67,7 +67,7 @@ from adaptive_margins.files import whole_file, whole_folder
 from adaptive_margins.losses import MarginLoss
 from adaptive_margins.modelcard import model_card
 from adaptive_margins.progress import clock, say
-from adaptive_margins.retrieval import BM25, read_run, top, write_run
+from adaptive_margins.retrieval import BM25, read_run, top, without_hits, write_run
 from adaptive_margins.training import RunConfig, TrainingResult, check_reporters, train
 
 SELECTION = "nDCG@10"
@@ -250,6 +250,12 @@ def finetune(
         depth = max(100, *(ir_measures.parse_measure(m).params.get("cutoff", 0) for m in measures))
         bm25 = BM25(collection.passages)
         runs = {"start": start.search(test, depth), "bm25": bm25.search(test, depth)}
+        judged = {qid: runs["bm25"][qid] for qid in collection.qrels["test"]}
+        bm25_facts = {
+            "queries": len(judged),
+            "without_hits": without_hits(judged),
+            "bigram_passages": bm25.bigram_passages,
+        }
         rankings = [system.search(validating, 100) for system in (bm25, start)]
     with clocks.stage("triples", "choosing triples"):
         miner = bm25 if negatives == "bm25" else start
@@ -304,6 +310,7 @@ def finetune(
             runs["trained"] = runs["start"]
         runs["hybrid"] = hybrid(runs["trained"], runs["bm25"], depth=depth)
     evaluations = {name: evaluate(collection.qrels["test"], runs[name], measures) for name in RUNS}
+    withheld = 2 * bm25_facts["without_hits"] > bm25_facts["queries"]
 
     report: dict[str, Any] = {
         "model_dir": str(output),
@@ -335,6 +342,7 @@ def finetune(
             "device": device,
             "depth": depth,
         },
+        "bm25": bm25_facts,
         "kept": "trained" if improved else "start",
         "best_step": result.best_step,
         "stop_step": result.stop_step,
@@ -348,7 +356,9 @@ def finetune(
         },
         "measures": {name: evaluation.mean for name, evaluation in evaluations.items()},
         "comparisons": {
-            f"{a} vs {b}": _compared(evaluations[a], evaluations[b], measures[0])
+            f"{a} vs {b}": _compared(
+                evaluations[a], evaluations[b], measures[0], withheld and "start" not in (a, b)
+            )
             for a, b in _COMPARISONS
         },
     }
@@ -404,6 +414,18 @@ def verdict(report: Mapping[str, Any]) -> str:
         sentences.append(
             "All queries are pseudo-queries made from the passages: this says less than real queries would"
         )
+    bm25 = report["bm25"]
+    if bm25["without_hits"]:
+        withheld = compared["trained vs bm25"]["verdict"] == "withheld"
+        sentences.append(
+            f"BM25 finds nothing for {bm25['without_hits']:,} of {bm25['queries']:,} test queries"
+            + (", so nothing is concluded from it" if withheld else "")
+        )
+    if bm25["bigram_passages"]:
+        sentences.append(
+            f"{bm25['bigram_passages']:,} of {report['collection']['passages']:,} passages have text"
+            " without spaces between words, which BM25 splits into character bigrams"
+        )
     n = compared["trained vs start"]["n"]
     sentences.append(f"Intervals are of 95 %, over {n} test queries")
     return ". ".join(sentences) + "."
@@ -421,6 +443,7 @@ def _in_words(one: str, other: str, compared: Mapping[str, Any], a: float, b: fl
         "equivalent": f"{one} is equivalent to {other} within ±{_number(compared['margin'] or 0)}",
         "undecided": f"whether {one} is better or worse than {other} is undecided",
         "too few queries": f"there are too few queries to compare {one} with {other}",
+        "withheld": f"{one} is not compared with {other}",
     }[compared["verdict"]]
     return f"{words[0].upper()}{words[1:]}: {numbers}"
 
@@ -688,13 +711,15 @@ def _gain(result: TrainingResult) -> tuple[float, float]:
     return float(differences.mean()), float(error)
 
 
-def _compared(a: Evaluation, b: Evaluation, measure: str) -> dict[str, Any]:
-    """`superiority` by a measure; without numbers if there are too few queries for a test."""
+def _compared(
+    a: Evaluation, b: Evaluation, measure: str, withheld: bool = False
+) -> dict[str, Any]:
+    """`superiority` by a measure; without a test if there are too few queries, or it is withheld."""
     x, y = a.per_query[measure], b.per_query[measure]
-    if len(x) < 2:
+    if len(x) < 2 or withheld:
         return {
             "measure": measure, "n": len(x), "difference": a.mean[measure] - b.mean[measure], "ci": None, "p_t": None,
-            "p_tost": None, "margin": None, "verdict": "too few queries",
+            "p_tost": None, "margin": None, "verdict": "withheld" if withheld else "too few queries",
         }  # fmt: skip
     return {"measure": measure, **dataclasses.asdict(superiority(x, y))}
 

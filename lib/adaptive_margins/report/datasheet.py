@@ -13,6 +13,7 @@ import numpy as np
 
 from adaptive_margins.data import pydocs
 from adaptive_margins.data.collection import Collection, Qrels, Run
+from adaptive_margins.data.words import without_spaces
 from adaptive_margins.report.marks import measure_label
 from adaptive_margins.report.show import evenly
 from adaptive_margins.report.tables import shorten
@@ -360,6 +361,17 @@ def _bm25(
         if official
         else "Candidates come from BM25 {cite:p}`robertson2009,lu2024bm25s` in Lucene's variant, with"
         " English stop words and stemming."
+    )
+    if bigrams := sum(map(without_spaces, collection.passages.texts)):
+        origin += (
+            f" {bigrams:,} of {len(collection.passages):,} passages have text in scripts without spaces"
+            " between words, which BM25 splits into character bigrams."
+        )
+    nothing = {name: sum(not hits for hits in run.values()) for name, run in candidates.items()}
+    origin += "".join(
+        f" BM25 finds nothing for {count:,} of {len(candidates[name]):,} queries of {plain(name)}."
+        for name, count in nothing.items()
+        if count and not official
     )
     some = f" They are of {' and '.join(partly)}, at even distances." if partly else ""
     return (

@@ -251,19 +251,20 @@ def _kept(report: Mapping[str, Any]) -> str:
 def comparisons(done: Finetuned) -> list[dict[str, Any]]:
     """The pairs that the report compares, in every measure: measure, a, b, and the fields of `Comparison`.
 
-    With fewer than two queries there is no test: its numbers are NaN, and the verdict is "too few queries".
+    With fewer than two queries there is no test: its numbers are NaN, and the verdict is "too few queries"; likewise where
+    the report withholds the comparison with BM25.
     """
     rows = []
     for measure in done.report["measures"]["start"]:
         values = done.per_query(measure).set_index("qid")
         for pair in done.report["comparisons"]:
             a, b = pair.split(" vs ")
-            if len(values) < _FEWEST:
+            withheld = done.report["comparisons"][pair]["verdict"] == "withheld"
+            if len(values) < _FEWEST or withheld:
                 mean = float((values[a] - values[b]).mean())
                 none = math.nan
-                found = Comparison(
-                    len(values), mean, (none, none), none, none, none, "too few queries"
-                )
+                why = "withheld" if withheld else "too few queries"
+                found = Comparison(len(values), mean, (none, none), none, none, none, why)
             else:
                 found = superiority(values[a].to_dict(), values[b].to_dict())
             rows.append({"measure": measure, "a": a, "b": b, **asdict(found)})

@@ -12,6 +12,7 @@ import numpy as np
 
 from adaptive_margins.data import pydocs
 from adaptive_margins.data.collection import Collection, Qrels, Run, Texts
+from adaptive_margins.data.words import without_spaces
 from adaptive_margins.evaluation import evaluate
 from adaptive_margins.report.datasheet import datasheet, is_pydocs, plain
 from adaptive_margins.report.show import evenly, markdown_table
@@ -98,7 +99,8 @@ def collection_facts(
 ) -> dict[str, Any]:
     """What the data sheet says in numbers, ready for JSON.
 
-    ``name``, ``fingerprint``, ``sources``; ``passages``, ``empty_passages``; ``words`` of a passage (separated by white
+    ``name``, ``fingerprint``, ``sources``; ``passages``, ``empty_passages``, ``bigram_passages`` (with
+    text without spaces between words, which BM25 splits into character bigrams); ``words`` of a passage (separated by white
     space): ``mean``, ``median``, ``max``; ``sets``: name → ``queries``, ``judged`` (queries), ``judgements``, ``grades``
     (grade as text, from high to low → number); ``triples``; ``runs`` (those given, by name): ``set`` that most of its
     queries are of, ``queries`` of that set, ``depth`` (most hits of a query), ``unknown`` (hits that the collection has no
@@ -122,6 +124,7 @@ def collection_facts(
         "sources": dict(collection.sources),
         "passages": len(collection.passages),
         "empty_passages": int((words == 0).sum()) if len(collection.passages) else 0,
+        "bigram_passages": sum(map(without_spaces, collection.passages.texts)),
         "words": {"mean": mean, "median": median, "max": int(words.max())},
         "sets": sets,
         "triples": len(collection.triples),
@@ -159,6 +162,11 @@ def facts_text(facts: dict[str, Any]) -> str:
         *([what, source] for what, source in sorted(facts["sources"].items())),
         ["Passages", passages],
         ["Words of a passage", f"mean {words['mean']:.1f}, median {words['median']:g}, most {words['max']:,}"],
+        *(
+            [["Without spaces", f"{bigrams:,} passages; BM25 splits their text into character bigrams"]]
+            if (bigrams := facts["bigram_passages"])
+            else []
+        ),
         ["Triples", f"{facts['triples']:,}"],
     ]  # fmt: skip
     text = aligned(lines, left=2)
