@@ -711,9 +711,7 @@ def _gain(result: TrainingResult) -> tuple[float, float]:
     return float(differences.mean()), float(error)
 
 
-def _compared(
-    a: Evaluation, b: Evaluation, measure: str, withheld: bool = False
-) -> dict[str, Any]:
+def _compared(a: Evaluation, b: Evaluation, measure: str, withheld: bool = False) -> dict[str, Any]:
     """`superiority` by a measure; without a test if there are too few queries, or it is withheld."""
     x, y = a.per_query[measure], b.per_query[measure]
     if len(x) < 2 or withheld:
