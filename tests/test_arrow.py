@@ -19,7 +19,8 @@ from adaptive_margins.data.arrow import (
     write_texts,
     write_triples,
 )
-from adaptive_margins.data.collection import DataError, Texts
+from adaptive_margins.data.collection import Texts
+from adaptive_margins.data.text import DataError
 
 
 @pytest.fixture(autouse=True)

@@ -19,10 +19,11 @@ from adaptive_margins import cli, finetuning, onnx, progress
 from adaptive_margins.data import sources
 from adaptive_margins.data.folder import read_folder
 from adaptive_margins.data.sources import split_queries
+from adaptive_margins.data.trec import read_qrels, read_run, top, write_run
 from adaptive_margins.encoders import open_encoder
 from adaptive_margins.evaluation import Evaluation, evaluate
-from adaptive_margins.report.compared import compare_runs, read_qrels
-from adaptive_margins.retrieval import BM25, read_run, top, write_run
+from adaptive_margins.report.compared import compare_runs
+from adaptive_margins.retrieval import BM25
 from adaptive_margins.store import Store
 from conftest import WORDS, run_config
 
@@ -125,14 +126,14 @@ def test_interrupted(call, monkeypatch, corpus):
 @pytest.mark.parametrize("json_too", [[], ["--json"]])
 def test_errors_are_one_line(call, two_runs, tmp_path, json_too):
     missing, locked = tmp_path / "none.run", tmp_path / "bad.run"
-    for path, message in ((missing, "No such file or directory"), (tmp_path, "Is a directory")):
+    for path, message in ((missing, "file not found"), (tmp_path, "is a folder; expected a file")):
         code, out, err = call("compare", "--qrels", two_runs / "qrels.txt", locked, path, *json_too)
         assert (code, out, err) == (1, "", f"adaptive-margins: {path}: {message}\n")
     locked.write_text("q1 Q0 d1 1 high x\n")
     code, out, err = call("compare", "--qrels", two_runs / "qrels.txt", locked, locked, *json_too)
     assert (code, out) == (1, "")
-    assert err.startswith("adaptive-margins: malformed data\n")
-    assert f"{locked}:1: score 'high' is not a finite number" in err
+    assert err.startswith(f"adaptive-margins: {locked}:1: score 'high' is not a finite number")
+    assert err.count("\n") == 1
     code, out, err = call("evaluate", tmp_path / "none", "--model", "minilm", *json_too)
     assert (code, out) == (1, "")
     assert err.startswith(f"adaptive-margins: there is no collection '{tmp_path}/none'")
@@ -254,7 +255,7 @@ def test_compare_in_a_process_of_its_own(two_runs, tmp_path):
         check=False,
     )
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "adaptive-margins: none.run: No such file or directory\n"
+    assert done.stderr == "adaptive-margins: none.run: file not found\n"
 
 
 # ---- evaluate ------------------------------------------------------------------------------------------------------

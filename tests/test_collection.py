@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_margins.data.collection import Collection, DataError, Texts
+from adaptive_margins.data.collection import Collection, Texts
+from adaptive_margins.data.text import DataError
 
 
 def small() -> Collection:
@@ -121,6 +122,11 @@ def test_an_id_that_a_line_cannot_hold_is_not_saved(tmp_path: Path, identifier: 
         ({"qrels": {"train": {"q2": {}}, "test1": {}}}, "unknown query 'q2'"),
         ({"qrels": {"train": {"q1": {"d9": 1}}, "test1": {}}}, "unknown passage 'd9'"),
         ({"qrels": {"train": {"q1": {"d1": 1.5}}, "test1": {}}}, "must be an integer, not 1.5"),
+        ({"qrels": {"train": {"q1": {"d1": 1001}}, "test1": {}}}, "within ±1,000, not 1001"),
+        (
+            {"qrels": {"train": {"q1": {"d1": -(10**9)}}, "test1": {}}},
+            "within ±1,000, not -1000000000",
+        ),
         ({"qrels": {"train": {"q1": {"d1": True}}, "test1": {}}}, "must be an integer, not True"),
         ({"triples": [("q2", "d1", "d2")]}, "'q2', which is not in the set 'train'"),
         ({"triples": [("q1", "d1", "d9")]}, "unknown passage 'd9'"),
@@ -144,8 +150,8 @@ def test_inconsistent_parts_are_refused(changes: dict, message: str) -> None:
         ("qrels.train.txt", b"q1 0 d1 3\nq1 0 d9 1\n", "qrels.train.txt:2: unknown passage 'd9'"),
         ("qrels.train.txt", b"q2 0 d1 3\n", "qrels.train.txt:1: unknown query 'q2'"),
         ("qrels.train.txt", b"q1 0 d1 2.5\n", "qrels.train.txt:1: grade '2.5' is not an integer"),
-        ("qrels.train.txt", b"q1 0 d1\n", "qrels.train.txt:1: 4 white-space separated columns expected, 3"),
-        ("qrels.train.txt", b"q1 0 d1 1\nq1 0 d1 2\n", "qrels.train.txt:2: q1 judges d1 twice"),
+        ("qrels.train.txt", b"q1 0 d1\n", "qrels.train.txt:1: 4 columns expected .* found 3"),
+        ("qrels.train.txt", b"q1 0 d1 1\nq1 0 d1 2\n", "qrels.train.txt:2: 'q1' judges 'd1' twice"),
         ("triples.tsv", b"q2\td1\td2\n", "triples.tsv:1: 'q2' is not a training query"),
         ("triples.tsv", b"q1\td1\td9\n", "triples.tsv:1: unknown passage 'd9'"),
         ("sources.json", b"{", "sources.json: not valid JSON"),
@@ -170,15 +176,18 @@ def test_missing_files_are_named(saved: Path, name: str) -> None:
         Collection.load(saved)
 
 
-def test_all_problems_are_reported_at_once_but_at_most_twenty(saved: Path) -> None:
+def test_all_problems_are_reported_at_once_but_each_kind_once(saved: Path) -> None:
     (saved / "qrels.train.txt").write_text("".join(f"q1 0 x{i} 1\n" for i in range(15)))
     (saved / "queries.test1.tsv").write_text("".join("q2\n" for _ in range(10)))
     with pytest.raises(DataError) as error:
         Collection.load(saved)
     lines = str(error.value).splitlines()
-    assert len(lines) == 22
-    assert lines[1].endswith("queries.test1.tsv:1: 2 tab-separated columns expected, 1 found")
-    assert lines[-1].strip() == "… and 6 more"  # the judgement of q2 is the 26th
+    found = [line.strip().replace(f"{saved}/", "") for line in lines[1:]]
+    assert found == [
+        "queries.test1.tsv:1: 2 tab-separated columns expected, 1 found (and 9 more lines like it)",
+        "qrels.test1.txt:1: unknown query 'q2'",
+        "qrels.train.txt:1: unknown passage 'x0' (and 14 more lines like it)",
+    ]
 
 
 def test_a_changed_text_does_not_fit_the_fingerprint(saved: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from adaptive_margins import dense, encoders, retrieval
-from adaptive_margins.data.collection import DataError, Texts
+from adaptive_margins.data.collection import Texts
+from adaptive_margins.data.text import DataError
 from adaptive_margins.dense import QUERY_LENGTH, DenseIndex, DenseRetriever, hybrid
 from adaptive_margins.encoders import EncoderError, encoder_identity, open_encoder, weights_folder
 from adaptive_margins.files import WriteError

@@ -18,7 +18,7 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
-from adaptive_margins import retrieval
+from adaptive_margins.data.trec import top, write_run
 from adaptive_margins.encoders import open_encoder, packs, save_encoder
 from adaptive_margins.evaluation import evaluate
 from adaptive_margins.losses import CachedMarginLoss, MarginLoss
@@ -165,7 +165,7 @@ def ranked(tmp_path_factory):
         for qid in ("q0", "q1", "q2", "q3", "q4", "q9")
     }
     path = tmp_path_factory.mktemp("runs") / "dense.run"
-    retrieval.write_run(run, path, "dense")
+    write_run(run, path, "dense")
     return qrels, run, path
 
 
@@ -188,7 +188,7 @@ def test_runs_load_in_ir_measures(ranked):
     qrels, run, path = ranked
     read = list(ir_measures.read_trec_run(str(path)))
     assert [(r.query_id, r.doc_id) for r in read] == [
-        (qid, docid) for qid in sorted(run) for docid, _ in retrieval.top(run[qid])
+        (qid, docid) for qid in sorted(run) for docid, _ in top(run[qid])
     ]
     found = ir_measures.iter_calc([ir_measures.nDCG @ 10], qrels, read)
     expected = evaluate(qrels, run, ["nDCG@10"]).per_query["nDCG@10"]

@@ -6,18 +6,19 @@ import gzip
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from adaptive_margins.data.collection import Collection, DataError, Texts
+from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.folder import (
-    MAX_LINE,
     read_dataset,
     read_folder,
     read_titles,
     run_files,
 )
+from adaptive_margins.data.text import MAX_LINE, DataError, Problems
 
 DATA = Path(os.environ.get("ADAPTIVE_MARGINS_TEST_DATA", "none"))
 HEADER = "query-id\tcorpus-id\tscore\n"
@@ -65,7 +66,8 @@ def problems(folder: Path) -> list[str]:
     """The lines of the error, without the folder."""
     with pytest.raises(DataError) as error:
         read_folder(folder)
-    return [line.strip().replace(f"{folder}/", "") for line in str(error.value).splitlines()[1:]]
+    lines = [line.strip().replace(f"{folder}/", "") for line in str(error.value).splitlines()]
+    return lines[1:] if lines[0] == "malformed data" else lines
 
 
 def pairs(texts: Texts) -> dict[str, str]:
@@ -201,26 +203,26 @@ def test_runs_are_listed_by_name(tmp_path: Path) -> None:
         ({"collection.tsv": "d1\tx\nd2\ty\nd1\tz\n"}, ["collection.tsv:3: id 'd1' occurs already in line 1"]),
         ({"collection.tsv": "d1\tx\nd2\ty\tz\n"}, ["collection.tsv:2: 2 tab-separated columns expected, 3 found"]),
         ({"collection.tsv": "d1\tx\n\nd2\ty\n"}, ["collection.tsv:2: 2 tab-separated columns expected, 1 found"]),
-        ({"collection.tsv": b"d1\tx\nd2\t\xff\n"}, ["collection.tsv:2: not valid UTF-8 (byte 4 of the line)"]),
+        ({"collection.tsv": b"d1\tx\nd2\t\xff\n"},
+         ["collection.tsv:2: not valid UTF-8 (byte 4 of the line); if it is Latin-1: iconv -f LATIN1 -t UTF-8"]),
         ({"collection.tsv": "d1\tx\nd 2\ty\n\tz\n"},
-         ["collection.tsv:2: id 'd 2' is empty or has white space", "collection.tsv:3: id '' is empty or has white space"]),
+         ["collection.tsv:2: id 'd 2' is empty or has white space (and 1 more line like it)"]),
         ({"collection.tsv": "d1\tx\nd2\t" + "y" * MAX_LINE + "\nd3\n"},
          ["collection.tsv:2: the line is longer than 1,048,576 bytes",
           "collection.tsv:3: 2 tab-separated columns expected, 1 found"]),
-        ({"collection.tsv": "\ufeffd1\tx\nd2\ty\n"},
-         [r"collection.tsv:1: begins with a byte order mark (BOM); remove it: sed -i '1s/^\xEF\xBB\xBF//'"]),
-        ({"collection.tsv": "d1\tx\nd2\ty\r\nd3\tz\r\n"},
-         [r"collection.tsv:2: Windows line end (CRLF); convert the file: sed -i 's/\r$//'"]),
-        ({"collection.tsv": "d1\tx\rd2\ty\nd2\ty\n"}, ["collection.tsv:1: a carriage return (CR) within the line"]),
+        ({"collection.tsv": "d1\tx\rd2\ty\nd2\ty\n"},
+         [r"collection.tsv:1: a carriage return (CR) within the line; if lines end with it: tr '\r' '\n'"]),
         ({"collection.tsv": ""}, ["collection.tsv: the file is empty"]),
         ({"queries.tsv": "q1\t \nq2\tx\n"}, ["queries.tsv:1: the text of 'q1' is empty"]),
         ({"qrels.txt": "q1 0 d1 1\nq1 0 d1 1\n"}, ["qrels.txt:2: 'q1' judges 'd1' twice"]),
         ({"qrels.txt": "q1 0 d1 1\nq9 0 d1 1\nq1 0 d9 1\n"},
          ["qrels.txt:2: unknown query 'q9'", "qrels.txt:3: unknown passage 'd9'"]),
         ({"qrels.txt": "q1 0 d1 0.5\nq1 0 d2 ²\nq1 0 d3 9999999999\n"},
-         [f"qrels.txt:{n}: grade '{g}' is not an integer (of at most 9 digits)"
-          for n, g in ((1, "0.5"), (2, "²"), (3, "9999999999"))]),
-        ({"qrels.txt": "q1 0 d1\n"}, ["qrels.txt:1: 4 white-space separated columns expected, 3 found"]),
+         ["qrels.txt:1: grade '0.5' is not an integer (and 1 more line like it)",
+          "qrels.txt:3: grade '9999999999' is beyond ±1,000"]),
+        ({"qrels.txt": "q1 0 d1 1\nq1 d1 1\n"},
+         ["qrels.txt:2: 4 columns expected (query id, 0, docid, grade), found 3;"
+          r" if these are BEIR's, add their header: sed -i '1i query-id\tcorpus-id\tscore' FILE"]),
         ({"qrels.txt": ""}, ["qrels.txt: the file is empty"]),
         ({"triples.tsv": "t9\td1\td2\nt1\td9\td1\nt1\td1\td1\nt1 d1 d2\n", **TRAIN},
          ["triples.tsv:1: 't9' is not a training query", "triples.tsv:2: unknown passage 'd9'",
@@ -277,16 +279,15 @@ D = '{"_id": "d1", "text": "x"}\n'
         ({"corpus.jsonl": D + '{"_id": 2, "title": 0, "text": null}\n'},
          "corpus.jsonl:2: '_id' must be a text, not 2; 'title' must be a text, not 0; 'text' must be a text, not None"),
         ({"corpus.jsonl": D + '{"_id": "d2", "text": "\\ud83d"}\n'}, "corpus.jsonl:2: an escape in the JSON is half"),
-        ({"corpus.jsonl": b"\xef\xbb\xbf" + D.encode()}, "corpus.jsonl:1: begins with a byte order mark (BOM)"),
-        ({"corpus.jsonl": D.encode("utf-16")}, "corpus.jsonl:1: UTF-8 expected, found UTF-16"),
-        ({"corpus.jsonl": D.replace("\n", "\r\n")}, "corpus.jsonl:1: Windows line end (CRLF)"),
+        ({"corpus.jsonl": D.encode("utf-16")}, "corpus.jsonl: UTF-8 expected, found UTF-16"),
         ({"queries.jsonl": '{"_id": "q1", "text": ""}\n'}, "queries.jsonl:1: the text of 'q1' is empty"),
         ({"qrels/test.tsv": "q1\td1\t1\n"},
-         "qrels/test.tsv:1: the header query-id, corpus-id, score expected, found q1, d1, 1"),
+         "qrels/test.tsv:1: 4 columns expected (query id, 0, docid, grade), found 3; if these are BEIR's"),
         ({"qrels/test.tsv": HEADER + "q1\td1\thigh\n"}, "qrels/test.tsv:2: grade 'high' is not an integer"),
         ({"qrels/test.tsv": HEADER + "q1\td9\t1\nq9\td1\t1\n"}, "qrels/test.tsv:2: unknown passage 'd9'"),
-        ({"qrels/test.tsv": HEADER + "q1\t0\td1\t1\n"}, "qrels/test.tsv:2: 3 tab-separated columns expected, 4 found"),
-        ({"qrels/test.tsv": HEADER}, "qrels/test.tsv:1: no judgement follows the header"),
+        ({"qrels/test.tsv": HEADER + "q1\t0\td1\t1\n"},
+         "qrels/test.tsv:2: 3 columns expected (query-id, corpus-id, score), 4 found"),
+        ({"qrels/test.tsv": HEADER}, "qrels/test.tsv: no judgement found"),
     ],
 )  # fmt: skip
 def test_malformed_beir_is_named_with_its_line(tmp_path: Path, change: dict, expected: str) -> None:
@@ -305,10 +306,43 @@ def test_missing_files_of_beir(tmp_path: Path) -> None:
         read_folder(extra)
 
 
-def test_all_problems_are_reported_but_twenty_shown(tmp_path: Path) -> None:
+def test_faults_of_a_kind_are_told_once_and_twenty_kinds_shown(tmp_path: Path) -> None:
     bad = {"qrels.txt": "".join(f"q1 0 x{i} 1\n" for i in range(18)), "queries.tsv": "q1\tx\n" + "q\n" * 9}  # fmt: skip
-    found = problems(write(tmp_path, {**TREC, **bad}))
-    assert len(found) == 21 and found[-1] == "… and 7 more"
+    assert problems(write(tmp_path / "a", {**TREC, **bad})) == [
+        "queries.tsv:2: 2 tab-separated columns expected, 1 found (and 8 more lines like it)",
+        "qrels.txt:1: unknown passage 'x0' (and 17 more lines like it)",
+    ]
+    noted = Problems()
+    for letter in "abcdefghijklmnopqrstuvwxyz":
+        noted.add(tmp_path, 1, letter)
+    with pytest.raises(DataError) as error:
+        noted.check()
+    lines = str(error.value).splitlines()
+    assert len(lines) == 22 and lines[-1] == "  … and 6 more kinds of faults"
+
+
+@pytest.mark.parametrize(
+    ("files", "changed"),
+    [
+        (TREC, lambda data: b"\xef\xbb\xbf" + data),
+        (TREC, lambda data: data.replace(b"\n", b"\r\n")),
+        (BEIR, lambda data: b"\xef\xbb\xbf" + data),
+        (BEIR, lambda data: data.replace(b"\n", b"\r\n")),
+    ],
+)
+def test_byte_order_marks_and_windows_line_ends_are_read_with_a_warning_a_file(
+    tmp_path: Path, files: dict, changed: Callable[[bytes], bytes]
+) -> None:
+    folder = write(tmp_path / "a", files)
+    expected = read_folder(folder)
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    for path in paths:
+        path.write_bytes(changed(path.read_bytes()))
+    with pytest.warns(UserWarning) as caught:
+        assert read_folder(folder) == expected
+    assert sorted(str(warning.message).split(":")[0] for warning in caught) == sorted(
+        map(str, paths)
+    )
 
 
 def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from sentence_transformers import SentenceTransformer
 
 from adaptive_margins import retrieval
 from adaptive_margins.data.msmarco import StoredCollection
+from adaptive_margins.data.trec import top, write_run
 from adaptive_margins.encoders import Shards
 from adaptive_margins.experiments import Reproduction
 from adaptive_margins.profiles import load_profile
@@ -229,9 +230,9 @@ def test_supplied_runs_are_scored_and_tested(miniature, tmp_path):
         run = softmax.run("full", name)
         retrieval_folder = tmp_path / "supplied" / name
         retrieval_folder.mkdir(parents=True)
-        retrieval.write_run(run, retrieval_folder / "wang-zuccon-tas-b.run.gz", "x")
-        shallow = {q: dict(retrieval.top(hits, 100)) for q, hits in run.items()}
-        retrieval.write_run(shallow, retrieval_folder / "other.run", "x")
+        write_run(run, retrieval_folder / "wang-zuccon-tas-b.run.gz", "x")
+        shallow = {q: dict(top(hits, 100)) for q, hits in run.items()}
+        write_run(shallow, retrieval_folder / "other.run", "x")
     frame = other.table4()
     assert set(frame["reference_run_id"]) == {"supplied: wang-zuccon-tas-b"}
     rows = frame.set_index(["source", "set", "measure"])

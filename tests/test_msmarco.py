@@ -23,7 +23,7 @@ from ir_datasets.formats import TrecQrels, TrecScoredDocs, TsvDocPairs, TsvDocs,
 from ir_datasets.util import Download, GzipExtract, LocalDownload, RequestsDownload, StringFile
 
 from adaptive_margins.data import arrow, msmarco
-from adaptive_margins.data.collection import Collection, DataError
+from adaptive_margins.data.collection import Collection
 from adaptive_margins.data.msmarco import (
     DownloadError,
     LicenceError,
@@ -31,6 +31,7 @@ from adaptive_margins.data.msmarco import (
     convert,
     downloads,
 )
+from adaptive_margins.data.text import DataError
 from adaptive_margins.profiles import IrDatasetsSettings
 from conftest import in_child
 from irds_miniature import Miniature, register
@@ -119,7 +120,7 @@ def test_a_collection_holds_what_the_files_say(mini, source, into, tmp_path: Pat
 
 
 def test_candidates_are_a_run_that_the_retrieval_reads(mini, into) -> None:
-    from adaptive_margins.retrieval import read_run, write_run
+    from adaptive_margins.data.trec import read_run, write_run
 
     made = into(mini)
     path = made.folder / "candidates.dl19.run.gz"
@@ -375,7 +376,7 @@ def test_a_damaged_file_is_named_and_can_be_replaced(copied, into, tmp_path: Pat
         ("qrels.dl19", "QID 0 2 high", r"(?s)queries of .* could not be read: ValueError.*qrels\.dl19\n"),
         ("qrels.train", "QID 0 300 1", "train qrels:181: unknown passage '300'"),
         ("qrels.train", "0 0 7 1", "train qrels:181: unknown query '0'"),
-        ("qrels.train", "QID 0 7 1\nQID 0 7 1", "train qrels:18[12]: .* judges 7 twice"),
+        ("qrels.train", "QID 0 7 1\nQID 0 7 1", "train qrels:18[12]: .* judges '7' twice"),
         ("queries.train.tsv", "QID\tagain", "collection.triples: queries of .*occurs more than once"),
         ("queries.train.tsv", "0\t ", "collection.triples: queries of .*text of '0' must be non-empty"),
         ("queries.train.tsv", "0", "queries of .*RuntimeError: expected 2 fields, got 1"),

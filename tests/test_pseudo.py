@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_margins.data.collection import DataError, Texts
+from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.pseudo import (
     KINDS,
     about,
@@ -16,6 +16,7 @@ from adaptive_margins.data.pseudo import (
     pseudo_queries,
     sentences,
 )
+from adaptive_margins.data.text import DataError
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
 import dataclasses
-import gzip
 import json
 import math
 import os
@@ -12,11 +11,11 @@ import bm25s
 import faiss
 import numpy as np
 import pytest
-import pytrec_eval
 import Stemmer
 
 from adaptive_margins import encoders, retrieval
-from adaptive_margins.data.collection import DataError, Texts
+from adaptive_margins.data.collection import Texts
+from adaptive_margins.data.trec import top
 from adaptive_margins.encoders import Shards
 from adaptive_margins.retrieval import (
     BM25,
@@ -26,11 +25,8 @@ from adaptive_margins.retrieval import (
     choose_index,
     exact_search,
     index_bytes,
-    read_run,
     rerank,
     search_index,
-    top,
-    write_run,
 )
 
 PASSAGES = Texts(
@@ -98,39 +94,6 @@ def brute_force(queries, passages, qids, ids, depth):
         products = np.multiply(passages.astype(float), q).sum(axis=1).astype(np.float32).tolist()
         run[qid] = {i: s for s, i in sorted(zip(products, ids, strict=True), reverse=True)[:depth]}
     return run
-
-
-# ---- order
-
-
-def test_top_orders_ties_by_descending_docid():
-    assert top({"a": 1.0, "c": 1.0, "b": 2.0, "B": 1.0}, 3) == [("b", 2.0), ("c", 1.0), ("a", 1.0)]
-    assert top({"a": 1.0}, 9) == [("a", 1.0)]
-    assert top({}, 3) == []
-
-
-def test_top_is_trec_evals_order_also_where_32_bits_cannot_tell_scores_apart():
-    rng = np.random.default_rng(3)
-    base = rng.integers(0, 6, size=40) / 7
-    scores = {f"d{i}": float(x + rng.choice([0, 1e-10])) for i, x in enumerate(base)}
-    for position, (docid, _) in enumerate(top(scores), start=1):
-        evaluator = pytrec_eval.RelevanceEvaluator({"q": {docid: 1}}, {"recip_rank"})
-        assert evaluator.evaluate({"q": scores})["q"]["recip_rank"] == pytest.approx(1 / position)
-
-
-def test_top_returns_scores_as_they_were():
-    assert top({"a": 0.1 + 0.2}, 1) == [("a", 0.1 + 0.2)]
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300])
-def test_top_rejects_scores_that_are_not_finite(bad):
-    with pytest.raises(ValueError, match=r"'b' must be a finite 32-bit number, not"):
-        top({"a": 1.0, "b": bad}, 2)
-
-
-def test_top_rejects_depth_below_one():
-    with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
-        top({"a": 1.0}, 0)
 
 
 # ---- BM25
@@ -720,105 +683,3 @@ def test_approximation_recall():
     assert approximation_recall(approx, exact, 2) == (1 / 2 + 0) / 2
     with pytest.raises(ValueError, match="no hits"):
         approximation_recall(approx, {"q": {}}, 2)
-
-
-# ---- run files
-
-RUN = {
-    "q10": {"b": 0.1 + 0.2, "a": 1e-30, "c": -2.5},
-    "q1": {"d1": 1.0, "d3": 1.0, "d2": float(np.float32(0.1))},
-}
-
-
-@pytest.mark.parametrize("name", ["x.run", "x.run.gz"])
-def test_runs_survive_a_round_trip_and_equal_runs_give_equal_bytes(tmp_path, name):
-    path = tmp_path / name
-    write_run(RUN, path, "tag")
-    assert read_run(path) == RUN
-    first = path.read_bytes()
-    reordered = {q: dict(reversed(RUN[q].items())) for q in reversed(RUN)}
-    write_run(reordered, path, "tag")
-    assert path.read_bytes() == first
-    assert path.suffix != ".gz" or first[4:8] == bytes(4)  # no time stamp
-    assert [p.name for p in tmp_path.iterdir()] == [name]
-
-
-def test_run_files_look_as_trec_wants_them(tmp_path):
-    write_run(RUN, tmp_path / "x.run", "mine")
-    assert (tmp_path / "x.run").read_text().splitlines() == [
-        "q1 Q0 d3 1 1.0 mine",
-        "q1 Q0 d1 2 1.0 mine",
-        "q1 Q0 d2 3 0.10000000149011612 mine",
-        "q10 Q0 b 1 0.30000000000000004 mine",
-        "q10 Q0 a 2 1e-30 mine",
-        "q10 Q0 c 3 -2.5 mine",
-    ]
-
-
-def test_numpy_scores_are_written_as_numbers(tmp_path):
-    write_run({"q": {"d": np.float32(0.5)}}, tmp_path / "x.run", "t")
-    assert (tmp_path / "x.run").read_text() == "q Q0 d 1 0.5 t\n"
-
-
-@pytest.mark.parametrize(
-    ("run", "tag"),
-    [({"q": {"a b": 1.0}}, "t"), ({"": {"a": 1.0}}, "t"), ({"q": {"a": 1.0}}, "a tag")],
-)
-def test_what_a_run_file_cannot_hold_is_not_written(tmp_path, run, tag):
-    with pytest.raises(ValueError, match="non-empty and without white space"):
-        write_run(run, tmp_path / "x.run", tag)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "x.run"
-    write_run(RUN, path, "old")
-    before = path.read_bytes()
-
-    def full(self, data):
-        self.touch()
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_run(RUN, path, "new")
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["x.run"]
-
-
-def test_every_malformed_line_is_named(tmp_path):
-    path = tmp_path / "x.run"
-    path.write_bytes(
-        b"q Q0 a 1 2.0 t\n"
-        b"q Q0 b 2 1.0\n"
-        b"q Q0 a 3 0.5 t\n"
-        b"q Q0 c 4 nan t\n"
-        b"q Q0 d 5 high t\n"
-        b"\n"
-        b"q Q0 \xff 6 0.1 t\n"
-    )
-    with pytest.raises(DataError) as error:
-        read_run(path)
-    assert str(error.value).splitlines()[1:] == [
-        f"  {path}:2: 6 columns expected (qid Q0 docid rank score tag), 5 found",
-        f"  {path}:3: passage 'a' occurs twice for query 'q'",
-        f"  {path}:4: score 'nan' is not a finite number",
-        f"  {path}:5: score 'high' is not a finite number",
-        f"  {path}:6: 6 columns expected (qid Q0 docid rank score tag), 0 found",
-        f"  {path}:7: not valid UTF-8 (byte 6 of the line)",
-    ]
-
-
-@pytest.mark.parametrize(
-    "damage", [lambda b: b[:-12], lambda b: b"no gzip", lambda b: b[:20] + b"\0\0\0" + b[23:]]
-)
-def test_a_damaged_gzip_file_is_named(tmp_path, damage):
-    path = tmp_path / "x.run.gz"
-    path.write_bytes(damage(gzip.compress(b"q Q0 a 1 2.0 t\nq Q0 b 2 1.0 t\n")))
-    with pytest.raises(DataError, match=r"x\.run\.gz: truncated or damaged gzip file"):
-        read_run(path)
-
-
-def test_an_empty_run(tmp_path):
-    write_run({"q": {}}, tmp_path / "x.run", "t")
-    assert read_run(tmp_path / "x.run") == {}

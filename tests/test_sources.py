@@ -13,9 +13,10 @@ from ir_datasets.util import Download, RequestsDownload, StringFile
 
 import irds_miniature
 from adaptive_margins.data import pydocs, sources
-from adaptive_margins.data.collection import Collection, DataError, Texts
+from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.msmarco import ACCEPT_VARIABLE, DownloadError, LicenceError
 from adaptive_margins.data.sources import open_collection, open_titles, split_queries, thinned
+from adaptive_margins.data.text import DataError
 
 DOCS = TsvDocs(StringFile("a\tfirst passage\nb\t\nc\tthird\n"))
 

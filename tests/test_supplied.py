@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import pytrec_eval
 
-from adaptive_margins.data.collection import DataError
-from adaptive_margins.retrieval import write_run
+from adaptive_margins.data.text import DataError
+from adaptive_margins.data.trec import write_run
 from adaptive_margins.supplied import read_supplied, score
 
 SETS = ("TREC-DL19", "TREC-DL20")
@@ -110,7 +110,7 @@ def test_malformed_files_are_named_with_their_lines(tmp_path):
     assert f"{path}:3: 6 columns expected" in str(error.value)
     assert f"{path}:7: score 'high' is not a finite number" in str(error.value)
     path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"tasb\.run: the run has no hits"):
+    with pytest.raises(DataError, match=r"tasb\.run: the file is empty"):
         read_supplied(tmp_path, SETS)
     path.rename(path.with_name("tasb.run.gz")).write_bytes(gzip.compress(b"q0 Q0 d1 1 2 x")[:-4])
     with pytest.raises(DataError, match=r"tasb\.run\.gz: truncated"):

@@ -199,11 +199,12 @@ def _evaluated(
 ) -> dict[str, Any]:
     import ir_measures
 
-    from adaptive_margins.data.collection import DataError
     from adaptive_margins.data.sources import open_collection
+    from adaptive_margins.data.text import DataError
+    from adaptive_margins.data.trec import read_run, top, write_run
     from adaptive_margins.dense import DenseRetriever
     from adaptive_margins.encoders import default_device, encoder_identity, open_encoder
-    from adaptive_margins.retrieval import BM25, read_run, top, without_hits, write_run
+    from adaptive_margins.retrieval import BM25, without_hits
     from adaptive_margins.supplied import score
 
     collection = open_collection(path)
@@ -274,8 +275,8 @@ def _held_out(model: str, collection: Collection) -> tuple[Collection, str]:
     `train` splits a collection without training queries. To test such an encoder on all of its queries would be to test it
     on what it was trained on.
     """
-    from adaptive_margins.data.collection import DataError
     from adaptive_margins.data.sources import split_queries
+    from adaptive_margins.data.text import DataError
 
     if not (Path(model) / "training.json").is_file():
         return collection, ""
@@ -300,7 +301,7 @@ def _set(collection: Collection, wanted: str | None) -> str:
     """The set of queries that is meant."""
     there = [name for name, queries in collection.queries.items() if len(queries)]
     if not there:
-        from adaptive_margins.data.collection import DataError
+        from adaptive_margins.data.text import DataError
 
         raise DataError(f"{collection.name} has passages, but no queries to evaluate with")
     if wanted is None and len(there) == 1:
@@ -354,10 +355,10 @@ def compare(
         )
     with _working():
         (name,) = _measures(measure, "--measure", most=1)
+        from adaptive_margins.data.trec import read_qrels, read_run
         from adaptive_margins.report import compared
-        from adaptive_margins.retrieval import read_run
 
-        judged = compared.read_qrels(qrels)
+        judged = read_qrels(qrels)
         read = {n: read_run(p) for n, p in zip(compared.run_names(runs), runs, strict=True)}
         result = compared.compare_runs(judged, read, name, margin)
         if plot:
@@ -453,12 +454,12 @@ def search(
     if query is not None and not query.strip():
         raise typer.BadParameter("the query is empty", param_hint="QUERY")
     with _working(verbose):
-        from adaptive_margins.data.collection import Texts
+        from adaptive_margins.data.collection import Texts, read_queries
+        from adaptive_margins.data.trec import top, write_run
         from adaptive_margins.dense import DenseIndex
         from adaptive_margins.encoders import default_device
-        from adaptive_margins.retrieval import top, write_run
 
-        asked = _read_queries(queries) if queries else Texts(["1"], [query or ""])
+        asked = read_queries(queries) if queries else Texts(["1"], [query or ""])
         opened = DenseIndex.open(folder)
         _offline(model or opened.encoder)
         encoder = opened.open_encoder(model, device=device or default_device())
@@ -489,17 +490,6 @@ def search(
     else:
         text = _hits(asked, hits, titles=query is None)
     _tell(result, as_json, text)
-
-
-def _read_queries(path: Path) -> Texts:
-    from adaptive_margins.data.collection import Problems, read_texts
-
-    problems = Problems()
-    found = read_texts(path, problems)
-    if not len(found):
-        problems.add(path, 0, "no query found")
-    problems.check()
-    return found
 
 
 def _hits(queries: Texts, hits: Sequence[Mapping[str, Any]], *, titles: bool) -> str:
@@ -546,9 +536,9 @@ def collection(
     with _working(verbose):
         from adaptive_margins.data.folder import run_files
         from adaptive_margins.data.sources import open_collection
+        from adaptive_margins.data.trec import read_run
         from adaptive_margins.files import write_text
         from adaptive_margins.report import sheet
-        from adaptive_margins.retrieval import read_run
 
         opened = open_collection(path)
         files = run_files(Path(path)) if Path(path).is_dir() else {}

@@ -21,7 +21,9 @@ import numpy as np
 import adaptive_margins
 from adaptive_margins import encoders, retrieval
 from adaptive_margins.data.arrow import StoredTexts, write_texts
-from adaptive_margins.data.collection import DataError, Problems, Run, Texts
+from adaptive_margins.data.collection import Texts
+from adaptive_margins.data.text import DataError, Problems
+from adaptive_margins.data.trec import Run, top
 from adaptive_margins.encoders import EncoderError, Precision, Shards, Tokens
 from adaptive_margins.files import WriteError, whole_folder, write_text
 from adaptive_margins.progress import Countdown
@@ -383,9 +385,9 @@ def hybrid(dense: Run, bm25: Run, depth: int) -> Run:
     for qid in [*dense, *(qid for qid in bm25 if qid not in dense)]:
         scores: dict[str, float] = {}
         for hits in (dense.get(qid, {}), bm25.get(qid, {})):
-            for rank, (docid, _) in enumerate(retrieval.top(hits), start=1):
+            for rank, (docid, _) in enumerate(top(hits), start=1):
                 scores[docid] = scores.get(docid, 0.0) + 1 / (_RRF + rank)
-        run[qid] = dict(retrieval.top(scores, depth))
+        run[qid] = dict(top(scores, depth))
     return run
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from sentence_transformers import SentenceTransformer
 
-from adaptive_margins.data.collection import Qrels, Run
+from adaptive_margins.data.trec import Qrels, Run
 from adaptive_margins.encoders import embed, tokenize
 from adaptive_margins.evaluation import Evaluation, evaluate, paired_interval, paired_tost
 from adaptive_margins.experiments import BM25_NAME, Reproduction

@@ -9,8 +9,7 @@ import ir_measures
 import numpy as np
 from statsmodels.stats.weightstats import DescrStatsW, ttost_paired
 
-from adaptive_margins.data.collection import Qrels, Run
-from adaptive_margins.retrieval import top
+from adaptive_margins.data.trec import Qrels, Run, top
 
 _CONSTANT = 1e-12  # differences of measures that spread less are equal but for rounding
 

@@ -24,7 +24,7 @@ import torch
 
 from adaptive_margins import retrieval
 from adaptive_margins.costs import Costs
-from adaptive_margins.data.collection import Run
+from adaptive_margins.data.trec import Run
 from adaptive_margins.encoders import embed, embed_shards, save_encoder
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.profiles import Profile

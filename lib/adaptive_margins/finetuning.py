@@ -31,16 +31,7 @@ from safetensors import SafetensorError
 
 from adaptive_margins import __version__
 from adaptive_margins.data.arrow import COLUMNS, seeded_order
-from adaptive_margins.data.collection import (
-    Collection,
-    Problems,
-    Qrels,
-    Run,
-    Texts,
-    Triple,
-    qrels_text,
-    read_columns,
-)
+from adaptive_margins.data.collection import Collection, Texts, Triple, read_queries
 from adaptive_margins.data.mining import guard, mine_triples
 from adaptive_margins.data.pseudo import about, pseudo_collection
 from adaptive_margins.data.sources import (
@@ -50,6 +41,7 @@ from adaptive_margins.data.sources import (
     open_titles,
     split_queries,
 )
+from adaptive_margins.data.trec import Qrels, Run, qrels_text, read_qrels, read_run, top, write_run
 from adaptive_margins.dense import DenseRetriever, hybrid
 from adaptive_margins.encoders import (
     Precision,
@@ -67,7 +59,7 @@ from adaptive_margins.files import whole_file, whole_folder
 from adaptive_margins.losses import MarginLoss
 from adaptive_margins.modelcard import model_card
 from adaptive_margins.progress import clock, say
-from adaptive_margins.retrieval import BM25, read_run, top, without_hits, write_run
+from adaptive_margins.retrieval import BM25, without_hits
 from adaptive_margins.training import RunConfig, TrainingResult, check_reporters, train
 
 SELECTION = "nDCG@10"
@@ -155,22 +147,16 @@ class Finetuned:
     @property
     def queries(self) -> Texts:
         """The test queries."""
-        problems = Problems()
-        rows = [cells for _, cells in read_columns(self.folder / "queries.test.tsv", 2, problems)]
-        problems.check()
-        return Texts([qid for qid, _ in rows], [text for _, text in rows])
+        return read_queries(self.folder / "queries.test.tsv", own=True)
 
     @property
     def qrels(self) -> Qrels:
         """The judgements of the test queries."""
-        qrels: Qrels = {}
-        for judged in ir_measures.read_trec_qrels(str(self.folder / "qrels.test.txt")):
-            qrels.setdefault(judged.query_id, {})[judged.doc_id] = judged.relevance
-        return qrels
+        return read_qrels(self.folder / "qrels.test.txt", own=True)
 
     def run(self, name: str) -> Run:
         """The ranking of all passages for the test queries by one of `RUNS`."""
-        return read_run(self.folder / "runs" / f"{name}.test.run.gz")
+        return read_run(self.folder / "runs" / f"{name}.test.run.gz", own=True)
 
     def per_query(self, measure: str = SELECTION) -> pd.DataFrame:
         """A row per judged test query: qid, query, the measure of each of `RUNS`, and difference = trained - start.

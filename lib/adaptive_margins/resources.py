@@ -19,7 +19,8 @@ from datasets import Dataset
 from adaptive_margins import retrieval
 from adaptive_margins.data import arrow, msmarco, pydocs
 from adaptive_margins.data import triples as data_triples
-from adaptive_margins.data.collection import Collection, Run, Texts
+from adaptive_margins.data.collection import Collection, Texts
+from adaptive_margins.data.trec import Run, read_run, top, write_run
 from adaptive_margins.encoders import (
     Tokens,
     cached_states,
@@ -219,14 +220,14 @@ class Resources:
                 run = self._kept_run(
                     f"candidates-bm25.{query_set}", lambda: self._bm25.rescore(queries, unscored)
                 )
-        return {q: dict(retrieval.top(scores, depth)) for q, scores in run.items()}
+        return {q: dict(top(scores, depth)) for q, scores in run.items()}
 
     def _kept_run(self, name: str, make: Callable[[], Run]) -> Run:
         """A ranking of BM25's, made once and kept beside the collection."""
         path = self.folder / f"{name}.run.gz"
         if not path.is_file():
-            retrieval.write_run(make(), path, BM25_NAME)
-        return retrieval.read_run(path)
+            write_run(make(), path, BM25_NAME)
+        return read_run(path, own=True)
 
     @functools.cache  # noqa: B019
     def candidate_rows(self, query_set: str) -> np.ndarray:

@@ -1,6 +1,4 @@
-"""Rankings: BM25, reranking by cosine, FAISS indexes, exact search, and TREC run files.
-
-Wherever scores tie, the order is trec_eval's: docids descending. A run lists its hits in that order.
+"""Rankings: BM25, reranking by cosine, FAISS indexes and exact search. A run lists its hits in trec_eval's order.
 
 Passages may be millions: their texts and ids may be memory-mapped sequences, their embeddings `Shards` on disk. Docids are
 looked up for hits only.
@@ -8,14 +6,11 @@ looked up for hits only.
 
 from __future__ import annotations
 
-import gzip
 import math
 import warnings
-import zlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import bm25s
@@ -23,9 +18,9 @@ import faiss
 import numpy as np
 import Stemmer
 
-from adaptive_margins.data.collection import DataError, Problems, Run, Texts
+from adaptive_margins.data.collection import Texts
+from adaptive_margins.data.trec import Run, check_depth, top
 from adaptive_margins.data.words import terms, without_spaces
-from adaptive_margins.files import whole_file
 from adaptive_margins.progress import Countdown
 
 if TYPE_CHECKING:
@@ -35,29 +30,6 @@ _BATCH = 256  # queries searched at a time, so that k_factor · depth hits of ea
 _BLOCK = 1 << 25  # scores held at a time by exact search (128 MB)
 _TEXTS = 65_536  # passages tokenised at a time by BM25
 _TRAINED = 1 << 21  # passages an index is trained on at most
-
-
-def top(scores: Mapping[str, float], depth: int | None = None) -> list[tuple[str, float]]:
-    """The ``depth`` best (docid, score) in trec_eval's order: score descending, ties by docid descending.
-
-    Scores are compared as 32-bit floats, as trec_eval does, and returned as they were. ``depth``
-    None returns all.
-
-    Raises:
-        ValueError: ``depth`` is below 1, or a score is not a finite number.
-    """
-    _check_depth(depth)
-    ids = list(scores)
-    with np.errstate(over="ignore"):
-        values = np.array([scores[i] for i in ids], np.float64).astype(np.float32)
-    if not np.isfinite(values).all():
-        bad = ids[int(np.argmin(np.isfinite(values)))]
-        raise ValueError(
-            f"the score of passage {bad!r} must be a finite 32-bit number, not {scores[bad]!r}"
-        )
-    keys = values.tolist()
-    order = sorted(range(len(ids)), key=lambda i: (keys[i], ids[i]), reverse=True)
-    return [(ids[i], scores[ids[i]]) for i in order[:depth]]
 
 
 class BM25:
@@ -108,7 +80,7 @@ class BM25:
 
         Every query is a key of the run: one that shares no term with any passage has no hits.
         """
-        _check_depth(depth)
+        check_depth(depth)
         run: Run = {}
         for qid, query in zip(queries.ids, queries.texts, strict=True):
             scores = self._scores(query)
@@ -444,7 +416,7 @@ def search_index(
             hits with the same docid, other dimensions than the index's, or a query embedding that
             is not finite.
     """
-    _check_depth(depth)
+    check_depth(depth)
     queries = _queries(query_embeddings, qids)
     if len(ids) != index.ntotal:
         raise ValueError(f"the index has {index.ntotal} vectors, but {len(ids)} docids were given")
@@ -500,7 +472,7 @@ def exact_search(
         ValueError: ``depth`` below 1, hits with the same docid, shapes that disagree, or an
             embedding that is not finite.
     """
-    _check_depth(depth)
+    check_depth(depth)
     queries = _queries(query_embeddings, qids)
     passages = _passages(passage_embeddings, ids, queries)
     rounding = [_rounding(query) for query in queries]
@@ -538,7 +510,7 @@ def approximation_recall(approx: Run, exact: Run, depth: int) -> float:
     Raises:
         ValueError: ``depth`` below 1, or ``exact`` has no hits.
     """
-    _check_depth(depth)
+    check_depth(depth)
     shares = []
     for qid, hits in exact.items():
         if best := {docid for docid, _ in top(hits, depth)}:
@@ -547,84 +519,6 @@ def approximation_recall(approx: Run, exact: Run, depth: int) -> float:
     if not shares:
         raise ValueError("the exact run has no hits to compare with")
     return float(np.mean(shares))
-
-
-def write_run(run: Run, path: Path, tag: str) -> None:
-    """Write a run in TREC's six columns: query id, Q0, docid, rank from 1, score, tag.
-
-    Queries are sorted by id, hits in the order of `top`, scores in full precision; the same run
-    gives the same bytes. Gzipped if the name ends in ``.gz``. The file appears whole or not at all.
-    A query without hits leaves no line (the format has none for it).
-
-    Raises:
-        ValueError: an id or the tag is empty or has white space, or a score is not finite.
-    """
-    path = Path(path)
-    lines = []
-    for qid in sorted(run):
-        for rank, (docid, score) in enumerate(top(run[qid]), start=1):
-            line = f"{qid} Q0 {docid} {rank} {float(score)!r} {tag}\n"
-            if len(line.split()) != 6:
-                raise ValueError(
-                    f"ids and tag must be non-empty and without white space: {line.rstrip()!r}"
-                )
-            lines.append(line)
-    data = "".join(lines).encode("utf-8")
-    if path.suffix == ".gz":
-        data = gzip.compress(data, mtime=0)
-    with whole_file(path) as partial:
-        partial.write_bytes(data)
-
-
-def read_run(path: Path) -> Run:
-    """Read a TREC run, gzipped if its name ends in ``.gz``. Ranks are ignored, as trec_eval does.
-
-    Raises:
-        DataError: lists each malformed line as ``file:line`` (at most 20): not six columns, bad
-            UTF-8, a score that is not a finite number, a docid twice for a query; or the gzip
-            stream is damaged.
-    """
-    path = Path(path)
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (EOFError, OSError, zlib.error) as error:
-            raise DataError(f"{path}: truncated or damaged gzip file ({error})") from error
-    problems = Problems()
-    run: Run = {}
-    for number, raw in enumerate(data.removesuffix(b"\n").split(b"\n") if data else [], start=1):
-        try:
-            cells = raw.decode("utf-8").split()
-        except UnicodeDecodeError as error:
-            problems.add(path, number, f"not valid UTF-8 (byte {error.start + 1} of the line)")
-            continue
-        if len(cells) != 6:
-            problems.add(
-                path,
-                number,
-                f"6 columns expected (qid Q0 docid rank score tag), {len(cells)} found",
-            )
-            continue
-        qid, _, docid, _, score, _ = cells
-        hits = run.setdefault(qid, {})
-        try:
-            value = float(score)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            problems.add(path, number, f"score {score!r} is not a finite number")
-        elif docid in hits:
-            problems.add(path, number, f"passage {docid!r} occurs twice for query {qid!r}")
-        else:
-            hits[docid] = value
-    problems.check()
-    return run
-
-
-def _check_depth(depth: int | None) -> None:
-    if depth is not None and depth < 1:
-        raise ValueError(f"depth must be at least 1, not {depth}")
 
 
 def _queries(embeddings: np.ndarray, qids: Sequence[str]) -> np.ndarray:

@@ -12,13 +12,12 @@ from typing import Any
 import pandas as pd
 from safetensors import SafetensorError
 
-from adaptive_margins.data.collection import Run
+from adaptive_margins.data.trec import Run, read_run, write_run
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.files import HOME_VARIABLE as HOME_VARIABLE
 from adaptive_margins.files import home as home
 from adaptive_margins.files import whole_folder
-from adaptive_margins.retrieval import read_run, write_run
 from adaptive_margins.training import RunConfig, TrainingResult
 
 
@@ -114,7 +113,7 @@ def _read_result(file: Path) -> dict[str, Any]:
 def _read_ranking(file: Path) -> Run:
     if not file.stat().st_size:
         raise ValueError("the file is empty")  # without any hit, it would still be a gzip file
-    return read_run(file)
+    return read_run(file, own=True)
 
 
 class Store:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import ir_measures
 
-from adaptive_margins.data.collection import Problems, Qrels, Run
+from adaptive_margins.data.text import Problems
+from adaptive_margins.data.trec import Qrels, Run, read_run
 from adaptive_margins.evaluation import Evaluation, evaluate
-from adaptive_margins.retrieval import read_run
 
 SUFFIXES = (".run", ".trec", ".txt")
 """What a run file's name may end in; ``.gz`` may follow."""
@@ -75,11 +75,7 @@ def read_supplied(folder: Path, sets: Sequence[str]) -> dict[str, dict[str, Supp
     problems.check()
     found: dict[str, dict[str, Supplied]] = {}
     for (name, query_set), path in sorted(paths.items()):
-        run = read_run(path)
-        if not run:
-            problems.add(path, 0, "the run has no hits")
-        found.setdefault(name, {})[query_set] = Supplied(name, path, run)
-    problems.check()
+        found.setdefault(name, {})[query_set] = Supplied(name, path, read_run(path))
     return found
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from adaptive_margins.data.collection import DataError, Texts, Triple
+from adaptive_margins.data.collection import Texts, Triple
+from adaptive_margins.data.text import DataError
 from adaptive_margins.files import whole_file
 from adaptive_margins.progress import Countdown
 

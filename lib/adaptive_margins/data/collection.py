@@ -6,87 +6,19 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from adaptive_margins.errors import AdaptiveMarginsError
+from adaptive_margins.data.text import DataError, Problems, read_columns
+from adaptive_margins.data.trec import MAX_GRADE, Qrels, qrels_text, read_judgements
 from adaptive_margins.files import whole_folder
 
-Qrels = dict[str, dict[str, int]]
-"""Query id → docid → grade."""
-Run = dict[str, dict[str, float]]
-"""Query id → docid → score."""
 Triple = tuple[str, str, str]
 """Query id, docid of the positive, docid of the negative."""
 
-_SHOWN = 20  # malformed lines listed in one error
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
-
-
-class DataError(AdaptiveMarginsError, ValueError):
-    """Malformed data. The message lists every problem as ``file:line: what`` (at most 20)."""
-
-
-class Problems:
-    """Collects what is wrong with some files, so that one error can report all of it."""
-
-    def __init__(self) -> None:
-        self._found: list[str] = []
-
-    def add(self, path: Path, line: int, what: str) -> None:
-        """Note that line ``line`` (from 1; 0 for the whole file) of ``path`` is wrong."""
-        self._found.append(f"{path}:{line}: {what}" if line else f"{path}: {what}")
-
-    def check(self) -> None:
-        """Raise `DataError` if anything was noted."""
-        if self._found:
-            more = len(self._found) - _SHOWN
-            lines = self._found[:_SHOWN] + ([f"… and {more} more"] if more > 0 else [])
-            raise DataError("malformed data\n  " + "\n  ".join(lines))
-
-
-def read_columns(
-    path: Path, columns: int, problems: Problems, *, separator: str | None = "\t"
-) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number from 1, cells) of a UTF-8 text file whose lines have ``columns`` cells.
-
-    ``separator`` None splits at white space, as TREC files are read. Lines that are not valid
-    UTF-8, or have another number of cells, are noted in ``problems`` and left out.
-    """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        problems.add(path, 0, "file not found")
-        return
-    yield from split_columns(_decoded(path, data, problems), path, columns, problems, separator)
-
-
-def _decoded(path: Path, data: bytes, problems: Problems) -> Iterator[tuple[int, str]]:
-    # Split at line feeds only: other Unicode line separators may occur inside a text.
-    for number, raw in enumerate(data.removesuffix(b"\n").split(b"\n") if data else [], start=1):
-        try:
-            yield number, raw.removesuffix(b"\r").decode("utf-8")
-        except UnicodeDecodeError as error:
-            problems.add(path, number, f"not valid UTF-8 (byte {error.start + 1} of the line)")
-
-
-def split_columns(
-    lines: Iterable[tuple[int, str]],
-    path: Path,
-    columns: int,
-    problems: Problems,
-    separator: str | None,
-) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of lines of ``path``; those of another number of cells are noted and left out."""
-    for number, line in lines:
-        cells = line.split(separator)
-        if len(cells) != columns:
-            kind = "tab-separated" if separator == "\t" else "white-space separated"
-            problems.add(path, number, f"{columns} {kind} columns expected, {len(cells)} found")
-            continue
-        yield number, cells
 
 
 @dataclass(frozen=True)
@@ -168,6 +100,10 @@ class Collection:
                         raise ValueError(
                             f"grade of {qid!r}, {docid!r} must be an integer, not {grade!r}"
                         )
+                    if abs(grade) > MAX_GRADE:
+                        raise ValueError(
+                            f"grade of {qid!r}, {docid!r} must lie within ±{MAX_GRADE:,}, not {grade}"
+                        )
         train = self.queries.get("train", Texts([], []))
         for qid, *docids in self.triples:
             if qid not in train:
@@ -246,7 +182,7 @@ class Collection:
         qrels: dict[str, Qrels] = {}
         for path in sorted(folder.glob("queries.*.tsv")):
             name = path.name.removeprefix("queries.").removesuffix(".tsv")
-            queries[name] = read_texts(path, problems)
+            queries[name] = read_texts(path, problems, empty=True)
             qrels[name] = _read_qrels(
                 folder / f"qrels.{name}.txt", queries[name], passages, problems
             )
@@ -254,7 +190,9 @@ class Collection:
             problems.add(folder, 0, "no file queries.SET.tsv")
         train = queries.get("train", Texts([], []))
         triples: list[Triple] = []
-        for number, (qid, positive, negative) in read_columns(folder / "triples.tsv", 3, problems):
+        for number, (qid, positive, negative) in read_columns(
+            folder / "triples.tsv", 3, problems, empty=True
+        ):
             if qid not in train:
                 problems.add(folder / "triples.tsv", number, f"{qid!r} is not a training query")
             for docid in (positive, negative):
@@ -274,28 +212,6 @@ class Collection:
                     " a file was changed after the collection was saved"
                 )
         return collection
-
-
-def qrels_text(qrels: Qrels) -> str:
-    """Qrels in TREC's four columns (query id, 0, docid, grade), sorted."""
-    return "".join(
-        f"{qid} 0 {docid} {grade}\n"
-        for qid, judged in sorted(qrels.items())
-        for docid, grade in sorted(judged.items())
-    )
-
-
-def add_judgement(
-    qrels: Qrels, qid: str, docid: str, grade: str, path: Path, line: int, problems: Problems
-) -> None:
-    """Add a judgement read from a line, or note that its grade is no integer or its pair is judged already."""
-    judged = qrels.setdefault(qid, {})
-    if not re.fullmatch(r"[+-]?[0-9]{1,9}", grade):
-        problems.add(path, line, f"grade {grade!r} is not an integer (of at most 9 digits)")
-    elif docid in judged:
-        problems.add(path, line, f"{qid!r} judges {docid!r} twice")
-    else:
-        judged[docid] = int(grade)
 
 
 def tsv(texts: Texts) -> str:
@@ -333,11 +249,28 @@ def read_about(path: Path, problems: Problems) -> dict:
     return about
 
 
-def read_texts(path: Path, problems: Problems) -> Texts:
-    """Ids and texts, a line each with a tab between them; what is wrong is noted in ``problems``."""
+def read_queries(path: Path, *, own: bool = False) -> Texts:
+    """Read query ids and queries, a line each with a tab between them.
+
+    ``own``: whether this library wrote the file: then it may be empty.
+
+    Raises:
+        DataError: names the first line of each kind of fault.
+    """
+    problems = Problems()
+    queries = read_texts(Path(path), problems, empty=own)
+    problems.check()
+    return queries
+
+
+def read_texts(path: Path, problems: Problems, *, empty: bool = False) -> Texts:
+    """Ids and texts, a line each with a tab between them; what is wrong is noted in ``problems``.
+
+    ``empty``: whether there may be none.
+    """
     found: dict[str, str] = {}
     first: dict[str, int] = {}
-    for number, (identifier, text) in read_columns(path, 2, problems):
+    for number, (identifier, text) in read_columns(path, 2, problems, empty=empty):
         if not re.fullmatch(r"\S+", identifier):
             problems.add(path, number, f"id {identifier!r} is empty or has white space")
         elif identifier in found:
@@ -353,15 +286,11 @@ def read_texts(path: Path, problems: Problems) -> Texts:
 
 def _read_qrels(path: Path, queries: Texts, passages: Texts, problems: Problems) -> Qrels:
     qrels: Qrels = {}
-    for number, (qid, _, docid, grade) in read_columns(path, 4, problems, separator=None):
+    for number, qid, docid, grade in read_judgements(path, problems, empty=True):
         if qid not in queries:
             problems.add(path, number, f"unknown query {qid!r}")
         elif docid not in passages:
             problems.add(path, number, f"unknown passage {docid!r}")
-        elif not re.fullmatch(r"[+-]?[0-9]+", grade):
-            problems.add(path, number, f"grade {grade!r} is not an integer")
-        elif docid in qrels.get(qid, {}):
-            problems.add(path, number, f"{qid} judges {docid} twice")
         else:
-            qrels.setdefault(qid, {})[docid] = int(grade)
+            qrels.setdefault(qid, {})[docid] = grade
     return qrels

@@ -6,32 +6,20 @@ Nothing is guessed: a line that does not fit is reported with its file and numbe
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
-import gzip
 import json
 import re
 import warnings
-import zlib
 from collections.abc import Collection as Container
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
-from adaptive_margins.data.collection import (
-    Collection,
-    DataError,
-    Problems,
-    Qrels,
-    Texts,
-    Triple,
-    add_judgement,
-    split_columns,
-)
+from adaptive_margins.data.collection import Collection, Texts, Triple
+from adaptive_margins.data.text import DataError, Problems, read_columns, read_lines
+from adaptive_margins.data.trec import Judgements, Qrels, read_judgements
 from adaptive_margins.progress import Countdown
 
-MAX_LINE = 1 << 20
-"""Most bytes of a line. A longer one is hardly a passage; more likely, line feeds were lost."""
 SETS = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
 """Name of a set → what files and splits of that set may be called."""
 _STANDARD = {called: name for name, names in SETS.items() for called in names}
@@ -40,7 +28,6 @@ QUERY_COLUMNS = ("query", "anchor", "question")
 """What the column of the queries may be called in a Hugging Face dataset, as Sentence Transformers calls them."""
 _EXAMPLES = 5  # ids named in a warning
 _RUN = re.compile(r"(.+)\.(run|trec)(\.gz)?")
-_HEADER = "query-id\tcorpus-id\tscore"
 
 EXPECTED = """\
   BEIR: corpus.jsonl; queries.jsonl and qrels/train.tsv, qrels/dev.tsv, qrels/test.tsv (any of them)
@@ -53,8 +40,6 @@ Passages alone (corpus.jsonl or collection.tsv) are enough. A text file may be g
 
 Rows = Iterator[tuple[int, str, str]]
 """Line number (from 1), id, text."""
-Judgements = Iterator[tuple[int, str, str, str]]
-"""Line number (from 1), query id, docid, grade."""
 
 
 def read_folder(folder: Path) -> Collection:
@@ -75,10 +60,10 @@ def read_folder(folder: Path) -> Collection:
     An empty passage is kept, with a UserWarning; so are queries of two sets that have the same text.
 
     Raises:
-        DataError: the folder has none of these layouts, or two of them; or lists each malformed line as ``file:line`` (at
-            most 20 shown): columns or keys that are missing, ids that repeat or have white space, empty queries, judgements
-            of unknown queries or passages, grades that are not integers, a pair judged twice, a query in two sets,
-            bad UTF-8, a byte order mark, Windows line ends, a line longer than `MAX_LINE`.
+        DataError: the folder has none of these layouts, or two of them; or names the first line of each
+            kind of fault in a file: columns or keys that are missing, ids that repeat or have white space,
+            empty queries, judgements of unknown queries or passages, grades that are not integers, a pair
+            judged twice, a query in two sets, bad UTF-8, a line longer than `text.MAX_LINE`.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -143,6 +128,8 @@ def run_files(folder: Path) -> dict[str, Path]:
 def _read_beir(folder: Path, problems: Problems) -> Collection:
     path = cast(Path, _only(folder, "corpus.jsonl", problems=problems))
     passages = _texts(path, _beir_passages(path, problems), problems, {}, empty=True)
+    if not len(passages):  # what else is wrong follows from it
+        problems.check()
     queries_path = _only(folder, "queries.jsonl", problems=problems)
     asked = Texts([], [])
     if queries_path:
@@ -152,7 +139,7 @@ def _read_beir(folder: Path, problems: Problems) -> Collection:
     queries, qrels = {}, {}
     for name, called in SETS.items():
         if path_of_set := _only(folder, *(f"qrels/{c}.tsv" for c in called), problems=problems):
-            rows_of_set = _beir_judgements(path_of_set, problems)
+            rows_of_set = read_judgements(path_of_set, problems)
             # Without any queries, that they are missing is the only problem.
             known = asked if queries_path else None
             qrels[name] = _qrels(path_of_set, rows_of_set, known, passages, judged, problems)
@@ -175,6 +162,8 @@ def _read_beir(folder: Path, problems: Problems) -> Collection:
 def _read_trec(folder: Path, problems: Problems) -> Collection:
     path = cast(Path, _only(folder, "collection.tsv", problems=problems))
     passages = _texts(path, _tsv_rows(path, problems), problems, {}, empty=True)
+    if not len(passages):  # what else is wrong follows from it
+        problems.check()
     lines: dict[Path, dict[str, int]] = {}  # where each query id was read, for all sets together
     judged: dict[str, Path] = {}
     own: dict[str, Texts] = {}  # set → queries of a file of its own
@@ -188,7 +177,7 @@ def _read_trec(folder: Path, problems: Problems) -> Collection:
         if judging := _only(folder, *(f"qrels{end}.txt" for end in ends), problems=problems):
             if asked is None:
                 problems.add(judging, 0, f"there is no queries{ends[0]}.tsv, which it judges")
-            rows = _trec_judgements(judging, problems)
+            rows = read_judgements(judging, problems)
             qrels[name] = _qrels(judging, rows, asked, passages, judged, problems)
             queries[name] = own[name] if name in own else _some(asked, qrels[name])
     triples: list[Triple] = []
@@ -434,7 +423,7 @@ def _qrels(
         elif docid not in passages:
             problems.add(path, number, f"unknown passage {docid!r}")
         else:
-            add_judgement(qrels, qid, docid, grade, path, number, problems)
+            qrels.setdefault(qid, {})[docid] = grade
     return qrels
 
 
@@ -448,7 +437,7 @@ def _triples(
 ) -> list[Triple]:
     """Triples of a file. ``train``: whether ``queries`` are training queries; else those that the file names become them."""
     triples: list[Triple] = []
-    for number, (qid, *docids) in _cells(path, 3, problems):
+    for number, (qid, *docids) in read_columns(path, 3, problems):
         if queries is not None and qid not in queries:
             what = f"{qid!r} is not a training query" if train else f"unknown query {qid!r}"
             problems.add(path, number, what)
@@ -465,25 +454,8 @@ def _triples(
 
 
 def _tsv_rows(path: Path, problems: Problems) -> Rows:
-    for number, (identifier, text) in _cells(path, 2, problems):
+    for number, (identifier, text) in read_columns(path, 2, problems):
         yield number, identifier, text
-
-
-def _trec_judgements(path: Path, problems: Problems) -> Judgements:
-    for number, (qid, _, docid, grade) in _cells(path, 4, problems, separator=None):
-        yield number, qid, docid, grade
-
-
-def _beir_judgements(path: Path, problems: Problems) -> Judgements:
-    number = 0
-    for number, (qid, docid, grade) in _cells(path, 3, problems):
-        if number > 1:
-            yield number, qid, docid, grade
-        elif "\t".join((qid, docid, grade)) != _HEADER:
-            found = f"{qid}, {docid}, {grade}"
-            problems.add(path, 1, f"the header {_HEADER.replace(chr(9), ', ')} expected, found {found}")  # fmt: skip
-    if number == 1:
-        problems.add(path, 1, "no judgement follows the header")
 
 
 def _beir_passages(path: Path, problems: Problems) -> Rows:
@@ -493,7 +465,7 @@ def _beir_passages(path: Path, problems: Problems) -> Rows:
 
 def _json_rows(path: Path, problems: Problems) -> Iterator[tuple[int, tuple[str, str, str]]]:
     """Line number, and ``_id``, ``title`` ("" if there is none) and ``text`` of a line."""
-    for number, line in _lines(path, problems):
+    for number, line in read_lines(path, problems):
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -524,65 +496,3 @@ def _json_rows(path: Path, problems: Problems) -> Iterator[tuple[int, tuple[str,
 def one_line(text: str) -> str:
     """The text with spaces in the place of tabs and line breaks, as the files of a collection hold it."""
     return re.sub(r"[\t\r\n]", " ", text)
-
-
-def _cells(
-    path: Path, columns: int, problems: Problems, *, separator: str | None = "\t"
-) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells; ``separator`` None splits at white space. Lines of another number of cells are problems."""
-    yield from split_columns(_lines(path, problems), path, columns, problems, separator)
-
-
-def _lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and text of each line of a UTF-8 file, gzipped if its name ends in ``.gz``; problems are noted.
-
-    Lines end at line feeds only: other Unicode line separators may occur inside a text.
-    """
-    zipped = path.suffix == ".gz"
-    number, windows = 0, False
-    try:
-        countdown = Countdown(
-            f"reading {path.name}", None if zipped else path.stat().st_size, "bytes"
-        )
-        with cast(BinaryIO, gzip.open(path) if zipped else path.open("rb")) as file:
-            while raw := file.readline(MAX_LINE + 1):
-                number += 1
-                if number % 10_000 == 0:
-                    countdown.update(file.tell())
-                if number == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    how = "iconv -f UTF-16 -t UTF-8"
-                    problems.add(path, 1, f"UTF-8 expected, found UTF-16; convert the file: {how}")
-                    return
-                if len(raw) > MAX_LINE and not raw.endswith(b"\n"):
-                    problems.add(path, number, f"the line is longer than {MAX_LINE:,} bytes")
-                    while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-                        pass
-                    continue
-                if number == 1 and raw.startswith(codecs.BOM_UTF8):
-                    how = r"sed -i '1s/^\xEF\xBB\xBF//'"
-                    problems.add(path, 1, f"begins with a byte order mark (BOM); remove it: {how}")
-                    raw = raw.removeprefix(codecs.BOM_UTF8)
-                raw = raw.removesuffix(b"\n")
-                if raw.endswith(b"\r"):
-                    if not windows:  # once a file
-                        how = r"sed -i 's/\r$//'"
-                        problems.add(
-                            path, number, f"Windows line end (CRLF); convert the file: {how}"
-                        )
-                    windows = True
-                    raw = raw.removesuffix(b"\r")
-                if b"\r" in raw:
-                    problems.add(path, number, "a carriage return (CR) within the line")
-                    continue
-                try:
-                    line = raw.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    what = f"not valid UTF-8 (byte {error.start + 1} of the line)"
-                    problems.add(path, number, what)
-                    continue
-                yield number, line
-        if not number:
-            problems.add(path, 0, "the file is empty")
-    except (OSError, EOFError, zlib.error) as error:
-        what = "truncated or damaged gzip file" if zipped else "cannot be read"
-        problems.add(path, number + 1, f"{what} ({error})")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adaptive_margins.data.collection import Qrels, Run, Texts, Triple
+from adaptive_margins.data.collection import Texts, Triple
+from adaptive_margins.data.trec import Qrels, Run
 from adaptive_margins.data.triples import sample_triples
 from adaptive_margins.progress import Countdown
 

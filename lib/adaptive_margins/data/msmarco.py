@@ -27,16 +27,16 @@ from adaptive_margins.data.arrow import (
     write_texts,
     write_triples,
 )
-from adaptive_margins.data.collection import (
-    Collection,
-    DataError,
-    Problems,
+from adaptive_margins.data.collection import Collection, Texts, read_about, read_queries, tsv
+from adaptive_margins.data.text import DataError, Problems
+from adaptive_margins.data.trec import (
+    MAX_GRADE,
     Qrels,
     Run,
-    Texts,
     qrels_text,
-    read_about,
-    tsv,
+    read_qrels,
+    read_run,
+    run_text,
 )
 from adaptive_margins.files import whole_file, whole_folder, write_text
 from adaptive_margins.profiles import IrDatasetsSettings
@@ -122,14 +122,16 @@ class StoredCollection(Collection):
     ) -> StoredCollection:
         passages = StoredTexts(folder / "passages.arrow")
         queries = {
-            path.name.split(".")[1]: _read_queries(path)
+            path.name.split(".")[1]: read_queries(path, own=True)
             for path in sorted(folder.glob("queries.*.tsv"))
         }
-        qrels = {set_name: _read_qrels(folder / f"qrels.{set_name}.txt") for set_name in queries}
+        qrels = {
+            set_name: read_qrels(folder / f"qrels.{set_name}.txt", own=True) for set_name in queries
+        }
         train = queries.get("train", Texts([], []))
         triples: Any = StoredTriples(folder / "triples.arrow", train, passages)
         candidates = {
-            path.name.split(".")[1]: _read_candidates(path)
+            path.name.split(".")[1]: read_run(path, own=True)
             for path in sorted(folder.glob("candidates.*.run.gz"))
         }
         return cls(
@@ -226,7 +228,7 @@ def _write(settings: IrDatasetsSettings, work: Path) -> str:
         place = (_key(name), identifier)
         path = work / f"queries.{name}.tsv"
         _make(path, _queries, *place)
-        queries[name] = _read_queries(path)
+        queries[name] = read_queries(path, own=True)
         check_count(f"queries of {name}", len(queries[name]), counts.get(name))
         ids = (queries[name], passages)
         _make(work / f"qrels.{name}.txt", _qrels, *place, *ids)
@@ -289,7 +291,9 @@ def _qrels(key: str, identifier: str, queries: Texts, passages: Texts) -> bytes:
         if _known(record, queries, passages, where, number, problems):
             judged = qrels.setdefault(record.query_id, {})
             if record.doc_id in judged:
-                problems.add(where, number, f"{record.query_id} judges {record.doc_id} twice")
+                problems.add(where, number, f"{record.query_id!r} judges {record.doc_id!r} twice")
+            if abs(record.relevance) > MAX_GRADE:
+                problems.add(where, number, f"grade '{record.relevance}' is beyond ±{MAX_GRADE:,}")
             judged[record.doc_id] = record.relevance
     problems.check()
     return qrels_text(qrels).encode("utf-8")
@@ -310,40 +314,7 @@ def _candidates(key: str, identifier: str, queries: Texts, passages: Texts) -> b
             hits[record.doc_id] = record.score
     problems.check()
     tag = identifier.replace(" ", "-")
-    return gzip.compress(
-        "".join(
-            f"{qid} Q0 {docid} {rank} {score!r} {tag}\n"
-            for qid, hits in sorted(run.items())
-            for rank, (score, docid) in enumerate(
-                sorted(((score, docid) for docid, score in hits.items()), reverse=True), start=1
-            )
-        ).encode("utf-8"),
-        mtime=0,  # the same content gives the same bytes
-    )
-
-
-# What is read back was checked when it was written, and has the same SHA-256.
-
-
-def _read_queries(path: Path) -> Texts:
-    rows = [line.split("\t") for line in path.read_bytes().decode("utf-8").split("\n")[:-1]]
-    return Texts([qid for qid, _ in rows], [text for _, text in rows])
-
-
-def _read_qrels(path: Path) -> Qrels:
-    qrels: Qrels = {}
-    for line in path.read_text("utf-8").splitlines():
-        qid, _, docid, grade = line.split(" ")
-        qrels.setdefault(qid, {})[docid] = int(grade)
-    return qrels
-
-
-def _read_candidates(path: Path) -> Run:
-    run: Run = {}
-    for line in gzip.decompress(path.read_bytes()).decode("utf-8").splitlines():
-        qid, _, docid, _, score, _ = line.split(" ")
-        run.setdefault(qid, {})[docid] = float(score)
-    return run
+    return gzip.compress(run_text(run, tag).encode("utf-8"), mtime=0)
 
 
 def _sha256(path: Path) -> str | None:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from bm25s.stopwords import STOPWORDS_EN
 
-from adaptive_margins.data.collection import Collection, DataError, Texts
+from adaptive_margins.data.collection import Collection, Texts
+from adaptive_margins.data.text import DataError
 from adaptive_margins.progress import Countdown
 
 KINDS = ("title", "first sentence", "inverse cloze")

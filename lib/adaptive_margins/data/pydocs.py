@@ -32,7 +32,8 @@ from bm25s.stopwords import STOPWORDS_EN
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
-from adaptive_margins.data.collection import Collection, Qrels, Texts
+from adaptive_margins.data.collection import Collection, Texts
+from adaptive_margins.data.trec import Qrels
 
 QUERY_WORDS = (4, 30)
 """Fewest and most words of a query."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from adaptive_margins.data import pydocs
-from adaptive_margins.data.collection import Collection, DataError, Qrels, Texts, Triple
+from adaptive_margins.data.collection import Collection, Texts, Triple
 from adaptive_margins.data.folder import EXPECTED, one_line, read_folder, standard_sets, warn
 from adaptive_margins.data.folder import read_titles as read_folder_titles
 from adaptive_margins.data.msmarco import (
@@ -22,6 +22,8 @@ from adaptive_margins.data.msmarco import (
     handler_of,
     read_records,
 )
+from adaptive_margins.data.text import DataError
+from adaptive_margins.data.trec import Qrels
 from adaptive_margins.profiles import IrDatasetsSettings, PyDocsSettings, load_profile
 from adaptive_margins.progress import Countdown, say
 

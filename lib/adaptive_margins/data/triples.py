@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import random
 
-from adaptive_margins.data.collection import Qrels, Run, Triple
+from adaptive_margins.data.collection import Triple
+from adaptive_margins.data.trec import Qrels, Run
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -10,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptive_margins.data.collection import Problems, Qrels, Run, add_judgement, read_columns
+from adaptive_margins.data.trec import Qrels, Run
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation import Comparison, compare, named
 from adaptive_margins.report.text import aligned
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ALPHA = 0.05
-_BEIR_HEADER = [b"query-id", b"corpus-id", b"score"]
 
 
 class ComparisonError(AdaptiveMarginsError, ValueError):
@@ -150,33 +148,6 @@ def comparison_text(found: Mapping[str, Any]) -> str:
         note += f"; p values are multiplied by the {count} pairs (Bonferroni)"
     sentences = [pair["words"] for pair in found["pairs"]]
     return "\n".join([*aligned(runs), "", *aligned(pairs, left=2), "", f"{note}.", "", *sentences])
-
-
-def read_qrels(path: Path) -> Qrels:
-    """Read judgements alone: TREC's four columns (query id, any, docid, grade), or BEIR's three under their header.
-
-    Raises:
-        DataError: lists each malformed line as ``file:line`` (at most 20): a wrong number of columns, bad UTF-8, a byte order
-            mark, a grade that is not an integer, a passage judged twice for a query; or there are no judgements.
-        OSError: the file cannot be read.
-    """
-    path = Path(path)
-    problems = Problems()
-    with path.open("rb") as file:
-        first = file.readline()
-    if first.startswith(codecs.BOM_UTF8):
-        problems.add(path, 1, "begins with a byte order mark (BOM); remove it")
-        problems.check()
-    beir = first.split() == _BEIR_HEADER
-    rows = read_columns(path, 3 if beir else 4, problems, separator="\t" if beir else None)
-    qrels: Qrels = {}
-    for number, (qid, *_, docid, grade) in rows:
-        if not (beir and number == 1):
-            add_judgement(qrels, qid, docid, grade, path, number, problems)
-    if not qrels:
-        problems.add(path, 0, "no judgement found")
-    problems.check()
-    return qrels
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adaptive_margins.data import pydocs
-from adaptive_margins.data.collection import Collection, Qrels, Run
+from adaptive_margins.data.collection import Collection
+from adaptive_margins.data.trec import Qrels, Run
 from adaptive_margins.data.words import without_spaces
 from adaptive_margins.report.marks import measure_label
 from adaptive_margins.report.show import evenly

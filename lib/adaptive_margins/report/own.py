@@ -28,9 +28,10 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from adaptive_margins.data.arrow import seeded_order
-from adaptive_margins.data.collection import Collection, Run
+from adaptive_margins.data.collection import Collection
 from adaptive_margins.data.mining import guard, mine_triples
 from adaptive_margins.data.pseudo import about
+from adaptive_margins.data.trec import Run, top
 from adaptive_margins.dense import DenseRetriever
 from adaptive_margins.encoders import default_device, encoder_identity, open_encoder
 from adaptive_margins.evaluation import Comparison, superiority
@@ -50,7 +51,6 @@ from adaptive_margins.report.findings import signed
 from adaptive_margins.report.marks import measure_label, score
 from adaptive_margins.report.show import markdown_table
 from adaptive_margins.report.tables import shorten
-from adaptive_margins.retrieval import top
 
 NAMES = {
     "start": "encoder before",

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from adaptive_margins.data import pydocs
-from adaptive_margins.data.collection import Collection, Qrels, Run, Texts
+from adaptive_margins.data.collection import Collection, Texts
+from adaptive_margins.data.trec import Qrels, Run
 from adaptive_margins.data.words import without_spaces
 from adaptive_margins.evaluation import evaluate
 from adaptive_margins.report.datasheet import datasheet, is_pydocs, plain

@@ -16,9 +16,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from adaptive_margins.data.collection import Collection
+from adaptive_margins.data.trec import top
 from adaptive_margins.experiments import BM25_NAME, Reproduction
 from adaptive_margins.profiles import CurveSettings, StaticSettings, available
-from adaptive_margins.retrieval import top
 from adaptive_margins.store import StoredRun
 
 from . import figures, tables

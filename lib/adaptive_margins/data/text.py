@@ -1,0 +1,280 @@
+"""The one reader of text files: whatever a user names is decoded here, or told in one line."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import re
+import unicodedata
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from adaptive_margins.errors import AdaptiveMarginsError
+from adaptive_margins.progress import Countdown
+
+MAX_LINE = 1 << 20
+"""Most bytes of a line. A longer one is hardly a passage; more likely, line feeds were lost."""
+_SHOWN = 20  # kinds of faults listed in one error
+_HEAD = 4096  # bytes by which a file's kind is known
+_BOM = b"\xef\xbb\xbf"
+_GZIP = b"\x1f\x8b"
+# The longer marks first: UTF-32's little-endian one begins as UTF-16's does.
+_ENCODINGS = [
+    (b"\xff\xfe\0\0", "UTF-32"),
+    (b"\0\0\xfe\xff", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+]
+_TEXT = "write its content as text"
+_KINDS = [
+    (rb"PK[\x03\x05]", "a zip archive; unpack it: unzip {path}"),
+    (rb"\xfd7zXZ", "a file compressed with xz; unpack it: xz -d {path}"),
+    (rb"\x28\xb5\x2f\xfd", "a file compressed with zstd; unpack it: zstd -d {path}"),
+    (rb"BZh[1-9]1AY&SY", "a file compressed with bzip2; unpack it: bunzip2 {path}"),
+    (rb"\x04\x22\x4d\x18", "a file compressed with lz4; unpack it: lz4 -d {path}"),
+    (rb"7z\xbc\xaf", "a 7z archive; unpack it: 7z x {path}"),
+    (rb"PAR1[^\t -~]", f"a Parquet file; {_TEXT}, for example with pandas.read_parquet"),
+    (rb"ARROW1\0|\xff\xff\xff\xff", f"an Arrow file; {_TEXT}, for example with datasets"),
+    (rb"\x80[\x02-\x05]", f"a Python pickle; {_TEXT}"),
+    (rb"\x93NUMPY", f"a NumPy array; {_TEXT}"),
+    (rb"\x89HDF", f"an HDF5 file; {_TEXT}"),
+    (rb"SQLite format 3\0", f"an SQLite database; {_TEXT}"),
+    (rb"\x7fELF", "a program"),
+    (rb"#!", "a script"),
+    (rb"%PDF-", "a PDF"),
+    (rb"\x00\x05\x16[\x00\x07]", "what macOS keeps beside a file; name the file itself"),
+    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it: git lfs pull"),
+    (rb"(?i)\s*<(!doctype|html)", "a web page, not the file itself; download it again"),
+]
+
+
+class DataError(AdaptiveMarginsError, ValueError):
+    """Malformed data. The message says what is wrong as ``file:line: what``, once for each kind of fault in a file."""
+
+
+class Problems:
+    """Collects what is wrong with some files, so that one error can report all of it.
+
+    Faults of one kind in one file, which differ in quoted values and numbers only, are told once: the first, and how many more.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[Path, str], str] = {}
+        self._count: dict[tuple[Path, str], int] = {}
+
+    def add(self, path: Path, line: int, what: str) -> None:
+        """Note that line ``line`` (from 1; 0 for the whole file) of ``path`` is wrong."""
+        kind = path, re.sub(r"'[^']*'|\"[^\"]*\"|\d+|\(.*?\)", "", what)
+        self._first.setdefault(kind, f"{path}:{line}: {what}" if line else f"{path}: {what}")
+        self._count[kind] = self._count.get(kind, 0) + 1
+
+    def check(self) -> None:
+        """Raise `DataError` if anything was noted."""
+        lines = []
+        for kind, first in self._first.items():
+            more = self._count[kind] - 1
+            like = f" (and {more:,} more line{'s' * (more > 1)} like it)" if more else ""
+            lines.append(first + like)
+        if len(lines) > 1:
+            left = len(lines) - _SHOWN
+            rest = [f"… and {left} more kinds of faults"] if left > 0 else []
+            lines = ["malformed data", *(f"  {line}" for line in lines[:_SHOWN] + rest)]
+        if lines:
+            raise DataError("\n".join(lines))
+
+
+def read_lines(path: Path, problems: Problems, *, empty: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield number (from 1) and text of each line of a UTF-8 file, gzipped or not, which is opened once.
+
+    A byte order mark is dropped and Windows line ends are read, with a UserWarning each. Lines end at line feeds only: other
+    Unicode line separators may occur inside a text. What cannot be read is noted in ``problems`` and left out: a file that is
+    missing, a folder, of another encoding or no text at all; a line that is not UTF-8 or longer than `MAX_LINE`.
+
+    Args:
+        path: a file, or a pipe, which is read to its end.
+        problems: what is wrong is noted there; `Problems.check` raises it.
+        empty: whether an empty file is allowed.
+    """
+    zipped = False
+    try:
+        with path.open("rb") as opened:
+            # A pipe cannot be rewound, so that it is kept in memory.
+            file = cast(BinaryIO, opened if opened.seekable() else io.BytesIO(opened.read()))
+            while (head := _head(file)).startswith(_GZIP):
+                zipped = True
+                file = cast(
+                    BinaryIO,
+                    io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=file, mode="rb"))),
+                )
+            if wrong := _not_text(head, path):
+                problems.add(path, 0, wrong)
+                return
+            if not head and not empty:
+                problems.add(path, 0, "the file is empty")
+            yield from _decoded(file, path, problems, None if zipped else _size(path))
+    except FileNotFoundError:
+        what = "file not found"
+        if path.is_symlink():
+            what = f"is a link to {os.readlink(path)}, which does not exist"
+        problems.add(path, 0, what)
+    except IsADirectoryError:
+        problems.add(path, 0, "is a folder; expected a file")
+    except (OSError, EOFError, zlib.error) as error:
+        if zipped:
+            problems.add(path, 0, f"truncated or damaged gzip file ({error})")
+        else:
+            problems.add(path, 0, f"cannot be read ({getattr(error, 'strerror', '') or error})")
+
+
+def read_columns(
+    path: Path,
+    columns: int,
+    problems: Problems,
+    *,
+    separator: str | None = "\t",
+    empty: bool = False,
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield line number (from 1) and cells of a file whose lines have ``columns`` cells; others are noted in ``problems``.
+
+    ``separator`` None splits at white space. The rest is as in `read_lines`.
+    """
+    kind = "tab-separated" if separator == "\t" else "white-space separated"
+    for number, line in read_lines(path, problems, empty=empty):
+        cells = line.split(separator)
+        if len(cells) == columns:
+            yield number, cells
+            continue
+        expected = f"{columns} {kind} columns expected"
+        if number == 1 and line.lstrip()[:1] in ("{", "["):
+            problems.add(path, 1, f"{expected}, found JSON: {line[:60]!r}")
+            return
+        problems.add(path, number, f"{expected}, {len(cells)} found")
+
+
+def alike(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """Say which unknown id looks like a known one and in what the two differ, both escaped; "" if none does.
+
+    They may differ in Unicode normalisation, case, characters around them, or a prefix. One pair is told.
+    """
+    left, there = list(dict.fromkeys(unknown)), dict.fromkeys(known)
+    for what, form in _FORMS:
+        forms = {form(identifier): identifier for identifier in there}
+        for identifier in left:
+            other = forms.get(form(identifier), identifier)
+            if other != identifier and form(other):
+                return f"{identifier!a} and the known {other!a} differ in {what} only"
+    ends = {_end(identifier): identifier for identifier in there}
+    for identifier in left:
+        other = ends.get(identifier, _end(identifier))
+        if other != identifier and other in there:
+            return f"{identifier!a} and the known {other!a} differ in a prefix only"
+    return ""
+
+
+def _end(identifier: str) -> str:
+    """What follows the last character that is neither letter nor digit."""
+    return re.split(r"[\W_]", identifier)[-1]
+
+
+def _surrounded(identifier: str) -> str:
+    """Without what is neither a letter nor a digit around it, and without invisible characters."""
+    visible = "".join(c for c in identifier if unicodedata.category(c) not in ("Cf", "Cc"))
+    return re.sub(r"^[\W_]+|[\W_]+$", "", visible)
+
+
+_FORMS: list[tuple[str, Callable[[str], str]]] = [
+    ("Unicode normalisation (NFC)", lambda i: unicodedata.normalize("NFC", i)),
+    ("Unicode normalisation (NFKC)", lambda i: unicodedata.normalize("NFKC", i)),
+    ("case", lambda i: unicodedata.normalize("NFKC", i).casefold()),
+    ("the characters around them", _surrounded),
+]
+
+
+def _head(file: BinaryIO) -> bytes:
+    head = file.read(_HEAD)
+    file.seek(0)
+    return head
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _not_text(head: bytes, path: Path) -> str:
+    """What a file is, by its first bytes, and the way out; "" if it is text."""
+    for mark, encoding in _ENCODINGS:
+        if head.startswith(mark):
+            return _converted(encoding, path)
+    for pattern, what in _KINDS:
+        if re.match(pattern, head):
+            return f"UTF-8 text expected, found {what.format(path=path.name)}"
+    if nuls := head.count(0):
+        # Half or more of ASCII's bytes are 0 in these encodings.
+        if nuls > len(head) * 0.6:
+            return _converted("UTF-32LE" if head[:1] != b"\0" else "UTF-32BE", path)
+        if head[1::2].count(0) > len(head) * 0.3:
+            return _converted("UTF-16LE", path)
+        if head[0::2].count(0) > len(head) * 0.3:
+            return _converted("UTF-16BE", path)
+        if nuls > len(head) * 0.02 or not _is_utf8(head):
+            return "UTF-8 text expected, found a binary file"
+    return ""
+
+
+def _converted(encoding: str, path: Path) -> str:
+    how = f"iconv -f {encoding} -t UTF-8 {path.name} > NEW"
+    return f"UTF-8 expected, found {encoding}; convert the file: {how}"
+
+
+def _is_utf8(head: bytes) -> bool:
+    try:
+        head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.end >= len(head)  # a character cut off
+    return True
+
+
+def _decoded(
+    file: BinaryIO, path: Path, problems: Problems, size: int | None
+) -> Iterator[tuple[int, str]]:
+    number = 0
+    told: set[str] = set()
+    countdown = Countdown(f"reading {path.name}", size, "bytes")
+    while raw := file.readline(MAX_LINE + 2):
+        number += 1
+        if number % 10_000 == 0:
+            countdown.update(file.tell())
+        if len(raw) > MAX_LINE and not raw.endswith(b"\n"):
+            found = f"the line is longer than {MAX_LINE:,} bytes"
+            problems.add(path, number, _MAC if b"\r" in raw[:-1] else found)
+            while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+                pass
+            continue
+        raw = raw.removesuffix(b"\n")
+        if raw.startswith(_BOM):
+            _once(told, f"{path}: a byte order mark (BOM) in line {number} is left out", "BOM")
+            raw = raw.removeprefix(_BOM)
+        if raw.endswith(b"\r"):
+            _once(told, f"{path}: Windows line ends (CRLF), first in line {number}, are read", "CR")
+            raw = raw.removesuffix(b"\r")
+        if b"\r" in raw:
+            problems.add(path, number, _MAC)
+            continue
+        try:
+            yield number, raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            what = f"not valid UTF-8 (byte {error.start + 1} of the line)"
+            problems.add(path, number, f"{what}; if it is Latin-1: iconv -f LATIN1 -t UTF-8")
+
+
+_MAC = r"a carriage return (CR) within the line; if lines end with it: tr '\r' '\n'"
+
+
+def _once(told: set[str], text: str, kind: str) -> None:
+    if kind not in told:
+        told.add(kind)
+        warnings.warn(text, stacklevel=4)

@@ -1,0 +1,301 @@
+"""TREC's files: runs (rankings) and qrels (judgements), read, written and ordered as trec_eval does.
+
+Wherever scores tie, the order is trec_eval's: docids descending. A run lists its hits in that order.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import re
+import warnings
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from adaptive_margins.data.text import Problems, read_lines
+from adaptive_margins.files import whole_file
+
+Qrels = dict[str, dict[str, int]]
+"""Query id → docid → grade."""
+Run = dict[str, dict[str, float]]
+"""Query id → docid → score."""
+Judgements = Iterator[tuple[int, str, str, int]]
+"""Line number (from 1), query id, docid, grade."""
+
+MAX_GRADE = 1_000
+"""The largest absolute value of a grade: trec_eval's gains take memory and time by the largest grade."""
+_RUN_COLUMNS = "query id, Q0, docid, rank, score, tag"
+_QRELS_COLUMNS = "query id, 0, docid, grade"
+_BEIR_HEADER = ["query-id", "corpus-id", "score"]
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_HEX = re.compile(r"[+-]?0[xX]")
+
+
+def top(scores: Mapping[str, float], depth: int | None = None) -> list[tuple[str, float]]:
+    """The ``depth`` best (docid, score) in trec_eval's order: score descending, ties by docid descending.
+
+    Scores are compared as 32-bit floats, as trec_eval does, and returned as they were: those beyond 32 bits are infinite, and
+    tie. ``depth`` None returns all.
+
+    Raises:
+        ValueError: ``depth`` is below 1, or a score is not a finite number.
+    """
+    check_depth(depth)
+    ids = list(scores)
+    values = np.array([scores[i] for i in ids], np.float64)
+    if not np.isfinite(values).all():
+        bad = ids[int(np.argmin(np.isfinite(values)))]
+        raise ValueError(f"the score of passage {bad!r} must be finite, not {scores[bad]!r}")
+    keys = _single(values).tolist()
+    order = sorted(range(len(ids)), key=lambda i: (keys[i], ids[i]), reverse=True)
+    return [(ids[i], scores[ids[i]]) for i in order[:depth]]
+
+
+def check_depth(depth: int | None) -> None:
+    """Raise ValueError if a depth is below 1; None is any depth."""
+    if depth is not None and depth < 1:
+        raise ValueError(f"depth must be at least 1, not {depth}")
+
+
+def _single(values: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore", under="ignore"):
+        single: np.ndarray = values.astype(np.float32)
+    return single
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+
+def run_text(run: Run, tag: str) -> str:
+    """A run in TREC's six columns: query id, Q0, docid, rank from 1, score, tag.
+
+    Queries are sorted by id, hits in the order of `top`, scores in full precision. A query without hits leaves no line (the
+    format has none for it).
+
+    Raises:
+        ValueError: an id or the tag is empty or has white space, or a score is not finite.
+    """
+    lines = []
+    for qid in sorted(run):
+        for rank, (docid, score) in enumerate(top(run[qid]), start=1):
+            line = f"{qid} Q0 {docid} {rank} {float(score)!r} {tag}\n"
+            if len(line.split()) != 6:
+                raise ValueError(
+                    f"ids and tag must be non-empty and without white space: {line.rstrip()!r}"
+                )
+            lines.append(line)
+    return "".join(lines)
+
+
+def write_run(run: Run, path: Path, tag: str) -> None:
+    """Write a run as `run_text` has it, gzipped if the name ends in ``.gz``; the same run gives the same bytes.
+
+    The file appears whole or not at all.
+
+    Raises:
+        ValueError: as `run_text`.
+    """
+    path = Path(path)
+    data = run_text(run, tag).encode("utf-8")
+    if path.suffix == ".gz":
+        data = gzip.compress(data, mtime=0)
+    with whole_file(path) as partial:
+        partial.write_bytes(data)
+
+
+def read_run(path: Path, *, own: bool = False) -> Run:
+    """Read a TREC run, gzipped or not. Ranks are ignored, as trec_eval does; so is the order of lines.
+
+    A UserWarning says if ranks contradict scores, or all scores of a query tie.
+
+    Args:
+        path: a file, or a pipe.
+        own: whether this library wrote it: then it may be empty, and there are no warnings.
+
+    Raises:
+        DataError: the file is of another kind; or names the first line of each kind of fault: not six columns, a score that is
+            not a finite number as C reads it, a docid twice for a query; or the file is empty.
+    """
+    path = Path(path)
+    problems = Problems()
+    run: Run = {}
+    ranks: dict[str, array[float]] = {}
+    for number, line in read_lines(path, problems, empty=own):
+        cells = line.split()
+        if len(cells) != 6:
+            problems.add(path, number, _no_run(line, cells))
+            if number == 1 and line.strip():  # another kind of file: the other lines say the same
+                break
+            continue
+        qid, _, docid, rank, score, _ = cells
+        hits = run.setdefault(qid, {})
+        value = _number(score)
+        if not math.isfinite(value):
+            what = f"score {score!r} is not a finite number"
+            problems.add(path, number, what + _header(number, score))
+        elif docid in hits:
+            problems.add(path, number, f"passage {docid!r} occurs twice for query {qid!r}")
+        else:
+            hits[docid] = value
+            if not own:
+                ranks.setdefault(qid, array("d")).append(_number(rank))
+    problems.check()
+    _check_order(path, run, ranks)
+    return run
+
+
+def _number(text: str) -> float:
+    """As C's strtod reads it, in ASCII digits without underscores; NaN if it is none."""
+    try:
+        if "_" in text or not text.isascii():
+            return math.nan
+        return float.fromhex(text) if _HEX.match(text) else float(text)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def _check_order(path: Path, run: Run, ranks: Mapping[str, array[float]]) -> None:
+    """Warn if ranks contradict scores, or all scores of a query tie; once each."""
+    contradicting = tied = 0
+    for qid, listed in ranks.items():
+        scores = _single(np.fromiter(run[qid].values(), np.float64))
+        tied += len(scores) > 1 and scores.min() == scores.max()
+        places = np.array(listed)
+        order = np.lexsort((-scores, places))  # NaN, which is no rank, last
+        higher = scores[order][1:] > scores[order][:-1]
+        contradicting += bool((higher & (places[order][1:] > places[order][:-1])).any())
+    for count, what in (
+        (contradicting, "ranks contradict scores; scores count, as in trec_eval"),
+        (
+            tied,
+            "all scores of a query are equal; the order is by docid, descending, as in trec_eval",
+        ),
+    ):
+        if count:
+            warnings.warn(f"{path}: {what} ({count:,} of {len(ranks):,} queries)", stacklevel=3)
+
+
+def _no_run(line: str, cells: list[str]) -> str:
+    """What a line is that has not the six columns of a run, and the way out."""
+    expected = f"6 columns expected ({_RUN_COLUMNS})"
+    if common := _no_columns(line):
+        return f"{expected}, found {common}"
+    if cells[:3] == _BEIR_HEADER or (len(cells) == 4 and _INTEGER.fullmatch(cells[3])):
+        return f"{expected}, found judgements (qrels)"
+    if len(tabs := line.split("\t")) == 4 and " " in tabs[3].strip():
+        how = """awk -F '\\t' '{print $1, "Q0", $2, 1, 1, "top1000"}'"""
+        what = "MS MARCO's top1000 (query id, docid, query, passage), which has no order"
+        return f"{expected}, found {what}; as candidates: {how}"
+    if len(cells) == 3 and _INTEGER.fullmatch(cells[2]):
+        how = """awk '{print $1, "Q0", $2, $3, -$3, "run"}'"""
+        return f"{expected}, found MS MARCO's three (query id, docid, rank); convert: {how}"
+    return f"{expected}, {len(cells)} found"
+
+
+def _header(number: int, text: str) -> str:
+    """The way out if a word stands in the first line where a number is expected."""
+    word = text.isalpha() and text.lower() not in ("nan", "inf", "infinity")
+    return "; if this is a header, remove it: sed -i 1d FILE" if number == 1 and word else ""
+
+
+def _no_columns(line: str) -> str:
+    """What is no line of TREC's files, runs or qrels; "" if it may be one."""
+    text = line.strip()
+    if not text:
+        return r"a blank line; remove such lines: sed -i '/^\s*$/d' FILE"
+    if text.startswith("#"):
+        return "a comment; remove such lines: sed -i '/^#/d' FILE"
+    if text[0] in "{[":
+        return f"JSON: {text[:60]!r}"
+    if text.count(",") > 1 and len(text.split()) < 3:
+        return f"commas: {text[:60]!r}"
+    return ""
+
+
+# ---- qrels ---------------------------------------------------------------------------------------------------------
+
+
+def qrels_text(qrels: Qrels) -> str:
+    """Qrels in TREC's four columns (query id, 0, docid, grade), sorted."""
+    return "".join(
+        f"{qid} 0 {docid} {grade}\n"
+        for qid, judged in sorted(qrels.items())
+        for docid, grade in sorted(judged.items())
+    )
+
+
+def read_qrels(path: Path, *, own: bool = False) -> Qrels:
+    """Read judgements: TREC's four columns (query id, any, docid, grade), or BEIR's three under their header.
+
+    ``own``: whether this library wrote the file: then it may be empty.
+
+    Raises:
+        DataError: the file is of another kind; or names the first line of each kind of fault: a wrong number of columns, a
+            grade that is not an integer or beyond `MAX_GRADE`, a passage judged twice for a query; or there are no judgements.
+    """
+    problems = Problems()
+    qrels: Qrels = {}
+    for _, qid, docid, grade in read_judgements(Path(path), problems, empty=own):
+        qrels.setdefault(qid, {})[docid] = grade
+    problems.check()
+    return qrels
+
+
+def read_judgements(path: Path, problems: Problems, *, empty: bool = False) -> Judgements:
+    """Yield line number (from 1), query id, docid and grade of each judgement in a file, TREC's or BEIR's.
+
+    What is wrong is noted in ``problems`` and left out. ``empty``: whether there may be no judgement.
+    """
+    beir = False
+    wrong = found = 0
+    seen: dict[tuple[str, str], str] = {}
+    for number, line in read_lines(path, problems, empty=empty):
+        cells = line.split()
+        if number == 1 and cells == _BEIR_HEADER:
+            beir = True
+            continue
+        if len(cells) != (3 if beir else 4):
+            wrong += 1
+            problems.add(path, number, _no_judgement(line, cells, beir))
+            if number == 1 and line.strip()[:1] not in ("", "#"):
+                return  # another kind of file: the other lines say the same
+            continue
+        qid, docid, text = (cells[0], cells[-2], cells[-1])
+        if fault := _wrong_grade(text):
+            wrong += 1
+            problems.add(path, number, fault + _header(number, text))
+        elif (qid, docid) in seen:
+            other = {seen[qid, docid], cells[1]}
+            hint = " (diversity judgements, by subtopic?)" if len(other) > 1 and not beir else ""
+            problems.add(path, number, f"{qid!r} judges {docid!r} twice{hint}")
+        else:
+            seen[qid, docid] = cells[1]
+            found += 1
+            yield number, qid, docid, int(text)
+    if beir and not found and not wrong and not empty:
+        problems.add(path, 0, "no judgement found")
+
+
+def _wrong_grade(text: str) -> str:
+    if not _INTEGER.fullmatch(text):
+        return f"grade {text!r} is not an integer"
+    if len(text.lstrip("+-0")) > 4 or abs(int(text)) > MAX_GRADE:
+        return f"grade {text!r} is beyond ±{MAX_GRADE:,}"
+    return ""
+
+
+def _no_judgement(line: str, cells: list[str], beir: bool) -> str:
+    """What a line is that has not the columns of a judgement, and the way out."""
+    columns = ", ".join(_BEIR_HEADER) if beir else _QRELS_COLUMNS
+    expected = f"{3 if beir else 4} columns expected ({columns})"
+    if common := _no_columns(line):
+        return f"{expected}, found {common}"
+    if len(cells) == 6:
+        return f"{expected}, found 6, as a run has"
+    if not beir and len(cells) == 3:
+        how = r"sed -i '1i query-id\tcorpus-id\tscore' FILE"
+        return f"{expected}, found 3; if these are BEIR's, add their header: {how}"
+    return f"{expected}, {len(cells)} found"
