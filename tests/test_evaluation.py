@@ -1,16 +1,20 @@
 import math
 
+import ir_measures
 import numpy as np
 import pytest
 import pytrec_eval
 from scipy import stats
+from statsmodels.stats.weightstats import DescrStatsW, ttost_paired
 
 from adaptive_margins.evaluation import (
+    MeasureError,
     compare,
     evaluate,
     named,
     paired_interval,
     paired_tost,
+    relevant,
     superiority,
 )
 
@@ -110,16 +114,144 @@ def test_a_run_may_be_shallower_than_the_cutoff():
     }
 
 
+def err(judged, ranked, k):
+    value, left = 0.0, 1.0
+    for r, d in enumerate(ranked[:k], start=1):
+        stops = (2 ** max(judged.get(d, 0), 0) - 1) / 2**4
+        value, left = value + left * stops / r, left * (1 - stops)
+    return value
+
+
+def exponential_ndcg(judged, ranked, k):
+    def dcg(grades):
+        return sum(
+            (2 ** max(g, 0) - 1) / math.log(r + 1) for r, g in enumerate(grades[:k], start=1)
+        )
+
+    best = dcg(sorted(judged.values(), reverse=True))
+    return dcg([judged.get(d, 0) for d in ranked]) / best if best else 0.0
+
+
+NAMINGS = {
+    "numbers": "{}".format,
+    "letters": "q{}".format,
+    "hyphens": "PLAIN-{}".format,
+    "turns of conversations": lambda i: f"{31 + i // 4}-{i % 4}",
+    "leading zeros": lambda i: "1" if i == 0 else "01" if i == 1 else f"0{i}",
+    "other scripts": "问-{}".format,
+    "larger than doubles": lambda i: str(10**20 + i),
+}
+
+
+@pytest.mark.parametrize("naming", NAMINGS.values(), ids=NAMINGS)
+def test_measures_of_gdeval_are_those_of_naive_loops_whatever_queries_and_passages_are_called(
+    naming,
+):
+    rng = np.random.default_rng(5)
+    docids = [("d{}", "1:{}", "é{}", "a-{}")[i % 4].format(i) for i in range(40)]
+    qids = [naming(i) for i in range(12)]
+    qrels = {
+        qid: {str(d): int(rng.integers(-1, 5)) for d in rng.choice(docids, 15, replace=False)}
+        for qid in qids
+    }
+    qrels[qids[3]] = {"d0": 0}
+    run = {
+        qid: {str(d): float(rng.integers(9)) for d in rng.choice(docids, 30, replace=False)}
+        for qid in qids
+    }
+    del run[qids[5]]
+    measures = {"ERR@10": err, "nDCG(dcg='exp-log2')@10": exponential_ndcg}
+    found = evaluate(qrels, run, list(measures))
+    for measure, function in measures.items():
+        expected = {q: function(qrels[q], ranking(run.get(q, {})), 10) for q in qids}
+        assert found.per_query[measure] == pytest.approx(expected, abs=6e-6)  # it prints 5 decimals
+        assert found.mean[measure] == pytest.approx(np.mean(list(expected.values())), abs=6e-6)
+        assert found.per_query[measure][qids[5]] == 0 < found.mean[measure]
+
+
+def test_gdeval_refuses_grades_above_four():
+    qrels = {"q1": {"a": 4}, "q2": {"b": 1, "a": 16}}
+    for measure in ("ERR@10", "nDCG(dcg='exp-log2')@10"):
+        with pytest.raises(MeasureError, match=r"'q2'.* grade 16") as error:
+            evaluate(qrels, {"q1": {"a": 1.0}}, [measure])
+        assert "\n" not in str(error.value)
+    assert evaluate(qrels, {"q1": {"a": 1.0}}, ["nDCG@10"]).mean == {"nDCG@10": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("value", "qid", "message"),
+    [
+        (1.0, "3", "unknown query '3'"),
+        (math.nan, "2", "of query 'b' is nan"),
+        (math.inf, "1", "of query 'a' is inf"),
+    ],
+)
+def test_what_a_tool_answers_is_checked(monkeypatch, value, qid, message):
+    monkeypatch.setattr(
+        ir_measures,
+        "iter_calc",
+        lambda measures, *_: [ir_measures.Metric(qid, measures[0], value)],
+    )
+    with pytest.raises(MeasureError, match=message):
+        evaluate({"a": {"d": 1}, "b": {"d": 1}}, {"a": {"d": 1.0}}, ["nDCG@10"])
+
+
+def test_an_error_of_a_tool_is_one_line():
+    with pytest.raises(MeasureError, match=r"^Accuracy@1 cannot be .*ZeroDivisionError") as error:
+        evaluate({"q": {"d": 1}}, {"q": {"d": 1.0}}, ["Accuracy@1"])
+    assert "\n" not in str(error.value)
+
+
+MORE = [
+    "AP", "Bpref", "infAP", "Judged@10", "Judged", "SetF(beta=0.5)", "IPrec@0.1", "NumRet", "NumRelRet", "NumRel",
+    "NumQ", "Compat(p=0.9)", "Rprec", "RR", "Success@5", "nDCG(gains={0:0,1:1,2:3,3:7})@10", "nDCG(judged_only=True)@10",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("measure", MORE)
+def test_other_measures_have_a_finite_value_of_each_judged_query(measure, capfd):
+    qrels, run = random_data(0)
+    (values,) = evaluate(qrels, run, [measure]).per_query.values()
+    assert values.keys() == qrels.keys()
+    assert np.isfinite(list(values.values())).all() and any(values.values())
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize(
     "bad",
-    ["ndcg@10", "Hits@5", "nDCG@", "nDCG@10@5", "nDCG@0", "nDCG@-3", "nDCG@2.5", "Success(rel=2)", "R(rel=0)@5",
-     "R(rel='x')@5", "R(foo=1)@5", "alpha_nDCG@10", "", None],
+    ["nDCG@10@5", "nDCG@-3", "nDCG@2.5", "Success(rel=2)", "R(rel=0)@5", "R(rel='x')@5", "R(foo=1)@5", "alpha_nDCG@10",
+     "ERR_IA@10", "STREC@10", "nERR@10", "SDCG@10", "SDCG(max_rel=3)@10", "INST(T=1)", "RBP(p=0.8)@10", "IPrec@2.0",
+     "nDCG(gains={1:100000000})@10", "nDCG@10\0", "", None],
 )  # fmt: skip
 def test_a_bad_measure_is_named_with_examples_of_good_ones(bad):
-    with pytest.raises(ValueError, match="cannot compute the measure") as error:
+    with pytest.raises(MeasureError, match="cannot compute the measure") as error:
         evaluate({"q": {"d": 1}}, {"q": {"d": 1.0}}, ["nDCG@10", bad])
     assert repr(bad) in str(error.value)
     assert '"Success(rel=2)@5"' in str(error.value)
+    assert "\n" not in str(error.value) and "object at" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("bad", "good"),
+    [
+        ("ndcg_cut_10", "nDCG@10"), ("ndcg_cut.10", "nDCG@10"), ("ndcg_cut_5,10", "nDCG@5 nDCG@10"), ("map", "AP"),
+        ("recall_100", "R@100"), ("P_5", "P@5"), ("recip_rank", "RR"), ("success_1", "Success@1"), ("ndcg@10", "nDCG@10"),
+        ("nDCG10", "nDCG@10"), ("mrr@10", "RR@10"), ("recall@100", "R@100"), ("hits@5", "Success@5"), ("Recall", "R@10"),
+        ("ERR", "ERR@10"), ("P@0", "P@10"), ("nDCG@10,R@100", "nDCG@10 R@100 (separated by spaces)"),
+    ],
+)  # fmt: skip
+def test_what_was_meant_by_a_measure_in_another_notation(bad, good):
+    with pytest.raises(MeasureError, match="cannot compute the measure") as error:
+        named(bad)
+    assert str(error.value).endswith(f"; did you mean {good}?")
+    for measure in good.partition(" (")[0].split():
+        assert named(measure)
+
+
+def test_what_is_relevant_depends_on_the_level_of_the_measure():
+    qrels = {"a": {"x": 2, "y": 1, "z": 0}, "b": {"x": 1}, "c": {"x": -1}, "d": {}}
+    assert relevant(qrels, "nDCG@10") == {"a": {"x": 2, "y": 1}, "b": {"x": 1}}
+    assert relevant(qrels, "R(rel=2)@50") == {"a": {"x": 2}}
 
 
 def test_evaluate_errors():
@@ -192,6 +324,32 @@ def test_tost_is_two_one_sided_t_tests_and_its_interval_says_the_same():
         assert result.equivalent == (-margin < result.low and result.high < margin)
         outcomes.add(result.equivalent)
     assert outcomes == {True, False}
+
+
+def test_the_tests_are_those_of_statsmodels():
+    rng = np.random.default_rng(11)
+    for _ in range(300):
+        n, m = int(rng.integers(2, 300)), int(rng.integers(1, 6))
+        margin, alpha = rng.uniform(0.02, 0.1), rng.uniform(0.01, 0.2)
+        a, b = as_runs(rng.normal(rng.uniform(-0.08, 0.08), rng.uniform(0.01, 0.3), n))
+        x, y = np.array(list(a.values())), np.array([b[q] for q in a])
+        found, tost = compare(a, b, margin=margin), paired_tost(a, b, alpha=alpha, comparisons=m)
+        exact = {"rel": 1e-12, "abs": 1e-15}
+        assert found.p_tost == pytest.approx(ttost_paired(x, y, -margin, margin)[0], **exact)
+        assert found.p_t == pytest.approx(DescrStatsW(x - y).ttest_mean(0)[1], **exact)
+        assert found.ci == pytest.approx(DescrStatsW(x - y).tconfint_mean(alpha=0.05), **exact)
+        interval = DescrStatsW(x - y).tconfint_mean(alpha=2 * alpha / m)
+        assert (tost.low, tost.high) == pytest.approx(interval, **exact)
+
+
+def test_two_runs_that_find_nothing_are_not_equivalent():
+    nothing = dict.fromkeys("abcdef", 0.0)
+    assert (paired_tost(nothing, nothing).p, paired_tost(nothing, nothing).equivalent) == (1, False)
+    for test in (compare, superiority):
+        found = test(nothing, nothing)
+        assert (found.p_t, found.p_tost, found.verdict) == (1, 1, "undecided")
+    one = {**nothing, "a": 0.5}
+    assert compare(one, one).verdict == superiority(one, one).verdict == "equivalent"
 
 
 def test_tost_is_symmetric():
