@@ -152,7 +152,7 @@ def test_inconsistent_parts_are_refused(changes: dict, message: str) -> None:
         ("qrels.train.txt", b"q1 0 d1 2.5\n", "qrels.train.txt:1: grade '2.5' is not an integer"),
         ("qrels.train.txt", b"q1 0 d1\n", "qrels.train.txt:1: 4 columns expected .* found 3"),
         ("qrels.train.txt", b"q1 0 d1 1\nq1 0 d1 2\n", "qrels.train.txt:2: 'q1' judges 'd1' twice"),
-        ("triples.tsv", b"q2\td1\td2\n", "triples.tsv:1: 'q2' is not a training query"),
+        ("triples.tsv", b"q2\td1\td2\n", "triples.tsv:1: unknown training query 'q2'"),
         ("triples.tsv", b"q1\td1\td9\n", "triples.tsv:1: unknown passage 'd9'"),
         ("sources.json", b"{", "sources.json: not valid JSON"),
         ("sources.json", b'{"name": "x"}', "sources.json: expected"),

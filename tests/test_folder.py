@@ -15,9 +15,11 @@ from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.folder import (
     read_dataset,
     read_folder,
+    read_runs,
     read_titles,
     run_files,
 )
+from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.text import MAX_LINE, DataError, Problems
 
 DATA = Path(os.environ.get("ADAPTIVE_MARGINS_TEST_DATA", "none"))
@@ -194,6 +196,92 @@ def test_runs_are_listed_by_name(tmp_path: Path) -> None:
         run_files(tmp_path)
 
 
+def test_what_is_no_run_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "mine.run": "q1 Q0 d1 1 2.0 t\n",
+            "._mine.run": b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        ",
+            ".DS_Store": b"\x00\x00\x00\x01Bud1",
+            "install.run": "#!/bin/sh\nexit 0\n",
+            "other.trec": "q1 0 d1 1\n",
+        },
+    )
+    (tmp_path / "gone.run").symlink_to("nowhere.run")
+    (tmp_path / "folder.run").mkdir()
+    with pytest.warns(UserWarning) as caught:
+        assert read_runs(tmp_path) == {"mine": {"q1": {"d1": 2.0}}}
+    gone, install, other = (str(warning.message) for warning in caught)
+    assert f"{tmp_path}/gone.run: is a link to nowhere.run, which does not exist" in gone
+    assert f"{tmp_path}/install.run: " in install and "a script" in install
+    assert f"{tmp_path}/other.trec:1: " in other and "judgements" in other
+
+
+@pytest.mark.parametrize("files", [TREC, BEIR])
+def test_hidden_files_are_ignored(tmp_path: Path, files: dict) -> None:
+    collection = read_folder(write(tmp_path / "a", files))
+    junk = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        "
+    names = [*(str(Path(name).with_name("._" + Path(name).name)) for name in files), ".DS_Store"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_folder(write(tmp_path / "a", dict.fromkeys(names, junk))) == collection
+    collection.save(write(tmp_path / "b", {".DS_Store": junk}) / "c")
+    write(tmp_path / "b" / "d", {".DS_Store": junk})
+    with pytest.raises(DataError, match="found: nothing"):
+        read_folder(tmp_path / "b" / "d")
+
+
+def test_dangling_links_are_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "a", {**TREC, "qrels.txt": "x"})
+    for name in ("qrels.txt", "collection.tsv"):
+        (folder / name).unlink()
+        (folder / name).symlink_to("/nowhere/data")
+        assert problems(folder) == [f"{name}: is a link to /nowhere/data, which does not exist"]
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(DataError, match="link is a link to nowhere, which does not exist"):
+        open_collection(str(tmp_path / "link"))
+
+
+IDS = ["NA", "null", "nan", "None", "1e5", "007", "-1", "true", "inf", "0x10", "1_000", "#1", '"q"', "é", "e\u0301"]  # fmt: skip
+
+
+def test_ids_come_through_exactly(tmp_path: Path) -> None:
+    files = {
+        "collection.tsv": "".join(f"{i}\ttext {i}\n" for i in IDS),
+        "queries.tsv": "".join(f"{i}\tquery {i}\n" for i in IDS),
+        "qrels.txt": "".join(f"{i} 0 {i} 1\n" for i in IDS[1:]) + f"{IDS[0]} 0 {IDS[0]} 1\n",
+        "mine.run": "".join(f"{i} Q0 {i} 1 1.0 t\n" for i in IDS),
+    }
+    collection = read_folder(write(tmp_path / "a", files))
+    assert list(collection.passages.ids) == list(collection.queries["test"].ids) == IDS
+    assert collection.qrels["test"] == {i: {i: 1} for i in IDS}
+    assert read_runs(tmp_path / "a") == {"mine": {i: {i: 1.0} for i in IDS}}
+    beir = {
+        "corpus.jsonl": [{"_id": i, "text": f"text {i}"} for i in IDS],
+        "queries.jsonl": [{"_id": i, "text": f"query {i}"} for i in IDS],
+        "qrels/test.tsv": HEADER + "".join(f"{i}\t{i}\t1\n" for i in IDS),
+    }
+    again = read_folder(write(tmp_path / "b", beir))
+    assert (again.passages, again.qrels) == (collection.passages, collection.qrels)
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        ({"qrels.txt": "q1 0 cafe\u0301 1\n"},
+         r"'cafe\u0301' and the known 'caf\xe9' differ in Unicode normalisation (NFC) only"),
+        ({"qrels.txt": "q1 0 CAFÉ 1\nq1 0 zzz 1\n"}, r"'CAF\xc9' and the known 'caf\xe9' differ in case only"),
+        ({"qrels.txt": "Q1 0 café 1\n"}, "'Q1' and the known 'q1' differ in case only"),
+    ],
+)  # fmt: skip
+def test_unknown_ids_that_look_like_known_ones_are_shown_escaped(
+    tmp_path: Path, change: dict, hint: str
+) -> None:
+    files = {"collection.tsv": "café\tx\n", "queries.tsv": "q1\ty\n", **change}
+    (found,) = problems(write(tmp_path, files))
+    assert found.startswith("qrels.txt:1: unknown ") and found.endswith(f"; {hint}")
+
+
 # ---- what is wrong -------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +313,7 @@ def test_runs_are_listed_by_name(tmp_path: Path) -> None:
           r" if these are BEIR's, add their header: sed -i '1i query-id\tcorpus-id\tscore' FILE"]),
         ({"qrels.txt": ""}, ["qrels.txt: the file is empty"]),
         ({"triples.tsv": "t9\td1\td2\nt1\td9\td1\nt1\td1\td1\nt1 d1 d2\n", **TRAIN},
-         ["triples.tsv:1: 't9' is not a training query", "triples.tsv:2: unknown passage 'd9'",
+         ["triples.tsv:1: unknown training query 't9'", "triples.tsv:2: unknown passage 'd9'",
           "triples.tsv:3: 'd1' is the positive and the negative",
           "triples.tsv:4: 3 tab-separated columns expected, 1 found"]),
         ({"triples.tsv": "t9\td1\td2\n"}, ["triples.tsv:1: unknown query 't9'"]),
@@ -444,8 +532,16 @@ def test_datasets_of_another_form_are_refused(tmp_path: Path) -> None:
     good = {"query": ["a"], "positive": ["x"]}
     assert problems(saved("a", train={**good, "label": [1]})) == [
         f"{tmp_path}/a: split 'train' has the columns query, positive, label; expected query or anchor or question,"
-        " positive, and perhaps negative"
+        " positive, and perhaps negative; for example: dataset.select_columns(['query', 'positive'])"
     ]
+    renamed = {"q_text": ["a"], "passage": ["x"], "negative": ["y"], "label": [1]}
+    (found,) = problems(saved("e", train=renamed))
+    way = found.partition("for example: dataset")[2]
+    assert way == (
+        ".rename_columns({'q_text': 'query', 'passage': 'positive'})"
+        ".select_columns(['query', 'positive', 'negative'])"
+    )
+    assert "for example" not in problems(saved("f", train={"text": ["a"]}))[0]
     (found,) = problems(saved("b", train=good, extra=good))
     assert "split 'extra': expected train, validation or dev, and test" in found
     bad = {"query": ["a", "", "b"], "positive": ["x", "y", "x"], "negative": ["y", None, "x"]}

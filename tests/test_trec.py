@@ -181,11 +181,16 @@ def test_scores_are_read_as_c_reads_them(tmp_path, score, value):
 
 @pytest.mark.parametrize(
     "score",
-    ["3_0", "٣٩", "３", "−1", "1,5", "0x", "inf", "-INF", "nan", "NAN(1)", "1e400", "0x1p5000", "1e", "--1"],
+    ["3_0", "٣٩", "３", "−1", "0x", "inf", "-INF", "nan", "NAN(1)", "1e400", "0x1p5000", "1e", "--1"],
 )  # fmt: skip
 def test_what_is_no_number_is_refused_with_its_line(tmp_path, score):
     path = written(tmp_path / "x.run", f"q Q0 a 1 2 t\nq Q0 b 2 {score} t\n")
     assert refused(read_run, path) == f"2: score {score!r} is not a finite number"
+
+
+def test_a_decimal_comma_is_told(tmp_path):
+    path = written(tmp_path / "x.run", "q Q0 a 1 1,5 t\n")
+    assert refused(read_run, path).startswith("1: score '1,5' is not a finite number; write a deci")
 
 
 @pytest.mark.parametrize(
@@ -219,6 +224,7 @@ def test_another_kind_of_file_than_a_run_is_named_in_one_line(tmp_path, content,
         ("1\t7\t1\n1\t8\t0\n", r"found 3; .*query-id\\tcorpus-id\\tscore"),
         ("query-id\titer\tcorpus-id\tscore\n1\t0\t7\t1\n", ":1: grade 'score'.*header.*sed -i 1d"),
         ("1 0 7 1\n# pool\n1 0 8 1\n", ":2: .*a comment"),
+        ("1 0 7 1\n# by hand 1\n", ":2: .*a comment"),
         ("1 0 7 1\n\n1 0 8 1\n", ":2: .*a blank line"),
         ("1 1 7 1\n1 2 7 1\n", ":2: '1' judges '7' twice .*subtopic"),
         ("1 0 7 1\n1 0 7 1\n", ":2: '1' judges '7' twice$"),

@@ -200,7 +200,7 @@ def _evaluated(
     import ir_measures
 
     from adaptive_margins.data.sources import open_collection
-    from adaptive_margins.data.text import DataError
+    from adaptive_margins.data.text import DataError, alike
     from adaptive_margins.data.trec import read_run, top, write_run
     from adaptive_margins.dense import DenseRetriever
     from adaptive_margins.encoders import default_device, encoder_identity, open_encoder
@@ -235,12 +235,15 @@ def _evaluated(
             candidates = BM25(collection.passages).search(queries, depth)
             without_hits({qid: hits for qid, hits in candidates.items() if qid in qrels})
         else:
+            given = candidates
             candidates = {
-                qid: dict(top(hits, depth)) for qid, hits in candidates.items() if qid in queries
+                qid: dict(top(hits, depth)) for qid, hits in given.items() if qid in queries
             }
             if not candidates:
+                hint = alike(given, queries.ids)
                 raise DataError(
                     f"{candidates_path} has none of the {len(queries)} queries of {name!r}"
+                    + (f": {hint}" if hint else "")
                 )
         run = retriever.rerank(queries, candidates)
     scored = score(run, qrels, measures, passages=len(collection.passages))
@@ -534,15 +537,13 @@ def collection(
     Runs in its folder (NAME.run or NAME.trec) are listed, too.
     """
     with _working(verbose):
-        from adaptive_margins.data.folder import run_files
+        from adaptive_margins.data.folder import read_runs
         from adaptive_margins.data.sources import open_collection
-        from adaptive_margins.data.trec import read_run
         from adaptive_margins.files import write_text
         from adaptive_margins.report import sheet
 
         opened = open_collection(path)
-        files = run_files(Path(path)) if Path(path).is_dir() else {}
-        runs = {name: read_run(file) for name, file in files.items()}
+        runs = read_runs(Path(path)) if Path(path).is_dir() else {}
         facts = sheet.collection_facts(opened, runs)
         if output:
             write_text(output, sheet.collection_page(opened, runs=facts["runs"]))

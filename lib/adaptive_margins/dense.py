@@ -22,7 +22,7 @@ import adaptive_margins
 from adaptive_margins import encoders, retrieval
 from adaptive_margins.data.arrow import StoredTexts, write_texts
 from adaptive_margins.data.collection import Texts
-from adaptive_margins.data.text import DataError, Problems
+from adaptive_margins.data.text import DataError, Problems, alike
 from adaptive_margins.data.trec import Run, top
 from adaptive_margins.encoders import EncoderError, Precision, Shards, Tokens
 from adaptive_margins.files import WriteError, whole_folder, write_text
@@ -123,7 +123,11 @@ class DenseRetriever:
             if qid not in queries:
                 raise DataError(f"candidates are given for the unknown query {qid!r}")
             if unknown := next((docid for docid in hits if docid not in self.passages), None):
-                raise DataError(f"a candidate of query {qid!r} is the unknown passage {unknown!r}")
+                hint = alike([unknown], self.passages.ids)
+                raise DataError(
+                    f"a candidate of query {qid!r} is the unknown passage {unknown!r}"
+                    + (f"; {hint}" if hint else "")
+                )
         wanted = sorted(
             {self.passages.row(docid) for hits in candidates.values() for docid in hits}
         )

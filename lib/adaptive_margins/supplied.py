@@ -11,6 +11,7 @@ from pathlib import Path
 
 import ir_measures
 
+from adaptive_margins.data.folder import visible
 from adaptive_margins.data.text import Problems
 from adaptive_margins.data.trec import Qrels, Run, read_run
 from adaptive_margins.evaluation import Evaluation, evaluate
@@ -54,12 +55,12 @@ def read_supplied(folder: Path, sets: Sequence[str]) -> dict[str, dict[str, Supp
         return {}
     problems = Problems()
     paths: dict[tuple[str, str], Path] = {}
-    for place in _visible(folder):
+    for place in visible(folder):
         if not place.is_dir() or place.name not in sets:
             known = ", ".join(sets)
             problems.add(place, 0, f"expected a folder named like a query set of this run: {known}")
             continue
-        for path in _visible(place):
+        for path in visible(place):
             name = path.name.removesuffix(".gz")
             stem, dot, suffix = name.rpartition(".")
             if not path.is_file() or not stem or dot + suffix not in SUFFIXES:
@@ -77,10 +78,6 @@ def read_supplied(folder: Path, sets: Sequence[str]) -> dict[str, dict[str, Supp
     for (name, query_set), path in sorted(paths.items()):
         found.setdefault(name, {})[query_set] = Supplied(name, path, read_run(path))
     return found
-
-
-def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 @dataclass(frozen=True)

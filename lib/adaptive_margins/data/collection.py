@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from adaptive_margins.data.text import DataError, Problems, read_columns
+from adaptive_margins.data.text import DataError, Problems, alike, read_columns
 from adaptive_margins.data.trec import MAX_GRADE, Qrels, qrels_text, read_judgements
 from adaptive_margins.files import whole_folder
 
@@ -92,10 +92,18 @@ class Collection:
         for name, qrels in self.qrels.items():
             for qid, judged in qrels.items():
                 if qid not in self.queries[name]:
-                    raise ValueError(f"qrels of {name!r} judge the unknown query {qid!r}")
+                    hint = alike([qid], self.queries[name].ids)
+                    raise ValueError(
+                        f"qrels of {name!r} judge the unknown query {qid!r}; {hint}".rstrip("; ")
+                    )
                 for docid, grade in judged.items():
                     if docid not in self.passages:
-                        raise ValueError(f"qrels of {name!r} judge the unknown passage {docid!r}")
+                        hint = alike([docid], self.passages.ids)
+                        raise ValueError(
+                            f"qrels of {name!r} judge the unknown passage {docid!r}; {hint}".rstrip(
+                                "; "
+                            )
+                        )
                     if type(grade) is not int:
                         raise ValueError(
                             f"grade of {qid!r}, {docid!r} must be an integer, not {grade!r}"
@@ -156,7 +164,7 @@ class Collection:
                 (partial / filename).write_bytes(text.encode("utf-8"))
 
     def _is_in(self, folder: Path) -> bool:
-        if not folder.is_dir() or not any(folder.iterdir()):
+        if not folder.is_dir() or all(path.name.startswith(".") for path in folder.iterdir()):
             return False
         if self.load(folder).fingerprint != self.fingerprint:
             raise FileExistsError(f"{folder} holds another collection; remove it or choose another")
@@ -194,10 +202,10 @@ class Collection:
             folder / "triples.tsv", 3, problems, empty=True
         ):
             if qid not in train:
-                problems.add(folder / "triples.tsv", number, f"{qid!r} is not a training query")
+                problems.unknown(folder / "triples.tsv", number, "training query", qid, train.ids)
             for docid in (positive, negative):
                 if docid not in passages:
-                    problems.add(folder / "triples.tsv", number, f"unknown passage {docid!r}")
+                    problems.unknown(folder / "triples.tsv", number, "passage", docid, passages.ids)
             triples.append((qid, positive, negative))
         problems.check()
 
@@ -288,9 +296,9 @@ def _read_qrels(path: Path, queries: Texts, passages: Texts, problems: Problems)
     qrels: Qrels = {}
     for number, qid, docid, grade in read_judgements(path, problems, empty=True):
         if qid not in queries:
-            problems.add(path, number, f"unknown query {qid!r}")
+            problems.unknown(path, number, "query", qid, queries.ids)
         elif docid not in passages:
-            problems.add(path, number, f"unknown passage {docid!r}")
+            problems.unknown(path, number, "passage", docid, passages.ids)
         else:
             qrels.setdefault(qid, {})[docid] = grade
     return qrels

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import warnings
 from collections.abc import Collection as Container
@@ -17,7 +18,7 @@ from typing import cast
 
 from adaptive_margins.data.collection import Collection, Texts, Triple
 from adaptive_margins.data.text import DataError, Problems, read_columns, read_lines
-from adaptive_margins.data.trec import Judgements, Qrels, read_judgements
+from adaptive_margins.data.trec import Judgements, Qrels, Run, read_judgements, read_run
 from adaptive_margins.progress import Countdown
 
 SETS = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
@@ -68,6 +69,8 @@ def read_folder(folder: Path) -> Collection:
     folder = Path(folder)
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
+        if folder.is_symlink() and not folder.exists():
+            what = f"is a link to {os.readlink(folder)}, which does not exist"
         raise DataError(f"{folder} {what}. A collection is a folder:\n{EXPECTED}")
     beir, trec = (_variants(folder, name) for name in ("corpus.jsonl", "collection.tsv"))
     if (folder / "passages.arrow").exists():
@@ -81,7 +84,7 @@ def read_folder(folder: Path) -> Collection:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return read_dataset(folder)
     if not beir and not trec:
-        names = sorted(path.name for path in folder.iterdir())
+        names = [path.name for path in visible(folder)]
         found = ", ".join(names[:10]) + (" …" if len(names) > 10 else "") if names else "nothing"
         raise DataError(f"{folder} holds no collection (found: {found}). Expected:\n{EXPECTED}")
     problems = Problems()
@@ -113,13 +116,34 @@ def run_files(folder: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     problems = Problems()
-    for path in sorted(Path(folder).iterdir()):
-        if (match := _RUN.fullmatch(path.name)) and path.is_file():
+    for path in visible(Path(folder)):
+        if (match := _RUN.fullmatch(path.name)) and not path.is_dir():
             if (name := match[1]) in found:
                 problems.add(path, 0, f"{found[name].name} is a run named {name!r}, too")
             found[name] = path
     problems.check()
     return found
+
+
+def read_runs(folder: Path) -> dict[str, Run]:
+    """Name → run of the `run_files` of a folder. What is no run is left out, with a UserWarning.
+
+    Raises:
+        DataError: as `run_files`.
+    """
+    runs = {}
+    for name, path in run_files(folder).items():
+        try:
+            runs[name] = read_run(path)
+        except DataError as error:
+            first = str(error).removeprefix("malformed data\n").splitlines()[0].strip()
+            warnings.warn(f"left out, as it is no run: {first}", stacklevel=2)
+    return runs
+
+
+def visible(folder: Path) -> list[Path]:
+    """What a folder holds, sorted, without hidden files, as macOS and editors leave them."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 # ---- layouts -------------------------------------------------------------------------------------------------------
@@ -153,8 +177,8 @@ def _read_beir(folder: Path, problems: Problems) -> Collection:
             "none of train.tsv, dev.tsv, test.tsv found to judge queries.jsonl"
             " (without queries.jsonl, the passages are read alone)",
         )
-    for extra in sorted((folder / "qrels").glob("*.tsv*")):
-        if extra.name.split(".tsv")[0] not in _STANDARD:
+    for extra in visible(folder / "qrels") if qrels else ():
+        if ".tsv" in extra.name and extra.name.split(".tsv")[0] not in _STANDARD:
             warnings.warn(f"{extra} is not read; known are train, dev and test", stacklevel=3)
     return _finish(folder, "BEIR", path, passages, queries, qrels, [], problems)
 
@@ -238,9 +262,7 @@ def read_dataset(folder: Path) -> Collection:
         qrels[name] = {}
         columns = _dataset_columns(rows.column_names)
         if columns is None:
-            accepted = f"{' or '.join(QUERY_COLUMNS)}, positive, and perhaps negative"
-            found = ", ".join(rows.column_names)
-            problems.add(folder, 0, f"split {split!r} has the columns {found}; expected {accepted}")
+            problems.add(folder, 0, f"split {split!r} {_other_columns(rows.column_names)}")
             continue
         where = folder if rows is loaded else folder / split
         countdown = Countdown(f"reading {split}", len(rows), "rows")
@@ -279,6 +301,20 @@ def _dataset_columns(found: Iterable[str]) -> list[str] | None:
             if sorted(found) == sorted(columns):
                 return columns
     return None
+
+
+def _other_columns(found: list[str]) -> str:
+    """What is wrong with the columns, and how to come to those expected."""
+    accepted = f"{' or '.join(QUERY_COLUMNS)}, positive, and perhaps negative"
+    query = next((name for name in QUERY_COLUMNS if name in found), "query")
+    missing = [name for name in (query, "positive") if name not in found]
+    other = [name for name in found if name not in (query, "positive", "negative")]
+    names = dict(zip(other, missing, strict=False))
+    kept = [query, "positive", *(["negative"] if "negative" in found else [])]
+    how = f".rename_columns({names})" if names else ""
+    how += f".select_columns({kept})" if len(names) < len(other) else ""
+    hint = f"; for example: dataset{how}" if len(names) == len(missing) else ""
+    return f"has the columns {', '.join(found)}; expected {accepted}{hint}"
 
 
 def standard_sets(collection: Collection, where: str) -> Collection:
@@ -355,9 +391,11 @@ def warn(passages: Texts, queries: Mapping[str, Texts], where: str, unit: str = 
 
 
 def _variants(folder: Path, *names: str) -> list[Path]:
-    """Those of the files that are there, gzipped or not."""
+    """Those of the files that are there, gzipped or not, dangling links included."""
     paths = [folder / (name + end) for name in names for end in ("", ".gz")]
-    return [path for path in paths if path.is_file()]
+    return [
+        path for path in paths if os.path.lexists(path)
+    ]  # what cannot be read is told when it is
 
 
 def _only(folder: Path, *names: str, problems: Problems) -> Path | None:
@@ -417,11 +455,11 @@ def _qrels(
     for number, qid, docid, grade in rows:
         other = judged.setdefault(qid, path)
         if queries is not None and qid not in queries:
-            problems.add(path, number, f"unknown query {qid!r}")
+            problems.unknown(path, number, "query", qid, queries.ids)
         elif other != path:
             problems.add(path, number, f"query {qid!r} is judged in {other.name}, too; sets must not share queries")  # fmt: skip
         elif docid not in passages:
-            problems.add(path, number, f"unknown passage {docid!r}")
+            problems.unknown(path, number, "passage", docid, passages.ids)
         else:
             qrels.setdefault(qid, {})[docid] = grade
     return qrels
@@ -439,13 +477,13 @@ def _triples(
     triples: list[Triple] = []
     for number, (qid, *docids) in read_columns(path, 3, problems):
         if queries is not None and qid not in queries:
-            what = f"{qid!r} is not a training query" if train else f"unknown query {qid!r}"
-            problems.add(path, number, what)
+            what = "training query" if train else "query"
+            problems.unknown(path, number, what, qid, queries.ids)
         elif not train and qid in judged:
             problems.add(path, number, f"query {qid!r} is judged in {judged[qid].name}; training must not use it")  # fmt: skip
         for docid in docids:
             if docid not in passages:
-                problems.add(path, number, f"unknown passage {docid!r}")
+                problems.unknown(path, number, "passage", docid, passages.ids)
         positive, negative = docids
         if positive == negative:
             problems.add(path, number, f"{positive!r} is the positive and the negative")

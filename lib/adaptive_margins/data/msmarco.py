@@ -329,9 +329,9 @@ def _known(
 ) -> bool:
     known = record.query_id in queries
     if not known:
-        problems.add(where, number, f"unknown query {record.query_id!r}")
+        problems.unknown(where, number, "query", record.query_id, queries.ids)
     if record.doc_id not in passages:
-        problems.add(where, number, f"unknown passage {record.doc_id!r}")
+        problems.unknown(where, number, "passage", record.doc_id, passages.ids)
         known = False
     return known
 

@@ -70,7 +70,7 @@ def open_collection(source: str) -> Collection:
         DownloadError: something could not be fetched.
     """
     path = Path(source).expanduser()
-    if source and path.is_dir():
+    if source and (path.is_dir() or (path.is_symlink() and not path.exists())):
         return read_folder(path)
     if source.split(":")[0] == PYDOCS:
         return _pydocs(source)

@@ -65,6 +65,7 @@ class Problems:
     def __init__(self) -> None:
         self._first: dict[tuple[Path, str], str] = {}
         self._count: dict[tuple[Path, str], int] = {}
+        self._unknown: dict[tuple[Path, str], tuple[set[str], Iterable[str]]] = {}
 
     def add(self, path: Path, line: int, what: str) -> None:
         """Note that line ``line`` (from 1; 0 for the whole file) of ``path`` is wrong."""
@@ -72,13 +73,21 @@ class Problems:
         self._first.setdefault(kind, f"{path}:{line}: {what}" if line else f"{path}: {what}")
         self._count[kind] = self._count.get(kind, 0) + 1
 
+    def unknown(
+        self, path: Path, line: int, what: str, identifier: str, known: Iterable[str]
+    ) -> None:
+        """Note that a line names an id (of a ``what``: "query", "passage") that is not known; known ids alike are told."""
+        self.add(path, line, f"unknown {what} {identifier!r}")
+        self._unknown.setdefault((path, f"unknown {what} "), (set(), known))[0].add(identifier)
+
     def check(self) -> None:
         """Raise `DataError` if anything was noted."""
         lines = []
         for kind, first in self._first.items():
             more = self._count[kind] - 1
             like = f" (and {more:,} more line{'s' * (more > 1)} like it)" if more else ""
-            lines.append(first + like)
+            hint = alike(*self._unknown[kind]) if kind in self._unknown else ""
+            lines.append(first + like + (f"; {hint}" if hint else ""))
         if len(lines) > 1:
             left = len(lines) - _SHOWN
             rest = [f"… and {left} more kinds of faults"] if left > 0 else []
@@ -160,7 +169,7 @@ def alike(unknown: Iterable[str], known: Iterable[str]) -> str:
 
     They may differ in Unicode normalisation, case, characters around them, or a prefix. One pair is told.
     """
-    left, there = list(dict.fromkeys(unknown)), dict.fromkeys(known)
+    left, there = sorted(set(unknown)), dict.fromkeys(known)
     for what, form in _FORMS:
         forms = {form(identifier): identifier for identifier in there}
         for identifier in left:

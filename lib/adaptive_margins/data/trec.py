@@ -125,7 +125,7 @@ def read_run(path: Path, *, own: bool = False) -> Run:
     ranks: dict[str, array[float]] = {}
     for number, line in read_lines(path, problems, empty=own):
         cells = line.split()
-        if len(cells) != 6:
+        if len(cells) != 6 or cells[0] == "#":
             problems.add(path, number, _no_run(line, cells))
             if number == 1 and line.strip():  # another kind of file: the other lines say the same
                 break
@@ -134,7 +134,8 @@ def read_run(path: Path, *, own: bool = False) -> Run:
         hits = run.setdefault(qid, {})
         value = _number(score)
         if not math.isfinite(value):
-            what = f"score {score!r} is not a finite number"
+            point = "; write a decimal point" if "," in score else ""
+            what = f"score {score!r} is not a finite number{point}"
             problems.add(path, number, what + _header(number, score))
         elif docid in hits:
             problems.add(path, number, f"passage {docid!r} occurs twice for query {qid!r}")
@@ -257,7 +258,7 @@ def read_judgements(path: Path, problems: Problems, *, empty: bool = False) -> J
         if number == 1 and cells == _BEIR_HEADER:
             beir = True
             continue
-        if len(cells) != (3 if beir else 4):
+        if len(cells) != (3 if beir else 4) or cells[0] == "#":
             wrong += 1
             problems.add(path, number, _no_judgement(line, cells, beir))
             if number == 1 and line.strip()[:1] not in ("", "#"):
