@@ -108,7 +108,7 @@ def test_light_parts_stay_light():
         adaptive_margins.profiles.available()
         found["profiles"] = [m for m in heavy if m in sys.modules]
         import adaptive_margins.evaluation, adaptive_margins.supplied
-        found["runs"] = [m for m in heavy if m in sys.modules and m != "pandas"]
+        found["runs"] = [m for m in heavy if m in sys.modules]
         import adaptive_margins.losses
         found["losses"] = [m for m in heavy if m in sys.modules]
         print(json.dumps(found))
@@ -117,5 +117,35 @@ def test_light_parts_stay_light():
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout) == {
-        "cli": [], "profiles": [], "runs": [], "losses": ["torch", "pandas"],
+        "cli": [], "profiles": [], "runs": [], "losses": ["torch"],
     }  # fmt: skip
+
+
+def test_compare_imports_nothing_heavy(tmp_path):
+    """A comparison of two runs is to take about a second; each of these takes a good part of one."""
+    (tmp_path / "qrels.txt").write_text("".join(f"{q} 0 d{q} 1\n" for q in range(5)))
+    for name in "ab":
+        hits = "".join(f"{q} Q0 d{d} 1 {-d} x\n" for q in range(5) for d in range(10))
+        (tmp_path / f"{name}.run").write_text(hits)
+    program = """
+        import json, sys
+        from adaptive_margins import cli
+        sys.argv = ["adaptive-margins", "compare", "--qrels", "qrels.txt", "a.run", "b.run"]
+        try:
+            cli.main()
+        except SystemExit as end:
+            assert not end.code, end.code
+        heavy = ["scipy.stats", "statsmodels", "pandas", "pyarrow", "datasets", "torch", "transformers",
+                 "sentence_transformers", "faiss", "bm25s", "sklearn", "matplotlib", "ir_datasets", "ranx"]
+        print(json.dumps([m for m in heavy if m in sys.modules]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    *told, loaded = done.stdout.splitlines()
+    assert json.loads(loaded) == []
+    assert told[0].split()[:2] == ["run", "mean"]

@@ -259,7 +259,7 @@ def test_evaluate_errors():
         evaluate({}, {"q": {"d": 1.0}}, ["nDCG@10"])
     with pytest.raises(ValueError, match="no measure"):
         evaluate({"q": {"d": 1}}, {}, [])
-    with pytest.raises(ValueError, match="score of passage 'd' must be a finite"):
+    with pytest.raises(ValueError, match="score of passage 'd' must be finite"):
         evaluate({"q": {"d": 1}}, {"q": {"d": math.nan}}, ["nDCG@10"])
 
 
