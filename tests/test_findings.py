@@ -24,6 +24,27 @@ def head(text, section, number):
     return bullet(text, f"(Section {section}, {number})").split("**")[1]
 
 
+@pytest.mark.parametrize(
+    "ours, theirs, want",
+    [
+        ((6, 6), (4, 6), "Partly"),
+        ((5, 6), (4, 6), "As"),
+        ((0, 6), (3, 6), "Unlike"),  # one half is on no side
+        ((6, 6), (3, 6), "Unlike"),
+        ((3, 6), (0, 6), "Unlike"),
+        ((3, 6), (6, 6), "Unlike"),
+        ((3, 6), (4, 6), "As"),
+        ((0, 4), (2, 6), "Partly"),
+        ((1, 6), (4, 6), "Unlike"),
+        ((2, 9), (7, 18), "As"),  # exactly a sixth apart
+        ((0, 0), (0, 6), "Not decided"),
+    ],
+)
+def test_shares(ours, theirs, want):
+    flags = [[True] * some + [False] * (all_ - some) for some, all_ in (ours, theirs)]
+    assert findings._shares(*flags).startswith(want)
+
+
 # --- Figure 3: written down by hand, seeds differ by .004 ---
 
 

@@ -1,22 +1,21 @@
 """Margin losses with static, adaptive and distributed targets (Gienapp et al. 2025, Section 3).
 
-`margin_loss` is a function of three tensors and needs only torch. `MarginLoss` is the same loss
-for the trainer of Sentence Transformers, `CachedMarginLoss` the same with the memory of a
-mini-batch.
+`margin_loss` and `margins_and_targets` are functions of three tensors and need only torch.
+`MarginLoss` is the same loss for the trainer of Sentence Transformers, `CachedMarginLoss` (in
+`cached_loss`) the same with the memory of a mini-batch.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from numbers import Integral, Real
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
-from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -94,6 +93,34 @@ def margin_loss(
         TypeError: an embedding that is not a floating-point tensor.
     """
     _check_settings(target, in_batch, orientation, error, stop_gradient)
+    margins, targets = margins_and_targets(
+        query, positive, negative, target=target, in_batch=in_batch, orientation=orientation
+    )
+    l_ij = margins - (targets.detach() if stop_gradient else targets)  # Eqs. 1 to 3
+    loss = ERRORS[error](l_ij).mean()  # Eq. 4 if there is no j, else Eq. 5
+    return (loss, targets.detach()) if return_targets else loss
+
+
+def margins_and_targets(
+    query: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    target: float | str = "distributed",
+    in_batch: bool = False,
+    orientation: str = "paper",
+) -> tuple[Tensor, Tensor]:
+    """Return the relevance margins of a batch of triples and the targets that they should have.
+
+    Arguments, number formats and errors are those of `margin_loss`, which is the mean error of
+    margins − targets. The gradient flows through both.
+
+    Returns:
+        Margins: (B, B) in-batch, with row i the query and column j the negative; (B, 1) for
+        "distributed", (1, B) if released; else (B,). Targets: () for a number, (B,) for
+        "adaptive", (B, B) for "adaptive" in-batch and "distributed".
+    """
+    _check_settings(target, in_batch, orientation)
     _check_embeddings(query, positive, negative)
     dtype = torch.float32
     for embeddings in (query, positive, negative):
@@ -102,33 +129,25 @@ def margin_loss(
     # Autocast would compute cosines in half precision: near 1, bfloat16 has steps of 0.004.
     with torch.autocast(query.device.type, enabled=False):
         q, d_pos, d_neg = (_unit(vectors.to(dtype)) for vectors in (query, positive, negative))
-        margin, targets = _margin_and_target(q, d_pos, d_neg, target, in_batch, orientation)
-        l_ij = margin - (targets.detach() if stop_gradient else targets)  # Eqs. 1 to 3
-        loss = ERRORS[error](l_ij).mean()  # Eq. 4 if there is no j, else Eq. 5
-    return (loss, targets.detach()) if return_targets else loss
+        if in_batch:  # Eqs. 1 and 2 with d⁻_j for d⁻_i
+            margins = _by_row(_phi_i(q, d_pos), orientation) - _phi_ij(q, d_neg)
+        elif target == "distributed":  # Eq. 3
+            margins = _by_row(_phi_i(q, d_pos) - _phi_i(q, d_neg), orientation)
+        else:  # Eqs. 1 and 2
+            margins = _phi_i(q, d_pos) - _phi_i(q, d_neg)
+
+        if not isinstance(target, str):  # Eq. 1
+            targets = torch.full((), float(target), dtype=dtype, device=q.device)
+        elif target == "adaptive" and not in_batch:  # Eq. 2
+            targets = (1 + _phi_i(d_pos, d_neg)) / 2
+        else:  # Eq. 3, and Eq. 2 with d⁻_j for d⁻_i
+            targets = (1 + _phi_ij(d_pos, d_neg)) / 2
+    return margins, targets
 
 
-def _margin_and_target(
-    q: Tensor, d_pos: Tensor, d_neg: Tensor, target: float | str, in_batch: bool, orientation: str
-) -> tuple[Tensor, Tensor]:
-    """Relevance margin and target of Eqs. 1 to 3, for unit vectors q, d⁺, d⁻ of shape (B, D)."""
-
-    def by_row(values: Tensor) -> Tensor:
-        """(B,) to a matrix: value i in row i; in column i as the released code broadcasts it."""
-        return values[:, None] if orientation == "paper" else values[None, :]
-
-    if in_batch:  # Eqs. 1 and 2 with d⁻_j for d⁻_i
-        margin = by_row(_phi_i(q, d_pos)) - _phi_ij(q, d_neg)
-    elif target == "distributed":  # Eq. 3
-        margin = by_row(_phi_i(q, d_pos) - _phi_i(q, d_neg))
-    else:  # Eqs. 1 and 2
-        margin = _phi_i(q, d_pos) - _phi_i(q, d_neg)
-
-    if not isinstance(target, str):  # Eq. 1
-        return margin, torch.full((), float(target), dtype=q.dtype, device=q.device)
-    if target == "adaptive" and not in_batch:  # Eq. 2
-        return margin, (1 + _phi_i(d_pos, d_neg)) / 2
-    return margin, (1 + _phi_ij(d_pos, d_neg)) / 2  # Eq. 3, and Eq. 2 with d⁻_j for d⁻_i
+def _by_row(values: Tensor, orientation: str) -> Tensor:
+    """(B,) to a matrix: value i in row i; in column i as the released code broadcasts it."""
+    return values[:, None] if orientation == "paper" else values[None, :]
 
 
 def _phi_i(a: Tensor, b: Tensor) -> Tensor:
@@ -152,7 +171,11 @@ def _unit(vectors: Tensor) -> Tensor:
 
 
 def _check_settings(
-    target: float | str, in_batch: bool, orientation: str, error: str, stop_gradient: bool
+    target: float | str,
+    in_batch: bool,
+    orientation: str,
+    error: str = "squared",
+    stop_gradient: bool = False,
 ) -> None:
     """Raise ValueError for a setting that `margin_loss` does not have."""
     if isinstance(target, str):
@@ -200,11 +223,7 @@ class MarginLoss(nn.Module):
 
     Args:
         model: the SentenceTransformer to train.
-        target: a finite number ε, "adaptive" or "distributed".
-        in_batch: compare every query with the negatives of the whole batch (not "distributed").
-        orientation: "paper", or "released" for what the authors' published code computes.
-        error: "squared" (the paper), "absolute" or "soft".
-        stop_gradient: take the targets as constants.
+        target, in_batch, orientation, error, stop_gradient: as `margin_loss` has them.
 
     Raises:
         ValueError: a setting that `margin_loss` does not have (already when constructed), or data
@@ -213,10 +232,6 @@ class MarginLoss(nn.Module):
     References:
         - Gienapp et al. 2025, Section 3: https://doi.org/10.1145/3731120.3744594
 
-    Requirements:
-        1. (query, positive, negative) triples: three text columns in this order, whatever their
-           names.
-
     Inputs:
         +-------------------------------------+------------------------+
         | Inputs                              | Labels                 |
@@ -224,13 +239,7 @@ class MarginLoss(nn.Module):
         | (query, positive, negative) triples | none (ignored, if any) |
         +-------------------------------------+------------------------+
 
-    Formulas:
-        With φ the cosine similarity, the loss is the mean of l² over i (Eq. 4), or i and j (Eq. 5).
-
-        - ``target=ε`` (Eq. 1): l_i = φ(q_i, d⁺_i) − φ(q_i, d⁻_i) − ε
-        - ``"adaptive"`` (Eq. 2): l_i = φ(q_i, d⁺_i) − φ(q_i, d⁻_i) − (1 + φ(d⁺_i, d⁻_i)) / 2
-        - ``"distributed"`` (Eq. 3): l_ij = φ(q_i, d⁺_i) − φ(q_i, d⁻_i) − (1 + φ(d⁺_i, d⁻_j)) / 2
-        - ``in_batch=True``: Eqs. 1 and 2 with d⁻_j in place of d⁻_i
+        Three text columns in this order, whatever their names.
 
     Recommendations:
         - With ``in_batch=True`` use ``BatchSamplers.NO_DUPLICATES``, or the negative of one triple
@@ -240,30 +249,13 @@ class MarginLoss(nn.Module):
     Relations:
         - :class:`MarginMSELoss` takes the target of each triple as a label from a teacher model,
           and the dot product in place of the cosine.
-        - :class:`CachedMarginLoss` is equal and needs the memory of a mini-batch, whatever the
-          size of the batch.
+        - :class:`CachedMarginLoss` is equal and needs the memory of a mini-batch.
 
     Example:
         ::
 
-            from datasets import Dataset
-            from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-
-            from adaptive_margins.losses import MarginLoss
-
-            model = SentenceTransformer("microsoft/mpnet-base")
-            train_dataset = Dataset.from_dict({
-                "query": ["where is wild rice grown", "how long do cats sleep"],
-                "positive": ["Wild rice grows in shallow lakes.", "Cats sleep 12 hours a day."],
-                "negative": ["Rice is boiled for 20 minutes.", "Most cats have four kittens."],
-            })
             loss = MarginLoss(model, target="distributed")
-
-            trainer = SentenceTransformerTrainer(
-                model=model,
-                train_dataset=train_dataset,
-                loss=loss,
-            )
+            trainer = SentenceTransformerTrainer(model=model, train_dataset=triples, loss=loss)
             trainer.train()
     """
 
@@ -329,166 +321,8 @@ class MarginLoss(nn.Module):
 """
 
 
-class CachedMarginLoss(MarginLoss):
-    """`MarginLoss` of large batches with the memory of a mini-batch, by gradient caching.
-
-    Targets from the whole batch want large batches, but `MarginLoss` keeps the activations of the
-    encoder for all texts of a batch until its backward pass. This class keeps those of one
-    mini-batch. (1) All texts are embedded in mini-batches, without their activations but with the
-    states of the random number generators. (2) The loss gives the gradient of each embedding. (3)
-    Each mini-batch is embedded again, with the same dropout, and its gradients are propagated back.
-    Loss and gradients are those of `MarginLoss`, for the time of one more forward pass.
-
-    Beside a mini-batch there remain the (B, D) embeddings and, for in-batch and distributed
-    targets, some (B, B) matrices. Mini-batches are made of texts of similar length, each padded to
-    the longest in it.
-
-    Args:
-        model: the SentenceTransformer to train.
-        target: a finite number ε, "adaptive" or "distributed".
-        mini_batch_size: how many texts are embedded at a time, at least 1. Loss and gradients do
-            not depend on it, but the random numbers of dropout do.
-        in_batch: compare every query with the negatives of the whole batch (not "distributed").
-        orientation: "paper", or "released" for what the authors' published code computes.
-        error: "squared" (the paper), "absolute" or "soft".
-        stop_gradient: take the targets as constants.
-
-    Raises:
-        ValueError: a setting that `MarginLoss` does not have, a `mini_batch_size` that is not a
-            whole number of at least 1, or data with other than three text columns.
-
-    References:
-        - Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup,
-          Section 3: https://arxiv.org/abs/2101.06983
-        - Gienapp et al. 2025, Section 3: https://doi.org/10.1145/3731120.3744594
-
-    Requirements, Inputs, Formulas:
-        As :class:`MarginLoss`.
-
-    Relations:
-        - :class:`CachedMultipleNegativesRankingLoss` does the same for a contrastive loss.
-        - Losses that replace the model's forward pass for a while, :class:`MatryoshkaLoss` and
-          :class:`AdaptiveLayerLoss`, have not been tried with this one, which embeds again later.
-
-    Example:
-        ::
-
-            from datasets import Dataset
-            from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
-            from sentence_transformers import SentenceTransformerTrainingArguments
-
-            from adaptive_margins.losses import CachedMarginLoss
-
-            model = SentenceTransformer("microsoft/mpnet-base")
-            train_dataset = Dataset.from_dict({
-                "query": ["where is wild rice grown", "how long do cats sleep"],
-                "positive": ["Wild rice grows in shallow lakes.", "Cats sleep 12 hours a day."],
-                "negative": ["Rice is boiled for 20 minutes.", "Most cats have four kittens."],
-            })
-            loss = CachedMarginLoss(model, target="distributed", mini_batch_size=32)
-
-            trainer = SentenceTransformerTrainer(
-                model=model,
-                args=SentenceTransformerTrainingArguments(per_device_train_batch_size=1024),
-                train_dataset=train_dataset,
-                loss=loss,
-            )
-            trainer.train()
-    """
-
-    def __init__(
-        self,
-        model: SentenceTransformer,
-        target: float | str = "distributed",
-        *,
-        mini_batch_size: int = 32,
-        in_batch: bool = False,
-        orientation: str = "paper",
-        error: str = "squared",
-        stop_gradient: bool = False,
-    ) -> None:
-        super().__init__(
-            model,
-            target,
-            in_batch=in_batch,
-            orientation=orientation,
-            error=error,
-            stop_gradient=stop_gradient,
-        )
-        whole = isinstance(mini_batch_size, Integral) and not isinstance(mini_batch_size, bool)
-        if not whole or mini_batch_size < 1:
-            raise ValueError(
-                f"mini_batch_size is {mini_batch_size!r}; expected a whole number of at least 1"
-            )
-        self.mini_batch_size = mini_batch_size
-
-    def forward(
-        self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None
-    ) -> Tensor:
-        """Embed the token features of the three columns and return their loss, a scalar tensor."""
-        embeddings = [self._embed_column(features) for features in sentence_features]
-        return self.compute_loss_from_embeddings(embeddings, labels)
-
-    def _embed_column(self, features: dict[str, Any]) -> Tensor:
-        """(B, D) embeddings of the texts of a column, mini-batch by mini-batch."""
-        from sentence_transformers.base.losses import RandContext
-        from sentence_transformers.base.losses.gradcache import _minibatch_ranges
-
-        prompt_length = features.get("prompt_length")
-        if isinstance(prompt_length, Tensor):  # one number for all texts, not to be cut into rows
-            features = {**features, "prompt_length": int(prompt_length.flatten()[0])}
-        features, order = _longest_first(features)
-        tensors = [value for value in features.values() if isinstance(value, Tensor)]
-        embeddings = [
-            # Drops the activations, and embeds again when the backward pass comes to this
-            # mini-batch, under the same autocast. That is steps 1 to 3 above. It can restore the
-            # random numbers too, but not those of Apple's GPUs, which RandContext does.
-            checkpoint(
-                self._embed_rows,
-                features,
-                begin,
-                end,
-                use_reentrant=False,
-                preserve_rng_state=False,
-                context_fn=lambda: (nullcontext(), RandContext(*tensors)),
-            )
-            for begin, end in _minibatch_ranges(features, self.mini_batch_size)
-        ]
-        return torch.cat(embeddings)[order]
-
-    def _embed_rows(self, features: dict[str, Any], begin: int, end: int) -> Tensor:
-        """(end − begin, D) embeddings of some texts, padded to the longest of them."""
-        from sentence_transformers.base.losses.gradcache import _create_minibatch
-
-        return self.model(_create_minibatch(features, begin, end))["sentence_embedding"]
-
-    def get_config_dict(self) -> dict[str, Any]:
-        """Return the settings, as Sentence Transformers writes them to the model card."""
-        return {**super().get_config_dict(), "mini_batch_size": self.mini_batch_size}
-
-    @property
-    def citation(self) -> str:
-        """BibTeX entries of both papers, as Sentence Transformers writes them to the model card."""
-        return (
-            super().citation
-            + """
-@inproceedings{gao2021,
-    title = {Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
-    author = {Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan},
-    booktitle = {6th Workshop on Representation Learning for NLP (RepL4NLP 2021)},
-    year = {2021},
-}
-"""
-        )
-
-
-def _longest_first(features: dict[str, Any]) -> tuple[dict[str, Any], Tensor | slice]:
-    """Token features sorted from the longest text to the shortest, and what restores the order."""
-    mask = features.get("attention_mask")
-    tensors = {key: value for key, value in features.items() if isinstance(value, Tensor)}
-    # Images, and texts that are packed without padding, have tensors with other rows than texts.
-    if mask is None or any(value.shape[:1] != mask.shape[:1] for value in tensors.values()):
-        return features, slice(None)
-    order = mask.sum(dim=1).argsort(descending=True, stable=True)
-    ordered = {key: value[order] for key, value in tensors.items()}
-    return {**features, **ordered}, order.argsort()
+def __getattr__(name: str) -> Any:
+    """Return `CachedMarginLoss`, whose base class takes seconds to import, when asked for."""
+    if name == "CachedMarginLoss":
+        return importlib.import_module("adaptive_margins.cached_loss").CachedMarginLoss
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -155,7 +155,7 @@ def _tuning(curves: pd.DataFrame, noise: Noise, main: str) -> str:
         )
     weights = [_weigh(gain, noise[m]) if gain else -1 for m, gain in gains]  # 0: ε = 1 is best
     if any(weights):  # or the size of the gains means nothing
-        weights.append(1 if 2 * sum(large) > len(large) else -1)
+        weights.append(_majority(large))
     return _observation("tuning", weights, text, noise[main])
 
 
@@ -349,9 +349,7 @@ def figure5(
             f"the highest {name} with batches of {sizes[-1]} differs from that with {sizes[0]} by"
             f" {_range(differences)} (up to .010 counts as hardly), and is higher in {_count(larger)} encoders."
         )
-        weights = [1 if abs(d) <= 0.010 else -1 for d in differences] + [
-            1 if 2 * sum(larger) > len(larger) else -1
-        ]
+        weights = [1 if abs(d) <= 0.010 else -1 for d in differences] + [_majority(larger)]
         bullets.append(_observation("batch-size", weights, text))
     return _bullets(bullets)
 
@@ -761,12 +759,20 @@ def _observation(id: str, weights: Sequence[int], text: str, noise: float | None
     return f"**{head}** (Section {entry.section}, {entry.number}): {text} *The paper: {said}*"
 
 
+def _majority(flags: Sequence[bool]) -> int:
+    """1 if more than half of the flags are set, -1 if fewer, 0 for exactly half, which decides nothing."""
+    return _weigh(2 * sum(flags) - len(flags), None)
+
+
 def _shares(ours: Sequence[bool], theirs: Sequence[bool]) -> str:
     """How two shares of cases compare: within a sixth of each other, on the same side of one half, or neither."""
-    a, b = (sum(flags) / max(len(flags), 1) for flags in (ours, theirs))
-    if abs(a - b) <= 1 / 6 + 1e-9:
+    if not ours or not theirs:
+        return "Not decided by this run"
+    apart = abs(sum(ours) * len(theirs) - sum(theirs) * len(ours))  # the difference, times both
+    if 6 * apart <= len(ours) * len(theirs):
         return "As in the paper"
-    return "Partly as in the paper" if (a - 0.5) * (b - 0.5) >= 0 else "Unlike the paper"
+    same_side = _majority(ours) * _majority(theirs) > 0
+    return "Partly as in the paper" if same_side else "Unlike the paper"
 
 
 def _count(flags: Iterable[Any]) -> str:

@@ -44,7 +44,7 @@ from adaptive_margins.finetuning import (
     finetune,
     open_split,
 )
-from adaptive_margins.losses import ORIENTATIONS, margin_loss
+from adaptive_margins.losses import ORIENTATIONS, margin_loss, margins_and_targets
 from adaptive_margins.progress import say
 from adaptive_margins.report import compared, figures, sheet
 from adaptive_margins.report.findings import signed
@@ -581,28 +581,20 @@ def state(
     in_batch: bool = False,
     orientation: str = "paper",
 ) -> State:
-    """What `margin_loss` makes of a batch: targets and loss are its own, the margins are those it compares them with."""
+    """What `margin_loss` makes of a batch, with the margins and targets that it compares."""
+    settings: dict[str, Any] = {"target": target, "in_batch": in_batch, "orientation": orientation}
     with torch.no_grad():
-        query, positive, negative = embeddings
-        loss, targets = margin_loss(
-            *embeddings, target=target, in_batch=in_batch, orientation=orientation, return_targets=True
-        )  # fmt: skip
-        phi = torch.nn.functional.cosine_similarity
-        near, far = phi(query, positive), phi(query, negative)
-        if in_batch:
-            far = phi(query[:, None], negative[None], dim=2)
-        else:
-            near = near - far
-            far = torch.zeros((), dtype=near.dtype)
-        margin = (near[:, None] if orientation == "paper" else near[None, :]) - far
-        size = len(query)
+        loss = margin_loss(*embeddings, **settings)
+        margins, targets = margins_and_targets(*embeddings, **settings)
+        size = len(embeddings[0])
         whole = in_batch or target == "distributed"
-        seen = torch.ones(size, size) if whole else torch.eye(size)
-        by_row = targets[:, None] if targets.ndim == 1 else targets
-        hidden = ~seen.bool()
-        margins = margin.expand(size, size).masked_fill(hidden, torch.nan)
-        wanted = by_row.expand(size, size).masked_fill(hidden, torch.nan)
-    return State(margins.numpy(), wanted.numpy(), float(loss))
+        hidden = torch.zeros(size, size).bool() if whole else ~torch.eye(size).bool()
+
+        def matrix(values: Tensor) -> np.ndarray:
+            by_row = values[:, None] if values.ndim == 1 else values
+            return by_row.expand(size, size).masked_fill(hidden, torch.nan).numpy()
+
+    return State(matrix(margins), matrix(targets), float(loss))
 
 
 def pulled(

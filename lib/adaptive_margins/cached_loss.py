@@ -1,0 +1,166 @@
+"""`CachedMarginLoss`: large batches with the memory of a mini-batch.
+
+A module of its own, because its base class needs Sentence Transformers when it is defined; import
+the class from `losses`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sentence_transformers.base.losses import (
+    CachedLossMixin,
+    RandContext,
+    has_static_embedding_input,
+)
+from sentence_transformers.base.model import BaseModel
+from torch import Tensor
+
+from adaptive_margins.losses import MarginLoss
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+class CachedMarginLoss(CachedLossMixin, MarginLoss):
+    """`MarginLoss` of large batches with the memory of a mini-batch, by gradient caching.
+
+    `MarginLoss` keeps the activations of the encoder for all texts of a batch until its backward
+    pass. This class embeds the texts in mini-batches without activations, computes the gradient of
+    each embedding, and embeds each mini-batch again, with the same dropout, to propagate its
+    gradients back. Loss and gradients are those of `MarginLoss`, for the time of one more forward
+    pass. Beside a mini-batch there remain the (B, D) embeddings and (B, B) targets.
+
+    Args:
+        model: the SentenceTransformer to train.
+        target, in_batch, orientation, error, stop_gradient: as `MarginLoss` has them.
+        mini_batch_size: how many texts are embedded at a time, at least 1. Loss and gradients do
+            not depend on it, but the random numbers of dropout do.
+
+    Raises:
+        ValueError: a setting that `MarginLoss` does not have, a `mini_batch_size` that is not a
+            whole number of at least 1, data with other than three text columns, or an
+            `AdaptiveLayerLoss` around this loss.
+
+    References:
+        - Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup,
+          Section 3: https://arxiv.org/abs/2101.06983
+
+    Relations:
+        - :class:`MatryoshkaLoss` around this loss equals that around `MarginLoss`.
+        - :class:`AdaptiveLayerLoss` and :class:`Matryoshka2dLoss` cannot go around a loss that
+          embeds again later; they need `MarginLoss`.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        target: float | str = "distributed",
+        *,
+        mini_batch_size: int = 32,
+        in_batch: bool = False,
+        orientation: str = "paper",
+        error: str = "squared",
+        stop_gradient: bool = False,
+    ) -> None:
+        super().__init__(
+            model,
+            target,
+            in_batch=in_batch,
+            orientation=orientation,
+            error=error,
+            stop_gradient=stop_gradient,
+        )
+        if isinstance(model, BaseModel) and has_static_embedding_input(model):
+            raise ValueError(
+                "the model looks up embeddings (StaticEmbedding), which cannot be cut into "
+                "mini-batches and needs no gradient caching; use MarginLoss"
+            )
+        whole = isinstance(mini_batch_size, Integral) and not isinstance(mini_batch_size, bool)
+        if not whole or mini_batch_size < 1:
+            raise ValueError(
+                f"mini_batch_size is {mini_batch_size!r}; expected a whole number of at least 1"
+            )
+        self.mini_batch_size = mini_batch_size
+
+    def forward(
+        self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None
+    ) -> Tensor:
+        """Embed the token features of the three columns and return their loss, a scalar tensor."""
+        columns, orders = zip(*map(_longest_first, sentence_features), strict=True)
+        try:
+            return super().forward_cached(columns, orders)  # no labels: their place is free
+        except KeyError as error:
+            if "all_layer_embeddings" not in error.args:
+                raise
+            raise ValueError(
+                "AdaptiveLayerLoss and Matryoshka2dLoss cannot go around CachedMarginLoss, "
+                "which embeds the texts again in the backward pass; give them MarginLoss"
+            ) from None
+
+    def calculate_loss(
+        self, reps: list[list[Tensor]], orders: Any = None, *, with_backward: bool = False
+    ) -> Tensor:
+        """Return the loss of each column's mini-batches of embeddings, put back in order."""
+        columns = [torch.cat(rep)[order] for rep, order in zip(reps, orders, strict=True)]
+        loss = self.compute_loss_from_embeddings(columns)
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+    def embed_minibatch(
+        self, *args: Any, random_state: RandContext | None = None, **kwargs: Any
+    ) -> tuple[Tensor, RandContext | None]:
+        """Embed under the autocast of the first time, which a backward pass is mostly outside of."""
+        with getattr(random_state, "autocast", nullcontext()):
+            reps, state = super().embed_minibatch(*args, random_state=random_state, **kwargs)
+        if state is not None:
+            kind = reps.device.type
+            state.autocast = torch.autocast(
+                kind,
+                dtype=torch.get_autocast_dtype(kind),
+                enabled=torch.is_autocast_enabled(kind),
+                cache_enabled=False,  # what was cast without gradients is of no use with them
+            )
+        return reps, state
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """Return the settings, as Sentence Transformers writes them to the model card."""
+        return {**super().get_config_dict(), "mini_batch_size": self.mini_batch_size}
+
+    @property
+    def citation(self) -> str:
+        """BibTeX entries of both papers, as Sentence Transformers writes them to the model card."""
+        return (
+            super().citation
+            + """
+@inproceedings{gao2021,
+    title = {Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup},
+    author = {Luyu Gao and Yunyi Zhang and Jiawei Han and Jamie Callan},
+    booktitle = {6th Workshop on Representation Learning for NLP (RepL4NLP 2021)},
+    year = {2021},
+}
+"""
+        )
+
+
+def _longest_first(features: dict[str, Any]) -> tuple[dict[str, Any], Tensor | slice]:
+    """Token features from the longest text to the shortest, and what restores the order.
+
+    Mini-batches of texts of similar length hold little padding: half the time for passages.
+    """
+    prompt_length = features.get("prompt_length")
+    if isinstance(prompt_length, Tensor):  # one number for all texts, not to be cut into rows
+        features = {**features, "prompt_length": int(prompt_length.flatten()[0])}
+    mask = features.get("attention_mask")
+    tensors = {key: value for key, value in features.items() if isinstance(value, Tensor)}
+    # Images, and texts that are packed without padding, have tensors with other rows than texts.
+    if mask is None or any(value.shape[:1] != mask.shape[:1] for value in tensors.values()):
+        return features, slice(None)
+    order = mask.sum(dim=1).argsort(descending=True, stable=True)
+    return {**features, **{key: value[order] for key, value in tensors.items()}}, order.argsort()
