@@ -310,7 +310,7 @@ def test_unknown_ids_that_look_like_known_ones_are_shown_escaped(
           "qrels.txt:3: grade '9999999999' is beyond ±1,000"]),
         ({"qrels.txt": "q1 0 d1 1\nq1 d1 1\n"},
          ["qrels.txt:2: 4 columns expected (query id, 0, docid, grade), found 3;"
-          r" if these are BEIR's, add their header: sed -i '1i query-id\tcorpus-id\tscore' FILE"]),
+          r" BEIR's judgements need their header: sed -i '1i query-id\tcorpus-id\tscore' FILE"]),
         ({"qrels.txt": ""}, ["qrels.txt: the file is empty"]),
         ({"triples.tsv": "t9\td1\td2\nt1\td9\td1\nt1\td1\td1\nt1 d1 d2\n", **TRAIN},
          ["triples.tsv:1: unknown training query 't9'", "triples.tsv:2: unknown passage 'd9'",
@@ -360,6 +360,9 @@ D = '{"_id": "d1", "text": "x"}\n'
     [
         ({"corpus.jsonl": D + '{"_id": "d2", "text": \n'}, "corpus.jsonl:2: not valid JSON"),
         ({"corpus.jsonl": D + "[" * 100_000 + "\n"}, "corpus.jsonl:2: not valid JSON"),
+        ({"corpus.jsonl": "[\n" + D}, "corpus.jsonl:1: JSON lines expected, found JSON over several lines"),
+        ({"corpus.jsonl": "[" + D.strip() + "]\n"}, "corpus.jsonl:1: JSON lines expected, found an array"),
+        ({"corpus.jsonl": "{\n" + D[1:]}, "corpus.jsonl:1: JSON lines expected, found JSON over several lines"),
         ({"corpus.jsonl": D + "\n" + D}, "corpus.jsonl:2: not valid JSON"),
         ({"corpus.jsonl": D + D}, "corpus.jsonl:2: id 'd1' occurs already in line 1"),
         ({"corpus.jsonl": D + '["d2", "x"]\n'}, 'corpus.jsonl:2: expected {"_id": text, "text": text}'),
@@ -370,7 +373,7 @@ D = '{"_id": "d1", "text": "x"}\n'
         ({"corpus.jsonl": D.encode("utf-16")}, "corpus.jsonl: UTF-8 expected, found UTF-16"),
         ({"queries.jsonl": '{"_id": "q1", "text": ""}\n'}, "queries.jsonl:1: the text of 'q1' is empty"),
         ({"qrels/test.tsv": "q1\td1\t1\n"},
-         "qrels/test.tsv:1: 4 columns expected (query id, 0, docid, grade), found 3; if these are BEIR's"),
+         "qrels/test.tsv:1: 4 columns expected (query id, 0, docid, grade), found 3; BEIR's judgements"),
         ({"qrels/test.tsv": HEADER + "q1\td1\thigh\n"}, "qrels/test.tsv:2: grade 'high' is not an integer"),
         ({"qrels/test.tsv": HEADER + "q1\td9\t1\nq9\td1\t1\n"}, "qrels/test.tsv:2: unknown passage 'd9'"),
         ({"qrels/test.tsv": HEADER + "q1\t0\td1\t1\n"},

@@ -26,7 +26,7 @@ class Texts:
     """Ids and texts in one order; the position of an id is its row in any matrix of embeddings.
 
     Raises:
-        ValueError: ids and texts differ in number, or an id occurs twice.
+        DataError: ids and texts differ in number, or an id occurs twice.
     """
 
     ids: Sequence[str]
@@ -34,10 +34,10 @@ class Texts:
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.texts):
-            raise ValueError(f"{len(self.ids)} ids but {len(self.texts)} texts")
+            raise DataError(f"{len(self.ids)} ids but {len(self.texts)} texts")
         if len(self._rows) != len(self.ids):
             twice = [i for i, n in Counter(self.ids).items() if n > 1]
-            raise ValueError(f"ids must be unique, but {twice[0]!r} occurs more than once")
+            raise DataError(f"ids must be unique, but {twice[0]!r} occurs more than once")
 
     @cached_property
     def _rows(self) -> dict[str, int]:
@@ -73,7 +73,7 @@ class Collection:
         triples: what encoders are trained on, in order; may be empty.
 
     Raises:
-        ValueError: queries and qrels have different sets, or qrels or triples name an unknown
+        DataError: queries and qrels have different sets, or qrels or triples name an unknown
             query or passage, or a grade is not an integer.
     """
 
@@ -86,38 +86,38 @@ class Collection:
 
     def __post_init__(self) -> None:
         if set(self.queries) != set(self.qrels):
-            raise ValueError(
+            raise DataError(
                 f"queries have the sets {sorted(self.queries)}, qrels {sorted(self.qrels)}"
             )
         for name, qrels in self.qrels.items():
             for qid, judged in qrels.items():
                 if qid not in self.queries[name]:
                     hint = alike([qid], self.queries[name].ids)
-                    raise ValueError(
+                    raise DataError(
                         f"qrels of {name!r} judge the unknown query {qid!r}; {hint}".rstrip("; ")
                     )
                 for docid, grade in judged.items():
                     if docid not in self.passages:
                         hint = alike([docid], self.passages.ids)
-                        raise ValueError(
+                        raise DataError(
                             f"qrels of {name!r} judge the unknown passage {docid!r}; {hint}".rstrip(
                                 "; "
                             )
                         )
                     if type(grade) is not int:
-                        raise ValueError(
+                        raise DataError(
                             f"grade of {qid!r}, {docid!r} must be an integer, not {grade!r}"
                         )
                     if abs(grade) > MAX_GRADE:
-                        raise ValueError(
+                        raise DataError(
                             f"grade of {qid!r}, {docid!r} must lie within ±{MAX_GRADE:,}, not {grade}"
                         )
         train = self.queries.get("train", Texts([], []))
         for qid, *docids in self.triples:
             if qid not in train:
-                raise ValueError(f"a triple has the query {qid!r}, which is not in the set 'train'")
+                raise DataError(f"a triple has the query {qid!r}, which is not in the set 'train'")
             if unknown := [docid for docid in docids if docid not in self.passages]:
-                raise ValueError(f"a triple has the unknown passage {unknown[0]!r}")
+                raise DataError(f"a triple has the unknown passage {unknown[0]!r}")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -143,7 +143,7 @@ class Collection:
         is whole. A folder that already holds this collection is left as it is.
 
         Raises:
-            ValueError: an id or text that a line of a file cannot hold.
+            DataError: an id or text that a line of a file cannot hold.
             FileExistsError: ``folder`` holds something else.
         """
         folder = Path(folder)
@@ -152,7 +152,7 @@ class Collection:
         files = {"collection.tsv": tsv(self.passages)}
         for name, texts in self.queries.items():
             if not re.fullmatch(r"[\w-]+", name):
-                raise ValueError(f"a set name must be letters, digits, _ and -, not {name!r}")
+                raise DataError(f"a set name must be letters, digits, _ and -, not {name!r}")
             files[f"queries.{name}.tsv"] = tsv(texts)
             files[f"qrels.{name}.txt"] = qrels_text(self.qrels[name])
         files["triples.tsv"] = "".join("\t".join(triple) + "\n" for triple in self.triples)
@@ -226,9 +226,9 @@ def tsv(texts: Texts) -> str:
     """Ids and texts, a line each with a tab between them."""
     for identifier, text in zip(texts.ids, texts.texts, strict=True):
         if not re.fullmatch(r"\S+", identifier):
-            raise ValueError(f"an id must be non-empty and without white space, not {identifier!r}")
+            raise DataError(f"an id must be non-empty and without white space, not {identifier!r}")
         if not text.strip() or re.search(r"[\t\n\r]", text):
-            raise ValueError(
+            raise DataError(
                 f"text of {identifier!r} must be non-empty and without tabs or line breaks,"
                 f" not {text[:60]!r}"
             )

@@ -507,8 +507,17 @@ def _json_rows(path: Path, problems: Problems) -> Iterator[tuple[int, tuple[str,
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
+            if number == 1 and line.strip() in ("[", "{"):
+                way = "jq -c '.[]'" if line.strip() == "[" else "jq -c ."
+                found = f"JSON over several lines; convert it: {way} {path.name} > NEW"
+                problems.add(path, 1, f"JSON lines expected, found {found}")
+                return
             problems.add(path, number, f"not valid JSON ({error})")
             continue
+        if number == 1 and isinstance(record, list):
+            found = f"an array; convert it: jq -c '.[]' {path.name} > NEW"
+            problems.add(path, 1, f"JSON lines expected, found {found}")
+            return
         if not isinstance(record, dict):
             problems.add(path, number, 'expected {"_id": text, "text": text}')
             continue

@@ -65,7 +65,7 @@ class Problems:
     def __init__(self) -> None:
         self._first: dict[tuple[Path, str], str] = {}
         self._count: dict[tuple[Path, str], int] = {}
-        self._unknown: dict[tuple[Path, str], tuple[set[str], Iterable[str]]] = {}
+        self._unknown: dict[tuple[Path, str], tuple[dict[str, None], Iterable[str]]] = {}
 
     def add(self, path: Path, line: int, what: str) -> None:
         """Note that line ``line`` (from 1; 0 for the whole file) of ``path`` is wrong."""
@@ -78,7 +78,7 @@ class Problems:
     ) -> None:
         """Note that a line names an id (of a ``what``: "query", "passage") that is not known; known ids alike are told."""
         self.add(path, line, f"unknown {what} {identifier!r}")
-        self._unknown.setdefault((path, f"unknown {what} "), (set(), known))[0].add(identifier)
+        self._unknown.setdefault((path, f"unknown {what} "), ({}, known))[0][identifier] = None
 
     def check(self) -> None:
         """Raise `DataError` if anything was noted."""
@@ -169,7 +169,7 @@ def alike(unknown: Iterable[str], known: Iterable[str]) -> str:
 
     They may differ in Unicode normalisation, case, characters around them, or a prefix. One pair is told.
     """
-    left, there = sorted(set(unknown)), dict.fromkeys(known)
+    left, there = dict.fromkeys(unknown), dict.fromkeys(known)
     for what, form in _FORMS:
         forms = {form(identifier): identifier for identifier in there}
         for identifier in left:

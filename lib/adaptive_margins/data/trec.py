@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adaptive_margins.data.text import Problems, read_lines
+from adaptive_margins.data.text import DataError, Problems, read_lines
 from adaptive_margins.files import whole_file
 
 Qrels = dict[str, dict[str, int]]
@@ -76,14 +76,15 @@ def run_text(run: Run, tag: str) -> str:
     format has none for it).
 
     Raises:
-        ValueError: an id or the tag is empty or has white space, or a score is not finite.
+        DataError: an id or the tag is empty or has white space.
+        ValueError: a score is not finite.
     """
     lines = []
     for qid in sorted(run):
         for rank, (docid, score) in enumerate(top(run[qid]), start=1):
             line = f"{qid} Q0 {docid} {rank} {float(score)!r} {tag}\n"
             if len(line.split()) != 6:
-                raise ValueError(
+                raise DataError(
                     f"ids and tag must be non-empty and without white space: {line.rstrip()!r}"
                 )
             lines.append(line)
@@ -96,7 +97,7 @@ def write_run(run: Run, path: Path, tag: str) -> None:
     The file appears whole or not at all.
 
     Raises:
-        ValueError: as `run_text`.
+        DataError, ValueError: as `run_text`.
     """
     path = Path(path)
     data = run_text(run, tag).encode("utf-8")
@@ -297,6 +298,8 @@ def _no_judgement(line: str, cells: list[str], beir: bool) -> str:
     if len(cells) == 6:
         return f"{expected}, found 6, as a run has"
     if not beir and len(cells) == 3:
-        how = r"sed -i '1i query-id\tcorpus-id\tscore' FILE"
-        return f"{expected}, found 3; if these are BEIR's, add their header: {how}"
+        # A header of other names is changed ("c"), a missing one inserted ("i").
+        how = "i" if _INTEGER.fullmatch(cells[2]) else "c"
+        way = rf"sed -i '1{how} query-id\tcorpus-id\tscore' FILE"
+        return f"{expected}, found 3; BEIR's judgements need their header: {way}"
     return f"{expected}, {len(cells)} found"
