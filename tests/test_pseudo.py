@@ -4,10 +4,12 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from adaptive_margins.data import pseudo
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.pseudo import (
     KINDS,
@@ -284,3 +286,90 @@ def test_what_is_said_about_them_has_their_numbers() -> None:
     counted = [qid.partition(":")[0] for queries in build().queries.values() for qid in queries.ids]
     assert numbers == {kind: counted.count(kind.replace(" ", "-")) for kind in KINDS}
     assert "weaker than real queries" in text
+
+
+def naive_sentences(text: str) -> list[str]:
+    """`sentences` as it is defined, at quadratic cost."""
+
+    def ends(start: int, mark: int, end: int) -> bool:
+        before, following = text[start:mark], text[end:].lstrip()[:1]
+        if not any(c.isalpha() for c in before) or (
+            not before[-1].isspace() and following.islower()
+        ):
+            return False
+        if before[-1].isspace() or text[mark] != ".":
+            return True
+        word = before.split()[-1].lstrip("([\"'“‘")
+        if word.isdigit() and following.isdigit():
+            return False
+        return not pseudo._ABBREVIATION.match(word)
+
+    found, start = [], 0
+    for mark in pseudo._MARK.finditer(text):
+        if ends(start, mark.start(), mark.end()):
+            found.append(text[start : mark.end()].strip())
+            start = mark.end()
+    return [part for part in [*found, text[start:].strip()] if part]
+
+
+def test_sentences_are_those_of_the_definition() -> None:
+    rng = random.Random(5)
+    pieces = [
+        "A",
+        "b",
+        "e.g",
+        "U.S",
+        "3",
+        "word",
+        "²",
+        ".",
+        "!",
+        "…",
+        ". ",
+        ".) ",
+        '."',
+        "  ",
+        "\n",
+        "(",
+        "Fig",
+        "。",
+        " ",
+        " ",
+    ]
+    several = 0
+    for _ in range(5000):
+        text = "".join(rng.choices(pieces, k=rng.randrange(40)))
+        assert sentences(text) == naive_sentences(text)
+        several += len(sentences(text)) > 1
+    assert several > 1000
+
+
+@pytest.mark.parametrize(
+    "form", ["A b c. ", "1. ", "word . ", ". ", "One sentence is it. ", "a", '."', "- e.g. x\n"]
+)
+def test_the_time_grows_with_the_length_and_not_with_its_square(form: str) -> None:
+    ordinary = [
+        f"Passage {i} is an ordinary one. It says little in some words more than ten of them."
+        for i in range(30)
+    ]
+
+    def seconds(size: int) -> float:
+        texts = Texts([f"d{i}" for i in range(31)], [*ordinary, form * (size // len(form))])
+        since = time.process_time()
+        assert pseudo_queries(texts, None, count=40, seed=1).queries.ids
+        return time.process_time() - since
+
+    long = min(seconds(800_000) for _ in range(2))
+    assert long < 20
+    assert long < 10 * max(0.05, min(seconds(200_000) for _ in range(2)))  # 4 times, not 16
+
+
+def test_text_without_spaces_is_named_as_the_reason() -> None:
+    passages = Texts(
+        ["a", "b", "c"], ["企鹅生活在南极的海边。", "大熊猫住在四川的竹林里。", "one word"]
+    )
+    with pytest.raises(DataError, match="2 of them are written without spaces"):
+        pseudo_queries(passages, None, count=5, seed=1)
+    with pytest.raises(DataError) as raised:
+        pseudo_queries(Texts(["a"], ["one word"]), None, count=5, seed=1)
+    assert "without spaces" not in str(raised.value)

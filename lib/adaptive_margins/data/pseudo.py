@@ -19,6 +19,7 @@ from bm25s.stopwords import STOPWORDS_EN
 
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.text import DataError
+from adaptive_margins.data.words import without_spaces
 from adaptive_margins.progress import Countdown
 
 KINDS = ("title", "first sentence", "inverse cloze")
@@ -150,7 +151,7 @@ def pseudo_collection(
     if len(made) < 8:
         raise DataError(
             f"{name}: its {len(passages)} passages give {len(made)} pseudo-queries; at least 8 are needed to train, to"
-            f" stop and to measure with"
+            f" stop and to measure with{_without_spaces(passages)}"
         )
     texts = list(passages.texts)
     queries: dict[str, Texts] = {}
@@ -253,8 +254,18 @@ def _draw(
         raise DataError(
             f"none of {len(passages)} passages gives a pseudo-query ({', '.join(kinds)}): a query needs"
             f" {QUERY_WORDS[0]} to {QUERY_WORDS[1]} words (a title {TITLE_WORDS[0]}) that no other passage has in this"
-            f" order, and {MIN_TEXT_WORDS} more words in its passage"
+            f" order, and {MIN_TEXT_WORDS} more words in its passage{_without_spaces(passages)}"
         )
+
+
+def _without_spaces(passages: Texts) -> str:
+    """Why passages give few queries, and the way out, if they are written without spaces."""
+    if not (count := sum(map(without_spaces, passages.texts))):
+        return ""
+    return (
+        f"; {count:,} of them are written without spaces between words, and such text gives no"
+        " pseudo-queries: add queries and judgements (queries.jsonl and qrels/test.tsv, or queries.tsv and qrels.txt)"
+    )
 
 
 def _repeated(passages: Texts, titles: Mapping[str, str]) -> set[int]:
@@ -279,14 +290,19 @@ def _parts(text: str, title: str) -> tuple[str, str]:
 
 
 def _title(title: str, body: str, rng: random.Random, repeated: set[int]) -> tuple[str, str] | None:
-    return _asked("title", title, body, repeated)
+    if not _asks("title", title, _count(body), repeated):
+        return None
+    return _trimmed(title), body
 
 
 def _first_sentence(
     title: str, body: str, rng: random.Random, repeated: set[int]
 ) -> tuple[str, str] | None:
     first, *others = sentences(body) or [""]
-    return _asked("first sentence", first, " ".join(others), repeated)
+    rest = " ".join(others)
+    if not _asks("first sentence", first, _count(rest), repeated):
+        return None
+    return _trimmed(first), rest
 
 
 def _inverse_cloze(
@@ -306,10 +322,11 @@ def _inverse_cloze(
     else:
         choices = list(range(len(parts)))
         rng.shuffle(choices)
+    counts = [_count(part) for part in parts]
+    total = sum(counts)
     for i in choices:
-        rest = " ".join(filter(None, parts[:i] + parts[i + 1 :]))
-        if found := _asked("inverse cloze", parts[i], rest, repeated):
-            return found
+        if _asks("inverse cloze", parts[i], total - counts[i], repeated):
+            return _trimmed(parts[i]), " ".join(filter(None, parts[:i] + parts[i + 1 :]))
     return None
 
 
@@ -320,20 +337,22 @@ _MAKERS: dict[str, Callable[[str, str, random.Random, set[int]], tuple[str, str]
 }
 
 
-def _asked(kind: str, query: str, rest: str, repeated: set[int]) -> tuple[str, str] | None:
-    """The query as it is asked, and the rest of its passage; None if either is too short, or the query too long or repeated."""
+def _asks(kind: str, query: str, left: int, repeated: set[int]) -> bool:
+    """Whether it is a query: long enough, as ``left``, the other words of its passage, are; not too long, not repeated."""
     form = _form(query)
     words = form.split()
     low, high = TITLE_WORDS if kind == "title" else QUERY_WORDS
     content = {word for word in words if word not in _STOP_WORDS and not word.isdigit()}
-    if (
-        not low <= len(words) <= high
-        or len(content) < MIN_CONTENT[kind]
-        or len(_form(rest).split()) < MIN_TEXT_WORDS
-        or hash(form) in repeated
-    ):
-        return None
-    return query.strip(" .,:;–—*•-"), rest
+    return (
+        low <= len(words) <= high
+        and len(content) >= MIN_CONTENT[kind]
+        and left >= MIN_TEXT_WORDS
+        and hash(form) not in repeated
+    )
+
+
+def _trimmed(query: str) -> str:
+    return query.strip(" .,:;–—*•-")
 
 
 # ---- sentences -----------------------------------------------------------------------------------------------------
@@ -344,6 +363,8 @@ _ABBREVIATION = re.compile(
     r"|dr|mrs?|ms|prof|st|jr|sr|gen|col|lt|hon|rev|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|(?:[a-z]\.)*[a-z])\Z",
     re.IGNORECASE,
 )  # the last: initials, and "U.S."
+_SOLID = re.compile(r"\S")
+_WORDS = re.compile(r"[^\W_]+")
 
 
 def sentences(text: str) -> list[str]:
@@ -354,27 +375,31 @@ def sentences(text: str) -> list[str]:
     ends one, too, whatever follows, as in text that was split into tokens.
     """
     found: list[str] = []
-    start = 0
+    start = letter = 0
     for mark in _MARK.finditer(text):
-        if _ends(text, start, mark.start(), mark.end()):
+        # Each character is looked at once, however many marks end no sentence: "1. Introduction".
+        while letter < mark.start() and not text[letter].isalpha():
+            letter += 1
+        if letter < mark.start() and _ends(text, start, mark.start(), mark.end()):
             found.append(text[start : mark.end()].strip())
-            start = mark.end()
+            start = letter = mark.end()
     found.append(text[start:].strip())
     return [sentence for sentence in found if sentence]
 
 
 def _ends(text: str, start: int, mark: int, end: int) -> bool:
-    before = text[start:mark]
-    if not any(c.isalpha() for c in before):  # "1. Introduction"
-        return False
-    if before[-1].isspace():
+    """Whether a mark ends a sentence that has a letter; only its word and the next character are looked at."""
+    at = mark
+    while at > start and not text[at - 1].isspace():
+        at -= 1
+    if at == mark:
         return True
-    following = text[end:].lstrip()[:1]
+    following = next_character[0] if (next_character := _SOLID.search(text, end)) else ""
     if following.islower():
         return False
     if text[mark] != ".":
         return True
-    word = before.split()[-1].lstrip("([\"'“‘")
+    word = text[at:mark].lstrip("([\"'“‘")
     if word.isdigit() and following.isdigit():  # "3. 0"
         return False
     return not _ABBREVIATION.match(word)
@@ -382,4 +407,9 @@ def _ends(text: str, start: int, mark: int, end: int) -> bool:
 
 def _form(text: str) -> str:
     """The words of a text, lower case, by which two texts count as the same."""
-    return " ".join(re.findall(r"[^\W_]+", text.lower()))
+    return " ".join(_WORDS.findall(text.lower()))
+
+
+def _count(text: str) -> int:
+    """The number of words of a text's `_form`."""
+    return sum(1 for _ in _WORDS.finditer(text.lower()))
