@@ -21,6 +21,7 @@ from transformers import BertConfig, BertModel
 
 from adaptive_margins import finetuning, training
 from adaptive_margins.data.collection import Collection, Texts
+from adaptive_margins.data.mining import Checked
 from adaptive_margins.evaluation import Evaluation
 from adaptive_margins.finetuning import RUNS, Finetuned, FinetuneError, Settings, finetune, verdict
 from adaptive_margins.report import own
@@ -323,8 +324,9 @@ def test_own_triples_are_chosen_by_seed_or_repeated():
     own = [("q", "a", "b"), ("q", "a", "c"), ("r", "c", "a"), ("r", "empty", "a"), ("q", "a", "empty")]  # fmt: skip
     collection = Collection("own", passages, train, {"train": {}}, triples=own)
     few = Settings(triples=100, passes=4)
-    triples, available = finetuning._own_triples(collection, few, None, seed=1)
-    assert available == 5
+    with pytest.warns(UserWarning, match="2 with an empty text, of 5 checked"):
+        triples, checked = finetuning._own_triples(collection, few, None, seed=1)
+    assert dataclasses.asdict(checked) == {**dataclasses.asdict(Checked()), "checked": 5, "without_text": 2}  # fmt: skip
     assert sorted(Counter(triples).values()) == [2, 3, 3]
     assert set(triples) == set(own[:3])  # none without text; 4 passes over 2 pairs
     assert len(finetuning._own_triples(collection, few, 11, seed=1)[0]) == 11
@@ -471,3 +473,23 @@ def test_half_of_the_queries_without_hits_are_told_and_compared(helped):
     assert "not compared" not in said
     assert helped.done.report["bm25"] == {"queries": 80, "without_hits": 0, "bigram_passages": 0}
     assert "nothing for" not in verdict(helped.done.report)
+
+
+def test_triples_that_contradict_the_judgements_are_left_out_and_none_is_an_error():
+    passages = Texts(["a", "b", "c", "d"], ["one", "two", "ONE ", "four"])
+    qrels = {"train": {"q": {"a": 1, "b": 1}}}
+    train = {"train": Texts(["q"], ["what"])}
+    bad = [("q", "a", "b"), ("q", "a", "c")]
+    collection = Collection("own", passages, train, qrels, triples=[*bad, ("q", "a", "d")])
+    with pytest.warns(
+        UserWarning, match=r"own: .* 1 whose negative is judged.*, of 3 checked"
+    ) as told:
+        triples, facts = finetuning._triples(collection, None, None, Settings(), 4, seed=1)
+    assert len(told) == 1
+    assert triples == [("q", "a", "d")] * 4
+    assert (facts["available"], facts["distinct"]) == (3, 1)
+    left_out = {name: count for name, count in facts["left_out"].items() if count}
+    assert left_out == {"checked": 3, "negative_relevant": 1, "same_text": 1}
+    assert "4 triples" in finetuning._told(facts, 4) and "1 different" in finetuning._told(facts, 4)
+    with pytest.raises(FinetuneError, match=r"no triple to train on.*of 2 checked"):
+        finetuning._own_triples(dataclasses.replace(collection, triples=bad), Settings(), None, 1)

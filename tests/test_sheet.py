@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from bs4 import BeautifulSoup
 
 from adaptive_margins.data.collection import Collection, Texts
+from adaptive_margins.data.mining import Checked
 from adaptive_margins.evaluation import evaluate
 from adaptive_margins.report import sheet
 from adaptive_margins.report.datasheet import datasheet
@@ -189,6 +191,7 @@ def test_the_facts_are_those_of_the_page() -> None:
             "test": {"queries": 3, "judged": 2, "judgements": 3, "grades": {"2": 1, "1": 1, "0": 1}},
         },
         "triples": 1,
+        "triples_checked": dataclasses.asdict(Checked(checked=1)),
         "runs": {},
     }  # fmt: skip
     text = facts_text(facts)

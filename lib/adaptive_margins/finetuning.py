@@ -15,6 +15,7 @@ import math
 import platform
 import shutil
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from safetensors import SafetensorError
 from adaptive_margins import __version__
 from adaptive_margins.data.arrow import COLUMNS, seeded_order
 from adaptive_margins.data.collection import Collection, Texts, Triple, read_queries
-from adaptive_margins.data.mining import guard, mine_triples
+from adaptive_margins.data.mining import Checked, check_triples, guard, mine_triples
 from adaptive_margins.data.pseudo import about, pseudo_collection
 from adaptive_margins.data.sources import (
     MOST_TEST,
@@ -68,6 +69,7 @@ RUNS = ("start", "trained", "bm25", "hybrid")
 """What is compared on the test queries: the encoder before and after, BM25, and the latter two fused."""
 _COMPARISONS = (("trained", "start"), ("trained", "bm25"), ("hybrid", "trained"))
 _TENSORBOARD = "tensorboard"
+_DRAWN = 1 << 16  # triples whose order is held at a time
 
 
 class FinetuneError(AdaptiveMarginsError, ValueError):
@@ -533,8 +535,14 @@ def _triples(
 ) -> tuple[list[Triple], dict[str, Any]]:
     """The triples to train on, and where they come from: the collection's own, else mined from the miner's candidates."""
     if len(collection.triples):
-        triples, available = _own_triples(collection, settings, asked, seed)
-        return triples, {"available": available, "negatives": "given", "guarded": {}}
+        triples, checked = _own_triples(collection, settings, asked, seed)
+        return triples, {
+            "available": len(collection.triples),
+            "distinct": len(set(triples)),
+            "negatives": "given",
+            "left_out": dataclasses.asdict(checked),
+            "guarded": {},
+        }
     passages, queries = collection.passages, collection.queries["train"]
     qrels = _with_positive(collection.qrels["train"])
     pairs = sum(grade > 0 for judged in qrels.values() for grade in judged.values())
@@ -580,7 +588,10 @@ def _with_positive(qrels: Qrels) -> Qrels:
 def _told(facts: Mapping[str, Any], count: int) -> str:
     """A line on the triples."""
     if facts["negatives"] == "given":
-        return f"{count:,} triples, of {facts['available']:,} that the collection has"
+        return (
+            f"{count:,} triples to train on: {facts['distinct']:,} different ones of the"
+            f" {facts['available']:,} that training queries have"
+        )
     miner = "BM25's" if facts["negatives"] == "bm25" else "the encoder's"
     guarded = facts["guarded"]
     dropped = sum(guarded[k] for k in ("same_text", "near_duplicate", "too_similar"))
@@ -592,21 +603,26 @@ def _told(facts: Mapping[str, Any], count: int) -> str:
 
 def _own_triples(
     collection: Collection, settings: Settings, asked: int | None, seed: int
-) -> tuple[list[Triple], int]:
-    """A seeded choice of the collection's triples; all of them several times if they are few. Those without text are left out."""
+) -> tuple[list[Triple], Checked]:
+    """A seeded choice of the collection's triples, checked; all of them several times if they are few."""
     own, wanted = collection.triples, asked or settings.triples
-    rows = seeded_order(len(own), seed, 0, min(wanted, len(own)))
-    chosen = [
-        triple
-        for triple in (own[int(row)] for row in rows)
-        if collection.queries["train"][triple[0]].strip()
-        and all(collection.passages[docid].strip() for docid in triple[1:])
-    ]
-    if chosen and len(own) < wanted:
+    drawn = (
+        own[int(row)]
+        for start in range(0, len(own), _DRAWN)
+        for row in seeded_order(len(own), seed, start, min(start + _DRAWN, len(own)))
+    )
+    queries, qrels = collection.queries["train"], collection.qrels["train"]
+    chosen, checked = check_triples(drawn, queries, qrels, collection.passages, wanted=wanted)
+    if checked.reasons:
+        said = f"triples of training queries left out: {checked.reasons}, of {checked.checked:,} checked"
+        if not chosen:
+            raise FinetuneError(f"{collection.name} has no triple to train on; {said}")
+        warnings.warn(f"{collection.name}: {said}", stacklevel=2)
+    if chosen and len(chosen) < wanted:
         pairs = len({triple[:2] for triple in chosen})
         wanted = asked or max(len(chosen), min(wanted, settings.passes * pairs))
         chosen = [chosen[i % len(chosen)] for i in range(wanted)]
-    return chosen, len(own)
+    return chosen, checked
 
 
 def _numbered(

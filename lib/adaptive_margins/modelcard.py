@@ -199,13 +199,18 @@ def _loss(target: float | str) -> str:
 
 
 def _training(report: Mapping[str, Any]) -> str:
-    triples = {k: v for k, v in report["triples"].items() if k != "guarded"}
+    triples = {k: v for k, v in report["triples"].items() if k not in ("guarded", "left_out")}
     text = (
         f"{_table(('triples', ''), triples.items())}\n\n"
         f"{_table(('setting', ''), [('seed', report['seed']), *report['settings'].items()])}\n\n"
         f"Training ended at step {report['stop_step']}; the best check was at step {report['best_step']}. Seconds it took: "
         f"{_words(report['seconds'])}."
     )
+    if left_out := report["triples"].get("left_out"):
+        text += (
+            "\n\nTriples that contradict the judgements or teach nothing were left out"
+            f" (`adaptive_margins.data.mining.Checked` explains the counts): {_words(left_out)}."
+        )
     if guarded := report["triples"]["guarded"]:
         text += (
             "\n\nCandidates for negatives that may be relevant were left out (`adaptive_margins.data.mining.Guarded` explains "

@@ -236,8 +236,8 @@ def read_dataset(folder: Path) -> Collection:
     Tabs and line breaks become spaces.
 
     Raises:
-        DataError: other columns or splits, or lists each row (from 1) with a value that is not a text, is empty, or is the
-            positive and the negative at once; or the files cannot be read.
+        DataError: other columns or splits, or lists each row (from 1) with a value that is not a text or is empty; or the
+            files cannot be read.
     """
     import datasets
 
@@ -278,8 +278,6 @@ def read_dataset(folder: Path) -> Collection:
                 problems.add(where, number, "; ".join(wrong))
                 continue
             query, *texts = map(one_line, row)
-            if len(set(texts)) < len(texts):
-                problems.add(where, number, "positive and negative are the same text")
             if query not in qids[name]:
                 count += 1
                 qids[name][query] = f"q{count}"
@@ -484,10 +482,7 @@ def _triples(
         for docid in docids:
             if docid not in passages:
                 problems.unknown(path, number, "passage", docid, passages.ids)
-        positive, negative = docids
-        if positive == negative:
-            problems.add(path, number, f"{positive!r} is the positive and the negative")
-        triples.append((qid, positive, negative))
+        triples.append((qid, docids[0], docids[1]))
     return triples
 
 

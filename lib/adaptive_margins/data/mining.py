@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from adaptive_margins.data.collection import Texts, Triple
+from adaptive_margins.data.collection import Collection, Texts, Triple
 from adaptive_margins.data.trec import Qrels, Run
 from adaptive_margins.data.triples import sample_triples
+from adaptive_margins.data.words import terms, without_spaces
 from adaptive_margins.progress import Countdown
 
 SAME_PASSAGE = 0.9
@@ -146,6 +149,102 @@ def mine_triples(
     )
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What `check_triples` looked at and left out. Each triple left out is counted once, by the first reason that it meets.
+
+    Attributes:
+        checked: triples looked at.
+        without_text: the query, the positive or the negative is empty.
+        same_passage: the positive is the negative.
+        negative_relevant: the negative is judged relevant to the query.
+        positive_not_relevant: the positive is judged not relevant to the query.
+        same_text: the negative has the positive's text, case and white space aside.
+        repeated: the triple occurred before.
+    """
+
+    checked: int = 0
+    without_text: int = 0
+    same_passage: int = 0
+    negative_relevant: int = 0
+    positive_not_relevant: int = 0
+    same_text: int = 0
+    repeated: int = 0
+
+    @property
+    def reasons(self) -> str:
+        """The counts in words, those above 0."""
+        counts = ((getattr(self, name), what) for name, what in _REASONS.items())
+        return ", ".join(f"{count:,} {what}" for count, what in counts if count)
+
+
+_REASONS = {
+    "without_text": "with an empty text",
+    "same_passage": "whose positive is the negative",
+    "negative_relevant": "whose negative is judged relevant",
+    "positive_not_relevant": "whose positive is judged not relevant",
+    "same_text": "whose negative has the positive's text",
+    "repeated": "that occur more than once",
+}
+
+
+def check_triples(
+    triples: Iterable[Triple],
+    queries: Texts,
+    qrels: Qrels,
+    passages: Texts,
+    *,
+    wanted: int | None = None,
+) -> tuple[list[Triple], Checked]:
+    """Leave out the triples of a collection that contradict its judgements or teach nothing (`Checked`).
+
+    Args:
+        triples: what is checked, in this order.
+        queries, qrels: those of the triples' set; a passage is relevant from grade 1 on.
+        passages: all passages.
+        wanted: stop when so many triples are found; None checks all.
+    """
+    counts: Counter[str] = Counter()
+    found: dict[Triple, None] = {}
+    for triple in triples:
+        if len(found) == wanted:
+            break
+        counts["checked"] += 1
+        if reason := _wrong(triple, queries, qrels, passages):
+            counts[reason] += 1
+        elif triple in found:
+            counts["repeated"] += 1
+        else:
+            found[triple] = None
+    return list(found), Checked(**counts)
+
+
+def check_sample(collection: Collection, most: int = 100_000) -> Checked:
+    """`check_triples` of a collection's triples, of at most about ``most`` at even distances."""
+    own = collection.triples
+    if not len(own):
+        return Checked()
+    some = (own[row] for row in range(0, len(own), max(1, -(-len(own) // most))))
+    queries, qrels = collection.queries["train"], collection.qrels["train"]
+    return check_triples(some, queries, qrels, collection.passages)[1]
+
+
+def _wrong(triple: Triple, queries: Texts, qrels: Qrels, passages: Texts) -> str:
+    """Why a triple is left out, as `Checked` names it; empty if it is not."""
+    qid, positive, negative = triple
+    judged = qrels.get(qid, {})
+    one, other = passages[positive].lower().split(), passages[negative].lower().split()
+    if not (queries[qid].strip() and one and other):
+        return "without_text"
+    if positive == negative:
+        return "same_passage"
+    if judged.get(negative, 0) > 0:
+        return "negative_relevant"
+    if judged.get(positive, 1) < 1:
+        return "positive_not_relevant"
+    return "same_text" if one == other else ""
+
+
 def _guarded(
     candidates: Run,
     positives: Mapping[str, Sequence[str]],
@@ -228,7 +327,12 @@ def _near_duplicates(
     row = {docid: number for number, docid in enumerate(docids)}
     # A row a passage, a 1 a word: the words' numbers are hashes, so no vocabulary is held.
     words = HashingVectorizer(
-        binary=True, norm=None, alternate_sign=False, token_pattern=r"[^\W_]+", dtype=np.float32
+        binary=True,
+        norm=None,
+        alternate_sign=False,
+        tokenizer=_words,
+        token_pattern=None,
+        dtype=np.float32,
     ).transform(passages[docid] for docid in docids)
     sizes = np.diff(words.indptr)
 
@@ -249,6 +353,11 @@ def _near_duplicates(
     if pairs:
         compare(pairs)
     return near
+
+
+def _words(text: str) -> list[str]:
+    """What near duplicates share: words, or bigrams too where a text is written without spaces."""
+    return terms(text, shortest=1) if without_spaces(text) else re.findall(r"[^\W_]+", text)
 
 
 def _comparable(

@@ -13,6 +13,7 @@ import numpy as np
 
 from adaptive_margins.data import pydocs
 from adaptive_margins.data.collection import Collection
+from adaptive_margins.data.mining import check_sample
 from adaptive_margins.data.trec import Qrels, Run
 from adaptive_margins.data.words import without_spaces
 from adaptive_margins.report.marks import measure_label
@@ -390,10 +391,12 @@ def _triples(collection: Collection, made_of_docstrings: bool) -> str:
     if not len(triples):
         return "There are none."
     if not made_of_docstrings:
+        checked = check_sample(collection)
+        left_out = f" Not trained on, of {checked.checked:,} checked: {checked.reasons}."
         return (
             f"{len(triples):,} triples of the collection's own, as rows of {len(collection.queries['train']):,} training"
             " queries and of the passages."
-        )
+        ) + (left_out if checked.reasons else "")
     qrels = collection.qrels.get("train", {})
     grades = Counter(qrels.get(qid, {}).get(positive) for qid, positive, _ in triples)
     shares = ", ".join(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from html import escape
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from adaptive_margins.data import pydocs
 from adaptive_margins.data.collection import Collection, Texts
+from adaptive_margins.data.mining import Checked, check_sample
 from adaptive_margins.data.trec import Qrels, Run
 from adaptive_margins.data.words import without_spaces
 from adaptive_margins.evaluation import evaluate
@@ -103,8 +105,9 @@ def collection_facts(
     ``name``, ``fingerprint``, ``sources``; ``passages``, ``empty_passages``, ``bigram_passages`` (with
     text without spaces between words, which BM25 splits into character bigrams); ``words`` of a passage (separated by white
     space): ``mean``, ``median``, ``max``; ``sets``: name → ``queries``, ``judged`` (queries), ``judgements``, ``grades``
-    (grade as text, from high to low → number); ``triples``; ``runs`` (those given, by name): ``set`` that most of its
-    queries are of, ``queries`` of that set, ``depth`` (most hits of a query), ``unknown`` (hits that the collection has no
+    (grade as text, from high to low → number); ``triples``, ``triples_checked`` (`Checked`, of a part if they are many; `train`
+    leaves out what it counts); ``runs`` (those given, by name): ``set`` that most of its queries are of, ``queries`` of that
+    set, ``depth`` (most hits of a query), ``unknown`` (hits that the collection has no
     passage for), ``nDCG@10`` (over all judged queries of the set; None without any).
     """
     words = np.array([len(text.split()) for text in collection.passages.texts] or [0])
@@ -129,6 +132,7 @@ def collection_facts(
         "words": {"mean": mean, "median": median, "max": int(words.max())},
         "sets": sets,
         "triples": len(collection.triples),
+        "triples_checked": asdict(check_sample(collection)),
         "runs": _run_facts(collection, runs or {}),
     }
 
@@ -157,6 +161,10 @@ def facts_text(facts: dict[str, Any]) -> str:
     passages = f"{facts['passages']:,}"
     if facts["empty_passages"]:
         passages += f", of which {facts['empty_passages']:,} have no text"
+    triples = f"{facts['triples']:,}"
+    checked = Checked(**facts["triples_checked"])
+    if checked.reasons:
+        triples += f"; not trained on, of {checked.checked:,} checked: {checked.reasons}"
     lines = [
         ["Collection", facts["name"]],
         ["Fingerprint", facts["fingerprint"]],
@@ -168,7 +176,7 @@ def facts_text(facts: dict[str, Any]) -> str:
             if (bigrams := facts["bigram_passages"])
             else []
         ),
-        ["Triples", f"{facts['triples']:,}"],
+        ["Triples", triples],
     ]  # fmt: skip
     text = aligned(lines, left=2)
     if facts["sets"]:
