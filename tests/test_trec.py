@@ -21,6 +21,7 @@ from adaptive_margins.data.trec import (
     top,
     write_run,
 )
+from adaptive_margins.evaluation import evaluate
 
 
 def written(path: Path, content: str | bytes) -> Path:
@@ -261,6 +262,23 @@ def test_qrels_in_other_dress_are_read_whole(tmp_path, content):
     found = read_qrels(written(tmp_path / "qrels", content))
     assert found == {"q1": {"a": 1, "b": -2}, "q2": {"a": 0}}
     assert read_qrels(written(tmp_path / "again", qrels_text(found))) == found
+
+
+@pytest.mark.parametrize(
+    "dress",
+    [
+        lambda data: b"\xef\xbb\xbf" + data,
+        lambda data: data.replace(b"\n", b"\r\n"),
+        lambda data: gzip.compress(b"\xef\xbb\xbf" + data),
+    ],
+)
+def test_runs_in_other_dress_score_the_same(tmp_path, dress):
+    data = b"q1 Q0 a 1 2.0 t\nq1 Q0 b 2 1.0 t\nq2 Q0 b 1 2.0 t\n"
+    with pytest.warns(UserWarning, match=r"BOM|CRLF"):
+        run = read_run(written(tmp_path / "x.run", dress(data)))
+    assert run == {"q1": {"a": 2.0, "b": 1.0}, "q2": {"b": 2.0}}
+    found = evaluate({"q1": {"a": 1}, "q2": {"b": 1}}, run, ["RR(rel=1)@2"])
+    assert found.mean == {"RR(rel=1)@2": 1.0}  # .5 if the mark becomes part of "q1"
 
 
 def test_a_pipe_is_read_to_its_end_however_slow_its_writer(tmp_path):

@@ -267,12 +267,14 @@ def _decoded(
         if raw.startswith(_BOM):
             _once(told, f"{path}: a byte order mark (BOM) in line {number} is left out", "BOM")
             raw = raw.removeprefix(_BOM)
-        if raw.endswith(b"\r"):
-            _once(told, f"{path}: Windows line ends (CRLF), first in line {number}, are read", "CR")
-            raw = raw.removesuffix(b"\r")
         if b"\r" in raw:
-            problems.add(path, number, _MAC)
-            continue
+            if raw.endswith(b"\r"):
+                what = f"Windows line ends (CRLF), first in line {number}, are read"
+                _once(told, f"{path}: {what}", "CR")
+                raw = raw.removesuffix(b"\r")
+            if b"\r" in raw:
+                problems.add(path, number, _MAC)
+                continue
         try:
             yield number, raw.decode("utf-8")
         except UnicodeDecodeError as error:

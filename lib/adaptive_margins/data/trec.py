@@ -151,10 +151,14 @@ def read_run(path: Path, *, own: bool = False) -> Run:
 
 def _number(text: str) -> float:
     """As C's strtod reads it, in ASCII digits without underscores; NaN if it is none."""
+    if "_" in text or not text.isascii():
+        return math.nan
     try:
-        if "_" in text or not text.isascii():
-            return math.nan
-        return float.fromhex(text) if _HEX.match(text) else float(text)
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        return float.fromhex(text) if _HEX.match(text) else math.nan
     except (ValueError, OverflowError):
         return math.nan
 
