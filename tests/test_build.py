@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -16,7 +15,7 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
-from adaptive_margins.files import WriteError, write_text
+from adaptive_margins.files import WriteError, alone, write_text
 from adaptive_margins.profiles import load_profile
 from adaptive_margins.report import build as build_module
 from adaptive_margins.report import pages
@@ -256,12 +255,11 @@ def test_a_full_disk_leaves_no_page_and_no_receipt(site, tmp_path, monkeypatch):
 def test_two_builds_do_not_mix(tmp_path):
     write_notebook(tmp_path / "notebooks" / "01_x.ipynb")
     (tmp_path / "_config.yml").touch()
-    folder = tmp_path / "book" / "_executed"
-    folder.mkdir(parents=True)
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(BuildError, match="another build is writing"):
-            build("smoke", home=tmp_path, source=tmp_path)
+    with (
+        alone(tmp_path / "_build"),
+        pytest.raises(WriteError, match="another process is writing"),
+    ):
+        build("smoke", home=tmp_path, source=tmp_path)
 
 
 def test_notebooks_are_selected_by_number_or_name(tmp_path):

@@ -333,7 +333,7 @@ def test_what_was_embedded_for_other_texts_is_not_used(model, folder, tmp_path, 
 
 
 def test_what_cannot_be_indexed(built, retriever, model, folder, tmp_path):
-    with pytest.raises(DataError, match="index exists already; remove it or choose another"):
+    with pytest.raises(WriteError, match="it exists and is not an empty folder"):
         DenseIndex.build(retriever, "S", str(folder), built.folder)
     with pytest.raises(DataError, match=r"S: none of the 2 passages has a text"):
         empty = DenseRetriever(model, Texts(["a", "b"], ["", " "]))

@@ -6,11 +6,25 @@ import errno
 import os
 import platform
 import signal
+import stat
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from adaptive_margins.files import WriteError, whole_file, whole_folder, write_text
+import adaptive_margins
+from adaptive_margins.errors import AdaptiveMarginsError
+from adaptive_margins.files import (
+    WriteError,
+    alone,
+    check_output,
+    whole_file,
+    whole_folder,
+    working_folder,
+    write_text,
+)
 from conftest import in_child
 
 
@@ -117,3 +131,213 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
     with whole_folder(tmp_path / "y"):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, "x", "y"])
+
+
+# ---- what is not a regular file ------------------------------------------------------------------------------------
+
+
+def through(path: Path, text: str = "through") -> None:
+    check_output(path)
+    with whole_file(path) as partial:
+        partial.write_text(text)
+
+
+def test_a_pipe_is_written_into(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
+    through(pipe)
+    assert reader.communicate(timeout=20)[0] == b"through"
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_device_and_a_descriptor_are_written_into(tmp_path):
+    through(Path("/dev/null"))
+    assert Path("/dev/null").is_char_device()
+    # The file behind a descriptor keeps what is in it, and what is written next comes after.
+    with (tmp_path / "log").open("wb") as log:
+        for text in (b"first", b"last"):
+            log.write(text)
+            log.flush()
+            through(Path(f"/dev/fd/{log.fileno()}"), " then ")
+    assert (tmp_path / "log").read_text() == "first then last then "
+    with (tmp_path / "log").open("rb") as log, pytest.raises(OSError):
+        through(Path(f"/proc/self/fd/{log.fileno()}"))
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_the_target_of_a_link_is_replaced(tmp_path):
+    (tmp_path / "below").mkdir()
+    real = tmp_path / "below" / "real"
+    real.write_text("old")
+    for link, target in (("a", "below/real"), ("b", "a"), ("c", "below/new")):
+        (tmp_path / link).symlink_to(target)
+    through(tmp_path / "b")
+    through(tmp_path / "c", "new")
+    assert real.read_text() == "through"
+    assert (tmp_path / "below" / "new").read_text() == "new"
+    assert all((tmp_path / name).is_symlink() for name in "abc")
+    assert {path.name for path in (tmp_path / "below").iterdir()} == {"real", "new"}
+    (tmp_path / "d").symlink_to("below/folder")
+    check_output(tmp_path / "d", folder=True)
+    with whole_folder(tmp_path / "d") as partial:
+        (partial / "file").touch()
+    assert (tmp_path / "below" / "folder" / "file").is_file()
+    (tmp_path / "e").symlink_to("e")
+    with pytest.raises(WriteError, match="symbolic links"):
+        check_output(tmp_path / "e")
+
+
+def test_a_replaced_file_keeps_its_mode_and_a_new_one_gets_the_usual(tmp_path):
+    path = tmp_path / "x"
+    umask = os.umask(0o027)
+    try:
+        through(path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        path.chmod(0o604)
+        through(path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o604
+    finally:
+        os.umask(umask)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "reason"),
+    [
+        ("folder", False, "it is a folder"),
+        ("file/x", False, "file is a file, not a folder"),
+        ("file/x/y", True, "file is a file, not a folder"),
+        ("x" * 300, False, "name too long"),
+        ("folder", True, "not an empty folder"),
+        ("file", True, "not an empty folder"),
+        ("pipe", True, "not an empty folder"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_beforehand(tmp_path, name, folder, reason):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine").touch()
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(WriteError, match=f"(?i){name} cannot be written: .*{reason}"):
+        check_output(tmp_path / name, folder=folder)
+    assert len(list(tmp_path.rglob("*"))) == 4
+
+
+def test_an_unwritable_place_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for name in ("file", "new", "a/b/new"):
+        check_output(tmp_path / name)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # for root everything is writable
+    for name in ("file", "new", "a/b/new"):
+        with pytest.raises(WriteError, match="Permission denied"):
+            check_output(tmp_path / name)
+
+
+def test_a_long_name_is_written(tmp_path):
+    path = tmp_path / ("ä" * 120)
+    through(path)
+    with alone(path):
+        assert len(list(tmp_path.iterdir())) == 2
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- locks ---------------------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from adaptive_margins.files import alone
+with alone(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@contextmanager
+def held(path: Path, seconds: float):
+    """The lock of ``path`` in another process, for so many seconds."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, path, str(seconds)], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stdout.readline() == b"held\n"
+        yield process
+        process.kill()
+
+
+def test_a_lock_is_waited_for_or_refused(tmp_path, capsys):
+    path = tmp_path / "out"
+    with held(path, 0.5) as process:
+        with (
+            pytest.raises(WriteError, match=f"another process is writing {path}"),
+            alone(path, wait=False),
+        ):
+            pass
+        with alone(path):
+            process.wait(20)
+            assert process.returncode == 0
+    assert capsys.readouterr().err == f"another process is writing {path}: waiting for it\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_holder_does_not_block(tmp_path):
+    path = tmp_path / "out"
+    with held(path, 60) as process:
+        process.kill()
+        process.wait()
+    with alone(path, wait=False):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_at_a_time(tmp_path):
+    """Four processes add to a number many times; the lock file is removed and made anew all the while."""
+    program = """
+import sys
+from pathlib import Path
+from adaptive_margins.files import alone
+path = Path(sys.argv[1])
+for _ in range(25):
+    with alone(path):
+        path.write_text(str(int(path.read_text()) + 1))
+"""
+    path = tmp_path / "number"
+    path.write_text("0")
+    workers = [subprocess.Popen([sys.executable, "-c", program, path]) for _ in range(3)]
+    assert [worker.wait(60) for worker in workers] == [0, 0, 0]
+    assert path.read_text() == "75"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_work_is_kept_for_the_next_call_but_not_of_a_refusal(tmp_path):
+    output = tmp_path / "a" / "out"
+    work = output.with_name("out.work")
+
+    def call(error: BaseException | None) -> None:
+        with working_folder(output) as given:
+            assert given == work
+            work.mkdir(exist_ok=True)
+            if error:
+                raise error
+
+    with pytest.raises(AdaptiveMarginsError):
+        call(AdaptiveMarginsError("no triples"))
+    assert list(tmp_path.iterdir()) == []
+    full = AdaptiveMarginsError("could not be written")
+    full.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    for error in (KeyboardInterrupt(), MemoryError(), full, AdaptiveMarginsError("refused later")):
+        with pytest.raises(type(error)):
+            call(error)
+        assert list(output.parent.iterdir()) == [work]
+    call(None)
+    assert list(output.parent.iterdir()) == []
+    output.mkdir()
+    (output / "mine").touch()
+    with pytest.raises(WriteError, match="not an empty folder"):
+        call(None)
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_no_module_but_the_library_locks():
+    for path in Path(adaptive_margins.__file__).parent.rglob("*.py"):
+        assert "fcntl" not in path.read_text("utf-8"), path

@@ -23,6 +23,7 @@ from adaptive_margins import finetuning, training
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.mining import Checked
 from adaptive_margins.evaluation import Evaluation
+from adaptive_margins.files import WriteError
 from adaptive_margins.finetuning import RUNS, Finetuned, FinetuneError, Settings, finetune, verdict
 from adaptive_margins.report import own
 from adaptive_margins.training import TrainingError, newest_checkpoint
@@ -288,9 +289,9 @@ def test_wrong_values_are_told_before_anything_is_read(tmp_path, values, said):
 
 def test_an_output_that_holds_something_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(FinetuneError, match="is not an empty folder"):
+    with pytest.raises(WriteError, match="is not an empty folder"):
         finetune("no such folder", tmp_path)
-    with pytest.raises(FinetuneError, match="is not an empty folder"):
+    with pytest.raises(WriteError, match="is not an empty folder"):
         finetune("no such folder", tmp_path / "thesis.txt")
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 

@@ -224,7 +224,6 @@ def test_a_finished_conversion_is_opened(mini, into, tmp_path: Path, monkeypatch
     assert sorted(p.name for p in (tmp_path / "work").rglob("*")) == [
         "fingerprint",
         "key",
-        "key.lock",
     ]
 
 

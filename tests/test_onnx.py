@@ -15,6 +15,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling, T
 
 from adaptive_margins import onnx
 from adaptive_margins.encoders import EncoderError
+from adaptive_margins.files import WriteError
 from adaptive_margins.onnx import OnnxError, export_onnx
 
 TEXTS = [
@@ -121,7 +122,7 @@ def test_a_place_that_is_taken_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx, "_installed", lambda name: True)
     (tmp_path / "file").write_text("mine")
     for taken in (tmp_path, tmp_path / "file"):
-        with pytest.raises(OnnxError, match="exists and is not an empty folder"):
+        with pytest.raises(WriteError, match="exists and is not an empty folder"):
             export_onnx("minilm", taken)
     with pytest.raises(EncoderError, match="nowhere"):
         export_onnx(tmp_path / "nowhere", tmp_path / "new")

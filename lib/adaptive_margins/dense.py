@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import compress
@@ -25,7 +24,7 @@ from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.text import DataError, Problems, alike
 from adaptive_margins.data.trec import Run, top
 from adaptive_margins.encoders import EncoderError, Precision, Shards, Tokens
-from adaptive_margins.files import WriteError, whole_folder, write_text
+from adaptive_margins.files import WriteError, whole_folder, working_folder, write_text
 from adaptive_margins.progress import Countdown
 
 if TYPE_CHECKING:
@@ -233,20 +232,18 @@ class DenseIndex:
             retriever: its model, passages, lengths and precision; its embeddings, if it has them.
             collection_name: what the collection is called.
             encoder: the name that the retriever's model was opened by.
-            folder: must not exist.
+            folder: does not exist, or is empty.
             fingerprint: the collection's, to be noted.
             dtype: of ``embeddings.npy``, which hits are ranked again from. Float16 halves it, and moves scores by less than
                 0.001.
             seed: of the index's k-means clusterings.
 
         Raises:
-            DataError: the folder exists, no passage has a text, or an id is not one word.
+            DataError: no passage has a text, or an id is not one word.
             EncoderError: the encoder's name is unknown, or there is no room for embeddings.
-            WriteError: a file could not be written.
+            WriteError: something is in the folder, another process writes to it, or a file could not be written.
         """
-        folder, passages, rows = Path(folder), retriever.passages, retriever.rows
-        if folder.exists():
-            raise DataError(f"{folder} exists already; remove it or choose another folder")
+        folder, passages, rows = Path(folder).absolute(), retriever.passages, retriever.rows
         if not len(rows):
             raise DataError(f"{collection_name}: none of the {len(passages)} passages has a text")
         if Path(encoder).is_dir():
@@ -263,9 +260,11 @@ class DenseIndex:
             "seed": seed,
             "versions": {"adaptive-margins": adaptive_margins.__version__, "faiss": faiss.__version__},
         }  # fmt: skip
-        work = folder.with_name(f"{folder.name}.work")
         try:
-            with whole_folder(folder, same=lambda _: False) as partial:
+            with (
+                working_folder(folder) as work,
+                whole_folder(folder, same=lambda _: False) as partial,
+            ):
                 stored = partial / "passages.arrow"
                 with_text = compress(
                     zip(passages.ids, passages.texts, strict=True),
@@ -286,8 +285,9 @@ class DenseIndex:
                 about |= {"index": dataclasses.asdict(settings), "files": files}
                 write_text(partial / "index.json", json.dumps(about, indent=2) + "\n")
         except OSError as error:
+            if isinstance(error, WriteError):
+                raise
             raise WriteError(f"{folder} could not be written: {error}") from error
-        shutil.rmtree(work, ignore_errors=True)
         return cls.open(folder)
 
     @classmethod

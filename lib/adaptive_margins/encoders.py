@@ -11,7 +11,6 @@ Millions of texts are tokenised once into memory-mapped files (`stored_tokens`) 
 from __future__ import annotations
 
 import copy
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -22,7 +21,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -33,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_margins.errors import AdaptiveMarginsError
-from adaptive_margins.files import whole_file, write_text
+from adaptive_margins.files import alone, whole_file, write_text
 from adaptive_margins.profiles import EncoderSettings
 from adaptive_margins.progress import Countdown, say
 
@@ -593,8 +592,7 @@ def stored_tokens(
         EncoderError: the folder holds tokens of other texts, is damaged, or cannot be written.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder.parent):
+    with alone(folder):
         if not folder.exists():
             partial = folder.with_name(f"{folder.name}.partial")
             partial.mkdir(exist_ok=True)
@@ -659,21 +657,6 @@ def _mapped(path: Path, dtype: Any, count: int) -> np.ndarray:
     if not count:
         return np.empty(0, dtype)
     return np.asarray(np.memmap(path, dtype, "r", shape=(count,)))
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in here with the same folder; the lock ends with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another process writes to {folder}: waiting for it")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _settle(path: Path, settings: Mapping[str, Any]) -> None:
@@ -961,8 +944,8 @@ def embed_shards(
         raise EncoderError(
             f"shards are float32 or float16, of at least 1 row, from at least 1 device; not {settings}, {devices!r}"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with alone(folder):
+        folder.mkdir(exist_ok=True)
         _settle(folder / "shards.json", settings)
         missing = [k for k in range(-(-rows // shard)) if not _shard_path(folder, k).is_file()]
         if missing:

@@ -27,6 +27,7 @@ from adaptive_margins.costs import Costs
 from adaptive_margins.data.trec import Run
 from adaptive_margins.encoders import embed, embed_shards, save_encoder
 from adaptive_margins.evaluation import Evaluation
+from adaptive_margins.files import alone
 from adaptive_margins.profiles import Profile
 from adaptive_margins.progress import clock, say
 from adaptive_margins.resources import BM25_NAME, LoadedEncoder
@@ -190,7 +191,14 @@ class Runs(Costs):
         return self.evaluate_ranking(run, name, config.rerank_measures), run
 
     def execute(self, config: RunConfig) -> StoredRun:
-        """Make one run in this process and store it; a run that was killed goes on from its last whole checkpoint."""
+        """Make one run in this process and store it; a run that was killed goes on from its last whole checkpoint.
+
+        If another process makes the same run, it is waited for, and its run is returned.
+        """
+        with alone(self.home / "cache" / "work" / config.run_id):
+            return self.store.get(config) if self.store.has(config) else self._execute(config)
+
+    def _execute(self, config: RunConfig) -> StoredRun:
         if config.encoder == BM25_NAME:
             return self._execute_bm25(config)
         encoder = self.encoder(config.encoder)

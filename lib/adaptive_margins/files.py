@@ -1,39 +1,73 @@
-"""Whole or not at all: a file or folder is filled under a temporary name beside its place, and renamed when it is whole."""
+"""Atomic writes: files and folders are written under a temporary name next to their destination and renamed once complete."""
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
 import platform
 import shutil
+import stat
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from adaptive_margins.errors import AdaptiveMarginsError
+from adaptive_margins.progress import say
 
 HOME_VARIABLE = "ADAPTIVE_MARGINS_HOME"
+_NAME = (
+    40  # characters of a name that its temporary name has; a file system allows 255 bytes in all
+)
 
 
 class WriteError(AdaptiveMarginsError, OSError):
-    """A file that could not be written; the message names it and says why."""
+    """A file or folder that cannot be written; the message names it and says why."""
+
+
+def check_output(path: Path, *, folder: bool = False) -> None:
+    """Raise WriteError unless ``path`` can become a file, or with ``folder`` a new folder; creates nothing.
+
+    A file may exist, and may be a pipe, a device or a symbolic link. A folder may exist if it is empty.
+    """
+    try:
+        reason = _why_not_folder(path) if folder else _why_not_file(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise WriteError(f"{path} cannot be written: {reason}")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A name to write to; that file becomes ``path`` when the block ends without an error, and is removed otherwise.
 
-    Folders above ``path`` are made; a file that stands there is replaced. Errors pass through.
+    Folders above ``path`` are made; a file that stands there is replaced and keeps its mode. Of a symbolic link the target is
+    replaced. A pipe, a device or a descriptor (/dev/stdout, /dev/fd/N) is written into. Errors pass through.
     """
-    partial = _partial(path)
+    place = _destination(path)
+    if isinstance(place, int) or _is_special(place):
+        with tempfile.TemporaryDirectory() as folder:
+            partial = Path(folder, path.name)
+            yield partial
+            # A descriptor is not opened again: the position in the file behind it would be another one.
+            closes = isinstance(place, Path)
+            with partial.open("rb") as file, open(place, "wb", closefd=closes) as sink:
+                shutil.copyfileobj(file, sink)
+        return
+    partial = _partial(place)
     try:
-        yield partial
-        partial.replace(path)
+        with _named(partial, path):
+            yield partial
+            with suppress(FileNotFoundError):
+                partial.chmod(stat.S_IMODE(place.stat().st_mode))
+            partial.replace(place)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -43,17 +77,19 @@ def whole_folder(path: Path, *, same: Callable[[Path], bool] = Path.is_dir) -> I
     """A new folder to fill; it becomes ``path`` when the block ends without an error, and is removed otherwise.
 
     If something appeared at ``path`` meanwhile (another process did the same work), and ``same`` of it is true, it is kept.
-    Errors pass through.
+    Of a symbolic link the target is created. Errors pass through.
     """
-    partial = _partial(path)
+    place = Path(os.path.realpath(path))
+    partial = _partial(place)
     try:
-        partial.mkdir()
-        yield partial
-        try:
-            partial.rename(path)
-        except OSError:
-            if not same(path):
-                raise
+        with _named(partial, path):
+            partial.mkdir()
+            yield partial
+            try:
+                partial.rename(place)
+            except OSError:
+                if not same(place):
+                    raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -64,14 +100,78 @@ def write_text(path: Path, text: str) -> None:
         with whole_file(path) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        message = f"{path} could not be written: {error}; what stood there is unchanged"
+        why = error.strerror or error
+        message = f"{path} could not be written: {why}; what stood there is unchanged"
         raise WriteError(message) from error
+
+
+@contextmanager
+def alone(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of ``path``, a file beside it that is removed at the end; it ends with the process, however that ends.
+
+    Another process that holds it is waited for, which is said once.
+
+    Raises:
+        WriteError: another process holds it, and ``wait`` is False.
+    """
+    from filelock import FileLock, Timeout
+
+    if _why_not_in(path):  # a read-only cache: nobody can write here
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name[:_NAME]}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if not wait:
+            raise WriteError(
+                f"another process is writing {path}; wait until it has ended, or name another place"
+            ) from None
+        say(f"another process is writing {path}: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        # Removed while it is held: who waits for the removed file notices, and makes a new one.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def working_folder(path: Path) -> Iterator[Path]:
+    """OUTPUT.work, for what the same call goes on from when this one is killed; the output is checked and locked.
+
+    The folder is removed at the end, and if this call is refused by an error of this library, unless it was there before or
+    the error is that a file could not be written.
+
+    Raises:
+        WriteError: something is there (`check_output`), or another process writes to it.
+    """
+    check_output(path, folder=True)
+    work = path.with_name(f"{path.name}.work")
+    kept = work.exists()
+    made = [folder for folder in path.parents if not folder.exists()]
+    try:
+        with alone(path, wait=False):
+            check_output(path, folder=True)  # who held the lock just now may have written it
+            try:
+                yield work
+            except AdaptiveMarginsError as error:
+                if not kept and not isinstance(error.__cause__, OSError):
+                    shutil.rmtree(work, ignore_errors=True)
+                raise
+            shutil.rmtree(work, ignore_errors=True)
+    finally:
+        for folder in made:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def home() -> Path:
     """Where results lie: $ADAPTIVE_MARGINS_HOME, else the checkout this library is installed from, else the current folder."""
     if given := os.environ.get(HOME_VARIABLE):
-        return Path(given).resolve()
+        return Path(os.path.expanduser(given)).resolve()
     checkout = Path(__file__).resolve().parents[2]
     return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
 
@@ -90,10 +190,72 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+def _destination(path: Path) -> Path | int:
+    """What ``path`` names behind its symbolic links: a path, or the number of an open descriptor of this process."""
+    for _ in range(40):
+        folder = Path(os.path.realpath(path.parent))
+        if folder == Path(f"/proc/{os.getpid()}/fd") and path.name.isdecimal():
+            return int(path.name)
+        path = folder / path.name
+        if not path.is_symlink():
+            return path
+        path = folder / os.readlink(path)
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+
+
+def _is_special(path: Path) -> bool:
+    """Whether there is something that is neither a file nor a folder: a pipe or a device."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _why_not_file(path: Path) -> str:
+    place = _destination(path)
+    if isinstance(place, int):
+        os.fstat(place)
+        return ""
+    if place.is_dir():
+        return "it is a folder; expected the name of a file"
+    if place.exists() and not os.access(place, os.W_OK):
+        return os.strerror(errno.EACCES)
+    return "" if _is_special(place) else _why_not_in(place)
+
+
+def _why_not_folder(path: Path) -> str:
+    place = _destination(path)
+    if isinstance(place, int) or (
+        place.exists() and not (place.is_dir() and not any(place.iterdir()))
+    ):
+        return "it exists and is not an empty folder; remove it or name another"
+    if place.is_mount():
+        return "it is where a file system is mounted; name a new folder below it"
+    return _why_not_in(place)
+
+
+def _why_not_in(place: Path) -> str:
+    """Why nothing new can be made in the folder that ``place`` lies in, or is to lie in."""
+    place.exists()  # a name that is too long raises an error
+    above = next(folder for folder in place.parents if folder.exists())
+    if not above.is_dir():
+        return f"{above} is a file, not a folder"
+    return "" if os.access(above, os.W_OK | os.X_OK) else f"{above}: {os.strerror(errno.EACCES)}"
+
+
+@contextmanager
+def _named(partial: Path, path: Path) -> Iterator[None]:
+    """An error that names something at ``partial`` or below it names ``path`` in its place."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error.filename, str):
+            error.filename = error.filename.replace(str(partial), str(path))
+            error.filename2 = None
+        raise
+
+
 def _partial(path: Path) -> Path:
     """A free temporary name for ``path``. What killed processes left of it on this machine is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name}.{platform.node()}."
+    prefix = f".{path.name[:_NAME]}.{platform.node()}."
     for left in path.parent.glob(f"{glob.escape(prefix)}*.partial"):
         pid = left.name.removeprefix(prefix).split(".")[0]
         if pid.isdecimal() and not psutil.pid_exists(int(pid)):

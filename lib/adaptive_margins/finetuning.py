@@ -56,7 +56,7 @@ from adaptive_margins.encoders import (
 )
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation import Evaluation, evaluate, named, superiority
-from adaptive_margins.files import whole_file, whole_folder
+from adaptive_margins.files import whole_file, whole_folder, working_folder
 from adaptive_margins.losses import MarginLoss
 from adaptive_margins.modelcard import model_card
 from adaptive_margins.progress import clock, say
@@ -214,14 +214,36 @@ def finetune(
         settings: in the place of the device's defaults.
 
     Raises:
-        FinetuneError: the output is not empty, a value is not one of the above, or there are too few triples.
+        FinetuneError: a value is not one of the above, or there are too few triples.
+        WriteError: the output is not empty, another process writes to it, or it cannot be written.
         DataError, EncoderError, TrainingError: the collection, the encoder, or a step of training is at fault.
     """
     output = Path(output).absolute()
     device = device or default_device()
     settings = settings or Settings.for_device(device)
-    measures = _check(output, target, measures, negatives, device, triples, report_to)
-    work = output.with_name(f"{output.name}.work")
+    measures = _check(target, measures, negatives, device, triples, report_to)
+    with working_folder(output) as work:
+        return _finetune(
+            source, output, work, model, target, seed, measures, negatives, device, triples, report_to,
+            on_check, settings,
+        )  # fmt: skip
+
+
+def _finetune(
+    source: str,
+    output: Path,
+    work: Path,
+    model: str,
+    target: float | Literal["adaptive", "distributed"],
+    seed: int,
+    measures: Sequence[str],
+    negatives: str,
+    device: str,
+    triples: int | None,
+    report_to: Sequence[str],
+    on_check: Callable[[pd.DataFrame], None] | None,
+    settings: Settings,
+) -> Finetuned:
     clocks = _Clocks()
     identity = encoder_identity(model)  # an encoder that is not there is told first
 
@@ -364,7 +386,6 @@ def finetune(
         raise FinetuneError(
             f"{output} could not be written: {problem}; the work is kept in {work}, and the same call goes on from there"
         ) from problem
-    shutil.rmtree(work, ignore_errors=True)
     say(report["verdict"])
     return Finetuned(output, report)
 
@@ -445,7 +466,6 @@ def _number(value: float, *, sign: bool = False) -> str:
 
 
 def _check(
-    output: Path,
     target: float | str,
     measures: Sequence[str],
     negatives: str,
@@ -454,10 +474,6 @@ def _check(
     report_to: Sequence[str],
 ) -> list[str]:
     """What can be wrong before anything is read; the measures with their levels in their names."""
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise FinetuneError(
-            f"{output} exists and is not an empty folder; remove it or name another"
-        )
     try:
         MarginLoss(None, target=target)
         measures = [named(measure) for measure in measures]

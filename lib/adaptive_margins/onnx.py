@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adaptive_margins.encoders import open_encoder, packs, save_encoder
 from adaptive_margins.errors import AdaptiveMarginsError
-from adaptive_margins.files import whole_folder
+from adaptive_margins.files import WriteError, check_output, whole_folder, working_folder
 
 TOLERANCE = 1e-4
 """How far a number of an embedding may be from PyTorch's."""
@@ -45,26 +45,29 @@ def export_onnx(model: str | Path, output: Path) -> Path:
         output: a folder that does not exist, or is empty. Whole or not at all.
 
     Raises:
-        OnnxError: a package is missing, the output is taken, or the encoder cannot be exported.
+        OnnxError: a package is missing, or the encoder cannot be exported.
+        WriteError: the output is taken, or another process writes to it.
         EncoderError: as `open_encoder`.
     """
     if missing := [p for p in ("onnx", "onnxscript", "onnxruntime") if not _installed(p)]:
         raise OnnxError(
             f"to export to ONNX {', '.join(missing)} must be installed: pip install 'adaptive-margins[onnx]'"
         )
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise OnnxError(f"{output} exists and is not an empty folder; remove it or name another")
+    output = Path(output).absolute()
+    check_output(output, folder=True)
     encoder = open_encoder(str(model)).eval()
     if packs(encoder) is not None:  # its attention has a loop over the texts
         encoder[0].model.set_attn_implementation("sdpa")
     try:
-        with whole_folder(output, same=lambda _: False) as partial:
+        with working_folder(output), whole_folder(output, same=lambda _: False) as partial:
             save_encoder(encoder, partial)
             (partial / "onnx").mkdir()
             _export(encoder, partial / "onnx" / "model.onnx")
             _compare(encoder, partial / "onnx" / "model.onnx", str(model))
             if (card := Path(model) / "README.md").is_file():
                 shutil.copy(card, partial / "README.md")
+    except WriteError:
+        raise
     except OSError as error:
         raise OnnxError(f"{output} could not be written: {error}") from error
     return output / "onnx" / "model.onnx"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import fcntl
 import gzip
 import hashlib
 import json
@@ -13,7 +12,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +36,7 @@ from adaptive_margins.data.trec import (
     read_run,
     run_text,
 )
-from adaptive_margins.files import whole_file, whole_folder, write_text
+from adaptive_margins.files import alone, whole_file, whole_folder, write_text
 from adaptive_margins.profiles import IrDatasetsSettings
 from adaptive_margins.progress import Countdown
 
@@ -191,7 +189,8 @@ def convert(settings: IrDatasetsSettings, work: Path, collections: Path) -> Stor
         DataError: an unknown ir_datasets id, or one without what is needed from it; malformed, unknown or repeated ids; a
             number that differs from ``settings.counts``.
     """
-    with _alone(work):
+    with alone(work):
+        work.mkdir(exist_ok=True)
         receipt = work / "fingerprint"
         if receipt.is_file():
             finished = collections / receipt.read_text().strip()
@@ -356,16 +355,6 @@ def _write_triples(
             )
         select_triples(path, stored, chosen)
     every.unlink(missing_ok=True)
-
-
-@contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    work.mkdir(parents=True, exist_ok=True)
-    # Beside the folder, which will be moved away.
-    with work.with_name(f"{work.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the process ends, however it does
-        work.mkdir(exist_ok=True)
-        yield
 
 
 def _move(work: Path, target: Path) -> None:

@@ -7,7 +7,6 @@ book is finished if ``_build/`` holds the hash of all pages. Whatever is interru
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -16,10 +15,9 @@ import shutil
 import subprocess
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +27,7 @@ import pandas as pd
 
 from adaptive_margins import store
 from adaptive_margins.errors import AdaptiveMarginsError
-from adaptive_margins.files import read_object, write_text
+from adaptive_margins.files import alone, read_object, write_text
 from adaptive_margins.profiles import Profile, load_profile
 from adaptive_margins.progress import clock, say
 from adaptive_margins.report import pages
@@ -91,7 +89,8 @@ def build(
         chosen = [n for n in chosen if n.stem != pages.LONG or site.finished(n)]
     for notebook in chosen:
         check_parameters(notebook, site.parameters(notebook))
-    with _locked(site.pages):
+    site.pages.mkdir(parents=True, exist_ok=True)
+    with alone(home / "_build", wait=False):
         if run is not None:
             run()
         site.execute(chosen, force=force)
@@ -275,7 +274,7 @@ class Site:
 
     def book_inputs(self) -> str:
         """Hash of everything the book is built from."""
-        skipped = {self.pages / "receipts", self.pages / "book.log", self.pages / ".lock"}
+        skipped = {self.pages / "receipts", self.pages / "book.log"}
         digest = hashlib.sha256(json.dumps([library_hash(), pages.versions()]).encode())
         for file in [self.home / "_config.yml", *sorted((self.home / "book").rglob("*"))]:
             if (
@@ -355,21 +354,6 @@ class Progress:
         del self.expected[notebook]
         self.seconds.append(seconds)
         self.say(f"{notebook.stem}: finished in {clock(seconds)}")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(
-                file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # freed by the system if this is killed
-        except OSError:
-            raise BuildError(
-                f"another build is writing to {folder}; wait for it or end it"
-            ) from None
-        yield
 
 
 def library_hash() -> str:
