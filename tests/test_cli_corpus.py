@@ -493,7 +493,7 @@ def test_search_refuses_what_makes_no_sense(call, index, corpus, tmp_path):
 def test_an_index_is_never_overwritten(call, index, corpus, encoder):
     code, out, err = call("index", corpus, "--model", encoder, "--output", index)
     assert (code, out) == (1, "")
-    assert f"adaptive-margins: {index} exists already" in err
+    assert f"adaptive-margins: {index} cannot be written: it exists" in err
 
 
 # ---- collection and status -----------------------------------------------------------------------------------------

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
-from typing import TYPE_CHECKING, Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from adaptive_margins import cli_corpus, progress
 from adaptive_margins.errors import AdaptiveMarginsError
+from adaptive_margins.progress import printable
 
 if TYPE_CHECKING:
     from adaptive_margins.experiments import Reproduction
@@ -19,8 +23,10 @@ app = typer.Typer(
     help="Rerun, check and use adaptive relevance margins.",
 )
 
-ProfileOption = Annotated[str, typer.Option(help="A profile's name, or the path of a YAML file.")]
-
+ProfileOption = Annotated[
+    str,
+    typer.Option(parser=cli_corpus.expanded, help="A profile's name, or the path of a YAML file."),
+]
 
 AcceptOption = Annotated[
     bool,
@@ -55,7 +61,7 @@ def plan(
     from adaptive_margins.report.plan import plan_text
 
     reproduction = _open(profile)
-    typer.echo(plan_text(reproduction.profile, reproduction.plan(), every=every))
+    print(printable(plan_text(reproduction.profile, reproduction.plan(), every=every)))
 
 
 @app.command()
@@ -92,7 +98,7 @@ def reproduce(
     reproduction = _open(profile)
     if run:
         for run_id in run:
-            typer.echo(reproduction.run_one(run_id).path)
+            print(printable(str(reproduction.run_one(run_id).path)))
     elif runs_only:
         reproduction.run_all()
     else:
@@ -111,7 +117,7 @@ def profiles() -> None:
     """Names of the profiles that come with the library."""
     from adaptive_margins.profiles import available
 
-    typer.echo("\n".join(available()))
+    print("\n".join(available()))
 
 
 app.add_typer(cli_corpus.commands)
@@ -119,19 +125,90 @@ app.add_typer(cli_corpus.commands)
 
 def main() -> None:
     """Entry point: an error that says what to do becomes one message and exit status 1, an interruption 130."""
+    _prepare()
     try:
-        app()
+        try:
+            _check_arguments(sys.argv[1:])
+            code = app(standalone_mode=False)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _forget_output()
+        code = 141  # as if SIGPIPE had ended it
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        code = 130
     except Exception as error:
-        message = str(error)
-        if not isinstance(error, AdaptiveMarginsError):
-            if not isinstance(error, OSError):
-                raise
-            if error.filename is not None:
-                message = f"{error.filename}: {error.strerror}"
         progress.clear()
-        raise SystemExit(f"adaptive-margins: {message}") from None
+        if hasattr(error, "format_message"):
+            code = _usage(error)
+        elif (message := _message(error)) is None:
+            raise
+        else:
+            _forget_output()
+            code = f"adaptive-margins: {printable(message)}"
+    raise SystemExit(code or 0)
+
+
+def _prepare() -> None:
+    """Make the standard streams take whatever is printed, and keep libraries from remarks about their caches."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # it was closed
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
+def _check_arguments(arguments: list[str]) -> None:
+    """Raise AdaptiveMarginsError if an argument has bytes that are no text."""
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            raise AdaptiveMarginsError(
+                f"the argument {str(os.fsencode(argument))[1:]} is not {sys.getfilesystemencoding()}; rename the file, or set"
+                " LC_ALL to the encoding that it is written in"
+            )
+
+
+def _usage(error: Any) -> int:
+    """Print a usage error; return its exit status."""
+    from typer import rich_utils
+
+    error.message = printable(error.message)
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoSuchOption" and context and context.info_name == "search":
+        error.message += (
+            '. Put -- before a query that begins with a dash: search INDEX -- "-O3 flag"'
+        )
+    rich_utils.rich_format_error(error)
+    return error.exit_code
+
+
+def _message(error: Exception) -> str | None:
+    """What to say of an error that is no fault of this program; None if it may be one."""
+    if isinstance(error, AdaptiveMarginsError):
+        return str(error)
+    message = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+        return f"out of memory; try a smaller collection, batch or encoder. {message}".rstrip()
+    if isinstance(error, RuntimeError) and "can't allocate memory" in message:  # torch on a CPU
+        return f"out of memory; try a smaller collection, batch or encoder. {message}"
+    if isinstance(error, OSError):
+        message = error.strerror or message or type(error).__name__
+        return message if error.filename is None else f"{error.filename}: {message}"
+    if isinstance(error, UnicodeError):
+        return f"text that cannot be written or read: {message}"
+    return None
+
+
+def _forget_output() -> None:
+    """Drop what could not be written to stdout, lest Python tries it again and complains."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":

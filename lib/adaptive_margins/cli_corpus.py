@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from adaptive_margins import progress
+from adaptive_margins.progress import printable
 
 if TYPE_CHECKING:
     from adaptive_margins.data.collection import Collection, Texts
@@ -35,10 +36,40 @@ def _examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  adaptive-margins {line}" for line in lines)
 
 
+def expanded(value: str) -> str:
+    """Return the name with ``~`` and ``~user`` at its beginning replaced by the home folder."""
+    if not value:
+        raise typer.BadParameter("the name is empty")
+    path = os.path.expanduser(value)
+    if path.startswith("~") and not os.path.lexists(path):
+        user = path.split("/")[0]
+        raise typer.BadParameter(f"there is no user {user[1:]!r}; a file is called ./{path}")
+    return path
+
+
+def _path(value: str) -> Path:
+    return Path(expanded(value))
+
+
+def _new_file(value: str) -> Path:
+    from adaptive_margins.files import check_output
+
+    check_output(path := _path(value))
+    return path
+
+
+def _new_folder(value: str) -> Path:
+    from adaptive_margins.files import check_output
+
+    check_output(path := _path(value), folder=True)
+    return path
+
+
 SourceArgument = Annotated[
     str,
     typer.Argument(
         metavar="PATH",
+        parser=expanded,
         help="A collection: a folder (BEIR's layout, or collection.tsv, queries.tsv, qrels.txt, or a saved Hugging Face"
         " dataset), 'pydocs', or an id of ir_datasets.",
     ),
@@ -46,7 +77,14 @@ SourceArgument = Annotated[
 ModelOption = Annotated[
     str,
     typer.Option(
-        help="An encoder: 'minilm' (shipped), a Sentence Transformers folder, or ORG/NAME@REVISION of the hub."
+        parser=expanded,
+        help="An encoder: 'minilm' (shipped), a Sentence Transformers folder, or ORG/NAME@REVISION of the hub.",
+    ),
+]
+RunOutOption = Annotated[
+    Path | None,
+    typer.Option(
+        parser=_new_file, help="Write the ranking: a TREC run, gzipped if it ends in .gz."
     ),
 ]
 MeasuresOption = Annotated[
@@ -75,7 +113,9 @@ PerQueryOption = Annotated[
 )
 def train(
     path: SourceArgument,
-    output: Annotated[Path, typer.Option(help="A new folder for the trained encoder.")],
+    output: Annotated[
+        Path, typer.Option(parser=_new_folder, help="A new folder for the trained encoder.")
+    ],
     model: ModelOption = "minilm",
     target: Annotated[
         str, typer.Option(help="distributed, adaptive, or a number: the static margin.")
@@ -144,7 +184,10 @@ def evaluate(
     ] = None,
     candidates: Annotated[
         Path | None,
-        typer.Option(help="With --mode rerank: a TREC run to order again, in the place of BM25's."),
+        typer.Option(
+            parser=_path,
+            help="With --mode rerank: a TREC run to order again, in the place of BM25's.",
+        ),
     ] = None,
     depth: Annotated[
         int | None,
@@ -152,9 +195,7 @@ def evaluate(
             min=1, help="Passages ranked for a query (default: 100, or what the measures need)."
         ),
     ] = None,
-    run_out: Annotated[
-        Path | None, typer.Option(help="Write the ranking: a TREC run, gzipped if it ends in .gz.")
-    ] = None,
+    run_out: RunOutOption = None,
     measures: MeasuresOption = "nDCG@10 R@100",
     device: DeviceOption = None,
     per_query: PerQueryOption = False,
@@ -327,17 +368,24 @@ def _set(collection: Collection, wanted: str | None) -> str:
     ),
 )
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="TREC runs, two or more.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", parser=_path, help="TREC runs, two or more.")
+    ],
     qrels: Annotated[
         Path,
-        typer.Option(help="Judgements: TREC's four columns, or BEIR's three with their header."),
+        typer.Option(
+            parser=_path, help="Judgements: TREC's four columns, or BEIR's three with their header."
+        ),
     ],
     measure: Annotated[str, typer.Option(help="A measure in ir_measures' notation.")] = "nDCG@10",
     margin: Annotated[
         float, typer.Option(help="The largest mean difference that counts as equivalent.")
     ] = 0.05,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the differences per query: NAME.png, .svg or .pdf.")
+        Path | None,
+        typer.Option(
+            parser=_new_file, help="Draw the differences per query: NAME.png, .svg or .pdf."
+        ),
     ] = None,
     per_query: PerQueryOption = False,
     as_json: JsonOption = False,
@@ -390,7 +438,7 @@ def compare(
 def index(
     path: SourceArgument,
     model: ModelOption,
-    output: Annotated[Path, typer.Option(help="A new folder for the index.")],
+    output: Annotated[Path, typer.Option(parser=_new_folder, help="A new folder for the index.")],
     device: DeviceOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -432,19 +480,20 @@ def index(
     ),
 )
 def search(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `index` wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", parser=_path, help="What `index` wrote.")
+    ],
     query: Annotated[str | None, typer.Argument(metavar="QUERY", help="One query.")] = None,
     queries: Annotated[
-        Path | None, typer.Option(help="Many queries: a line each, id, tab, text.")
+        Path | None, typer.Option(parser=_path, help="Many queries: a line each, id, tab, text.")
     ] = None,
     depth: Annotated[int, typer.Option(min=1, help="Passages for a query.")] = 10,
-    run_out: Annotated[
-        Path | None, typer.Option(help="Write the ranking: a TREC run, gzipped if it ends in .gz.")
-    ] = None,
+    run_out: RunOutOption = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="The index's encoder, if it lies elsewhere than when the index was built."
+            parser=expanded,
+            help="The index's encoder, if it lies elsewhere than when the index was built.",
         ),
     ] = None,
     device: DeviceOption = None,
@@ -504,15 +553,15 @@ def _hits(queries: Texts, hits: Sequence[Mapping[str, Any]], *, titles: bool) ->
     width = shutil.get_terminal_size().columns
     table = [[f"{hit['rank']}", f"{hit['score']:.4f}", hit["docid"]] for hit in hits]
     lines = [
-        f"{start}  {' '.join(hit['text'].split())}"[:width]
+        f"{start}  {printable(' '.join(hit['text'].split()))}"[:width]
         for start, hit in zip(aligned(table, left=3), hits, strict=True)
     ]
     if not titles:
         return "\n".join(lines)
-    parts = [
-        "\n".join([f"{qid}: {text}"[:width], *(line for line, hit in zip(lines, hits, strict=True) if hit["qid"] == qid)])
-        for qid, text in zip(queries.ids, queries.texts, strict=True)
-    ]  # fmt: skip
+    parts = []
+    for qid, text in zip(queries.ids, queries.texts, strict=True):
+        of_query = [line for line, hit in zip(lines, hits, strict=True) if hit["qid"] == qid]
+        parts.append("\n".join([printable(f"{qid}: {text}")[:width], *of_query]))
     return "\n\n".join(parts)
 
 
@@ -527,7 +576,8 @@ def _hits(queries: Texts, hits: Sequence[Mapping[str, Any]], *, titles: bool) ->
 def collection(
     path: SourceArgument,
     output: Annotated[
-        Path | None, typer.Option(help="Write the whole data sheet: a page, NAME.html.")
+        Path | None,
+        typer.Option(parser=_new_file, help="Write the whole data sheet: a page, NAME.html."),
     ] = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -560,9 +610,15 @@ def collection(
 )
 def export(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="An encoder, named as for the other commands.")
+        str,
+        typer.Argument(
+            metavar="MODEL", parser=expanded, help="An encoder, named as for the other commands."
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="A new folder: the encoder with onnx/model.onnx.")],
+    output: Annotated[
+        Path,
+        typer.Option(parser=_new_folder, help="A new folder: the encoder with onnx/model.onnx."),
+    ],
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -613,7 +669,8 @@ def _working(verbose: bool = False, model: str = "") -> Iterator[None]:
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     progress.clear()
-    print(f"adaptive-margins: warning: {message}", file=sys.stderr, flush=True)
+    line = printable(" ".join(str(message).splitlines()))
+    print(f"adaptive-margins: warning: {line}", file=sys.stderr, flush=True)
 
 
 def _offline(model: str) -> None:
@@ -699,4 +756,8 @@ def _quoted(value: object) -> str:
 
 def _tell(result: Mapping[str, Any], as_json: bool, text: str) -> None:
     """The outcome on stdout: an object for machines, or text for people."""
-    print(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) if as_json else text)
+    if as_json:
+        unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+        print(json.dumps(result, indent=1, ensure_ascii=not unicode, allow_nan=False))
+    else:
+        print(printable(text))

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import time
 
 _quiet = False
+# C0 without tab and line feed, DEL, C1, line separators, overrides of the direction of text, lone surrogates.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    r"""Return ``text`` with each character that a terminal would obey as its escape sequence, such as ``\x1b``."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def quiet(on: bool = True) -> None:
@@ -20,7 +30,7 @@ def say(text: str) -> None:
     """A line on stderr."""
     if not _quiet:
         clear()
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def clear() -> None:
@@ -58,7 +68,7 @@ class Countdown:
         if now - self.said < (min(self.every, 1.0) if _terminal() else self.every):
             return
         self.said = now
-        text = f"{self.what}: {done:,}"
+        text = printable(f"{self.what}: {done:,}")
         if self.total is not None:
             text += f" of {self.total:,}"
         text += f" {self.unit} | {clock(now - self.since)} elapsed"
