@@ -539,8 +539,6 @@ def test_collection_lists_the_runs_in_its_folder(call, corpus, tmp_path):
 
 def test_export(call, tmp_path, monkeypatch):
     def export_onnx(model, output):
-        if output.exists():
-            raise onnx.OnnxError(f"{output} exists")
         path = output / "onnx" / "model.onnx"
         path.parent.mkdir(parents=True)
         path.write_text(model)
@@ -558,7 +556,8 @@ def test_export(call, tmp_path, monkeypatch):
         "bytes": 6,
     }
     code, out, err = call("export", "minilm", "--output", folder)
-    assert (code, out, err) == (1, "", f"adaptive-margins: {folder} exists\n")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"adaptive-margins: {folder} cannot be written: it exists")
     shutil.rmtree(folder)
     assert call("export", "minilm", "--output", folder)[1] == f"{graph}: 6 B\n"
 

@@ -343,7 +343,7 @@ def test_what_cannot_be_indexed(built, retriever, model, folder, tmp_path):
         DenseIndex.build(blank, "S", str(folder), tmp_path / "blank")
     with pytest.raises(EncoderError, match="unknown encoder"):
         DenseIndex.build(retriever, "S", "no/such/encoder", tmp_path / "unknown")
-    with pytest.raises(WriteError, match=r"file/index could not be written"):
+    with pytest.raises(WriteError, match=r"file/index cannot be written"):
         (tmp_path / "file").write_text("")
         DenseIndex.build(retriever, "S", str(folder), tmp_path / "file" / "index")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "index"]

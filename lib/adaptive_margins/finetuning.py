@@ -218,7 +218,7 @@ def finetune(
         WriteError: the output is not empty, another process writes to it, or it cannot be written.
         DataError, EncoderError, TrainingError: the collection, the encoder, or a step of training is at fault.
     """
-    output = Path(output).absolute()
+    output = Path(output).expanduser().absolute()
     device = device or default_device()
     settings = settings or Settings.for_device(device)
     measures = _check(target, measures, negatives, device, triples, report_to)

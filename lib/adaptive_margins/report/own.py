@@ -125,7 +125,7 @@ def train(
         FinetuneError: ``output`` holds another training, which it names, or something else.
         DataError, EncoderError, TrainingError: as `finetune`.
     """
-    folder = Path(output)
+    folder = Path(output).expanduser()
     if (folder / "training.json").is_file():
         done = _finished(folder, collection, model, target, seed, triples)
         display(
