@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -238,6 +240,29 @@ def test_compare_needs_two_runs_deep_enough(call, two_runs):
     )
     assert (code, out) == (1, "")
     assert "good: R(rel=1)@100 needs 100 hits a query; the run has at most 20" in err
+
+
+def test_compare_reads_pipes_whole(call, two_runs, tmp_path):
+    names = ("qrels.txt", "bad.run")
+    pipes = {name: tmp_path / f"pipe of {name}" for name in names}
+    writers = []
+    for name, pipe in pipes.items():
+        os.mkfifo(pipe)
+        data = gzip.compress((two_runs / name).read_bytes())
+        writers.append(threading.Thread(target=pipe.write_bytes, args=(data,)))
+        writers[-1].start()
+    good = two_runs / "good.run"
+    code, out, _ = call("compare", "--qrels", pipes["qrels.txt"], good, pipes["bad.run"], "--json")
+    for writer in writers:
+        writer.join()
+    plain = call(
+        "compare", "--qrels", two_runs / "qrels.txt", good, two_runs / "bad.run", "--json"
+    )[1]
+    found, expected = (
+        [d["queries"], d["pairs"][0]["difference"], d["pairs"][0]["p_t"]]
+        for d in map(json.loads, (out, plain))
+    )
+    assert code == 0 and found == expected
 
 
 def test_compare_in_a_process_of_its_own(two_runs, tmp_path):
@@ -532,9 +557,10 @@ def test_collection_lists_the_runs_in_its_folder(call, corpus, tmp_path):
     }
     assert "Runs that came with it" in page.read_text("utf-8")
     (folder / "mine.run").write_text("q0 Q0 d1 1 much me\n")
-    code, out, err = call("collection", folder)
-    assert (code, out) == (1, "")
-    assert "mine.run:1:" in err and "'much'" in err
+    (folder / "._mine.run").write_bytes(b"\x00\x05\x16\x07")
+    code, out, err = call("collection", folder, "--json")
+    assert code == 0 and json.loads(out)["runs"] == {}
+    assert err.count("warning") == 1 and "mine.run:1:" in err and "'much'" in err
 
 
 def test_export(call, tmp_path, monkeypatch):
