@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 import sys
 import time
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+import nbformat
 import pandas as pd
 import pytest
 import yaml
@@ -54,6 +57,66 @@ def test_page_is_there_with_one_title(html, page):
     assert len(title.get_text()) > 3
     shown = [a["href"] for a in soup.select("nav.bd-links a.reference.internal")]
     assert len(shown) >= len(PAGES) - 1
+
+
+def test_github_pages_keeps_every_folder(smoke_home):
+    assert (smoke_home / "_build" / "html" / ".nojekyll").is_file()
+
+
+def test_no_warning_in_notebooks_and_log(smoke_home):
+    pages = sorted((smoke_home / "book" / "_executed").glob("*.ipynb"))
+    assert len(pages) > 4
+    for page in pages:
+        outputs = [o for c in nbformat.read(page, as_version=4).cells for o in c.get("outputs", [])]
+        said = "".join(o["text"] for o in outputs if "text" in o)
+        assert "Warning" not in said, page.name
+    for log in (smoke_home / "reproduce.log", smoke_home / "book" / "_executed" / "book.log"):
+        assert not re.search(r"Warning\b|WARNING", log.read_text()), log.name
+
+
+WIDTHS = (390, 800, 1280)
+FRAMES = """<!doctype html><body>%s<script>
+const shown = e => {
+  const box = e.getBoundingClientRect(), style = e.ownerDocument.defaultView.getComputedStyle(e);
+  return box.width > 0 && box.right > 0 && style.visibility === "visible" && style.opacity !== "0";
+};
+const wait = () => new Promise(done => setTimeout(done, 500));
+async function press(frame) {
+  const page = frame.contentDocument, menu = () => shown(page.querySelector(".bd-links"));
+  page.head.insertAdjacentHTML("beforeend", "<style>* { transition: none !important }</style>");
+  await wait();
+  const found = [frame.contentWindow.innerWidth, menu()];
+  const [button] = [...page.querySelectorAll(".primary-toggle")].filter(shown);
+  button.click();
+  await wait();
+  return [...found, menu()];
+}
+addEventListener("load", async () => {
+  const found = [];
+  for (const frame of document.querySelectorAll("iframe")) found.push(await press(frame));
+  document.body.textContent = "found " + JSON.stringify(found);
+});
+</script>"""
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no chromium")
+def test_menu_button_opens_and_closes_the_menu(smoke_home, tmp_path):
+    """Pressed in a browser at three widths: on a phone and a tablet the menu opens, on a desktop it closes."""
+    html = tmp_path / "html"
+    shutil.copytree(smoke_home / "_build" / "html", html)
+    frame = '<iframe src="index.html" height="900" width="{}"></iframe>'
+    (html / "frames.html").write_text(FRAMES % "".join(map(frame.format, WIDTHS)))
+    flags = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+        "--disable-sync", "--no-first-run", "--allow-file-access-from-files", "--virtual-time-budget=20000", "--dump-dom",
+    ]  # fmt: skip
+    done = subprocess.run(
+        ["chromium", *flags, f"--user-data-dir={tmp_path / 'user'}", (html / "frames.html").as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    found = re.search(r"found (\[.*\])", done.stdout)
+    assert found, done.stdout[-2000:]
+    assert json.loads(found[1]) == [[390, False, True], [800, False, True], [1280, True, False]]
 
 
 @each

@@ -17,8 +17,10 @@ import nbformat
 import pandas as pd
 import pytest
 
+from adaptive_margins.profiles import ProfileError
 from adaptive_margins.report.execute import parameter_defaults
 from adaptive_margins.report.pages import OWN
+from adaptive_margins.report.show import PARAMETERS, ParameterError, check_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -70,6 +72,57 @@ def test_every_parameter_is_used_and_explained(path):
         assert name == "profile" or f"`{name}`" in prose, f"{name} is not explained"
 
 
+BAD = {
+    "profile": [3, "", None, True], "data_folder": [1, None], "query_set": [2019, ""], "first": ["abc", -1, None, 1.5],
+    "seed": ["abc", 1.5, -1, True], "seeds": ["a", 1.5, ""], "triples": ["abc", 0, 1.5], "window": ["abc", 0],
+    "patience": ["abc", 0], "draws": ["abc", 0], "learning_rate": ["abc", 0, float("nan")], "encoder": [3, ""],
+    "source": [2024, "", None], "output": [2024, ""], "model": [3, ""], "target": ["abc", "", float("nan"), True, None],
+}  # fmt: skip
+
+
+@each
+def test_first_cell_names_a_parameter_of_the_wrong_kind(path):
+    """What papermill makes of `-p source 2024` or `-p triples abc`."""
+    parameters, first, *_ = (c.source for c in cells(path, "code"))
+    defaults = parameter_defaults(path)
+    assert set(defaults) <= set(PARAMETERS)
+    check_parameters(defaults)
+    for name in defaults:
+        for value in BAD[name]:
+            variables: dict[str, object] = {}
+            exec(parameters, variables)
+            variables[name] = value
+            with pytest.raises(
+                ParameterError, match=rf"^{name} is {re.escape(repr(value))}; expected "
+            ):
+                exec(first, variables)
+
+
+def test_good_parameters_pass_and_text_that_looks_like_a_number_has_a_way_out():
+    good = {
+        "profile": "my.yaml", "data_folder": "", "query_set": None, "first": 0, "seed": 0, "seeds": "1,2", "triples": 1,
+        "window": 3, "patience": None, "draws": 5, "learning_rate": 1, "encoder": None, "source": "2024", "output": "o",
+        "model": "m", "target": 0,
+    }  # fmt: skip
+    for values in (
+        good,
+        {"seeds": 3},
+        {"target": "adaptive"},
+        {"learning_rate": 1e-5},
+        {"other": 1},
+    ):
+        check_parameters(values)
+    with pytest.raises(ParameterError, match="2024 as text with -r"):
+        check_parameters({"source": 2024})
+
+
+def test_unknown_profile_in_the_first_cell():
+    _, first, *_ = (c.source for c in cells(NOTEBOOKS[0], "code"))
+    values = {**parameter_defaults(NOTEBOOKS[0]), "profile": "latpop"}
+    with pytest.raises(ProfileError, match=r"'latpop': known are .*laptop"):
+        exec(first, values)
+
+
 @each
 def test_code_is_calls(path):
     """Anything that computes belongs in the library; long lines do not fit the page."""
@@ -79,7 +132,7 @@ def test_code_is_calls(path):
         found = [n for n in ast.walk(tree) if isinstance(n, forbidden)]
         assert all(isinstance(n, ast.BinOp) and isinstance(n.op, ast.Add) for n in found)
         assert max(map(len, cell.source.splitlines())) <= 84, cell.id
-        assert len(tree.body) <= 8
+        assert len(tree.body) <= 9
 
 
 @each_page

@@ -9,14 +9,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Annotated, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from pydantic import Field, TypeAdapter, ValidationError
 
 from adaptive_margins.data.collection import Collection
 from adaptive_margins.data.trec import top
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.experiments import BM25_NAME, Reproduction
 from adaptive_margins.profiles import CurveSettings, StaticSettings, available
 from adaptive_margins.store import StoredRun
@@ -45,6 +48,57 @@ NAMES = {
 }
 """Parts of the setting, by their keys in ``published.yaml``."""
 OPTIMIZERS = {"adamw_torch_fused": "AdamW", "adamw_torch": "AdamW", "adamw_8bit": "8-bit AdamW"}
+
+
+_TEXT = (Annotated[str, Field(pattern=r"\S")], "text")
+_COUNT = (Annotated[int, Field(ge=1)] | None, "a whole number from 1 on, or None")
+PARAMETERS: dict[str, tuple[Any, str]] = {
+    "profile": _TEXT,
+    "data_folder": (str, "text, empty for no folder"),
+    "source": _TEXT,
+    "output": _TEXT,
+    "model": _TEXT,
+    "target": (
+        Annotated[float, Field(allow_inf_nan=False)] | Annotated[str, Field(pattern="^(adaptive|distributed)$")],
+        "a number, \"adaptive\" or \"distributed\"",
+    ),
+    "query_set": (_TEXT[0] | None, "text or None"),
+    "encoder": (_TEXT[0] | None, "text or None"),
+    "first": (Annotated[int, Field(ge=0)], "a whole number from 0 on"),
+    "seed": (Annotated[int, Field(ge=0)] | None, "a whole number from 0 on, or None"),
+    "seeds": (
+        Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=r"^\d+(,\d+)*$")] | None,
+        "whole numbers from 0 on, such as \"1,2,3\", or None",
+    ),
+    "triples": _COUNT,
+    "window": _COUNT,
+    "patience": _COUNT,
+    "draws": _COUNT,
+    "learning_rate": (
+        Annotated[float, Field(gt=0, allow_inf_nan=False)] | None,
+        "a number above 0, or None",
+    ),
+}  # fmt: skip
+"""Parameter of a notebook → its type, and that in words."""
+
+
+class ParameterError(AdaptiveMarginsError, ValueError):
+    """A parameter of a notebook has a value of another kind; the message says which is expected."""
+
+
+def check_parameters(namespace: Mapping[str, Any]) -> None:
+    """Raise ParameterError for a parameter of the notebook whose `globals` are given, if its value is of another kind."""
+    for name, (kind, words) in PARAMETERS.items():
+        if name not in namespace:
+            continue
+        value = namespace[name]
+        try:
+            TypeAdapter(kind).validate_python(value, strict=True)
+        except ValidationError:
+            way_out = ""
+            if words.startswith("text") and value is not None and not isinstance(value, str):
+                way_out = f"; papermill passes {value} as text with -r in the place of -p"
+            raise ParameterError(f"{name} is {value!r}; expected {words}{way_out}") from None
 
 
 def markdown_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
