@@ -18,7 +18,7 @@ from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.text import DataError
 from adaptive_margins.dense import QUERY_LENGTH, DenseIndex, DenseRetriever, hybrid
 from adaptive_margins.encoders import EncoderError, encoder_identity, open_encoder, weights_folder
-from adaptive_margins.files import WriteError
+from adaptive_margins.files import WriteError, alone
 from adaptive_margins.profiles import EncoderSettings
 from conftest import WORDS, in_child, write_encoder
 
@@ -335,6 +335,8 @@ def test_what_was_embedded_for_other_texts_is_not_used(model, folder, tmp_path, 
 def test_what_cannot_be_indexed(built, retriever, model, folder, tmp_path):
     with pytest.raises(WriteError, match="it exists and is not an empty folder"):
         DenseIndex.build(retriever, "S", str(folder), built.folder)
+    with alone(tmp_path / "locked"), pytest.raises(WriteError, match="another process is writing"):
+        DenseIndex.build(retriever, "S", str(folder), tmp_path / "locked")
     with pytest.raises(DataError, match=r"S: none of the 2 passages has a text"):
         empty = DenseRetriever(model, Texts(["a", "b"], ["", " "]))
         DenseIndex.build(empty, "S", str(folder), tmp_path / "empty")

@@ -23,7 +23,7 @@ from adaptive_margins import finetuning, training
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.mining import Checked
 from adaptive_margins.evaluation import Evaluation
-from adaptive_margins.files import WriteError
+from adaptive_margins.files import WriteError, alone
 from adaptive_margins.finetuning import RUNS, Finetuned, FinetuneError, Settings, finetune, verdict
 from adaptive_margins.report import own
 from adaptive_margins.training import TrainingError, newest_checkpoint
@@ -293,7 +293,10 @@ def test_an_output_that_holds_something_is_left_alone(tmp_path):
         finetune("no such folder", tmp_path)
     with pytest.raises(WriteError, match="is not an empty folder"):
         finetune("no such folder", tmp_path / "thesis.txt")
+    with alone(tmp_path / "new"), pytest.raises(WriteError, match="another process is writing"):
+        finetune("no such folder", tmp_path / "new")
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_folder_that_is_no_finetuning_is_told(tmp_path):

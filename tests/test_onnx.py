@@ -15,7 +15,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Pooling, T
 
 from adaptive_margins import onnx
 from adaptive_margins.encoders import EncoderError
-from adaptive_margins.files import WriteError
+from adaptive_margins.files import WriteError, alone
 from adaptive_margins.onnx import OnnxError, export_onnx
 
 TEXTS = [
@@ -124,6 +124,8 @@ def test_a_place_that_is_taken_is_left_alone(tmp_path, monkeypatch):
     for taken in (tmp_path, tmp_path / "file"):
         with pytest.raises(WriteError, match="exists and is not an empty folder"):
             export_onnx("minilm", taken)
+    with alone(tmp_path / "new"), pytest.raises(WriteError, match="another process is writing"):
+        export_onnx("minilm", tmp_path / "new")
     with pytest.raises(EncoderError, match="nowhere"):
         export_onnx(tmp_path / "nowhere", tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
