@@ -15,6 +15,7 @@ from scipy import stats
 
 from adaptive_margins.data.text import DataError
 from adaptive_margins.data.trec import read_qrels
+from adaptive_margins.evaluation import MeasureError
 from adaptive_margins.report.compared import (
     ComparisonError,
     compare_runs,
@@ -86,7 +87,9 @@ def test_a_comparison_is_that_of_trec_eval_and_scipy():
 
 def test_the_level_of_the_measure_is_named_and_missing_queries_count_zero():
     some = {qid: hits for qid, hits in RUNS["good"].items() if qid not in ("q0", "q1")}
-    found = compare_runs(QRELS, {"all": RUNS["good"], "some": some}, "R@20")
+    with pytest.warns(UserWarning, match="queries without hits count 0: some 2, of 60") as told:
+        found = compare_runs(QRELS, {"all": RUNS["good"], "some": some}, "R@20")
+    assert len(told) == 1
     assert found["measure"] == "R(rel=1)@20"
     assert {name: run["missing"] for name, run in found["runs"].items()} == {"all": 0, "some": 2}
     assert found["per_query"]["some"]["q0"] == 0
@@ -108,6 +111,79 @@ def test_runs_that_cannot_be_compared():
         compare_runs({"q0": QRELS["q0"]}, RUNS)
     with pytest.raises(ValueError, match="cannot compute the measure 'nDCG@0'"):
         compare_runs(QRELS, RUNS, "nDCG@0")
+
+
+NOTHING = {qid: dict.fromkeys(judged, 0) for qid, judged in QRELS.items()}
+
+
+def test_runs_that_have_no_relevant_passage_are_not_compared():
+    with pytest.raises(
+        MeasureError, match=r"60 judged queries, grades 0 .480.; nDCG@10 needs grade 1 "
+    ):
+        compare_runs(NOTHING, RUNS)
+    with pytest.raises(MeasureError, match=r"R\(rel=3\)@10 needs grade 3 or more"):
+        compare_runs(QRELS, RUNS, "R(rel=3)@10")
+    other = {
+        qid: {docid.upper(): score for docid, score in hits.items()}
+        for qid, hits in RUNS["good"].items()
+    }
+    count = sum(grade > 0 for judged in QRELS.values() for grade in judged.values())
+    with pytest.warns(
+        UserWarning, match=f"none of the {count} .* any run; .* differ in case"
+    ) as told:
+        (pair,) = compare_runs(QRELS, {"a": other, "b": other})["pairs"]
+    assert len(told) == 1
+    assert (pair["verdict"], pair["p_t"], pair["p_tost"]) == ("undecided", 1, 1)
+    with pytest.warns(UserWarning, match=f"none of the {count} relevant passages is in upper;"):
+        pairs = compare_runs(QRELS, {"upper": other, **RUNS})["pairs"]
+    verdicts = {(pair["a"], pair["b"]): pair["verdict"] for pair in pairs}
+    assert {verdicts["upper", name] for name in RUNS} == {"undecided"}
+    assert verdicts["good", "bad"] == "different"
+
+
+def test_runs_that_find_nothing_among_their_first_hits_are_undecided(recwarn):
+    last = {
+        qid: {docid: -float(QRELS[qid].get(docid, 0) > 0) for docid in hits}
+        for qid, hits in RUNS["bad"].items()
+    }
+    (pair,) = compare_runs(QRELS, {"a": last, "b": last}, "Success@1")["pairs"]
+    assert (pair["difference"], pair["verdict"], pair["p_tost_adjusted"]) == (0, "undecided", 1)
+    assert not recwarn
+
+
+def test_queries_with_a_relevant_passage_are_counted():
+    some = {**NOTHING, **{qid: QRELS[qid] for qid in list(QRELS)[:45]}}
+    usable = sum(max(judged.values()) > 0 for judged in some.values())
+    found = compare_runs(some, RUNS)
+    assert (found["queries"], found["relevant_queries"]) == (60, usable)
+    assert f"60 judged queries, {usable} of them with a relevant passage;" in comparison_text(found)
+    one = {**NOTHING, "q7": QRELS["q7"]}
+    with pytest.warns(UserWarning, match="only 1 of the 60 judged queries .* 'q7'"):
+        found = compare_runs(one, RUNS)
+    assert found["relevant_queries"] == 1
+    assert {pair["verdict"] for pair in found["pairs"]} == {"undecided"}
+    judged = [qid for qid in QRELS if max(QRELS[qid].values()) > 0]
+    found = compare_runs({qid: QRELS[qid] for qid in judged}, RUNS)
+    assert "with a relevant passage" not in comparison_text(found)
+
+
+def test_complete_runs_may_be_shallow():
+    shallow = {
+        name: {qid: dict(list(hits.items())[:9]) for qid, hits in RUNS[name].items()}
+        for name in ("good", "bad")
+    }
+    with pytest.raises(ComparisonError, match=r"bad: R.*needs 100 hits"):
+        compare_runs(QRELS, shallow, "R@100", complete=["good"])
+    found = compare_runs(QRELS, shallow, "R@100", complete=["good", "bad"])
+    trec = pytrec_eval.RelevanceEvaluator(QRELS, {"recall.100"})
+    for name, run in shallow.items():
+        expected = np.mean([values["recall_100"] for values in trec.evaluate(run).values()])
+        assert found["runs"][name]["mean"] == pytest.approx(expected)
+    with pytest.raises(
+        ComparisonError, match=r"other: none of the 60 judged queries .*; 'Q0' .* case"
+    ):
+        other = {qid.upper(): hits for qid, hits in shallow["good"].items()}
+        compare_runs(QRELS, {**shallow, "other": other}, complete=[*shallow, "other"])
 
 
 def test_words_say_who_is_better_whatever_the_order():

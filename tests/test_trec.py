@@ -16,8 +16,10 @@ import pytrec_eval
 from adaptive_margins.data.text import DataError
 from adaptive_margins.data.trec import (
     qrels_text,
+    read_marked_run,
     read_qrels,
     read_run,
+    run_tag,
     top,
     write_run,
 )
@@ -333,3 +335,20 @@ def test_a_run_that_was_written_here_has_no_contradiction(tmp_path):
 def test_a_column_of_ranks_without_numbers_is_ignored(tmp_path):
     path = written(tmp_path / "x.run", "q Q0 a - 1 t\nq Q0 b - 2 t\nr Q0 a 1 1 t\nr Q0 b - 2 t\n")
     assert warned(path) == []
+
+
+def test_a_complete_run_is_marked_and_its_parts_are_not(tmp_path):
+    run = {"q1": {"a": 2.0, "b": 1.0, "c": 0.5}, "q2": {"a": 1.0}}
+    cases = [(4, 9, True), (3, 9, False), (3, 3, True), (100, 9, True), (2, 9, False)]
+    for depth, passages, complete in cases:
+        path = tmp_path / "x.run"
+        write_run(run, path, run_tag("sys", run, depth, passages))
+        assert read_marked_run(path) == (run, complete)
+        assert read_run(path) == run
+        assert path.read_text().splitlines()[0].split()[-1].startswith("sys")
+    write_run(run, path, run_tag("sys", run, 4, 9))
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if line.split()[3] != "3"))
+    assert not read_marked_run(path)[1]  # the first two hits of each query
+    path.write_text("".join(lines) + "q3 Q0 a 1 1.0 theirs\n")
+    assert not read_marked_run(path)[1]

@@ -217,7 +217,7 @@ def evaluate(
         del result["per_query"]
     found = result["collection"]
     about = (
-        f"{model} on {found['name']}, {result['set']}: {result['queries']:,} queries, {found['passages']:,} passages,"
+        f"{model} on {found['name']}, {result['set']}: {_judged(result)}, {found['passages']:,} passages,"
         f" {'full ranking' if mode == 'full' else 'candidates reranked'}, depth {result['depth']:,}"
     )
     rows = [["measure", "mean"], *([m, f"{value:.4f}"] for m, value in result["measures"].items())]
@@ -225,6 +225,15 @@ def evaluate(
 
     lines = [about, *([result["split"]] if result["split"] else []), "", *aligned(rows)]
     _tell(result, as_json, "\n".join(lines + ([f"\nRun: {run_out}"] if run_out else [])))
+
+
+def _judged(result: Mapping[str, Any]) -> str:
+    """The number of queries, and of those with a relevant passage if it is another one."""
+    text = f"{result['queries']:,} queries"
+    fewest = min(result["relevant_queries"].values())
+    if fewest < result["queries"]:
+        text += f" ({fewest:,} with a relevant passage)"
+    return text
 
 
 def _evaluated(
@@ -238,18 +247,17 @@ def _evaluated(
     measures: list[str],
     device: str | None,
 ) -> dict[str, Any]:
-    import ir_measures
-
+    from adaptive_margins import evaluation
     from adaptive_margins.data.sources import open_collection
     from adaptive_margins.data.text import DataError, alike
-    from adaptive_margins.data.trec import read_run, top, write_run
+    from adaptive_margins.data.trec import read_marked_run, run_tag, top, write_run
     from adaptive_margins.dense import DenseRetriever
     from adaptive_margins.encoders import default_device, encoder_identity, open_encoder
     from adaptive_margins.retrieval import BM25, without_hits
-    from adaptive_margins.supplied import score
+    from adaptive_margins.supplied import finds_relevant, score
 
     collection = open_collection(path)
-    candidates = read_run(candidates_path) if candidates_path else None
+    candidates, complete = read_marked_run(candidates_path) if candidates_path else (None, True)
     collection, split = _held_out(model, collection)
     name = _set(collection, query_set)
     queries, qrels = collection.queries[name], collection.qrels[name]
@@ -257,7 +265,9 @@ def _evaluated(
         raise DataError(
             f"{path}: none of the queries of {name!r} is judged; there is nothing to evaluate"
         )
-    deepest = max(ir_measures.parse_measure(m).params.get("cutoff", 1) for m in measures)
+    relevant = {measure: evaluation.relevant(qrels, measure) for measure in measures}
+    evaluation.evaluate(qrels, {}, measures)  # what cannot be computed is told before encoding
+    deepest = max(map(evaluation.cutoff, measures))
     if depth is None and candidates is None:
         depth = max(_CANDIDATES, deepest) if mode == "full" else _CANDIDATES
     if depth is not None and depth < min(deepest, len(collection.passages)):
@@ -287,15 +297,27 @@ def _evaluated(
                     + (f": {hint}" if hint else "")
                 )
         run = retriever.rerank(queries, candidates)
-    scored = score(run, qrels, measures, passages=len(collection.passages))
-    if candidates_path and scored.refused:
+    # The ranking of this call has all hits that could be found; other candidates may be cut off.
+    complete = complete and not (candidates_path and depth)
+    passages = len(collection.passages)
+    scored = score(run, qrels, measures, passages=passages, complete=complete)
+    if scored.refused:
         raise DataError(f"{candidates_path}: {'; '.join(scored.refused.values())}")
-    evaluation = scored.evaluation
+    for level in {str(judged): judged for judged in relevant.values()}.values():
+        if not finds_relevant(run, level):
+            count = sum(map(len, level.values()))
+            warnings.warn(
+                f"none of the {count:,} relevant passages is among the hits", stacklevel=2
+            )
+            break
     if run_out:
-        write_run(run, run_out, "adaptive-margins")
+        most = max(map(len, run.values()), default=0)
+        asked = depth if depth and not candidates_path else most + complete
+        write_run(run, run_out, run_tag("adaptive-margins", run, asked, passages))
     return {
-        "measures": evaluation.mean,
+        "measures": scored.evaluation.mean,
         "queries": len(qrels),
+        "relevant_queries": {measure: len(judged) for measure, judged in relevant.items()},
         "run": str(run_out) if run_out else None,
         "mode": mode,
         "set": name,
@@ -309,7 +331,7 @@ def _evaluated(
             "passages": len(collection.passages),
         },
         "split": split,
-        "per_query": evaluation.per_query,
+        "per_query": scored.evaluation.per_query,
     }
 
 
@@ -387,6 +409,13 @@ def compare(
             parser=_new_file, help="Draw the differences per query: NAME.png, .svg or .pdf."
         ),
     ] = None,
+    complete: Annotated[
+        bool,
+        typer.Option(
+            "--complete",
+            help="The runs have all hits that could be found, though fewer than the measure looks at.",
+        ),
+    ] = False,
     per_query: PerQueryOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -406,12 +435,18 @@ def compare(
         )
     with _working():
         (name,) = _measures(measure, "--measure", most=1)
-        from adaptive_margins.data.trec import read_qrels, read_run
+        from adaptive_margins.data.trec import read_marked_run, read_qrels
         from adaptive_margins.report import compared
 
         judged = read_qrels(qrels)
-        read = {n: read_run(p) for n, p in zip(compared.run_names(runs), runs, strict=True)}
-        result = compared.compare_runs(judged, read, name, margin)
+        read = {n: read_marked_run(p) for n, p in zip(compared.run_names(runs), runs, strict=True)}
+        result = compared.compare_runs(
+            judged,
+            {n: run for n, (run, _) in read.items()},
+            name,
+            margin,
+            complete=[n for n, (_, marked) in read.items() if marked or complete],
+        )
         if plot:
             import matplotlib
 

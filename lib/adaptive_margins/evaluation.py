@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -114,14 +115,22 @@ def relevant(qrels: Qrels, measure: str) -> Qrels:
     These are grades from the measure's ``rel`` on, which is 1 if it has none.
 
     Raises:
-        MeasureError: the measure is unknown or cannot be computed.
+        MeasureError: no query has any, or the measure is unknown or cannot be computed.
     """
     level = _measure(measure).params.get("rel", 1)
     found = {
         qid: {docid: grade for docid, grade in judged.items() if grade >= level}
         for qid, judged in qrels.items()
     }
-    return {qid: judged for qid, judged in found.items() if judged}
+    found = {qid: judged for qid, judged in found.items() if judged}
+    if not found:
+        grades = Counter(grade for judged in qrels.values() for grade in judged.values())
+        counts = ", ".join(f"{grade} ({grades[grade]:,})" for grade in sorted(grades))
+        raise MeasureError(
+            f"no query has a relevant passage: {len(qrels):,} judged queries, grades {counts or 'none'};"
+            f" {measure} needs grade {level} or more"
+        )
+    return found
 
 
 def cutoff(measure: str, default: int = 1) -> int:

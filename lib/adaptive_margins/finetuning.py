@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import ir_measures
 import numpy as np
 import pandas as pd
 import torch
@@ -42,7 +41,16 @@ from adaptive_margins.data.sources import (
     open_titles,
     split_queries,
 )
-from adaptive_margins.data.trec import Qrels, Run, qrels_text, read_qrels, read_run, top, write_run
+from adaptive_margins.data.trec import (
+    Qrels,
+    Run,
+    qrels_text,
+    read_qrels,
+    read_run,
+    run_tag,
+    top,
+    write_run,
+)
 from adaptive_margins.dense import DenseRetriever, hybrid
 from adaptive_margins.encoders import (
     Precision,
@@ -55,7 +63,7 @@ from adaptive_margins.encoders import (
     tokenize,
 )
 from adaptive_margins.errors import AdaptiveMarginsError
-from adaptive_margins.evaluation import Evaluation, evaluate, named, superiority
+from adaptive_margins.evaluation import Evaluation, cutoff, evaluate, named, relevant, superiority
 from adaptive_margins.files import whole_file, whole_folder, working_folder
 from adaptive_margins.losses import MarginLoss
 from adaptive_margins.modelcard import model_card
@@ -252,12 +260,14 @@ def _finetune(
         sets = {name: len(qrels) for name, qrels in collection.qrels.items()}
         counts = ", ".join(f"{sets[name]:,} {name}" for name in ("train", "validation", "test"))
         say(f"{collection.name}: {len(collection.passages):,} passages; queries: {counts}. {split}")
+        usable, *_ = [len(relevant(collection.qrels["test"], measure)) for measure in measures]
+        evaluate(collection.qrels["test"], {}, measures)  # what cannot be computed is told now
     with clocks.stage("encoding", f"embedding the passages with {model}"):
         encoder = open_encoder(model, device=device, seed=seed)
         start = _start(encoder, identity, collection, settings.precision, work)
     with clocks.stage("ranking", "ranking with BM25 and with the encoder as it comes"):
         test, validating = collection.queries["test"], collection.queries["validation"]
-        depth = max(100, *(ir_measures.parse_measure(m).params.get("cutoff", 0) for m in measures))
+        depth = max(100, *map(cutoff, measures))
         bm25 = BM25(collection.passages)
         runs = {"start": start.search(test, depth), "bm25": bm25.search(test, depth)}
         judged = {qid: runs["bm25"][qid] for qid in collection.qrels["test"]}
@@ -364,10 +374,18 @@ def _finetune(
             "difference": gain,
             "standard_error": None if math.isnan(error) else error,
         },
+        "relevant_queries": usable,
         "measures": {name: evaluation.mean for name, evaluation in evaluations.items()},
         "comparisons": {
             f"{a} vs {b}": _compared(
-                evaluations[a], evaluations[b], measures[0], withheld and "start" not in (a, b)
+                evaluations[a],
+                evaluations[b],
+                measures[0],
+                "too few queries"
+                if usable < 2
+                else "withheld"
+                if withheld and "start" not in (a, b)
+                else "",
             )
             for a, b in _COMPARISONS
         },
@@ -436,7 +454,9 @@ def verdict(report: Mapping[str, Any]) -> str:
             " without spaces between words, which BM25 splits into character bigrams"
         )
     n = compared["trained vs start"]["n"]
-    sentences.append(f"Intervals are of 95 %, over {n} test queries")
+    usable = report["relevant_queries"]
+    of_them = f", of which {usable} with a relevant passage" if usable < n else ""
+    sentences.append(f"Intervals are of 95 %, over {n} test queries{of_them}")
     return ". ".join(sentences) + "."
 
 
@@ -729,13 +749,13 @@ def _gain(result: TrainingResult) -> tuple[float, float]:
     return float(differences.mean()), float(error)
 
 
-def _compared(a: Evaluation, b: Evaluation, measure: str, withheld: bool = False) -> dict[str, Any]:
-    """`superiority` by a measure; without a test if there are too few queries, or it is withheld."""
+def _compared(a: Evaluation, b: Evaluation, measure: str, untested: str = "") -> dict[str, Any]:
+    """`superiority` by a measure; without a test, and with ``untested`` as verdict, if that is given."""
     x, y = a.per_query[measure], b.per_query[measure]
-    if len(x) < 2 or withheld:
+    if untested := "too few queries" if len(x) < 2 else untested:
         return {
             "measure": measure, "n": len(x), "difference": a.mean[measure] - b.mean[measure], "ci": None, "p_t": None,
-            "p_tost": None, "margin": None, "verdict": "withheld" if withheld else "too few queries",
+            "p_tost": None, "margin": None, "verdict": untested,
         }  # fmt: skip
     return {"measure": measure, **dataclasses.asdict(superiority(x, y))}
 
@@ -779,7 +799,8 @@ def _write(
     result.curve.to_parquet(folder / "curve.parquet", index=False)
     result.targets.to_parquet(folder / "targets.parquet", index=False)
     for name, run in runs.items():
-        write_run(run, folder / "runs" / f"{name}.test.run.gz", name)
+        tag = run_tag(name, run, report["settings"]["depth"], len(collection.passages))
+        write_run(run, folder / "runs" / f"{name}.test.run.gz", tag)
     queries, qrels = collection.queries["test"], collection.qrels["test"]
     lines = [f"{qid}\t{' '.join(queries[qid].split())}\n" for qid in queries.ids]
     (folder / "queries.test.tsv").write_text("".join(lines), encoding="utf-8")

@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import ir_measures
-
 from adaptive_margins.data.folder import visible
 from adaptive_margins.data.text import Problems
 from adaptive_margins.data.trec import Qrels, Run, read_run
-from adaptive_margins.evaluation import Evaluation, evaluate
+from adaptive_margins.evaluation import Evaluation, cutoff, evaluate
 
 SUFFIXES = (".run", ".trec", ".txt")
 """What a run file's name may end in; ``.gz`` may follow."""
@@ -96,12 +94,17 @@ class Scored:
 
 
 def score(
-    run: Run, qrels: Qrels, measures: Sequence[str], *, passages: int | None = None
+    run: Run,
+    qrels: Qrels,
+    measures: Sequence[str],
+    *,
+    passages: int | None = None,
+    complete: bool = False,
 ) -> Scored:
     """Score a run by the measures that it is deep enough for.
 
     Every judged query counts, as with ``trec_eval -c``; others are ignored. A measure with a cutoff
-    k is refused if no judged query has k hits, and every measure if no judged query has any. A
+    k is refused if no judged query has k hits, and every measure if no judged query is in the run. A
     measure without a cutoff is computed from the hits that there are.
 
     Args:
@@ -109,6 +112,7 @@ def score(
         qrels: query id → docid → grade.
         measures: in ir_measures' notation, e.g. "R(rel=2)@1000".
         passages: passages of the collection, if known: a run of all of them is deep enough.
+        complete: whether the run has all hits that could be found: then any depth is enough.
 
     Raises:
         ValueError: as `evaluate`.
@@ -117,15 +121,20 @@ def score(
     evaluation = evaluate(qrels, run, measures)  # of all: it says what is wrong with a measure
     refused = {}
     for notation in measures:
-        cutoff = ir_measures.parse_measure(notation).params.get("cutoff", 1)
-        if not depths:
+        needed = cutoff(notation)
+        if not qrels.keys() & run.keys():
             refused[notation] = f"none of the {len(qrels)} judged queries is in the run"
-        elif max(depths) < min(cutoff, passages or cutoff):
+        elif not complete and (most := max(depths, default=0)) < min(needed, passages or needed):
             refused[notation] = (
-                f"{notation} needs {cutoff:,} hits a query; the run has at most {max(depths):,}"
+                f"{notation} needs {needed:,} hits a query; the run has at most {most:,}"
             )
     computed = Evaluation(
         {m: value for m, value in evaluation.mean.items() if m not in refused},
         {m: values for m, values in evaluation.per_query.items() if m not in refused},
     )
     return Scored(computed, refused, len(qrels) - len(depths))
+
+
+def finds_relevant(run: Run, relevant: Qrels) -> bool:
+    """Whether any hit of a run is one of the ``relevant`` passages of its query (`evaluation.relevant`)."""
+    return any(not judged.keys().isdisjoint(run.get(qid, {})) for qid, judged in relevant.items())

@@ -107,8 +107,25 @@ def write_run(run: Run, path: Path, tag: str) -> None:
         partial.write_bytes(data)
 
 
+def run_tag(name: str, run: Run, depth: int, passages: int) -> str:
+    """Return the tag of a run: ``name``, with a mark if the run is complete.
+
+    It is complete if no query has ``depth`` hits, to which it was ranked, or one has all ``passages``: more hits could not
+    be found. The mark holds the most hits of a query, so that a part of the file does not pass for complete.
+    """
+    most = max(map(len, run.values()), default=0)
+    return f"{name}+complete{most}" if most < depth or most >= passages else name
+
+
 def read_run(path: Path, *, own: bool = False) -> Run:
-    """Read a TREC run, gzipped or not. Ranks are ignored, as trec_eval does; so is the order of lines.
+    """Read the run of `read_marked_run`."""
+    return read_marked_run(path, own=own)[0]
+
+
+def read_marked_run(path: Path, *, own: bool = False) -> tuple[Run, bool]:
+    """Read a TREC run, gzipped or not, and whether it is marked as complete (`run_tag`).
+
+    Ranks are ignored, as trec_eval does; so is the order of lines.
 
     A UserWarning says if ranks contradict scores, or all scores of a query tie.
 
@@ -124,6 +141,7 @@ def read_run(path: Path, *, own: bool = False) -> Run:
     problems = Problems()
     run: Run = {}
     ranks: dict[str, array[float]] = {}
+    tags: set[str] = set()
     for number, line in read_lines(path, problems, empty=own):
         cells = line.split()
         if len(cells) != 6 or cells[0] == "#":
@@ -131,7 +149,8 @@ def read_run(path: Path, *, own: bool = False) -> Run:
             if number == 1 and line.strip():  # another kind of file: the other lines say the same
                 break
             continue
-        qid, _, docid, rank, score, _ = cells
+        qid, _, docid, rank, score, tag = cells
+        tags.add(tag)
         hits = run.setdefault(qid, {})
         value = _number(score)
         if not math.isfinite(value):
@@ -146,7 +165,8 @@ def read_run(path: Path, *, own: bool = False) -> Run:
                 ranks.setdefault(qid, array("d")).append(_number(rank))
     problems.check()
     _check_order(path, run, ranks)
-    return run
+    most = max(map(len, run.values()), default=0)
+    return run, bool(tags) and all(tag.endswith(f"+complete{most}") for tag in tags)
 
 
 def _number(text: str) -> float:

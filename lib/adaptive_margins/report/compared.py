@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaptive_margins.data.text import alike
 from adaptive_margins.data.trec import Qrels, Run
 from adaptive_margins.errors import AdaptiveMarginsError
-from adaptive_margins.evaluation import Comparison, compare, named
+from adaptive_margins.evaluation import Comparison, compare, named, relevant
 from adaptive_margins.report.text import aligned
-from adaptive_margins.supplied import score
+from adaptive_margins.supplied import Scored, finds_relevant, score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +29,11 @@ class ComparisonError(AdaptiveMarginsError, ValueError):
 
 
 def compare_runs(
-    qrels: Qrels, runs: Mapping[str, Run], measure: str = "nDCG@10", margin: float = 0.05
+    qrels: Qrels,
+    runs: Mapping[str, Run],
+    measure: str = "nDCG@10",
+    margin: float = 0.05,
+    complete: Collection[str] = (),
 ) -> dict[str, Any]:
     """Compare every two of the runs by a paired t test and TOST over all judged queries.
 
@@ -36,15 +42,21 @@ def compare_runs(
         runs: name → run; at least two.
         measure: in ir_measures' notation; one that needs a relevance level and has none gets 1.
         margin: the largest mean difference that counts as equivalent.
+        complete: names of runs that have all hits that could be found, so that any depth is enough.
+
+    A UserWarning says if judged queries have no hits, if only one query has a relevant passage, or if a run has none of the
+    relevant passages. In the latter two cases nothing is decided, nor if both runs have the value 0 for every query.
 
     Returns:
-        ``measure``, ``margin``, ``alpha``, ``queries`` (their number); ``runs``: name → ``mean`` and ``missing`` (queries without
-        hits); ``pairs``: a dict each with ``a``, ``b``, the fields of `Comparison`, ``p_t_adjusted``, ``p_tost_adjusted``
-        (Bonferroni: times the number of pairs, at most 1), ``verdict`` ("equivalent", "different" or "undecided", by the
-        adjusted values) and ``words``, a sentence; ``per_query``: name → query id → value.
+        ``measure``, ``margin``, ``alpha``, ``queries`` (judged ones), ``relevant_queries`` (of them, those with a relevant
+        passage); ``runs``: name → ``mean`` and ``missing`` (queries without hits); ``pairs``: a dict each with ``a``, ``b``,
+        the fields of `Comparison`, ``p_t_adjusted``, ``p_tost_adjusted`` (Bonferroni: times the number of pairs, at most 1),
+        ``verdict`` ("equivalent", "different" or "undecided", by the adjusted values) and ``words``, a sentence;
+        ``per_query``: name → query id → value.
 
     Raises:
         ComparisonError: fewer than two runs or judged queries, or a run is not deep enough for the measure.
+        MeasureError: as `evaluate` and `relevant`.
         ValueError: as `evaluate` and `paired_tost`.
     """
     if len(runs) < 2:
@@ -52,21 +64,30 @@ def compare_runs(
     if len(qrels) < 2:
         raise ComparisonError(f"at least two judged queries are needed, got {len(qrels)}")
     measure = named(measure)
-    scored = {name: score(run, qrels, [measure]) for name, run in runs.items()}
+    wanted = relevant(qrels, measure)
+    scored = {
+        name: score(run, qrels, [measure], complete=name in complete) for name, run in runs.items()
+    }
     if refused := [f"{name}: {s.refused[measure]}" for name, s in scored.items() if s.refused]:
-        raise ComparisonError("; ".join(refused))
+        hint = alike((qid for run in runs.values() for qid in run), qrels)
+        raise ComparisonError("; ".join([*refused, hint] if hint else refused))
     values = {name: s.evaluation.per_query[measure] for name, s in scored.items()}
     pairs = list(combinations(runs, 2))
+    failing = _warned(qrels, wanted, runs, scored)
     return {
         "measure": measure,
         "margin": margin,
         "alpha": ALPHA,
         "queries": len(qrels),
+        "relevant_queries": len(wanted),
         "runs": {
             name: {"mean": s.evaluation.mean[measure], "missing": s.missing}
             for name, s in scored.items()
         },
-        "pairs": [_pair(a, b, values[a], values[b], measure, margin, len(pairs)) for a, b in pairs],
+        "pairs": [
+            _pair(a, b, values, measure, margin, len(pairs), failing.get(a) or failing.get(b, ""))
+            for a, b in pairs
+        ],
         "per_query": values,
     }
 
@@ -74,21 +95,54 @@ def compare_runs(
 def _pair(
     a: str,
     b: str,
-    values_a: Mapping[str, float],
-    values_b: Mapping[str, float],
+    values: Mapping[str, Mapping[str, float]],
     measure: str,
     margin: float,
     pairs: int,
+    undecided: str,
 ) -> dict[str, Any]:
-    found = compare(values_a, values_b, margin=margin, alpha=ALPHA, comparisons=pairs)
+    found = compare(values[a], values[b], margin=margin, alpha=ALPHA, comparisons=pairs)
+    if not any(values[a].values()) and not any(values[b].values()):
+        undecided = undecided or f"{measure} is 0 on each of the {found.n} queries"
+    if undecided:
+        found = replace(found, verdict="undecided")
     return {
         "a": a,
         "b": b,
         **asdict(found),
         "p_t_adjusted": min(1.0, found.p_t * pairs),
         "p_tost_adjusted": min(1.0, found.p_tost * pairs),
-        "words": _words(a, b, found, measure, pairs),
+        "words": f"Nothing is decided between {a} and {b}: {undecided}."
+        if undecided
+        else _words(a, b, found, measure, pairs),
     }
+
+
+def _warned(
+    qrels: Qrels, wanted: Qrels, runs: Mapping[str, Run], scored: Mapping[str, Scored]
+) -> dict[str, str]:
+    """Warn of what makes a comparison doubtful; name of a run → why nothing is decided about it."""
+    if missing := [f"{name} {s.missing:,}" for name, s in scored.items() if s.missing]:
+        warnings.warn(
+            f"judged queries without hits count 0: {', '.join(missing)}, of {len(qrels):,}",
+            stacklevel=3,
+        )
+    if len(wanted) == 1:
+        why = f"only 1 of the {len(qrels):,} judged queries has a relevant passage, {next(iter(wanted))!r}"
+        warnings.warn(why, stacklevel=3)
+        return dict.fromkeys(runs, why)
+    without = [name for name, run in runs.items() if not finds_relevant(run, wanted)]
+    if not without:
+        return {}
+    count = sum(map(len, wanted.values()))
+    where = "any run" if len(without) == len(runs) else " or ".join(without)
+    why = f"none of the {count:,} relevant passages is in {where}"
+    hits = (docid for name in without for qid in wanted for docid in runs[name].get(qid, ()))
+    hint = alike((docid for judged in wanted.values() for docid in judged), hits)
+    warnings.warn(
+        f"{why}; {hint or 'are the judgements and the runs of one collection?'}", stacklevel=3
+    )
+    return dict.fromkeys(without, why)
 
 
 def _words(a: str, b: str, found: Comparison, measure: str, pairs: int) -> str:
@@ -143,7 +197,10 @@ def comparison_text(found: Mapping[str, Any]) -> str:
             ]
         )
     count = len(found["pairs"])
-    note = f"{found['queries']:,} judged queries; margin of equivalence ±{found['margin']:g}"
+    note = f"{found['queries']:,} judged queries"
+    if found["relevant_queries"] < found["queries"]:
+        note += f", {found['relevant_queries']:,} of them with a relevant passage"
+    note += f"; margin of equivalence ±{found['margin']:g}"
     if count > 1:
         note += f"; p values are multiplied by the {count} pairs (Bonferroni)"
     sentences = [pair["words"] for pair in found["pairs"]]

@@ -259,11 +259,11 @@ def comparisons(done: Finetuned) -> list[dict[str, Any]]:
         values = done.per_query(measure).set_index("qid")
         for pair in done.report["comparisons"]:
             a, b = pair.split(" vs ")
-            withheld = done.report["comparisons"][pair]["verdict"] == "withheld"
-            if len(values) < _FEWEST or withheld:
+            told = done.report["comparisons"][pair]["verdict"]
+            if len(values) < _FEWEST or told in ("withheld", "too few queries"):
                 mean = float((values[a] - values[b]).mean())
                 none = math.nan
-                why = "withheld" if withheld else "too few queries"
+                why = "withheld" if told == "withheld" else "too few queries"
                 found = Comparison(len(values), mean, (none, none), none, none, none, why)
             else:
                 found = superiority(values[a].to_dict(), values[b].to_dict())

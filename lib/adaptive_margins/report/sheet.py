@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -104,7 +105,8 @@ def collection_facts(
 
     ``name``, ``fingerprint``, ``sources``; ``passages``, ``empty_passages``, ``bigram_passages`` (with
     text without spaces between words, which BM25 splits into character bigrams); ``words`` of a passage (separated by white
-    space): ``mean``, ``median``, ``max``; ``sets``: name → ``queries``, ``judged`` (queries), ``judgements``, ``grades``
+    space): ``mean``, ``median``, ``max``; ``sets``: name → ``queries``, ``judged`` (queries), ``relevant_queries`` (with a
+    passage of grade 1 or more; a UserWarning says if no judged query has one), ``judgements``, ``grades``
     (grade as text, from high to low → number); ``triples``, ``triples_checked`` (`Checked`, of a part if they are many; `train`
     leaves out what it counts); ``runs`` (those given, by name): ``set`` that most of its queries are of, ``queries`` of that
     set, ``depth`` (most hits of a query), ``unknown`` (hits that the collection has no
@@ -119,9 +121,16 @@ def collection_facts(
         sets[name] = {
             "queries": len(queries),
             "judged": len(judged),
+            "relevant_queries": sum(max(row.values(), default=0) > 0 for row in judged.values()),
             "judgements": grades.total(),
             "grades": {str(grade): grades[grade] for grade in sorted(grades, reverse=True)},
         }
+        if judged and not sets[name]["relevant_queries"]:
+            warnings.warn(
+                f"{collection.name}: none of the {len(judged):,} judged queries of {name!r} has a"
+                " relevant passage (grade 1 or more)",
+                stacklevel=2,
+            )
     return {
         "name": collection.name,
         "fingerprint": collection.fingerprint,
@@ -188,14 +197,15 @@ def facts_text(facts: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
-SET_COLUMNS = ["Set", "Queries", "Judged", "Judgements", "Of grade"]
+SET_COLUMNS = ["Set", "Queries", "Judged", "With relevant", "Judgements", "Of grade"]
 
 
 def set_rows(facts: dict[str, Any]) -> list[list[str]]:
     """The sets of `collection_facts`, a row each under `SET_COLUMNS`."""
     rows = []
     for name, counts in facts["sets"].items():
-        numbers = [f"{counts[key]:,}" for key in ("queries", "judged", "judgements")]
+        keys = ("queries", "judged", "relevant_queries", "judgements")
+        numbers = [f"{counts[key]:,}" for key in keys]
         grades = ", ".join(f"{grade}: {number:,}" for grade, number in counts["grades"].items())
         rows.append([name, *numbers, grades])
     return rows
