@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytrec_eval
 from typer.testing import CliRunner
 
 from adaptive_margins import cli, finetuning, onnx, progress
@@ -322,6 +323,7 @@ def test_evaluate_ranks_all_passages(call, corpus, encoder, tmp_path):
     assert found == {
         "measures": scores.mean,
         "queries": 40,
+        "relevant_queries": {"nDCG@10": 40, "R(rel=1)@100": 40},
         "run": str(run_out),
         "mode": "full",
         "set": "test",
@@ -335,6 +337,74 @@ def test_evaluate_ranks_all_passages(call, corpus, encoder, tmp_path):
         },
         "split": "",
     }
+
+
+@pytest.fixture
+def few(corpus, tmp_path):
+    """A collection of nine passages, one of them without text."""
+    whole, folder = read_folder(corpus), tmp_path / "few"
+    folder.mkdir()
+    docids = [f"d{i}" for i in range(9)]
+    lines = [f"{docid}\t{whole.passages[docid]}\n" for docid in docids]
+    (folder / "collection.tsv").write_text("".join(lines))
+    qids = whole.queries["test"].ids[:9]
+    words = [" ".join(whole.passages[docid].split()[:3]) or "nothing" for docid in docids]
+    lines = [f"{qid}\t{text}\n" for qid, text in zip(qids, words, strict=True)]
+    (folder / "queries.tsv").write_text("".join(lines))
+    lines = [f"{qid} 0 {docid} 1\n" for qid, docid in zip(qids, docids, strict=True)]
+    (folder / "qrels.txt").write_text("".join(lines))
+    return folder
+
+
+def test_rankings_of_a_small_collection_are_complete(call, few, encoder, tmp_path):
+    qrels = read_folder(few).qrels["test"]
+    runs = {mode: tmp_path / f"{mode}.run" for mode in ("full", "rerank")}
+    for mode, path in runs.items():
+        options = ["--mode", mode, "--run-out", path, "--json"]
+        code, out, _ = call("evaluate", few, "--model", encoder, *options)
+        assert code == 0
+        trec = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.100"})
+        values = trec.evaluate(read_run(path)).values()
+        assert json.loads(out)["measures"] == {
+            "nDCG@10": pytest.approx(sum(v["ndcg_cut_10"] for v in values) / len(qrels)),
+            "R(rel=1)@100": pytest.approx(sum(v["recall_100"] for v in values) / len(qrels)),
+        }
+        assert max(map(len, read_run(path).values())) < 10
+    options = ["--qrels", few / "qrels.txt", *runs.values(), "--measure", "R@100", "--json"]
+    code, out, _ = call("compare", *options)
+    assert code == 0
+    assert json.loads(out)["runs"]["full"]["mean"] == pytest.approx(8 / 9)
+    for path in runs.values():
+        write_run(read_run(path), path, "theirs")
+    code, out, err = call("compare", *options)
+    assert (code, out) == (1, "") and "needs 100 hits" in err
+    code, out, _ = call("compare", *options, "--complete")
+    assert json.loads(out)["runs"]["full"]["mean"] == pytest.approx(8 / 9)
+
+
+def test_a_part_of_a_large_collection_is_not_complete(call, corpus, encoder, tmp_path):
+    runs = [tmp_path / "a.run", tmp_path / "b.run"]
+    for path in runs:
+        options = ["--depth", "10", "--measures", "nDCG@10", "--run-out", path]
+        assert call("evaluate", corpus, "--model", encoder, *options)[0] == 0
+    options = ["--measure", "R@100"]
+    code, out, err = call("compare", "--qrels", corpus / "qrels.txt", *runs, *options)
+    assert (code, out) == (1, "") and "a: R(rel=1)@100 needs 100 hits a query; the run has at most 10" in err  # fmt: skip
+
+
+def test_evaluate_refuses_judgements_without_a_relevant_passage(call, few, encoder):
+    judged = (few / "qrels.txt").read_text().splitlines()
+    few.joinpath("qrels.txt").write_text("".join(f"{line[:-1]}0\n" for line in judged))
+    code, out, err = call("evaluate", few, "--model", encoder, "--json")
+    assert (code, out) == (1, "")
+    assert "9 judged queries, grades 0 (9)" in err
+    few.joinpath("qrels.txt").write_text(
+        "".join(f"{line[:-1]}0\n" for line in judged[1:]) + judged[0]
+    )
+    code, out, _ = call("evaluate", few, "--model", encoder)
+    assert code == 0 and "9 queries (1 with a relevant passage)" in out
+    code, out, err = call("evaluate", few, "--model", encoder, "--measures", "ERR@10 R(rel=2)@5")
+    assert (code, out) == (1, "") and "R(rel=2)@5 needs grade 2" in err
 
 
 def test_evaluate_reranks(call, corpus, encoder, tmp_path):

@@ -111,7 +111,7 @@ def test_report_has_what_scripts_rely_on(helped):
     report = helped.done.report
     assert report.keys() == {
         "model_dir", "collection", "encoder", "target", "seed", "triples", "settings", "kept", "best_step", "stop_step",
-        "validation", "measures", "comparisons", "bm25", "verdict", "seconds", "versions",
+        "validation", "relevant_queries", "measures", "comparisons", "bm25", "verdict", "seconds", "versions",
     }  # fmt: skip
     assert report["model_dir"] == str(helped.done.folder)
     assert report["collection"].keys() == {"name", "source", "fingerprint", "passages", "sets", "split", "pseudo"}  # fmt: skip
@@ -432,6 +432,21 @@ def test_a_verdict_by_pseudo_queries_says_so(helped):
     assert "pseudo" not in verdict(report)
     made = {**report, "collection": {**report["collection"], "pseudo": {"queries": 9, "kinds": {}}}}
     assert "All queries are pseudo-queries" in verdict(made)
+
+
+def test_a_verdict_counts_the_queries_with_a_relevant_passage(helped):
+    report = helped.done.report
+    assert report["relevant_queries"] == 80
+    assert verdict(report).endswith("over 80 test queries.")
+    some = verdict({**report, "relevant_queries": 31})
+    assert some.endswith("over 80 test queries, of which 31 with a relevant passage.")
+
+
+def test_with_one_query_that_has_a_relevant_passage_there_is_no_test():
+    compared = finetuning._compared(
+        scored(0.5, 0, 0), scored(0.4, 0, 0), "nDCG@10", "too few queries"
+    )
+    assert (compared["n"], compared["verdict"], compared["p_tost"]) == (3, "too few queries", None)
 
 
 def test_numbers_have_three_digits():

@@ -187,8 +187,10 @@ def test_the_facts_are_those_of_the_page() -> None:
         "bigram_passages": 0,
         "words": {"mean": np.mean(words), "median": np.median(words), "max": max(words)},
         "sets": {
-            "train": {"queries": 2, "judged": 1, "judgements": 1, "grades": {"1": 1}},
-            "test": {"queries": 3, "judged": 2, "judgements": 3, "grades": {"2": 1, "1": 1, "0": 1}},
+            "train": {"queries": 2, "judged": 1, "relevant_queries": 1, "judgements": 1, "grades": {"1": 1}},
+            "test": {
+                "queries": 3, "judged": 2, "relevant_queries": 2, "judgements": 3, "grades": {"2": 1, "1": 1, "0": 1},
+            },
         },
         "triples": 1,
         "triples_checked": dataclasses.asdict(Checked(checked=1)),
@@ -198,6 +200,16 @@ def test_the_facts_are_those_of_the_page() -> None:
     assert "4, of which 1 have no text" in text and "2: 1, 1: 1, 0: 1" in text
     alone = collection_facts(small(queries={}, qrels={}, triples=[]))
     assert alone["sets"] == {} and "No queries." in facts_text(alone)
+
+
+def test_queries_without_a_relevant_passage_are_counted() -> None:
+    qrels = {"train": {}, "test": {"q1": {"d1": 0, "d2": -1}, "q2": {"d1": 0}}}
+    with pytest.warns(UserWarning, match="none of the 2 judged queries of 'test' has a relevant"):
+        facts = collection_facts(small(qrels=qrels))
+    assert facts["sets"]["test"]["judged"] == 2
+    assert {name: found["relevant_queries"] for name, found in facts["sets"].items()} == {
+        "train": 0, "test": 0,
+    }  # fmt: skip
 
 
 def test_runs_that_came_with_it_are_described() -> None:
