@@ -17,8 +17,8 @@ import adaptive_margins
 
 PACKAGE = Path(adaptive_margins.__file__).parent
 ORDER = [
-    "errors", "losses", "cached_loss", "profiles", "progress", "files", "data", "encoders", "retrieval",
-    "evaluation", "supplied", "dense", "training", "onnx", "modelcard", "finetuning", "store", "resources",
+    "errors", "encoder_checks", "losses", "cached_loss", "profiles", "progress", "files", "data", "encoders",
+    "retrieval", "evaluation", "supplied", "dense", "training", "onnx", "modelcard", "finetuning", "store", "resources",
     "costs", "execution", "experiments", "differences", "report", "cli_corpus", "cli",
 ]  # fmt: skip
 DATA = [

@@ -16,7 +16,7 @@ from sentence_transformers import SentenceTransformer
 from adaptive_margins import dense, encoders, retrieval
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.text import DataError
-from adaptive_margins.dense import QUERY_LENGTH, DenseIndex, DenseRetriever, hybrid
+from adaptive_margins.dense import DenseIndex, DenseRetriever, hybrid
 from adaptive_margins.encoders import EncoderError, encoder_identity, open_encoder, weights_folder
 from adaptive_margins.files import WriteError, alone
 from adaptive_margins.profiles import EncoderSettings
@@ -129,7 +129,7 @@ def test_texts_are_cut_at_their_lengths(model):
     for found in (short.embeddings, short.embed_queries(texts.texts)):
         np.testing.assert_allclose(found[0], found[1], atol=1e-6)
     assert np.abs(long.embeddings[0] - long.embeddings[1]).max() > 1e-3
-    assert (long.passage_length, long.query_length) == (model.max_seq_length, QUERY_LENGTH)
+    assert long.passage_length == long.query_length == model.max_seq_length
     assert DenseRetriever(model, texts, passage_length=9999).passage_length == model.max_seq_length
 
 
@@ -433,7 +433,7 @@ def test_an_index_by_the_shipped_encoder(tmp_path):
     passages = Texts(["a", "b"], ["The cat sleeps on the sofa.", "Shares fell on Monday."])
     retriever = DenseRetriever(open_encoder("minilm"), passages)
     built = DenseIndex.build(retriever, "Two", "minilm", tmp_path / "index")
-    assert built.about["lengths"] == {"query": 64, "passage": 256}
+    assert built.about["lengths"] == {"query": 256, "passage": 256}
     settings = EncoderSettings(base="minilm")
     assert built.identity == encoders.weights_identity(settings)
     plain = SentenceTransformer(str(weights_folder(settings)), device="cpu")

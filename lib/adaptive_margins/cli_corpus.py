@@ -197,6 +197,13 @@ def evaluate(
     ] = None,
     run_out: RunOutOption = None,
     measures: MeasuresOption = "nDCG@10 R@100",
+    exclude_self: Annotated[
+        bool,
+        typer.Option(
+            "--exclude-self",
+            help="Leave out the passage whose id is the query's, as BEIR does where queries are passages.",
+        ),
+    ] = False,
     device: DeviceOption = None,
     per_query: PerQueryOption = False,
     as_json: JsonOption = False,
@@ -212,7 +219,9 @@ def evaluate(
         )
     with _working(verbose, model):
         names = _measures(measures)
-        result = _evaluated(path, model, mode, query_set, candidates, depth, run_out, names, device)
+        result = _evaluated(
+            path, model, mode, query_set, candidates, depth, run_out, names, device, exclude_self
+        )
     if not per_query:
         del result["per_query"]
     found = result["collection"]
@@ -246,6 +255,7 @@ def _evaluated(
     run_out: Path | None,
     measures: list[str],
     device: str | None,
+    exclude_self: bool,
 ) -> dict[str, Any]:
     from adaptive_margins import evaluation
     from adaptive_margins.data.sources import open_collection
@@ -253,7 +263,7 @@ def _evaluated(
     from adaptive_margins.data.trec import read_marked_run, run_tag, top, write_run
     from adaptive_margins.dense import DenseRetriever
     from adaptive_margins.encoders import default_device, encoder_identity, open_encoder
-    from adaptive_margins.retrieval import BM25, without_hits
+    from adaptive_margins.retrieval import BM25, count_self, without_hits, without_self
     from adaptive_margins.supplied import finds_relevant, score
 
     collection = open_collection(path)
@@ -277,29 +287,35 @@ def _evaluated(
         )
     encoder = open_encoder(model, device=device or default_device())
     retriever = DenseRetriever(encoder, collection.passages)
+    if not exclude_self and (count := count_self(queries, collection.passages)):
+        warnings.warn(
+            f"{count:,} of {len(queries):,} queries are themselves passages, with the same id, and"
+            " are ranked like others; --exclude-self leaves them out, as BEIR does",
+            stacklevel=2,
+        )
     if mode == "full":
         assert depth
-        run = retriever.search(queries, depth)
+        run = retriever.search(queries, depth, exclude_self=exclude_self)
     else:
         if candidates is None:
             assert depth
-            candidates = BM25(collection.passages).search(queries, depth)
+            candidates = BM25(collection.passages).search(queries, depth + exclude_self)
             without_hits({qid: hits for qid, hits in candidates.items() if qid in qrels})
-        else:
-            given = candidates
-            candidates = {
-                qid: dict(top(hits, depth)) for qid, hits in given.items() if qid in queries
-            }
-            if not candidates:
-                hint = alike(given, queries.ids)
-                raise DataError(
-                    f"{candidates_path} has none of the {len(queries)} queries of {name!r}"
-                    + (f": {hint}" if hint else "")
-                )
+        given = candidates
+        candidates = {qid: hits for qid, hits in given.items() if qid in queries}
+        if not candidates:
+            hint = alike(given, queries.ids)
+            raise DataError(
+                f"{candidates_path} has none of the {len(queries)} queries of {name!r}"
+                + (f": {hint}" if hint else "")
+            )
+        if exclude_self:
+            candidates = without_self(candidates)
+        candidates = {qid: dict(top(hits, depth)) for qid, hits in candidates.items()}
         run = retriever.rerank(queries, candidates)
     # The ranking of this call has all hits that could be found; other candidates may be cut off.
     complete = complete and not (candidates_path and depth)
-    passages = len(collection.passages)
+    passages = len(collection.passages) - exclude_self
     scored = score(run, qrels, measures, passages=passages, complete=complete)
     if scored.refused:
         raise DataError(f"{candidates_path}: {'; '.join(scored.refused.values())}")
@@ -331,6 +347,11 @@ def _evaluated(
             "passages": len(collection.passages),
         },
         "split": split,
+        "excluded_self": exclude_self,
+        "truncated": {
+            **{what: count for what, (count, _) in retriever.truncated.items()},
+            "limit": retriever.query_length,
+        },
         "per_query": scored.evaluation.per_query,
     }
 
@@ -488,10 +509,10 @@ def index(
 
         collection = open_collection(path)
         encoder = open_encoder(model, device=device or default_device())
+        retriever = DenseRetriever(encoder, collection.passages)
         built = DenseIndex.build(
-            DenseRetriever(encoder, collection.passages), collection.name, model, output,
-            fingerprint=collection.fingerprint,
-        )  # fmt: skip
+            retriever, collection.name, model, output, fingerprint=collection.fingerprint
+        )
         result = {
             "index": str(output),
             "passages": len(built.passages),
@@ -499,6 +520,10 @@ def index(
             "bytes": folder_bytes(output),
             "encoder": {"name": built.encoder, "identity": built.identity},
             "collection": built.about["collection"],
+            "truncated": {
+                "passages": retriever.truncated["passages"][0],
+                "limit": retriever.passage_length,
+            },
         }
     text = (
         f"{output}: {result['passages']:,} passages of {collection.name}, {result['kind']}, {size(folder_bytes(output))}\n\n"
@@ -569,6 +594,7 @@ def search(
         "encoder": opened.encoder,
         "depth": depth,
         "queries": dict(zip(asked.ids, asked.texts, strict=True)),
+        "truncated": {"queries": opened.truncated[0], "limit": opened.about["lengths"]["query"]},
         "run": str(run_out) if run_out else None,
         "hits": hits,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import compress
@@ -23,6 +24,7 @@ from adaptive_margins.data.arrow import StoredTexts, write_texts
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.text import DataError, Problems, alike
 from adaptive_margins.data.trec import Run, top
+from adaptive_margins.encoder_checks import MOST_LENGTH
 from adaptive_margins.encoders import EncoderError, Precision, Shards, Tokens
 from adaptive_margins.files import WriteError, whole_folder, working_folder, write_text
 from adaptive_margins.progress import Countdown
@@ -32,9 +34,7 @@ if TYPE_CHECKING:
 
 EXACT_BELOW = 100_000
 """Passages below which an index searches exactly: at 5,000 a quantised one is no faster, and misses up to 6 % of the top 10."""
-QUERY_LENGTH = 64
-"""Tokens of a query at most, special tokens included, if nothing else is asked for."""
-_NO_LIMIT = 1 << 20  # tokenizers that know no limit have a huge one
+_TEXTS = ("queries", "passages")
 _SLICE = 256  # texts embedded between two lines of progress
 _SHARD = 4096  # passages whose embeddings a killed build may lose
 _RRF = 60
@@ -48,13 +48,18 @@ class DenseRetriever:
         model: from `encoders.open_encoder`, or any other SentenceTransformer that begins with a transformer. Its prompts for
             queries and passages are used; it is not to be changed afterwards.
         passages: may be memory-mapped.
-        passage_length: tokens of a passage at most, special tokens included; None: the model's max_seq_length.
+        passage_length: tokens of a passage at most, special tokens included; None: as many as the model reads.
         query_length: the same of queries. Neither exceeds the model's max_seq_length.
         precision: of the model's matrix products.
         embeddings: (n, D) float32 of length 1, if they are known, one row a passage in its order.
+        warn: of truncated texts, when they are ranked.
+
+    Attributes:
+        truncated: of "queries" and of "passages", how many of those embedded so far are longer than their length, and of
+            how many.
 
     Raises:
-        EncoderError: a length below 1, or embeddings of another shape.
+        EncoderError: a length below 1, a prompt that fills it, or embeddings of another shape.
     """
 
     def __init__(
@@ -63,19 +68,29 @@ class DenseRetriever:
         passages: Texts,
         *,
         passage_length: int | None = None,
-        query_length: int = QUERY_LENGTH,
+        query_length: int | None = None,
         precision: Precision = "fp32",
         embeddings: np.ndarray | None = None,
+        warn: bool = True,
     ) -> None:
-        longest = model.max_seq_length
-        lengths = (longest if passage_length is None else passage_length, query_length)
-        if not 1 <= min(lengths) <= max(lengths) <= _NO_LIMIT:
-            raise EncoderError(
-                f"passages of at most {lengths[0]} tokens, queries of {lengths[1]}: expected 1 to {_NO_LIMIT:,}"
-            )
         self.model, self.passages, self.precision = model, passages, precision
-        self.passage_length, self.query_length = (min(length, longest) for length in lengths)
+        self.warn = warn
         self._prompts = encoders.prompts(model)
+        limits = encoders.length_limits(model)
+        lengths = [
+            limit if asked is None else asked
+            for asked, limit in zip((query_length, passage_length), limits, strict=True)
+        ]
+        if not 1 <= min(lengths) <= max(lengths) <= MOST_LENGTH:
+            raise EncoderError(
+                f"passages of at most {lengths[1]} tokens, queries of {lengths[0]}: expected 1 to {MOST_LENGTH:,}"
+            )
+        self.query_length, self.passage_length = map(min, lengths, limits)
+        for what, prompt, length in zip(
+            _TEXTS, self._prompts, (self.query_length, self.passage_length), strict=True
+        ):
+            encoders.check_prompt(model, what, prompt, length)
+        self.truncated = {what: (0, 0) for what in _TEXTS}
         if embeddings is not None:
             shape = (len(passages), model.get_embedding_dimension())
             if embeddings.shape != shape:
@@ -96,24 +111,27 @@ class DenseRetriever:
 
     def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
         """(len(texts), D) float32 of length 1."""
-        return self._embed(self._tokens(texts, self._prompts[0], self.query_length), "queries")
+        return self._embed(self._tokens(texts, "queries"), "queries")
 
-    def search(self, queries: Texts, depth: int) -> Run:
+    def search(self, queries: Texts, depth: int, *, exclude_self: bool = False) -> Run:
         """The ``depth`` passages of highest cosine with each query, none missed; fewer, if there are no more with text.
 
-        All passages are embedded first, if they are not yet.
+        All passages are embedded first, if they are not yet. ``exclude_self`` leaves out the passage whose id is the query's,
+        as BEIR does. A warning says how many texts are truncated.
         """
         found, ids = self.embeddings, self.passages.ids
         if len(self.rows) < len(self.passages):
             found, ids = found[self.rows], [ids[row] for row in self.rows.tolist()]
-        return retrieval.exact_search(
-            self.embed_queries(queries.texts), found, queries.ids, ids, depth
-        )
+        embedded = self.embed_queries(queries.texts)
+        if self.warn:
+            self.warn_truncated()
+        run = retrieval.exact_search(embedded, found, queries.ids, ids, depth + exclude_self)
+        return retrieval.without_self(run, depth) if exclude_self else run
 
     def rerank(self, queries: Texts, candidates: Run) -> Run:
         """Each query's candidates by cosine; those without text are left out.
 
-        Only the candidates are embedded, unless all passages are already.
+        Only the candidates are embedded, unless all passages are already. A warning says how many texts are truncated.
 
         Raises:
             DataError: a candidate or its query is unknown; the message names it.
@@ -141,6 +159,8 @@ class DenseRetriever:
         }
         qids = list(candidates)
         embedded = self.embed_queries([queries[qid] for qid in qids])
+        if self.warn:
+            self.warn_truncated()
         return retrieval.rerank(candidates, embedded, qids, found, docids)
 
     def embed_passages(self, rows: np.ndarray) -> np.ndarray:
@@ -152,7 +172,7 @@ class DenseRetriever:
         texts = self.passages.texts
         if not np.array_equal(rows, np.arange(len(texts))):  # all need not be in memory
             texts = [texts[row] for row in rows.tolist()]
-        return self._tokens(texts, self._prompts[1], self.passage_length)
+        return self._tokens(texts, "passages")
 
     def shards(self, folder: Path, dtype: Literal["float32", "float16"]) -> Shards:
         """Embeddings of the passages in ``rows`` alone; if they are not known, computed in ``folder`` by `embed_shards`."""
@@ -164,10 +184,31 @@ class DenseRetriever:
             devices=(str(self.model.device),), precision=self.precision,
         )  # fmt: skip
 
-    def _tokens(self, texts: Sequence[str], prompt: str, length: int) -> Tokens:
+    def warn_truncated(self) -> None:
+        """Warn of the texts that were truncated so far, if there are any."""
+        told = [
+            f"{count:,} of {total:,} {what} are longer than {length} tokens"
+            for what, length in zip(_TEXTS, (self.query_length, self.passage_length), strict=True)
+            for count, total in [self.truncated[what]]
+            if count
+        ]
+        if told:
+            warnings.warn(
+                f"{' and '.join(told)}, the encoder's limit: the rest of them is not read (BM25"
+                " reads all of a text)",
+                stacklevel=3,
+            )
+
+    def _tokens(self, texts: Sequence[str], what: str) -> Tokens:
+        row = _TEXTS.index(what)
+        prompt, length = self._prompts[row], (self.query_length, self.passage_length)[row]
         if prompt:
             texts = [prompt + text for text in texts]
-        return encoders.tokenize(self.model, texts, length)
+        tokens = encoders.tokenize(self.model, texts, length)
+        count, total = self.truncated[what]
+        count += encoders.count_truncated(self.model, texts, tokens, length)
+        self.truncated[what] = count, total + len(texts)
+        return tokens
 
     def _embed(self, tokens: Tokens, what: str) -> np.ndarray:
         order, lengths = np.argsort(tokens.lengths, kind="stable"), tokens.lengths
@@ -198,6 +239,7 @@ class DenseIndex:
         settings: the index's kind and sizes.
         index: the FAISS index.
         embeddings: of the passages.
+        truncated: how many queries of the last search were longer than their limit, and of how many.
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
@@ -209,6 +251,7 @@ class DenseIndex:
         matrix = np.load(folder / "embeddings.npy", mmap_mode="r")
         self.embeddings = Shards([matrix], matrix.shape[1])
         self.index = faiss.read_index(str(folder / "passages.faiss"), faiss.IO_FLAG_MMAP_IFC)
+        self.truncated = (0, 0)
         self._checked: SentenceTransformer | None = None
 
     @classmethod
@@ -241,6 +284,7 @@ class DenseIndex:
         Raises:
             DataError: no passage has a text, or an id is not one word.
             EncoderError: the encoder's name is unknown, or there is no room for embeddings.
+            EmbeddingError: an embedding is not finite; nothing is left behind.
             WriteError: something is in the folder, another process writes to it, or a file could not be written.
         """
         folder, passages, rows = Path(folder).absolute(), retriever.passages, retriever.rows
@@ -288,6 +332,7 @@ class DenseIndex:
             if isinstance(error, WriteError):
                 raise
             raise WriteError(f"{folder} could not be written: {error}") from error
+        retriever.warn_truncated()
         return cls.open(folder)
 
     @classmethod
@@ -355,6 +400,7 @@ class DenseIndex:
         if model is not self._checked:
             some = np.unique([0, len(self.passages) // 2, len(self.passages) - 1])
             expected, found = self.embeddings.take(some), retriever.embed_passages(some)
+            retriever.truncated["passages"] = (0, 0)  # of these few nothing need be said
             # Mixed precision moves a unit vector by less than 0.05, training by more.
             if (
                 found.shape != expected.shape
@@ -367,10 +413,12 @@ class DenseIndex:
             self._checked = model
         # Ranking 16 · depth hits again is cheap here, and fewer of the best are missed.
         settings = dataclasses.replace(self.settings, k_factor=16)
+        embedded = retriever.embed_queries(queries.texts)
+        retriever.warn_truncated()
+        self.truncated = retriever.truncated["queries"]
         return retrieval.search_index(
-            self.index, settings, retriever.embed_queries(queries.texts), queries.ids, self.passages.ids, depth,
-            self.embeddings,
-        )  # fmt: skip
+            self.index, settings, embedded, queries.ids, self.passages.ids, depth, self.embeddings
+        )
 
 
 def _index_settings(n: int, dim: int) -> retrieval.IndexSettings:

@@ -14,6 +14,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -31,7 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptive_margins.errors import AdaptiveMarginsError
+from adaptive_margins import encoder_checks
+from adaptive_margins.encoder_checks import EmbeddingError, EncoderError, one_line, read_json
 from adaptive_margins.files import alone, whole_file, write_text
 from adaptive_margins.profiles import EncoderSettings
 from adaptive_margins.progress import Countdown, say
@@ -46,10 +48,6 @@ _BLOCK = 1 << 25  # numbers in a block of embeddings (128 MB of float32)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class EncoderError(AdaptiveMarginsError, RuntimeError):
-    """Weights or files that are missing, not the expected ones, or cannot be written or used as asked."""
 
 
 @dataclass(frozen=True)
@@ -239,12 +237,14 @@ def open_encoder(
 ) -> SentenceTransformer:
     """Anybody's encoder, as plain ``SentenceTransformer(folder)`` loads it, with float32 parameters on ``device``.
 
+    A warning says so if its length limit is missing or above its positions, or prompts are not used.
+
     Only a name of the third form reaches the network, for files that are not in the hub's cache yet. Code that comes with a
     model is never run, a pickle never read.
 
     Args:
         name: "minilm", the shipped encoder; a Sentence Transformers folder, or one of plain transformers weights, which get mean
-            pooling (said on stderr); or "organisation/name@revision" of the Hugging Face hub.
+            pooling (with a warning); or "organisation/name@revision" of the Hugging Face hub.
         device: as torch names it.
         dropout: replaces every dropout probability of the transformer, if given.
         seed: of weights that the transformer has and its file has not (a pooler that no text goes through).
@@ -252,22 +252,8 @@ def open_encoder(
     Raises:
         EncoderError: there is no such encoder, its files are not as expected, or the device cannot be used.
     """
-    from safetensors import SafetensorError
-    from sentence_transformers import SentenceTransformer
-
-    folder, _ = _encoder_files(name)
-    if not (folder / "modules.json").is_file():
-        say(f"{folder} has no modules.json: its token embeddings are averaged (mean pooling)")
-    config = {} if dropout is None else dict.fromkeys(_DROPOUT_KEYS, dropout)
-    try:
-        with quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = SentenceTransformer(
-                str(folder), device="cpu", local_files_only=True, trust_remote_code=False,
-                model_kwargs={"use_safetensors": True, "dtype": torch.float32}, config_kwargs=config,
-            )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise EncoderError(f"encoder {name!r} could not be loaded: {error}") from error
+    folder, weights = _encoder_files(name)
+    model = _loaded(name, folder, dropout, seed)
     if model.truncate_dim is not None:
         raise EncoderError(
             f"{folder / 'config_sentence_transformers.json'} cuts embeddings at {model.truncate_dim} dimensions "
@@ -277,13 +263,61 @@ def open_encoder(
         raise EncoderError(
             f"encoder {name!r} leaves its prompts out of the pooling (include_prompt), which is not supported"
         )
-    if model.tokenizer.pad_token_id is None:
-        raise EncoderError(f"the tokenizer of encoder {name!r} has no padding token")
+    if "text" not in model[0].modality_config or model[0].query_expansion:
+        raise EncoderError(f"encoder {name!r} does not read plain texts as they are")
+    place = weights[0].parent  # of the transformer, which comes first
+    encoder_checks.check_weights(name, model, [path for path in weights if path.parent == place])
+    encoder_checks.check_tokenizer(name, model)
+    if not (folder / "modules.json").is_file():
+        warnings.warn(
+            f"{folder} has no modules.json: its token embeddings are averaged (mean pooling)",
+            stacklevel=2,
+        )
+    encoder_checks.limit_length(name, model)
+    _settle_prompts(name, model)
     _adapt(model[0])
+    try:
+        embed(model, tokenize(model, ["a", "two texts of another length"], model.max_seq_length))
+    except EmbeddingError as error:
+        modules = ", ".join(type(module).__name__ for module in model)
+        raise EncoderError(f"encoder {name!r} ({modules}): {error}") from error
     try:
         return model.to(device)
     except (AssertionError, RuntimeError) as error:
         raise EncoderError(f"device {device!r} cannot be used: {error}") from error
+
+
+def _loaded(name: str, folder: Path, dropout: float | None, seed: int) -> SentenceTransformer:
+    """Load the modules. Weights of other shapes than config.json's are left random here."""
+    from sentence_transformers import SentenceTransformer
+
+    config = {} if dropout is None else dict.fromkeys(_DROPOUT_KEYS, dropout)
+    settings = {"use_safetensors": True, "dtype": torch.float32, "ignore_mismatched_sizes": True}
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return SentenceTransformer(
+                str(folder), device="cpu", local_files_only=True, trust_remote_code=False,
+                model_kwargs=settings, config_kwargs=config,
+            )  # fmt: skip
+    except Exception as error:  # a tokenizer file that is damaged is a bare Exception
+        raise EncoderError(f"encoder {name!r} could not be loaded: {one_line(error)}") from error
+
+
+def _settle_prompts(name: str, model: SentenceTransformer) -> None:
+    """Make ``encode_document`` use the passages' prompt whatever its name; warn of unused prompts.
+
+    Sentence Transformers 6.2 looks for "document", "passage" and "corpus" in this order, but takes
+    the empty default of the first for a prompt.
+    """
+    used = prompts(model)
+    model.prompts["document"] = used[1]
+    if other := [key for key, prompt in model.prompts.items() if prompt and prompt not in used]:
+        warnings.warn(
+            f"encoder {name!r}: its prompts {', '.join(map(repr, other))} are not used; before"
+            f" each query stands {used[0]!r}, before each passage {used[1]!r}",
+            stacklevel=2,
+        )
 
 
 def default_device() -> str:
@@ -309,11 +343,31 @@ def encoder_identity(name: str) -> str:
 
 
 def prompts(model: SentenceTransformer) -> tuple[str, str]:
-    """What stands before each query and before each passage: the prompts that ``encode_query`` and ``encode_document`` use.
+    """Return what stands before each query and before each passage: the model's prompt "query", and
+    the first of its prompts "document", "passage" and "corpus" that is not empty.
 
     Both are "" for most encoders. `tokenize` adds none.
     """
-    return model.prompts["query"], model.prompts["document"]
+    found = (model.prompts.get(key) for key in ("document", "passage", "corpus"))
+    return model.prompts.get("query") or "", next(filter(None, found), "")
+
+
+def length_limits(model: SentenceTransformer) -> tuple[int, int]:
+    """Return the tokens that the model reads of a query and of a passage, special tokens included."""
+    limits = (getattr(model[0], name, None) for name in ("query_length", "document_length"))
+    longest = model.max_seq_length
+    query, passage = (longest if limit is None else min(limit, longest) for limit in limits)
+    return query, passage
+
+
+def check_prompt(model: SentenceTransformer, what: str, prompt: str, length: int) -> None:
+    """Raise EncoderError if a prompt, with special tokens, leaves no token of ``length`` for a text."""
+    if (taken := len(model.tokenizer(prompt, verbose=False)["input_ids"])) >= length:
+        raise EncoderError(
+            f"{what} are read up to {length} tokens, and {taken} of them go to the prompt"
+            f" ({len(prompt):,} characters) and special tokens: nothing of a text would be read;"
+            " shorten the prompt, or raise max_seq_length in sentence_bert_config.json"
+        )
 
 
 def _is_hub_name(name: str) -> bool:
@@ -335,15 +389,19 @@ def _encoder_files(name: str) -> tuple[Path, list[Path]]:
             there += f" (and a hub id needs its revision, a commit: {name}@COMMIT)"
         raise EncoderError(f"unknown encoder {name!r}: {there}. {_FORMS}")
 
+    encoder_checks.check_folder(folder)
     about = folder / "config_sentence_transformers.json"
-    kind = _model_json(about, dict).get("model_type") if about.is_file() else None
+    settings = read_json(about, dict) if about.is_file() else {}
+    kind, told = settings.get("model_type"), settings.get("prompts") or {}
+    if not isinstance(told, dict) or not all(isinstance(p, str | None) for p in told.values()):
+        raise EncoderError(f"{about}: expected prompts from names to texts, not {told!r}")
     if kind not in (None, "SentenceTransformer"):
         raise EncoderError(f"{about}: this is a {kind}, not an encoder of single texts. {_FORMS}")
     places = [folder]
     if (path := folder / "modules.json").is_file():
         try:
             modules = [
-                (Path(module["path"]), str(module["type"])) for module in _model_json(path, list)
+                (Path(module["path"]), str(module["type"])) for module in read_json(path, list)
             ]
         except (TypeError, KeyError):
             raise EncoderError(f"{path}: expected a list of modules with path and type") from None
@@ -361,27 +419,20 @@ def _encoder_files(name: str) -> tuple[Path, list[Path]]:
 
     weights = []
     for place in places:
-        path = place / "model.safetensors"
+        encoder_checks.check_folder(place)
+        paths = encoder_checks.weight_files(place)
+        weights += paths
         pickles = sorted(p.name for p in place.glob("pytorch_model*.bin"))
-        if path.is_file():
-            weights.append(path)
-        elif pickles or place is places[0]:  # a module after the transformer need not have weights
+        # A module after the transformer need not have weights.
+        if not paths and (pickles or place is places[0]):
             there = ", ".join(sorted(p.name for p in place.glob("*"))) or "nothing"
             refused = f" ({pickles[0]} is a pickle, which is never loaded)" if pickles else ""
             raise EncoderError(
-                f"encoder {name!r}: {path} does not exist; {place} has {there}{refused}. {_FORMS}"
+                f"encoder {name!r}: {place / 'model.safetensors'} does not exist; {place} has"
+                f" {there}{refused}. {_FORMS}"
             )
+    encoder_checks.check_config(places[0], plain=not (folder / "modules.json").is_file())
     return folder, weights
-
-
-def _model_json(path: Path, kind: type) -> Any:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EncoderError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, kind):
-        raise EncoderError(f"{path}: expected a JSON {kind.__name__}, not {found!r}")
-    return found
 
 
 def _snapshot(name: str) -> Path:
@@ -522,22 +573,27 @@ _DROPOUT_KEYS = (
 )
 
 
+_LOG = logging.getLogger("sentence_transformers.base.model")
+
+
 class quiet:
     """Silence the bars and notes of loading and saving weights."""
 
     def __enter__(self) -> None:
-        from transformers.utils import logging
+        from transformers.utils import logging as its_logging
 
-        self._bar, self._level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
+        self._bar, self._level = its_logging.is_progress_bar_enabled(), its_logging.get_verbosity()
+        self._disabled, _LOG.disabled = _LOG.disabled, True
+        its_logging.disable_progress_bar()
+        its_logging.set_verbosity_error()
 
     def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging
+        from transformers.utils import logging as its_logging
 
-        logging.set_verbosity(self._level)
+        _LOG.disabled = self._disabled
+        its_logging.set_verbosity(self._level)
         if self._bar:
-            logging.enable_progress_bar()
+            its_logging.enable_progress_bar()
 
 
 def tokenize(encoder: Any, texts: Sequence[str], max_length: int) -> Tokens:
@@ -561,6 +617,16 @@ def _token_ids(
         parts.append(np.fromiter(chain.from_iterable(found), parts[0].dtype))
         lengths += map(len, found)
     return np.concatenate(parts), np.array(lengths, np.int64)
+
+
+def count_truncated(encoder: Any, texts: Sequence[str], tokens: Tokens, max_length: int) -> int:
+    """Return how many of ``texts`` are longer than ``max_length``; ``tokens``: `tokenize`'s result."""
+    full, count = np.flatnonzero(tokens.lengths >= max_length), 0
+    for start in range(0, len(full), _TEXTS):
+        some = [texts[row] for row in full[start : start + _TEXTS].tolist()]
+        found = encoder.tokenizer(some, verbose=False, return_attention_mask=False)["input_ids"]
+        count += sum(len(ids) > max_length for ids in found)
+    return count
 
 
 def _id_type(tokenizer: Any) -> np.dtype:
@@ -777,6 +843,7 @@ def embed(
 
     Raises:
         EncoderError: an unknown precision.
+        EmbeddingError: the model fails, or an embedding is not finite.
     """
     if precision not in _AUTOCAST:
         raise EncoderError(f"precision must be one of {', '.join(_AUTOCAST)}, not {precision!r}")
@@ -787,12 +854,24 @@ def embed(
     autocast = torch.autocast(model.device.type, _AUTOCAST[precision], enabled=precision != "fp32")
     was_training = model.training
     model.eval()
-    with torch.inference_mode(), autocast:
-        for part in _batches(order, lengths, batch_tokens):
-            features = {k: v.to(model.device) for k, v in tokens.batch(rows[part]).items()}
-            embedding = model(features)["sentence_embedding"].float()
-            out[part] = nn.functional.normalize(embedding, dim=-1).cpu().numpy()
-    model.train(was_training)
+    part = order
+    try:
+        with torch.inference_mode(), autocast:
+            for part in _batches(order, lengths, batch_tokens):
+                features = {k: v.to(model.device) for k, v in tokens.batch(rows[part]).items()}
+                embedding = model(features)["sentence_embedding"].float()
+                out[part] = nn.functional.normalize(embedding, dim=-1).cpu().numpy()
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        why = one_line(e)
+        if isinstance(e, KeyError):  # for example of sentence_embedding, where nothing pools
+            why = f"the modules give no {e.args[0]}"
+        raise EmbeddingError(
+            f"texts of up to {lengths[part].max()} tokens cannot be embedded: {why}"
+        ) from e
+    finally:
+        model.train(was_training)
+    if wrong := int((~np.isfinite(out).all(axis=1)).sum()):
+        raise EmbeddingError(f"{wrong:,} of {len(out):,} embeddings are not finite ({precision})")
     return out
 
 

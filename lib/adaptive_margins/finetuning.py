@@ -54,6 +54,7 @@ from adaptive_margins.data.trec import (
 from adaptive_margins.dense import DenseRetriever, hybrid
 from adaptive_margins.encoders import (
     Precision,
+    count_truncated,
     default_device,
     encoder_identity,
     open_encoder,
@@ -68,7 +69,7 @@ from adaptive_margins.files import whole_file, whole_folder, working_folder
 from adaptive_margins.losses import MarginLoss
 from adaptive_margins.modelcard import model_card
 from adaptive_margins.progress import clock, say
-from adaptive_margins.retrieval import BM25, without_hits
+from adaptive_margins.retrieval import BM25, count_self, without_hits
 from adaptive_margins.training import RunConfig, TrainingResult, check_reporters, train
 
 SELECTION = "nDCG@10"
@@ -253,7 +254,8 @@ def _finetune(
     settings: Settings,
 ) -> Finetuned:
     clocks = _Clocks()
-    identity = encoder_identity(model)  # an encoder that is not there is told first
+    identity = encoder_identity(model)  # an encoder that cannot be used is told first
+    encoder = open_encoder(model, device=device, seed=seed)
 
     with clocks.stage("collection", f"reading {source}"):
         collection, split, pseudo = open_split(source, triples or settings.triples, seed)
@@ -262,8 +264,13 @@ def _finetune(
         say(f"{collection.name}: {len(collection.passages):,} passages; queries: {counts}. {split}")
         usable, *_ = [len(relevant(collection.qrels["test"], measure)) for measure in measures]
         evaluate(collection.qrels["test"], {}, measures)  # what cannot be computed is told now
+        if count := count_self(collection.queries["test"], collection.passages):
+            warnings.warn(
+                f"{count:,} of the {len(collection.queries['test']):,} test queries are themselves"
+                " passages, with the same id, and are ranked like others",
+                stacklevel=2,
+            )
     with clocks.stage("encoding", f"embedding the passages with {model}"):
-        encoder = open_encoder(model, device=device, seed=seed)
         start = _start(encoder, identity, collection, settings.precision, work)
     with clocks.stage("ranking", "ranking with BM25 and with the encoder as it comes"):
         test, validating = collection.queries["test"], collection.queries["validation"]
@@ -277,6 +284,7 @@ def _finetune(
             "bigram_passages": bm25.bigram_passages,
         }
         rankings = [system.search(validating, 100) for system in (bm25, start)]
+        truncated = dict(start.truncated)
     with clocks.stage("triples", "choosing triples"):
         miner = bm25 if negatives == "bm25" else start
         chosen, facts = _triples(collection, miner, start, settings, triples, seed)
@@ -311,10 +319,16 @@ def _finetune(
         work
         / f"training-{_digest([config.run_id, rows.tolist(), validation.queries.ids, validation.passages.ids])}"
     )
+    query_tokens = tokenize(encoder, query_texts, config.query_length)
+    long = count_truncated(encoder, query_texts, query_tokens, config.query_length)
+    count, total = truncated["queries"]
+    start.truncated = {**truncated, "queries": (count + long, total + len(query_texts))}
+    start.warn_truncated()
+    truncated = start.truncated
     del start, miner, bm25, rankings  # the encoder changes from here on, and they take room
     result = train(
         config, encoder, Dataset.from_dict(dict(zip(COLUMNS, rows, strict=True))),
-        tokenize(encoder, query_texts, config.query_length), tokenize(encoder, passage_texts, config.passage_length),
+        query_tokens, tokenize(encoder, passage_texts, config.passage_length),
         validation, folder=checkpoints, checkpoint_every=check_every, device=device, report_to=report_to,
         run_name=output.name, on_check=_Told(steps, on_check),
     )  # fmt: skip
@@ -323,10 +337,13 @@ def _finetune(
     improved = bool(gain > settings.standard_errors * error)  # not if either is not a number
     with clocks.stage("ranking", "ranking the test queries"):
         if improved:
-            retriever = DenseRetriever(encoder, collection.passages, precision=settings.precision)
+            retriever = DenseRetriever(
+                encoder, collection.passages, precision=settings.precision, warn=False
+            )
             runs["trained"] = retriever.search(test, depth)
         else:
-            encoder = open_encoder(model, device=device, seed=seed)
+            with warnings.catch_warnings(action="ignore"):  # they were shown at the start
+                encoder = open_encoder(model, device=device, seed=seed)
             runs["trained"] = runs["start"]
         runs["hybrid"] = hybrid(runs["trained"], runs["bm25"], depth=depth)
     evaluations = {name: evaluate(collection.qrels["test"], runs[name], measures) for name in RUNS}
@@ -351,6 +368,10 @@ def _finetune(
         "target": target,
         "seed": seed,
         "triples": {"used": result.triples, "chosen": len(chosen), **facts},
+        "truncated": {
+            **{what: count for what, (count, _) in truncated.items()},
+            "limit": config.query_length,
+        },
         "settings": {
             **dataclasses.asdict(settings),
             "triples": triples or settings.triples,
@@ -554,10 +575,14 @@ def _start(
     key = _digest([identity, collection.fingerprint, precision])
     path = work / f"embeddings-{key}.npy"
     known = np.load(path) if path.is_file() else None
-    retriever = DenseRetriever(encoder, collection.passages, precision=precision, embeddings=known)
-    if known is None:
-        with whole_file(path) as partial, partial.open("wb") as file:
-            np.save(file, retriever.embeddings)
+    retriever = DenseRetriever(
+        encoder, collection.passages, precision=precision, embeddings=known, warn=False
+    )
+    if known is not None:
+        retriever.passage_tokens(retriever.rows)  # counts those that are truncated
+        return retriever
+    with whole_file(path) as partial, partial.open("wb") as file:
+        np.save(file, retriever.embeddings)
     return retriever
 
 
@@ -733,7 +758,7 @@ class _Validation:
 
     def __call__(self, encoder: Any) -> Evaluation:
         """The encoder's measure, over all queries of ``qrels``."""
-        retriever = DenseRetriever(encoder, self.passages, precision=self.precision)
+        retriever = DenseRetriever(encoder, self.passages, precision=self.precision, warn=False)
         return evaluate(self.qrels, retriever.search(self.queries, self.DEPTH), [SELECTION])
 
 

@@ -32,6 +32,27 @@ _TEXTS = 65_536  # passages tokenised at a time by BM25
 _TRAINED = 1 << 21  # passages an index is trained on at most
 
 
+def without_self(run: Run, depth: int | None = None) -> Run:
+    """Return a run without each query's passage of the same id, then the ``depth`` best of each.
+
+    BEIR scores rankings so where queries are passages (``ignore_identical_ids``).
+    """
+    return {
+        qid: dict(top({docid: s for docid, s in hits.items() if docid != qid}, depth))
+        for qid, hits in run.items()
+    }
+
+
+def count_self(queries: Texts, passages: Texts) -> int:
+    """Return how many queries are themselves passages: same id, and a text that contains theirs."""
+
+    def words(text: str) -> str:
+        return " ".join(text.casefold().split())
+
+    pairs = ((words(queries[q]), words(passages[q])) for q in queries.ids if q in passages)
+    return sum(bool(query) and query in passage for query, passage in pairs)
+
+
 class BM25:
     """BM25 in Lucene's variant (bm25s), with English stop words and the English Snowball stemmer.
 

@@ -1,0 +1,267 @@
+"""Checks of an encoder: whether its files are complete, and weights, configuration, tokenizer and
+length limit fit each other. Each fault is one EncoderError, before anything is embedded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from adaptive_margins.errors import AdaptiveMarginsError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+DEFAULT_LENGTH = 512
+"""Tokens of a text at most, if an encoder names no limit of its own."""
+MOST_LENGTH = 1 << 20
+"""Longest limit that counts as one: tokenizers without a limit have a huge number."""
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_READ = (".safetensors", ".json", ".txt", ".model")
+_TOKENIZERS = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
+_QUANTISED = re.compile(r"F[468](_|$)|I[48]$")  # buffers of old checkpoints are BOOL, U8 and I64
+_NO_ENCODER = re.compile(
+    r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$"
+    r"|ColBERT|Splade",
+    re.IGNORECASE,
+)
+_POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+
+
+class EncoderError(AdaptiveMarginsError, RuntimeError):
+    """Weights or files that are missing, not the expected ones, or cannot be written or used."""
+
+
+class EmbeddingError(EncoderError):
+    """Texts that an encoder cannot embed, or whose embeddings are not finite."""
+
+
+def one_line(error: object) -> str:
+    """Return an error's text on one line, with its type if there is no other text."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """Read a JSON file of a model. Raises EncoderError if it does not hold a ``kind``."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EncoderError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, kind):
+        raise EncoderError(f"{path}: expected a JSON {kind.__name__}, not {found!r}")
+    return found
+
+
+def check_folder(place: Path) -> None:
+    """Raise EncoderError if a folder is an adapter, or one of its files a Git LFS pointer."""
+    for path in sorted(place.glob("*")):
+        if path.suffix in _READ and path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(_POINTER)) == _POINTER:
+                    raise EncoderError(
+                        f"{path} is a Git LFS pointer, not the file itself; run 'git lfs pull' in"
+                        " the repository, or download the file"
+                    )
+    if (adapter := place / "adapter_config.json").is_file():
+        base = read_json(adapter, dict).get("base_model_name_or_path")
+        raise EncoderError(
+            f"{place} is an adapter (PEFT) of {base!r}, not a complete encoder; merge it into"
+            " that model (merge_and_unload) and save the result"
+        )
+
+
+def weight_files(place: Path) -> list[Path]:
+    """Return model.safetensors, or else the shards that its index names; [] if there are none.
+
+    Raises EncoderError if a shard is missing or a file is damaged or quantised.
+    """
+    single, index = place / "model.safetensors", place / "model.safetensors.index.json"
+    paths = [single] if single.is_file() else []
+    if not paths and index.is_file():
+        shards = read_json(index, dict).get("weight_map")
+        names = set(shards.values()) if isinstance(shards, dict) else set()
+        if not names or not all(isinstance(n, str) and Path(n).name == n for n in names):
+            raise EncoderError(f"{index}: expected a weight_map from weights to files next to it")
+        paths = [place / name for name in sorted(names)]
+        if missing := [path.name for path in paths if not path.is_file()]:
+            raise EncoderError(
+                f"{place} has {len(paths) - len(missing)} of the {len(paths)} files of weights"
+                f" that {index.name} names; {missing[0]} is missing; download all of them"
+            )
+    for path in paths:
+        quantised = {d for d, _ in tensors(path).values() if _QUANTISED.match(d)}
+        if quantised:
+            raise EncoderError(
+                f"{path} has quantised weights ({', '.join(sorted(quantised))}); expected float32,"
+                " float16 or bfloat16: use the model's unquantised weights"
+            )
+    return paths
+
+
+def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return each tensor's type and shape from the header of a safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            found = {key: (p.get_dtype(), tuple(p.get_shape())) for key, p in parts.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise EncoderError(
+            f"{path} ({path.stat().st_size:,} bytes) is not a complete safetensors file"
+            f" ({one_line(error)}); download it again"
+        ) from None
+    if not found:
+        raise EncoderError(f"{path} has no weights; download it again")
+    return found
+
+
+def check_config(place: Path, *, plain: bool) -> None:
+    """Raise EncoderError unless a folder holds a text encoder's configuration and a tokenizer.
+
+    ``plain``: there is no modules.json, so that nothing but the architecture names the kind.
+    """
+    from transformers import CONFIG_MAPPING, __version__
+
+    path = place / "config.json"
+    if not path.is_file():
+        raise EncoderError(f"{place} has no config.json; copy all files of the model")
+    config = read_json(path, dict)
+    kind = config.get("model_type")
+    code = " (its own code, which comes with it, is never run)" if "auto_map" in config else ""
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise EncoderError(
+            f"{path}: model_type is {kind!r}, which transformers {__version__} does not know{code}"
+        )
+    if "quantization_config" in config:
+        raise EncoderError(
+            f"{path}: the weights are quantised (quantization_config); use the model's"
+            " unquantised weights"
+        )
+    if "dpr" in kind or any(key in config for key in ("vision_config", "audio_config")):
+        raise EncoderError(f"{path}: a model of type {kind!r} is not one encoder of single texts")
+    names = config.get("architectures") or []
+    if plain and (other := [str(name) for name in names if _NO_ENCODER.search(str(name))]):
+        raise EncoderError(
+            f"{path}: {other[0]} is not an encoder of single texts (a cross-encoder, for example,"
+            " reads pairs); there is no modules.json that would make it one"
+        )
+    if not any((place / name).is_file() for name in _TOKENIZERS):
+        raise EncoderError(f"{place} has no tokenizer (one of {', '.join(_TOKENIZERS)})")
+
+
+# ---- the model as loaded ----------------------------------------------------------------------
+
+
+def check_weights(name: str, model: SentenceTransformer, files: Sequence[Path]) -> None:
+    """Raise EncoderError for weights that are random, left over, or not finite.
+
+    A pooler may be missing: no text goes through it.
+    """
+    found = {key: shape for path in files for key, (_, shape) in tensors(path).items()}
+    transformer: Any = model[0].model
+    fresh = [
+        key
+        for key, p in transformer.named_parameters()
+        if not getattr(p, "_is_hf_initialized", False) and "pooler" not in key.split(".")
+    ]
+    if fresh:
+        key, shape = fresh[0], tuple(transformer.get_parameter(fresh[0]).shape)
+        stored = [(k, s) for k, s in found.items() if f".{k}".endswith(f".{key}")]
+        there = f"{stored[0][0]} has shape {stored[0][1]}" if stored else "it is missing"
+        total = len(dict(transformer.named_parameters()))
+        raise EncoderError(
+            f"encoder {name!r}: {len(fresh)} of {total} weights are not as its config.json has"
+            f" them: {key} should have shape {shape}, but in {files[0].parent} {there}"
+        )
+    known = set(transformer.state_dict())
+    kinds, prefix = {_kind(key) for key in known}, f"{transformer.base_model_prefix}."
+    for key in (key.removeprefix(prefix) for key in found):
+        if key not in known and re.search(r"\.\d+\.", key) and _kind(key) in kinds:
+            raise EncoderError(
+                f"encoder {name!r}: {key} is among its weights, but its config.json has fewer"
+                " layers; use the config.json that belongs to the weights"
+            )
+    values = {key: t for key, t in model.state_dict().items() if t.is_floating_point()}
+    if wrong := [key for key, t in values.items() if not torch.isfinite(t).all()]:
+        raise EncoderError(
+            f"encoder {name!r}: {len(wrong)} of {len(values)} weights are not finite (NaN or"
+            f" infinite), {wrong[0]} first; its embeddings would not be either"
+        )
+
+
+def _kind(key: str) -> str:
+    return re.sub(r"\.\d+\.", ".0.", key)
+
+
+def check_tokenizer(name: str, model: SentenceTransformer) -> None:
+    """Raise EncoderError if the tokenizer cannot pad, or has tokens without an embedding."""
+    tokenizer = model.tokenizer
+    if tokenizer is None or tokenizer.pad_token_id is None:
+        raise EncoderError(
+            f"the tokenizer of encoder {name!r} has no padding token; name one as 'pad_token' in"
+            " tokenizer_config.json"
+        )
+    rows = model[0].model.get_input_embeddings().weight.shape[0]
+    if (highest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
+        raise EncoderError(
+            f"encoder {name!r}: its tokenizer has token ids up to {highest:,}, but there are"
+            f" embeddings of {rows:,} tokens only; use the tokenizer of these weights"
+        )
+
+
+def limit_length(name: str, model: SentenceTransformer) -> None:
+    """Set ``max_seq_length`` to what the model can read, with a warning if it named more or none.
+
+    Raises EncoderError if it is not a positive whole number.
+    """
+    transformer: Any = model[0].model
+    config = transformer.config.get_text_config()
+    positions = min(_positions(transformer), default=None)
+    limit = model.max_seq_length
+    if limit is not None and (not isinstance(limit, int | float) or limit < 1 or limit is True):
+        raise EncoderError(
+            f"encoder {name!r}: max_seq_length is {limit!r}, expected a whole number of tokens"
+        )
+    if limit is None or limit > MOST_LENGTH:
+        known = positions or getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
+        model.max_seq_length = min(known, DEFAULT_LENGTH)
+        warnings.warn(
+            f"encoder {name!r} names no length limit: its texts are truncated at"
+            f" {model.max_seq_length} tokens (max_seq_length in sentence_bert_config.json"
+            " changes that)",
+            stacklevel=2,
+        )
+    elif positions is not None and limit > positions:
+        model.max_seq_length = positions
+        warnings.warn(
+            f"encoder {name!r} names a length limit of {limit} tokens, but has positions for"
+            f" {positions} only: its texts are truncated at {positions}",
+            stacklevel=2,
+        )
+
+
+def _positions(transformer: nn.Module) -> Iterator[int]:
+    """Yield the tokens that each table of learned positions has room for."""
+    for name, module in transformer.named_modules():
+        if name.split(".")[-1] in _POSITIONS and isinstance(module, nn.Embedding):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1  # as RoBERTa
+            yield module.num_embeddings - int(getattr(module, "offset", first))  # BART's: 2
