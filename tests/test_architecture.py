@@ -17,9 +17,10 @@ import adaptive_margins
 
 PACKAGE = Path(adaptive_margins.__file__).parent
 ORDER = [
-    "errors", "encoder_checks", "losses", "cached_loss", "profiles", "progress", "files", "data", "encoders",
-    "retrieval", "evaluation", "supplied", "dense", "training", "onnx", "modelcard", "finetuning", "store", "resources",
-    "costs", "execution", "experiments", "differences", "report", "cli_corpus", "cli",
+    "errors", "encoder_checks", "losses", "cached_loss", "profiles", "progress", "files", "data",
+    "encoders", "retrieval", "evaluation", "supplied", "dense", "training", "onnx", "modelcard",
+    "finetuning", "store", "resources", "costs", "execution", "experiments", "differences", "report",
+    "cli_corpus", "cli",
 ]  # fmt: skip
 DATA = [
     "words", "text", "trec", "collection", "arrow", "triples", "mining", "pseudo", "pydocs", "msmarco", "folder", "sources",

@@ -554,7 +554,10 @@ def saved(bert, tmp_path):
 
 def is_plain(model, folder, texts=TEXTS):
     plain = SentenceTransformer(str(folder), device="cpu")
-    assert model.max_seq_length == plain.max_seq_length
+    rows = plain[0].model.config.max_position_embeddings
+    if plain[0].model.config.model_type in ("roberta", "mpnet"):
+        rows -= 2  # the first two are of padding
+    assert model.max_seq_length == min(plain.max_seq_length, rows)
     found = embed(model, tokenize(model, texts, model.max_seq_length))
     expected = plain.encode(texts, normalize_embeddings=True)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
@@ -584,10 +587,10 @@ def test_a_trained_folder_is_opened_as_plain_sentence_transformers_does(saved):
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "mpnet"])
-def test_plain_weights_get_mean_pooling_and_that_is_said(tiny_folder, kind, capsys):
+def test_plain_weights_get_mean_pooling_and_that_is_said(tiny_folder, kind):
     folder = tiny_folder(kind)
-    model = open_encoder(str(folder))
-    assert "has no modules.json: its token embeddings are averaged" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match=r"no modules\.json"):
+        model = open_encoder(str(folder))
     is_plain(model, folder)
     loaded = load_encoder(EncoderSettings(base=str(folder)))
     tokens = tokenize(model, TEXTS, 12)
@@ -657,8 +660,8 @@ def leave_prompts_out(folder):
         (set_config(model_type="CrossEncoder"), "this is a CrossEncoder, not an encoder of single texts"),
         (set_config(truncate_dim=4), r"cuts embeddings at 4 dimensions \(truncate_dim\)"),
         (leave_prompts_out, "leaves its prompts out of the pooling"),
-        (lambda f: os.truncate(f / "model.safetensors", 500), "could not be loaded"),
-        (lambda f: (f / "config.json").write_text("{}"), "could not be loaded"),
+        (lambda f: os.truncate(f / "model.safetensors", 500), "500 bytes"),
+        (lambda f: (f / "config.json").write_text("{}"), "model_type is None"),
         (
             lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
             r"model\.safetensors does not exist; .* has 1_Pooling, .*pytorch_model\.bin is a pickle, which is never loaded",

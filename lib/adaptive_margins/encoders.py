@@ -36,7 +36,7 @@ from adaptive_margins import encoder_checks
 from adaptive_margins.encoder_checks import EmbeddingError, EncoderError, one_line, read_json
 from adaptive_margins.files import alone, whole_file, write_text
 from adaptive_margins.profiles import EncoderSettings
-from adaptive_margins.progress import Countdown, say
+from adaptive_margins.progress import Countdown
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
