@@ -336,6 +336,8 @@ def test_evaluate_ranks_all_passages(call, corpus, encoder, tmp_path):
             "passages": 120,
         },
         "split": "",
+        "excluded_self": False,
+        "truncated": {"queries": 0, "passages": 0, "limit": 64},
     }
 
 
