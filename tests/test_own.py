@@ -198,7 +198,7 @@ def test_facts_are_counted(helped):
     text = own.facts(helped.collection, "Split so.")
     assert "**invented**: 120 passages; 11 words each on average, the longest 11;" in text
     assert "Split so." in text
-    assert "| test | 80 | 80 | 80 | 1: 80 |" in text
+    assert "| test | 80 | 80 | 80 | 80 | 1: 80 |" in text
 
 
 def test_pseudo_queries_are_said_to_be_that(tmp_path):
