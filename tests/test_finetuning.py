@@ -111,7 +111,8 @@ def test_report_has_what_scripts_rely_on(helped):
     report = helped.done.report
     assert report.keys() == {
         "model_dir", "collection", "encoder", "target", "seed", "triples", "truncated", "settings",
-        "kept", "best_step", "stop_step", "validation", "relevant_queries", "measures", "comparisons", "bm25", "verdict", "seconds", "versions",
+        "kept", "best_step", "stop_step", "validation", "relevant_queries", "measures", "comparisons",
+        "bm25", "verdict", "seconds", "versions",
     }  # fmt: skip
     assert report["model_dir"] == str(helped.done.folder)
     assert report["collection"].keys() == {"name", "source", "fingerprint", "passages", "sets", "split", "pseudo"}  # fmt: skip
