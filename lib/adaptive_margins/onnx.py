@@ -62,7 +62,14 @@ def export_onnx(model: str | Path, output: Path) -> Path:
         with working_folder(output), whole_folder(output, same=lambda _: False) as partial:
             save_encoder(encoder, partial)
             (partial / "onnx").mkdir()
-            _export(encoder, partial / "onnx" / "model.onnx")
+            try:
+                _export(encoder, partial / "onnx" / "model.onnx")
+            except (RuntimeError, TypeError, ValueError) as error:  # torch's are RuntimeErrors
+                kind = encoder[0].model.config.model_type
+                first = next(filter(None, map(str.strip, str(error).splitlines())), "")
+                raise OnnxError(
+                    f"encoder {str(model)!r}, of type {kind!r}, cannot be exported by torch: {first}"
+                ) from error
             _compare(encoder, partial / "onnx" / "model.onnx", str(model))
             if (card := Path(model) / "README.md").is_file():
                 shutil.copy(card, partial / "README.md")
