@@ -309,7 +309,7 @@ def test_what_torch_cannot_export_is_one_line(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx, "_installed", lambda _: True)
     monkeypatch.setattr(torch.onnx, "export", refuse)
     with pytest.raises(
-        onnx.OnnxError, match="'bert', cannot be exported by torch: Failed to export$"
+        onnx.OnnxError, match=r"'bert', cannot be exported by torch: Failed to export$"
     ):
         onnx.export_onnx(str(tiny), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
