@@ -173,16 +173,18 @@ def _check_arguments(arguments: list[str]) -> None:
 
 
 def _usage(error: Any) -> int:
-    """Print a usage error; return its exit status."""
-    from typer import rich_utils
-
-    error.message = printable(error.message)
+    """Print a usage error on one line (help, if nothing was asked for); return its exit status."""
     context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return error.exit_code
     if type(error).__name__ == "NoSuchOption" and context and context.info_name == "search":
         error.message += (
             '. Put -- before a query that begins with a dash: search INDEX -- "-O3 flag"'
         )
-    rich_utils.rich_format_error(error)
+    message = " ".join(error.format_message().split()).rstrip(".")
+    command = context.command_path if context else "adaptive-margins"
+    print(f"adaptive-margins: {printable(message)}; see {command} --help", file=sys.stderr)
     return error.exit_code
 
 
