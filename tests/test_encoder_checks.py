@@ -153,6 +153,12 @@ FAULTS = {
     "no pooling": (without_pooling, "give no sentence_embedding"),
     "limit 0": (edit("sentence_bert_config.json", max_seq_length=0), "max_seq_length is 0"),
     "limit text": (edit("sentence_bert_config.json", max_seq_length="9"), "max_seq_length is '9'"),
+    "limit in parts": (edit("sentence_bert_config.json", max_seq_length=12.5), r"is 12\.5"),
+    "limit not a number": (edit("tokenizer_config.json", model_max_length="64"), "is '64'"),
+    "damaged tokenizer": (write("tokenizer.json", ""), r"tokenizer\.json is damaged"),
+    "damaged pooling": (write("1_Pooling/config.json", "{"), r"1_Pooling/config\.json is damaged"),
+    "unknown activation": (edit("config.json", hidden_act="foo"), "KeyError 'foo'"),
+    "no prompts": (edit("config_sentence_transformers.json", prompts=None), "not None"),
     "prompts": (edit("config_sentence_transformers.json", prompts=["a"]), r"not \['a'\]"),
 }
 
@@ -208,6 +214,32 @@ def test_weights_that_do_no_harm(made, tiny, change):
     np.testing.assert_allclose(
         embeddings(tiny, ["graph"]), embeddings(made / "tiny", ["graph"]), atol=1e-6
     )
+
+
+@pytest.mark.parametrize("similarity", ["dot", "euclidean"])
+def test_the_cosine_is_used_whatever_the_encoder_names(made, tiny, similarity):
+    edit("config_sentence_transformers.json", similarity_fn_name=similarity)(tiny)
+    with pytest.warns(UserWarning, match=repr(similarity)):
+        model = open_encoder(str(tiny))
+    assert model.similarity_fn_name == "cosine"
+    open_encoder(str(made / "tiny"))  # without a warning, which would be an error
+
+
+def test_a_decoder_attends_to_what_came_before(tiny):
+    edit("config.json", is_decoder=True)(tiny)
+    texts = ["graph node", "the shape of a matrix"]
+    expected = SentenceTransformer(str(tiny), device="cpu").encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(embeddings(tiny, texts), expected, atol=1e-6)
+
+
+def test_a_whole_number_with_a_point_is_a_limit(tiny):
+    edit("sentence_bert_config.json", max_seq_length=12.0)(tiny)
+    assert embeddings(tiny, ["graph " * 40]).shape == (1, 16)
+
+
+def test_a_device_without_numbers_cannot_be_used(tiny):
+    with pytest.raises(EncoderError, match="'meta'"):
+        open_encoder(str(tiny), device="meta")
 
 
 # ---- length limits ----------------------------------------------------------------------------

@@ -278,6 +278,8 @@ def test_a_gain_that_chance_would_explain_does_not_count(helped, encoder, tmp_pa
         ({"measures": ("nDCG@10", "Bang@5")}, "cannot compute the measure 'Bang@5'"),
         ({"measures": ()}, "no measure was given"),
         ({"negatives": "random"}, "negatives is 'random'; expected 'bm25' or 'encoder'"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
         ({"triples": 1}, "triples is 1; expected at least 2"),
         ({"report_to": ("printer",)}, "cannot report to 'printer'; expected any of tensorboard, "),
     ],

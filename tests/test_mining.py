@@ -145,6 +145,8 @@ def test_a_query_that_nothing_is_a_negative_of_is_left_out_and_counted() -> None
     kept, guarded = guard({"q": {"b": 1.0}}, {"q": {"a": 1}}, two, similarity=None)
     assert kept == {}
     assert guarded == Guarded(queries=1, candidates=1, same_text=1, without_negative=1)
+    assert "their 1 candidates are 1 near duplicates" in guarded.none_left()
+    assert "relevant passage with text" in Guarded().none_left()
 
 
 def test_queries_without_a_positive_with_text_are_left_out() -> None:

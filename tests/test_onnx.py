@@ -129,3 +129,9 @@ def test_a_place_that_is_taken_is_left_alone(tmp_path, monkeypatch):
     with pytest.raises(EncoderError, match="nowhere"):
         export_onnx(tmp_path / "nowhere", tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_texts_longer_than_the_limit_are_compared_as_far_as_it_reads(tiny_folder, tmp_path):
+    encoder = SentenceTransformer(str(encoder_folder(tiny_folder("bert"), tmp_path / "short")))
+    encoder.max_seq_length = 8
+    assert onnx._features(encoder, onnx._CHECKED)["input_ids"].shape == (len(onnx._CHECKED), 8)

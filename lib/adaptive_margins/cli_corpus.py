@@ -120,7 +120,9 @@ def train(
     target: Annotated[
         str, typer.Option(help="distributed, adaptive, or a number: the static margin.")
     ] = "distributed",
-    seed: Annotated[int, typer.Option(help="Of split, negatives, order and dropout.")] = 1,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of split, negatives, order and dropout.")
+    ] = 1,
     negatives: Annotated[
         Literal["bm25", "encoder"],
         typer.Option(help="Whose best passages become negatives, if there are no triples."),

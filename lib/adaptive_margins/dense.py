@@ -365,7 +365,7 @@ class DenseIndex:
         except OSError as error:
             raise DataError(f"no index of passages at {folder}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} does not describe an index: {error!r}") from error
+            raise DataError(f"{path} does not describe an index; build it again") from error
 
     def open_encoder(self, name: str | None = None, *, device: str = "cpu") -> SentenceTransformer:
         """The encoder that the index was built with; ``name``, if its folder has another name now.

@@ -52,8 +52,13 @@ class EmbeddingError(EncoderError):
 
 
 def one_line(error: object) -> str:
-    """Return an error's text on one line, with its type if there is no other text."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Return an error's text on one line, with its type if that is no text or only a key."""
+    text = " ".join(str(error).split())
+    return (
+        f"{type(error).__name__} {text}".rstrip()
+        if isinstance(error, KeyError) or not text
+        else text
+    )
 
 
 # ---- files ------------------------------------------------------------------------------------
@@ -68,6 +73,16 @@ def read_json(path: Path, kind: type) -> Any:
     if not isinstance(found, kind):
         raise EncoderError(f"{path}: expected a JSON {kind.__name__}, not {found!r}")
     return found
+
+
+def unreadable(folder: Path) -> str:
+    """Return which JSON file of an encoder is damaged, and where; "" if none is."""
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return f"{path} is damaged ({one_line(error)}); download it again"
+    return ""
 
 
 def check_folder(place: Path) -> None:
@@ -166,6 +181,10 @@ def check_config(place: Path, *, plain: bool) -> None:
         )
     if not any((place / name).is_file() for name in _TOKENIZERS):
         raise EncoderError(f"{place} has no tokenizer (one of {', '.join(_TOKENIZERS)})")
+    if (path := place / "tokenizer_config.json").is_file():
+        longest = read_json(path, dict).get("model_max_length")
+        if not isinstance(longest, int | float | None):
+            raise EncoderError(f"{path}: model_max_length is {longest!r}, expected a number")
 
 
 # ---- the model as loaded ----------------------------------------------------------------------
@@ -237,9 +256,11 @@ def limit_length(name: str, model: SentenceTransformer) -> None:
     config = transformer.config.get_text_config()
     positions = min(_positions(transformer), default=None)
     limit = model.max_seq_length
-    if limit is not None and (not isinstance(limit, int | float) or limit < 1 or limit is True):
+    number = isinstance(limit, int | float) and not isinstance(limit, bool) and limit >= 1
+    if limit is not None and not (number and (limit > MOST_LENGTH or limit == int(limit))):
         raise EncoderError(
-            f"encoder {name!r}: max_seq_length is {limit!r}, expected a whole number of tokens"
+            f"encoder {name!r}: max_seq_length is {limit!r} (or model_max_length of its tokenizer),"
+            " expected a whole number of tokens"
         )
     if limit is None or limit > MOST_LENGTH:
         known = positions or getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
@@ -257,6 +278,8 @@ def limit_length(name: str, model: SentenceTransformer) -> None:
             f" {positions} only: its texts are truncated at {positions}",
             stacklevel=2,
         )
+    else:
+        model.max_seq_length = int(limit)
 
 
 def _positions(transformer: nn.Module) -> Iterator[int]:

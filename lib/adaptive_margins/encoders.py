@@ -199,7 +199,7 @@ def load_encoder(
             )
     except (OSError, ValueError) as error:
         raise EncoderError(
-            f"encoder {settings.base!r} (revision {settings.revision}) could not be loaded: {error}. Offline: put "
+            f"encoder {settings.base!r} (revision {settings.revision}) could not be loaded: {one_line(error)} Offline: put "
             "model.safetensors, config.json and the tokenizer into a folder and name that folder as 'base'."
         ) from error
     if settings.layers is not None:
@@ -275,6 +275,13 @@ def open_encoder(
         )
     encoder_checks.limit_length(name, model)
     _settle_prompts(name, model)
+    if model.similarity_fn_name != "cosine":
+        told = model.similarity_fn_name
+        warnings.warn(
+            f"encoder {name!r} names {told!r} as its similarity; here, the cosine is used",
+            stacklevel=2,
+        )
+        model.similarity_fn_name = "cosine"
     _adapt(model[0])
     try:
         embed(model, tokenize(model, ["a", "two texts of another length"], model.max_seq_length))
@@ -282,6 +289,7 @@ def open_encoder(
         modules = ", ".join(type(module).__name__ for module in model)
         raise EncoderError(f"encoder {name!r} ({modules}): {error}") from error
     try:
+        torch.zeros(1, device=device).tolist()  # "meta" holds no numbers
         return model.to(device)
     except (AssertionError, RuntimeError) as error:
         raise EncoderError(f"device {device!r} cannot be used: {error}") from error
@@ -301,7 +309,8 @@ def _loaded(name: str, folder: Path, dropout: float | None, seed: int) -> Senten
                 model_kwargs=settings, config_kwargs=config,
             )  # fmt: skip
     except Exception as error:  # a tokenizer file that is damaged is a bare Exception
-        raise EncoderError(f"encoder {name!r} could not be loaded: {one_line(error)}") from error
+        why = encoder_checks.unreadable(folder) or one_line(error)
+        raise EncoderError(f"encoder {name!r} could not be loaded: {why}") from error
 
 
 def _settle_prompts(name: str, model: SentenceTransformer) -> None:
@@ -392,7 +401,7 @@ def _encoder_files(name: str) -> tuple[Path, list[Path]]:
     encoder_checks.check_folder(folder)
     about = folder / "config_sentence_transformers.json"
     settings = read_json(about, dict) if about.is_file() else {}
-    kind, told = settings.get("model_type"), settings.get("prompts") or {}
+    kind, told = settings.get("model_type"), settings.get("prompts", {})
     if not isinstance(told, dict) or not all(isinstance(p, str | None) for p in told.values()):
         raise EncoderError(f"{about}: expected prompts from names to texts, not {told!r}")
     if kind not in (None, "SentenceTransformer"):
@@ -444,7 +453,8 @@ def _snapshot(name: str) -> Path:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
     except (OSError, ValueError) as error:
         raise EncoderError(
-            f"encoder {name!r} is not in the hub's cache and could not be fetched: {error}. {_FORMS}"
+            f"encoder {name!r} is not in the hub's cache and could not be fetched:"
+            f" {one_line(error).rstrip('.')}. {_FORMS}"
         ) from error
 
 
@@ -464,7 +474,8 @@ def _adapt(transformer: Any) -> None:
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
                 setattr(module, name, _Dropout(child.p))
-    if transformer.model.config.model_type not in _PACKABLE:
+    config = transformer.model.config
+    if config.model_type not in _PACKABLE or getattr(config, "is_decoder", False):
         return
     AttentionInterface.register(_PACKED, _packed_attention)
     AttentionMaskInterface.register(_PACKED, _mask)

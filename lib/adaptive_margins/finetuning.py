@@ -230,6 +230,8 @@ def finetune(
     output = Path(output).expanduser().absolute()
     device = device or default_device()
     settings = settings or Settings.for_device(device)
+    if not 0 <= seed < 2**32:  # numpy takes no other
+        raise FinetuneError(f"seed is {seed}; expected 0 to {2**32 - 1:,}")
     measures = _check(target, measures, negatives, device, triples, report_to)
     with working_folder(output) as work:
         return _finetune(
@@ -623,12 +625,11 @@ def _triples(
         miner.search(texts, settings.negatives_depth), {qid: qrels[qid] for qid in qids}, passages,
         similarity=similarity, seed=seed,
     )  # fmt: skip
-    try:
-        triples = mine_triples(
-            {qid: qrels[qid] for qid in candidates}, candidates, passages, count=count, seed=seed
-        )
-    except ValueError as error:
-        raise FinetuneError(f"no triples to train on: {error}") from None
+    if not candidates:
+        raise FinetuneError(f"{collection.name} has no triple to train on; {guarded.none_left()}")
+    triples = mine_triples(
+        {qid: qrels[qid] for qid in candidates}, candidates, passages, count=count, seed=seed
+    )
     available = sum(
         len(hits) * sum(grade > 0 for grade in qrels[qid].values())
         for qid, hits in candidates.items()

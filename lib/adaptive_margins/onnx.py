@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptive_margins.encoder_checks import one_line
 from adaptive_margins.encoders import open_encoder, packs, save_encoder
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import WriteError, check_output, whole_folder, working_folder
@@ -98,7 +99,9 @@ class _Graph(nn.Module):
 
 
 def _features(encoder: Any, texts: list[str]) -> dict[str, Tensor]:
-    found = encoder.tokenizer(texts, padding=True, return_tensors="pt")
+    found = encoder.tokenizer(
+        texts, padding=True, truncation=True, max_length=encoder.max_seq_length, return_tensors="pt"
+    )
     return {name: found[name] for name in _INPUTS}
 
 
@@ -124,10 +127,17 @@ def _compare(encoder: Any, path: Path, name: str) -> None:
     """Raises OnnxError if ONNX Runtime's embeddings are not the encoder's, of texts of other sizes than those traced."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # an error is raised, too
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     for texts in (_CHECKED, _CHECKED[:1]):
         features = _features(encoder, texts)
-        found = session.run(_OUTPUTS[1:], {k: v.numpy() for k, v in features.items()})[0]
+        try:
+            found = session.run(_OUTPUTS[1:], {k: v.numpy() for k, v in features.items()})[0]
+        except Exception as error:  # ONNX Runtime's have no base class of their own
+            raise OnnxError(
+                f"encoder {name!r}: ONNX Runtime cannot run the exported graph: {one_line(error)}"
+            ) from error
         with torch.inference_mode():
             expected = encoder(features)["sentence_embedding"].numpy()
         if (far := abs(found - expected).max()) > TOLERANCE:

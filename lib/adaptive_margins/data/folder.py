@@ -463,6 +463,12 @@ def _qrels(
     return qrels
 
 
+_TEXT_TRIPLES = (
+    "expected the ids of a query and of two passages, found texts; a Hugging Face dataset on disk"
+    " (columns query, positive, negative) may have texts"
+)
+
+
 def _triples(
     path: Path,
     queries: Texts | None,
@@ -474,6 +480,15 @@ def _triples(
     """Triples of a file. ``train``: whether ``queries`` are training queries; else those that the file names become them."""
     triples: list[Triple] = []
     for number, (qid, *docids) in read_columns(path, 3, problems):
+        known = [qid in (queries or [qid]), *(docid in passages for docid in docids)]
+        if not any(known) and " " in qid + "".join(docids):
+            problems.add(path, number, _TEXT_TRIPLES)
+            continue
+        if not any(known) and number == 1:
+            named = ", ".join(map(repr, (qid, *docids)))
+            hint = "if this is a header, remove it: sed -i 1d FILE"
+            problems.add(path, 1, f"unknown ids {named}; {hint}")
+            continue
         if queries is not None and qid not in queries:
             what = "training query" if train else "query"
             problems.unknown(path, number, what, qid, queries.ids)

@@ -50,6 +50,24 @@ class Guarded:
     random: int = 0
     without_negative: int = 0
 
+    def none_left(self) -> str:
+        """Return why there is no negative for any query, in words."""
+        if not self.queries:
+            return "no training query has a relevant passage with text"
+        counts = {
+            "judged": self.judged,
+            "without text": self.without_text,
+            "near duplicates of a positive": self.same_text + self.near_duplicate,
+            "about as similar to the query as a positive, by the encoder": self.too_similar,
+        }
+        told = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+        return (
+            f"no negative is left for any of the {self.queries:,} training queries that have a"
+            f" relevant passage with text: their {self.candidates:,} candidates are {told or 'none'},"
+            " and random passages are no better. Add passages, another encoder (--model) or triples"
+            " (triples.tsv)"
+        )
+
 
 def guard(
     candidates: Run,

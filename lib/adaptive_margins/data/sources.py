@@ -196,8 +196,9 @@ def _dealt(
     }
     if not all(parts.values()):
         raise DataError(
-            f"{collection.name}: {len(qids)} judged queries of the set {name} are too few to split into"
-            f" {', '.join(parts)}; at least {len(parts)} of different text are needed, and hundreds make sense"
+            f"{collection.name}: {len(qids)} judged queries of the set {name}, of {len(same)} different"
+            f" texts, are too few to split into {', '.join(parts)}; at least {len(parts)} of different"
+            " text are needed, and hundreds make sense"
         )
     return parts
 
