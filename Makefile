@@ -5,8 +5,9 @@ PROFILE ?= laptop
 ALL ?=
 # More arguments for pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for torch without CUDA.
 PIP_ARGS ?=
-# More arguments for pytest, e.g. TESTS="tests/test_losses.py -x".
+# More arguments for pytest, e.g. TESTS="tests/test_losses.py -x", and how many tests run at a time.
 TESTS ?=
+WORKERS ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -37,7 +38,7 @@ book: $(STAMP)  ## run what is missing, execute the notebooks and build the book
 	$(BIN)/adaptive-margins reproduce --profile $(PROFILE) $(if $(ALL),--all)
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks

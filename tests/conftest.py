@@ -101,10 +101,14 @@ def kill_in(owner: object, name: str, number: int) -> None:
 
 
 def pytest_collection_modifyitems(items):
-    # Whichever of them comes first waits for the reproduction.
+    """Tests of one finished home share a worker, and so do those of a file: what they share is made once."""
     for item in items:
-        if {"smoke_home", "miniature_home"} & set(getattr(item, "fixturenames", ())):
+        homes = {"smoke_home", "miniature_home"} & set(getattr(item, "fixturenames", ()))
+        if homes:  # whichever of them comes first waits for the reproduction
             item.add_marker(pytest.mark.timeout(900))
+        # A test of both homes goes with the smaller one, which is made again sooner.
+        group = max(homes, default=item.path.name)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def reproduced(home: Path, profile: str, *arguments: str) -> Path:
