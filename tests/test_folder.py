@@ -13,6 +13,7 @@ import pytest
 
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.folder import (
+    _TEXT_TRIPLES,
     read_dataset,
     read_folder,
     read_runs,
