@@ -200,6 +200,8 @@ def test_a_second_call_goes_on_and_comes_to_the_same(helped, tmp_path, capsys):
         finetune(helped.source, output, on_check=stop, **helped.arguments)
     assert not output.exists()
     assert list((tmp_path / "output.work").glob("training-*/checkpoint-15/COMPLETE"))
+    (embeddings,) = (tmp_path / "output.work").glob("embeddings-*.npy")
+    embeddings.write_bytes(b"")  # a damaged file is computed again
     curves.clear()
     done = finetune(helped.source, output, on_check=curves.append, **helped.arguments)
     assert curves[0]["step"].tolist() == [0, 15]

@@ -576,7 +576,10 @@ def _start(
     """The encoder as it comes, with the passages' embeddings: kept in ``work``, for the call after a kill."""
     key = _digest([identity, collection.fingerprint, precision])
     path = work / f"embeddings-{key}.npy"
-    known = np.load(path) if path.is_file() else None
+    try:
+        known = np.load(path)
+    except (EOFError, OSError, ValueError):  # there is none, or the disk was full or lost power
+        known = None
     retriever = DenseRetriever(
         encoder, collection.passages, precision=precision, embeddings=known, warn=False
     )

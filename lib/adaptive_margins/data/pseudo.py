@@ -298,8 +298,8 @@ def _title(title: str, body: str, rng: random.Random, repeated: set[int]) -> tup
 def _first_sentence(
     title: str, body: str, rng: random.Random, repeated: set[int]
 ) -> tuple[str, str] | None:
-    first, *others = sentences(body) or [""]
-    rest = " ".join(others)
+    first = next(_sentences(body), "")
+    rest = body[len(first) :].strip()
     if not _asks("first sentence", first, _count(rest), repeated):
         return None
     return _trimmed(first), rest
@@ -374,17 +374,21 @@ def sentences(text: str) -> list[str]:
     follows, or a full stop belongs to a common English abbreviation, an initial, or a number. A mark between white space
     ends one, too, whatever follows, as in text that was split into tokens.
     """
-    found: list[str] = []
+    return list(_sentences(text))
+
+
+def _sentences(text: str) -> Iterator[str]:
+    text = text.strip()
     start = letter = 0
     for mark in _MARK.finditer(text):
         # Each character is looked at once, however many marks end no sentence: "1. Introduction".
         while letter < mark.start() and not text[letter].isalpha():
             letter += 1
         if letter < mark.start() and _ends(text, start, mark.start(), mark.end()):
-            found.append(text[start : mark.end()].strip())
+            yield text[start : mark.end()].strip()
             start = letter = mark.end()
-    found.append(text[start:].strip())
-    return [sentence for sentence in found if sentence]
+    if rest := text[start:].strip():
+        yield rest
 
 
 def _ends(text: str, start: int, mark: int, end: int) -> bool:
