@@ -256,7 +256,7 @@ def test_other_files_than_qrels_are_named_with_the_first_line_at_fault(tmp_path,
         "query-id corpus-id score\nq1 a 1\nq1 b -2\nq2 a 0\n",
         "q1 0 a 1\r\nq1 0 b -2\r\nq2 0 a 0\r\n",
         "\ufeffq1 0 a 1\nq1 0 b -2\nq2 0 a 0\n",
-        gzip.compress(b"q1 0 a 1\nq1 0 b -2\n") + gzip.compress(b"q2 0 a 0\n"),
+        gzip.compress(b"q1 0 a 1\nq1 0 b -2\n", mtime=0) + gzip.compress(b"q2 0 a 0\n", mtime=0),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*(BOM|CRLF)")
