@@ -237,8 +237,9 @@ def test_run_names(tmp_path):
     assert names("bm25.run", "tasb.run.gz", "x.y.txt") == ["bm25", "tasb", "x.y"]
     assert names("a/runs/m.run", "b/runs/m.run.gz", "c.run") == ["a/runs/m", "b/runs/m", "c"]
     assert names("a/m.run", "b/m.run", "a/x/m.run") == ["a/m", "b/m", "x/m"]
-    assert names("m.run", "m.run", "n.run")[2] == "n"
-    assert len(set(names("m.run", "m.run", "m.run.gz"))) == 3
+    assert names("m.run", "m.run", "n.run") == ["m-1", "m-2", "n"]
+    assert names("m.run", "m.run.gz", "m-1.run") == ["m-2", "m-3", "m-1"]
+    assert names("a/m.run", "a/m.run", "b/m.run") == ["a/m-1", "a/m-2", "b/m"]
 
 
 def test_read_qrels(tmp_path):

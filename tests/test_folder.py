@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,6 @@ from adaptive_margins.data.folder import (
     read_dataset,
     read_folder,
     read_runs,
-    read_titles,
     run_files,
 )
 from adaptive_margins.data.sources import open_collection
@@ -100,8 +100,20 @@ def test_beir(tmp_path: Path, zipped: bool) -> None:
         "train": {"q2": {"d3": 1, "d1": 0}}, "validation": {"q3": {"d4": 2}}, "test": {"q1": {"d1": 1}},
     }  # fmt: skip
     assert not collection.triples
-    assert read_titles(folder) == {"d1": "Wings", "d4": "Only a title"}
+    assert collection.titles == {"d1": "Wings", "d4": "Only a title"}
     assert collection.fingerprint == read_folder(folder).fingerprint
+
+
+def test_a_pipe_is_read_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "small", {"corpus.jsonl": BEIR["corpus.jsonl"]}) / "corpus.jsonl"
+    content = path.read_bytes()
+    path.unlink()
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=(content,))
+    writer.start()
+    collection = read_folder(path.parent)
+    writer.join()
+    assert (len(collection.passages), len(collection.titles)) == (4, 2)
 
 
 @pytest.mark.parametrize("zipped", [False, True])
@@ -118,7 +130,7 @@ def test_trec(tmp_path: Path, zipped: bool) -> None:
         "test": {"q1": {"d1": 3, "d2": 0}},
     }
     assert collection.triples == [("t1", "d3", "d1"), ("t1", "d3", "d2")]
-    assert read_titles(tmp_path / "small") == {}
+    assert collection.titles == {}
 
 
 def test_only_the_test_set_and_only_passages(tmp_path: Path) -> None:
@@ -367,7 +379,10 @@ D = '{"_id": "d1", "text": "x"}\n'
         ({"corpus.jsonl": "[\n" + D}, "corpus.jsonl:1: JSON lines expected, found JSON over several lines"),
         ({"corpus.jsonl": "[" + D.strip() + "]\n"}, "corpus.jsonl:1: JSON lines expected, found an array"),
         ({"corpus.jsonl": "{\n" + D[1:]}, "corpus.jsonl:1: JSON lines expected, found JSON over several lines"),
-        ({"corpus.jsonl": D + "\n" + D}, "corpus.jsonl:2: not valid JSON"),
+        ({"corpus.jsonl": D + "\n" + D}, "corpus.jsonl:2: not valid JSON (a blank line"),
+        ({"corpus.jsonl": D.replace('"d1"', "1")}, 
+         "corpus.jsonl:1: '_id' must be a text, not 1; convert: jq -c '._id |= tostring' corpus.jsonl > NEW"),
+        ({"corpus.jsonl": D.replace("_id", "docid")}, "corpus.jsonl:1: '_id' is missing; found 'docid', 'text'"),
         ({"corpus.jsonl": D + D}, "corpus.jsonl:2: id 'd1' occurs already in line 1"),
         ({"corpus.jsonl": D + '["d2", "x"]\n'}, 'corpus.jsonl:2: expected {"_id": text, "text": text}'),
         ({"corpus.jsonl": D + '{"id": "d2", "text": "x"}\n'}, "corpus.jsonl:2: '_id' is missing"),
@@ -393,7 +408,10 @@ def test_malformed_beir_is_named_with_its_line(tmp_path: Path, change: dict, exp
 def test_missing_files_of_beir(tmp_path: Path) -> None:
     files = {k: v for k, v in BEIR.items() if not k.startswith("qrels")}
     (found,) = problems(write(tmp_path / "a", files))
-    assert found.startswith("qrels: none of train.tsv, dev.tsv, test.tsv found")
+    assert found.startswith("qrels: none of train.tsv, dev.tsv, test.tsv to judge")
+    files["qrels/valid.tsv"] = BEIR["qrels/test.tsv"]
+    (found,) = problems(write(tmp_path / "valid", files))
+    assert "found valid.tsv" in found
     files = {k: v for k, v in BEIR.items() if k != "queries.jsonl"}
     assert problems(write(tmp_path / "b", files)) == ["queries.jsonl: file not found"]
     extra = write(tmp_path / "c", {**BEIR, "qrels/more.tsv": ""})

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import ir_datasets
@@ -15,7 +18,7 @@ import irds_miniature
 from adaptive_margins.data import pydocs, sources
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.msmarco import ACCEPT_VARIABLE, DownloadError, LicenceError
-from adaptive_margins.data.sources import open_collection, open_titles, split_queries, thinned
+from adaptive_margins.data.sources import open_collection, split_queries, thinned
 from adaptive_margins.data.text import DataError
 
 DOCS = TsvDocs(StringFile("a\tfirst passage\nb\t\nc\tthird\n"))
@@ -40,7 +43,7 @@ def test_a_folder_comes_before_everything_else(tmp_path: Path, monkeypatch) -> N
     monkeypatch.chdir(tmp_path)
     collection = open_collection("vaswani")
     assert (collection.name, list(collection.passages.texts)) == ("vaswani", ["T x"])
-    assert open_titles("vaswani") == {"d": "T"}
+    assert collection.titles == {"d": "T"}
     with pytest.raises(DataError, match=r"(?s)is a file; expected the folder it lies in:.*BEIR"):
         open_collection("vaswani/corpus.jsonl")
 
@@ -52,6 +55,17 @@ def test_anything_else_lists_the_ways(source: str) -> None:
     for way in ("corpus.jsonl", "collection.tsv", "save_to_disk", "pydocs:numpy,scipy", "beir/scifact"):  # fmt: skip
         assert way in str(error.value)
     assert ("Did you mean vaswani" in str(error.value)) == (source == "vaswany")
+
+
+def test_a_home_that_cannot_be_written() -> None:
+    code = "from adaptive_margins.data.sources import open_collection as o; o('typo')"
+    variables = {**os.environ, "HOME": "/dev/null/x"}
+    variables.pop("IR_DATASETS_HOME", None)
+    call = subprocess.run(
+        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False
+    )
+    last = call.stderr.splitlines()[-1]
+    assert "DataError: there is no collection 'typo'" in last and "IR_DATASETS_HOME" in last
 
 
 def test_pydocs(monkeypatch) -> None:
@@ -151,9 +165,9 @@ def test_titles_of_ir_datasets() -> None:
             yield BeirTitleDoc("d2", "second", "")
 
     source = register("am-titles", Docs(StringFile("")))
-    assert list(open_collection(source).passages.texts) == ["A title the text", " second"]
-    assert open_titles(source) == {"d1": "A title"}
-    assert open_titles("pydocs:numpy") == {}
+    collection = open_collection(source)
+    assert list(collection.passages.texts) == ["A title the text", " second"]
+    assert collection.titles == {"d1": "A title"}
 
 
 def test_nothing_is_fetched_without_consent(tmp_path: Path, monkeypatch) -> None:
@@ -162,11 +176,10 @@ def test_nothing_is_fetched_without_consent(tmp_path: Path, monkeypatch) -> None
     url = "http://127.0.0.1:9/nobody-listens"
     remote = Download([RequestsDownload(url)], cache_path=tmp_path / "d.tsv", size_hint=1234)
     source = register("am-remote", TsvDocs(remote))
-    for call in (open_collection, open_titles):
-        with pytest.raises(
-            LicenceError, match=rf"(?s){url} \(1,234 bytes\).*{ACCEPT_VARIABLE}={source}"
-        ):
-            call(source)
+    with pytest.raises(
+        LicenceError, match=rf"(?s){url} \(1,234 bytes\).*{ACCEPT_VARIABLE}={source}"
+    ):
+        open_collection(source)
     monkeypatch.setenv(ACCEPT_VARIABLE, source)
     with pytest.raises(DownloadError, match="ConnectionError"):
         open_collection(source)

@@ -184,6 +184,9 @@ def test_columns_say_how_many_were_expected_and_name_json(tmp_path):
         ("d1\u200b", "d1", "characters around"),
         ("10", "MED-10", "prefix"),
         ("doc:10", "10", "prefix"),
+        ("12.0", "12", "number"),
+        ("doc007", "doc7", "number"),
+        ("0", "000", "number"),
     ],
 )  # fmt: skip
 def test_ids_that_look_alike_are_shown_escaped(unknown, known, said):
@@ -193,4 +196,5 @@ def test_ids_that_look_alike_are_shown_escaped(unknown, known, said):
 
 def test_ids_that_do_not_look_alike_are_not_told():
     assert alike(["d1", "-", "a-1"], ["d2", "_", "b-1"]) == ""
+    assert alike(["145.0", "2-10"], ["0", "10", "45"]) == ""
     assert alike([], ["a"]) == alike(["a"], []) == ""

@@ -38,7 +38,6 @@ from adaptive_margins.data.sources import (
     MOST_TEST,
     MOST_VALIDATION,
     open_collection,
-    open_titles,
     split_queries,
 )
 from adaptive_margins.data.trec import (
@@ -560,7 +559,7 @@ def open_split(source: str, count: int, seed: int) -> tuple[Collection, str, dic
         return *split_queries(collection, seed=seed), None
     say(f"{collection.name} has no queries: making pseudo-queries")
     collection = pseudo_collection(
-        collection.passages, collection.name, collection.sources, open_titles(source), count=count, test=MOST_TEST,
+        collection.passages, collection.name, collection.sources, collection.titles, count=count, test=MOST_TEST,
         validation=MOST_VALIDATION, seed=seed,
     )  # fmt: skip
     say(about(collection))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +71,8 @@ class Collection:
         qrels: the same set names → query id → docid → grade (an integer).
         sources: where the texts come from: distribution → version.
         triples: what encoders are trained on, in order; may be empty.
+        titles: docid → title, of passages that have one. The passages hold them, too; they are neither saved nor part of
+            the fingerprint.
 
     Raises:
         DataError: queries and qrels have different sets, or qrels or triples name an unknown
@@ -83,6 +85,7 @@ class Collection:
     qrels: dict[str, Qrels]
     sources: dict[str, str] = field(default_factory=dict)
     triples: Sequence[Triple] = field(default_factory=list)
+    titles: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if set(self.queries) != set(self.qrels):

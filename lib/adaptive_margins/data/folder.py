@@ -84,28 +84,11 @@ def read_folder(folder: Path) -> Collection:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return read_dataset(folder)
     if not beir and not trec:
-        names = [path.name for path in visible(folder)]
-        found = ", ".join(names[:10]) + (" …" if len(names) > 10 else "") if names else "nothing"
-        raise DataError(f"{folder} holds no collection (found: {found}). Expected:\n{EXPECTED}")
+        raise DataError(
+            f"{folder} holds no collection (found: {_holds(folder)}). Expected:\n{EXPECTED}"
+        )
     problems = Problems()
     return (_read_beir if beir else _read_trec)(folder, problems)
-
-
-def read_titles(folder: Path) -> dict[str, str]:
-    """Docid → title of those passages that have one; only BEIR's layout has titles.
-
-    Raises:
-        DataError: as `read_folder`.
-    """
-    problems = Problems()
-    path = _only(Path(folder), "corpus.jsonl", problems=problems)
-    titles = {}
-    if path:
-        for _, (docid, title, _) in _json_rows(path, problems):
-            if title.strip():
-                titles[docid] = title
-    problems.check()
-    return titles
 
 
 def run_files(folder: Path) -> dict[str, Path]:
@@ -146,12 +129,19 @@ def visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
+def _holds(folder: Path) -> str:
+    """The names of the first things in a folder, for an error."""
+    names = [path.name for path in visible(folder)] if folder.is_dir() else []
+    return ", ".join(names[:10]) + (" …" if len(names) > 10 else "") if names else "nothing"
+
+
 # ---- layouts -------------------------------------------------------------------------------------------------------
 
 
 def _read_beir(folder: Path, problems: Problems) -> Collection:
     path = cast(Path, _only(folder, "corpus.jsonl", problems=problems))
-    passages = _texts(path, _beir_passages(path, problems), problems, {}, empty=True)
+    titles: dict[str, str] = {}
+    passages = _texts(path, _beir_passages(path, problems, titles), problems, {}, empty=True)
     if not len(passages):  # what else is wrong follows from it
         problems.check()
     queries_path = _only(folder, "queries.jsonl", problems=problems)
@@ -174,13 +164,14 @@ def _read_beir(folder: Path, problems: Problems) -> Collection:
         problems.add(
             folder / "qrels",
             0,
-            "none of train.tsv, dev.tsv, test.tsv found to judge queries.jsonl"
+            f"none of train.tsv, dev.tsv, test.tsv to judge queries.jsonl, found {_holds(folder / 'qrels')}"
             " (without queries.jsonl, the passages are read alone)",
         )
     for extra in visible(folder / "qrels") if qrels else ():
         if ".tsv" in extra.name and extra.name.split(".tsv")[0] not in _STANDARD:
             warnings.warn(f"{extra} is not read; known are train, dev and test", stacklevel=3)
-    return _finish(folder, "BEIR", path, passages, queries, qrels, [], problems)
+    found = _finish(folder, "BEIR", path, passages, queries, qrels, [], problems)
+    return dataclasses.replace(found, titles=titles)
 
 
 def _read_trec(folder: Path, problems: Problems) -> Collection:
@@ -506,8 +497,10 @@ def _tsv_rows(path: Path, problems: Problems) -> Rows:
         yield number, identifier, text
 
 
-def _beir_passages(path: Path, problems: Problems) -> Rows:
+def _beir_passages(path: Path, problems: Problems, titles: dict[str, str]) -> Rows:
     for number, (docid, title, text) in _json_rows(path, problems):
+        if title.strip():
+            titles[docid] = title
         yield number, docid, " ".join(part for part in (title, text) if part.strip())
 
 
@@ -522,7 +515,10 @@ def _json_rows(path: Path, problems: Problems) -> Iterator[tuple[int, tuple[str,
                 found = f"JSON over several lines; convert it: {way} {path.name} > NEW"
                 problems.add(path, 1, f"JSON lines expected, found {found}")
                 return
-            problems.add(path, number, f"not valid JSON ({error})")
+            reason = getattr(error, "msg", "nested too deep")
+            if not line.strip():
+                reason = r"a blank line; remove such lines: sed -i '/^\s*$/d' FILE"
+            problems.add(path, number, f"not valid JSON ({reason})")
             continue
         if number == 1 and isinstance(record, list):
             found = f"an array; convert it: jq -c '.[]' {path.name} > NEW"
@@ -539,6 +535,10 @@ def _json_rows(path: Path, problems: Problems) -> Iterator[tuple[int, tuple[str,
             if not isinstance(value, str)
         ]  # fmt: skip
         if wrong:
+            if "_id" not in record or "text" not in record:
+                wrong.append(f"found {', '.join(map(repr, record)) or 'no keys'}")
+            elif isinstance(record["_id"], int):
+                wrong.append(f"""convert: jq -c '._id |= tostring' {path.name} > NEW""")
             problems.add(path, number, "; ".join(wrong))
             continue
         identifier, title, text = cast(tuple[str, str, str], values)

@@ -133,7 +133,15 @@ class StoredCollection(Collection):
             for path in sorted(folder.glob("candidates.*.run.gz"))
         }
         return cls(
-            name, passages, queries, qrels, sources, triples, candidates, folder, fingerprint
+            name,
+            passages,
+            queries,
+            qrels,
+            sources,
+            triples,
+            candidates=candidates,
+            folder=folder,
+            fingerprint=fingerprint,
         )
 
 

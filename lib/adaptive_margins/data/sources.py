@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 from adaptive_margins.data import pydocs
 from adaptive_margins.data.collection import Collection, Texts, Triple
 from adaptive_margins.data.folder import EXPECTED, one_line, read_folder, standard_sets, warn
-from adaptive_margins.data.folder import read_titles as read_folder_titles
 from adaptive_margins.data.msmarco import (
     check_licence,
     files_behind,
@@ -76,30 +75,19 @@ def open_collection(source: str) -> Collection:
         return _pydocs(source)
     if path.is_file():
         raise DataError(f"{source} is a file; expected the folder it lies in:\n{EXPECTED}")
+    try:
+        import ir_datasets
+    except OSError as error:  # it makes its folder when it is imported
+        place = f"{error.filename}: {error.strerror}"
+        raise DataError(
+            f"there is no collection {source!r}: it is no folder, and whether ir_datasets has it is unknown, as its folder cannot"
+            f" be made ({place}; IR_DATASETS_HOME names another)"
+        ) from error
     if _known(source):
         return _from_ir_datasets(source)
-    import ir_datasets
-
     close = difflib.get_close_matches(source, list(ir_datasets.registry), 3)
     hint = f"\nDid you mean {' or '.join(close)}?" if close else ""
     raise DataError(f"there is no collection {source!r}: expected\n{_WAYS}{hint}")
-
-
-def open_titles(source: str) -> dict[str, str]:
-    """Docid → title of the passages of a `open_collection` source that have one; most sources have none.
-
-    Raises:
-        DataError, LicenceError, DownloadError: as `open_collection`.
-    """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return read_folder_titles(path)
-    if source.split(":")[0] == PYDOCS or not _known(source):
-        return {}
-    _check_fetching(source, [(source, "docs")])
-    docs = read_records("passages", source, "docs")
-    found = ((doc.doc_id, one_line(getattr(doc, "title", None) or "")) for doc in docs)
-    return {docid: title for docid, title in found if title.strip()}
 
 
 # ---- splitting -----------------------------------------------------------------------------------------------------
@@ -312,12 +300,13 @@ def _from_ir_datasets(source: str) -> Collection:
         wanted.append((sets["train"], "docpairs"))
     _check_fetching(source, wanted)
 
-    passages = _ir_texts("passages", source, "docs")
+    titles: dict[str, str] = {}
+    passages = _ir_texts("passages", source, "docs", titles)
     queries: dict[str, Texts] = {}
     qrels: dict[str, Qrels] = {}
     left_out = Counter[str]()
     for name, identifier in sets.items():
-        texts = _ir_texts(name, identifier, "queries")
+        texts = _ir_texts(name, identifier, "queries", {})
         asked = [(q, t) for q, t in zip(texts.ids, texts.texts, strict=True) if t.strip()]
         left_out[f"queries of {identifier} without text"] += len(texts) - len(asked)
         queries[name] = Texts([qid for qid, _ in asked], [text for _, text in asked])
@@ -341,11 +330,11 @@ def _from_ir_datasets(source: str) -> Collection:
         warnings.warn(f"{source}: left out {', '.join(found)}", stacklevel=3)
     warn(passages, queries, source, "number")
     sources = {"ir_datasets": ir_datasets.__version__, "passages": source, **sets}
-    return Collection(source, passages, queries, qrels, sources, triples)
+    return Collection(source, passages, queries, qrels, sources, triples, titles)
 
 
-def _ir_texts(name: str, identifier: str, kind: str) -> Texts:
-    """Passages (``kind`` "docs") or queries of an ir_datasets id."""
+def _ir_texts(name: str, identifier: str, kind: str, titles: dict[str, str]) -> Texts:
+    """Passages (``kind`` "docs") or queries of an ir_datasets id; the titles of those that have one are added."""
     found: dict[str, str] = {}
     countdown = Countdown(f"reading {kind} of {identifier}", None, "texts")
     for number, record in enumerate(read_records(name, identifier, kind), start=1):
@@ -360,6 +349,8 @@ def _ir_texts(name: str, identifier: str, kind: str) -> Texts:
         if key in found:
             raise DataError(f"{kind} of {identifier!r}, number {number}: id {key!r} occurs twice")
         found[key] = one_line(record.default_text() or "")
+        if title := one_line(getattr(record, "title", None) or "").strip():
+            titles[key] = title
     return Texts(list(found), list(found.values()))
 
 

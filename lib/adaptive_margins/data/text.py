@@ -179,7 +179,9 @@ def alike(unknown: Iterable[str], known: Iterable[str]) -> str:
     ends = {_end(identifier): identifier for identifier in there}
     for identifier in left:
         other = ends.get(identifier, _end(identifier))
-        if other != identifier and other in there:
+        end, whole = sorted([identifier, other], key=len)
+        named = re.search(r"[^\W\d_]", whole.removesuffix(end))  # of 1.0 and 0, "1." is no prefix
+        if named and other in there:
             return f"{identifier!a} and the known {other!a} differ in a prefix only"
     return ""
 
@@ -195,11 +197,18 @@ def _surrounded(identifier: str) -> str:
     return re.sub(r"^[\W_]+|[\W_]+$", "", visible)
 
 
+def _number(identifier: str) -> str:
+    """Digits without zeros before them and .0 behind them, as they become where ids are read as numbers."""
+    found = re.fullmatch(r"(.*?)0*([0-9]+?)(\.0*)?", identifier)
+    return f"{found[1]}{found[2]}" if found else identifier
+
+
 _FORMS: list[tuple[str, Callable[[str], str]]] = [
     ("Unicode normalisation (NFC)", lambda i: unicodedata.normalize("NFC", i)),
     ("Unicode normalisation (NFKC)", lambda i: unicodedata.normalize("NFKC", i)),
     ("case", lambda i: unicodedata.normalize("NFKC", i).casefold()),
     ("the characters around them", _surrounded),
+    ("how a number is written", _number),
 ]
 
 

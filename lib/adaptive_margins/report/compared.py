@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ def compare_runs(
         hint = alike((qid for run in runs.values() for qid in run), qrels)
         raise ComparisonError("; ".join([*refused, hint] if hint else refused))
     values = {name: s.evaluation.per_query[measure] for name, s in scored.items()}
-    pairs = list(combinations(runs, 2))
+    pairs = list(itertools.combinations(runs, 2))
     failing = _warned(qrels, wanted, runs, scored)
     return {
         "measure": measure,
@@ -210,22 +211,28 @@ def comparison_text(found: Mapping[str, Any]) -> str:
 def run_names(paths: Sequence[Path]) -> list[str]:
     """A name for each run file: its stem, without .gz; with folders in front where stems are the same.
 
-    The same file given twice is numbered.
+    Those of one folder and stem, as the same file given twice, are numbered.
     """
     parts = [
         (*path.resolve().parent.parts[1:], Path(path.name.removesuffix(".gz")).stem)
         for path in paths
     ]
-    names = [stem for *_, stem in parts]
+    names = {place: place[-1] for place in parts}
     for depth in range(2, max(map(len, parts), default=0) + 1):
-        names = [
-            "/".join(folders[-depth:]) if names.count(name) > 1 else name
-            for folders, name in zip(parts, names, strict=True)
-        ]
-    return [
-        name if names.count(name) == 1 else f"{name}-{names[: i + 1].count(name)}"
-        for i, name in enumerate(names)
-    ]
+        count = Counter(names.values())
+        names = {
+            place: "/".join(place[-depth:]) if count[name] > 1 else name
+            for place, name in names.items()
+        }
+    taken = set(names.values())
+    result = []
+    for place in parts:
+        name = names[place]
+        if parts.count(place) > 1:
+            name = next(n for i in itertools.count(1) if (n := f"{name}-{i}") not in taken)
+            taken.add(name)
+        result.append(name)
+    return result
 
 
 def per_query_figure(found: Mapping[str, Any]) -> Figure:

@@ -235,7 +235,7 @@ def _setting(reproduction: Reproduction) -> dict[str, str]:
         " batches",
         "comparison": f"{curve(p.comparison, p.comparison.batch_sizes[:1])}, decay γ = {p.comparison.decay:g} a step; stops"
         f" after {p.comparison.patience} checks without a gain in {measure_label(p.measures.selection)} on {stopping};"
-        f" the {p.comparison.keep} checkpoint is ranked with{own(p.comparison)}",
+        f" rankings are those of the {p.comparison.keep} checkpoint{own(p.comparison)}",
         "reference": f"{encoder_label(p.reference_encoder)}; † against the underlined run",
     }
 
