@@ -26,6 +26,7 @@ from adaptive_margins.data.arrow import seeded_order
 from adaptive_margins.encoders import embed, tokenize
 from adaptive_margins.experiments import Reproduction
 from adaptive_margins.profiles import load_profile
+from adaptive_margins.store import StoreError
 from adaptive_margins.training import TrainingError
 
 ENCODERS = ["minilm-3", "minilm-4"]
@@ -544,6 +545,20 @@ def test_the_plan(smoke, tmp_path):
     assert (plan.loc[~plan["done"], "seconds"] > 0).all()
     assert not plan.loc[plan["done"], "seconds"].any()
     assert Counter(plan["encoder"]) == {"bm25": 1, "minilm": 1, "minilm-3": 22, "minilm-4": 18}
+
+
+def test_an_unknown_run_is_refused_before_any_is_made(tmp_path, monkeypatch):
+    reproduction = Reproduction(load_profile("smoke"), tmp_path)
+    reproduction.fingerprint = "0" * 16
+    wanted = []
+    monkeypatch.setattr(reproduction, "ensure", lambda configs: wanted.extend(configs))
+    with pytest.raises(StoreError, match="no run 'nosuch'"):
+        reproduction.run_one("nosuch")
+    assert wanted == []
+    tuned = reproduction.comparison_config("minilm-4", target=0.5, in_batch=True)
+    with pytest.raises(StoreError):
+        reproduction.run_one(tuned.run_id)  # Figure 3's runs are needed to say
+    assert wanted == reproduction.figure3_configs()
 
 
 def test_running_again_does_nothing(smoke, monkeypatch, capsys):

@@ -188,6 +188,7 @@ def test_a_file_that_is_no_profile(tmp_path, content, words):
     with pytest.raises(ProfileError) as error:
         load_profile(path)
     assert words in str(error.value)
+    assert "\n" not in str(error.value)
     assert str(path) in str(error.value)
 
 

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from adaptive_margins import files
 from adaptive_margins import store as store_module
 from adaptive_margins.evaluation import Evaluation
+from adaptive_margins.files import WriteError
 from adaptive_margins.store import Store, StoredRun, StoreError, home
 from adaptive_margins.training import CODE_VERSION, RunConfig, TrainingResult
 from conftest import in_child, run_config
@@ -362,6 +363,10 @@ def test_a_run_whose_folder_has_another_name(store):
 def test_home(tmp_path, monkeypatch):
     monkeypatch.setenv("ADAPTIVE_MARGINS_HOME", str(tmp_path / "x" / ".."))
     assert home() == tmp_path
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ADAPTIVE_MARGINS_HOME", str(tmp_path / "file"))
+    with pytest.raises(WriteError, match="file; expected a folder"):
+        home()
     monkeypatch.delenv("ADAPTIVE_MARGINS_HOME")
     checkout = Path(__file__).resolve().parents[1]
     assert home() == checkout

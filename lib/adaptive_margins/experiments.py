@@ -170,6 +170,14 @@ class Reproduction(Runs):
         """Table 3's rows with the ε that Figure 3 finds; StoreError as long as Figure 3's runs are missing."""
         return [self.variant_config(*variant) for variant in self._variants(static=True)]
 
+    def _tunable_configs(self) -> list[RunConfig]:
+        """Table 3's static rows with each ε that Figure 3 may find."""
+        return [
+            self.comparison_config(encoder, target=target, in_batch=in_batch)
+            for encoder, _, in_batch in self._variants(static=True)
+            for target in self.profile.static.targets
+        ]
+
     def _variants(self, static: bool) -> list[tuple[str, str, bool]]:
         """Encoder, target and in-batch of those rows of Table 3 whose target is static, or of the others."""
         return [
@@ -193,7 +201,7 @@ class Reproduction(Runs):
         """
         known = dict.fromkeys(self.known_configs())
         found = [c for c in known if c.run_id.startswith(run_id)]
-        if not found:
+        if not found and any(c.run_id.startswith(run_id) for c in self._tunable_configs()):
             self.ensure(self.figure3_configs())
             found = [c for c in self.tuned_configs() if c.run_id.startswith(run_id)]
         if len(found) > 1:

@@ -171,7 +171,10 @@ def working_folder(path: Path) -> Iterator[Path]:
 def home() -> Path:
     """Where results lie: $ADAPTIVE_MARGINS_HOME, else the checkout this library is installed from, else the current folder."""
     if given := os.environ.get(HOME_VARIABLE):
-        return Path(os.path.expanduser(given)).resolve()
+        place = Path(os.path.expanduser(given)).resolve()
+        if place.exists() and not place.is_dir():
+            raise WriteError(f"${HOME_VARIABLE} names {place}, which is a file; expected a folder")
+        return place
     checkout = Path(__file__).resolve().parents[2]
     return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
 

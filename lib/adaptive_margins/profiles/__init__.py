@@ -486,7 +486,9 @@ def _read(profile: str, extended_by: tuple[str, ...] = ()) -> tuple[str, dict[st
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ProfileError(f"{source} is not YAML: {error}") from None
+        mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", "")
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise ProfileError(f"{where}: the file is not YAML: {reason or error}") from None
     if not isinstance(values, dict):
         raise ProfileError(f"{source}: expected keys and values, got {type(values).__name__}")
     if (base := values.pop("extends", None)) is not None:
