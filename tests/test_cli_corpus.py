@@ -324,6 +324,7 @@ def test_evaluate_ranks_all_passages(call, corpus, encoder, tmp_path):
         "measures": scores.mean,
         "queries": 40,
         "relevant_queries": {"nDCG@10": 40, "R(rel=1)@100": 40},
+        "missing": 0,
         "run": str(run_out),
         "mode": "full",
         "set": "test",
@@ -428,8 +429,8 @@ def test_evaluate_reranks(call, corpus, encoder, tmp_path):
     path = tmp_path / "candidates.run"
     write_run(given, path, "x")
     options = ["--mode", "rerank", "--candidates", path, "--depth", "10", "--run-out", run_out]
-    code, out, _ = call("evaluate", corpus, "--model", encoder, *options, "--measures", "R@5")
-    assert code == 0
+    code, out, err = call("evaluate", corpus, "--model", encoder, *options, "--measures", "R@5")
+    assert code == 0 and "without candidates count 0: 10 of 40" in err
     cut = read_run(run_out)
     assert cut.keys() == given.keys() - {"z9"}
     for qid, hits in cut.items():
@@ -438,6 +439,19 @@ def test_evaluate_reranks(call, corpus, encoder, tmp_path):
     lines = out.splitlines()
     assert lines[0].endswith("words, test: 40 queries, 120 passages, candidates reranked, depth 10")
     assert lines[-3].split() == ["R(rel=1)@5", f"{expected:.4f}"]
+
+
+def test_a_file_on_stdout_is_not_mixed_with_the_report(tmp_path):
+    (tmp_path / "collection.tsv").write_text("d1\ta passage\n")
+    code = "from adaptive_margins.cli import main; main()"
+    call = subprocess.run(
+        [sys.executable, "-c", code, "collection", tmp_path, "--output", "/dev/stdout"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert call.stdout.rstrip().endswith("</html>")
+    assert "Passages" in call.stderr
 
 
 def test_evaluate_refuses_what_makes_no_sense(call, corpus, encoder, tmp_path):
@@ -459,10 +473,10 @@ def test_evaluate_refuses_what_makes_no_sense(call, corpus, encoder, tmp_path):
     assert "R(rel=1)@100 needs 100 hits a query; the run has at most 1" in message
     candidates.write_text("q1 Q0 zebra 1 1.0 x\n")
     message = fails(1, "--mode", "rerank", "--candidates", candidates)
-    assert "unknown passage 'zebra'" in message
+    assert "1 of 1 candidates are unknown passages, first 'zebra'" in message
     candidates.write_text("z1 Q0 d1 1 1.0 x\n")
     message = fails(1, "--mode", "rerank", "--candidates", candidates)
-    assert "has none of the 40 queries of 'test'" in message
+    assert "has none of the 40 queries" in message
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(corpus / "collection.tsv", alone)

@@ -24,6 +24,7 @@ from adaptive_margins.progress import printable
 
 if TYPE_CHECKING:
     from adaptive_margins.data.collection import Collection, Texts
+    from adaptive_margins.data.trec import Run
 
 commands = typer.Typer()
 
@@ -235,7 +236,7 @@ def evaluate(
     from adaptive_margins.report.text import aligned
 
     lines = [about, *([result["split"]] if result["split"] else []), "", *aligned(rows)]
-    _tell(result, as_json, "\n".join(lines + ([f"\nRun: {run_out}"] if run_out else [])))
+    _tell(result, as_json, "\n".join(lines + ([f"\nRun: {run_out}"] if run_out else [])), run_out)
 
 
 def _judged(result: Mapping[str, Any]) -> str:
@@ -261,7 +262,7 @@ def _evaluated(
 ) -> dict[str, Any]:
     from adaptive_margins import evaluation
     from adaptive_margins.data.sources import open_collection
-    from adaptive_margins.data.text import DataError, alike
+    from adaptive_margins.data.text import DataError
     from adaptive_margins.data.trec import read_marked_run, run_tag, top, write_run
     from adaptive_margins.dense import DenseRetriever
     from adaptive_margins.encoders import default_device, encoder_identity, open_encoder
@@ -287,6 +288,8 @@ def _evaluated(
             f"{depth} passages a query are too few for {' '.join(measures)}: {deepest} are needed",
             param_hint="--depth",
         )
+    if candidates is not None:
+        _check_candidates(str(candidates_path), candidates, queries, collection.passages)
     encoder = open_encoder(model, device=device or default_device())
     retriever = DenseRetriever(encoder, collection.passages)
     if not exclude_self and (count := count_self(queries, collection.passages)):
@@ -303,14 +306,7 @@ def _evaluated(
             assert depth
             candidates = BM25(collection.passages).search(queries, depth + exclude_self)
             without_hits({qid: hits for qid, hits in candidates.items() if qid in qrels})
-        given = candidates
-        candidates = {qid: hits for qid, hits in given.items() if qid in queries}
-        if not candidates:
-            hint = alike(given, queries.ids)
-            raise DataError(
-                f"{candidates_path} has none of the {len(queries)} queries of {name!r}"
-                + (f": {hint}" if hint else "")
-            )
+        candidates = {qid: hits for qid, hits in candidates.items() if qid in queries}
         if exclude_self:
             candidates = without_self(candidates)
         candidates = {qid: dict(top(hits, depth)) for qid, hits in candidates.items()}
@@ -321,6 +317,11 @@ def _evaluated(
     scored = score(run, qrels, measures, passages=passages, complete=complete)
     if scored.refused:
         raise DataError(f"{candidates_path}: {'; '.join(scored.refused.values())}")
+    if candidates_path and scored.missing:
+        warnings.warn(
+            f"judged queries without candidates count 0: {scored.missing:,} of {len(qrels):,}",
+            stacklevel=2,
+        )
     for level in {str(judged): judged for judged in relevant.values()}.values():
         if not finds_relevant(run, level):
             count = sum(map(len, level.values()))
@@ -336,6 +337,7 @@ def _evaluated(
         "measures": scored.evaluation.mean,
         "queries": len(qrels),
         "relevant_queries": {measure: len(judged) for measure, judged in relevant.items()},
+        "missing": scored.missing,
         "run": str(run_out) if run_out else None,
         "mode": mode,
         "set": name,
@@ -356,6 +358,23 @@ def _evaluated(
         },
         "per_query": scored.evaluation.per_query,
     }
+
+
+def _check_candidates(path: str, candidates: Run, queries: Texts, passages: Texts) -> None:
+    """Raise DataError if candidates have none of the queries, or one of them has a passage that is unknown."""
+    from adaptive_margins.data.text import DataError, alike
+
+    asked = {qid: hits for qid, hits in candidates.items() if qid in queries}
+    if not asked:
+        hint = alike(candidates, queries.ids)
+        what = f"{path} has none of the {len(queries):,} queries that are asked"
+        raise DataError(f"{what}; {hint}" if hint else what)
+    unknown = [docid for hits in asked.values() for docid in hits if docid not in passages]
+    if unknown:
+        hint = alike(unknown, passages.ids)
+        count = sum(map(len, asked.values()))
+        what = f"{path}: {len(unknown):,} of {count:,} candidates are unknown passages, first {unknown[0]!r}"
+        raise DataError(f"{what}; {hint or 'is it a run of this collection?'}")
 
 
 def _held_out(model: str, collection: Collection) -> tuple[Collection, str]:
@@ -483,7 +502,7 @@ def compare(
     if not per_query:
         del result["per_query"]
     text = compared.comparison_text(result)
-    _tell(result, as_json, f"{text}\n\nPlot: {plot}" if plot else text)
+    _tell(result, as_json, f"{text}\n\nPlot: {plot}" if plot else text, plot)
 
 
 @commands.command(
@@ -604,7 +623,7 @@ def search(
         text = f"{run_out}: {len(hits):,} hits of {len(asked):,} queries"
     else:
         text = _hits(asked, hits, titles=query is None)
-    _tell(result, as_json, text)
+    _tell(result, as_json, text, run_out)
 
 
 def _hits(queries: Texts, hits: Sequence[Mapping[str, Any]], *, titles: bool) -> str:
@@ -665,6 +684,7 @@ def collection(
         {**facts, "page": str(output) if output else None},
         as_json,
         f"{text}\n\nPage: {output}" if output else text,
+        output,
     )
 
 
@@ -817,10 +837,12 @@ def _quoted(value: object) -> str:
     return shlex.quote(str(value))
 
 
-def _tell(result: Mapping[str, Any], as_json: bool, text: str) -> None:
-    """The outcome on stdout: an object for machines, or text for people."""
+def _tell(result: Mapping[str, Any], as_json: bool, text: str, written: Path | None = None) -> None:
+    """The outcome: an object for machines, or text for people. On stdout, unless a file was ``written`` there."""
+    from adaptive_margins.files import is_stdout
+
+    stream = sys.stderr if written and is_stdout(written) else sys.stdout
     if as_json:
-        unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-        print(json.dumps(result, indent=1, ensure_ascii=not unicode, allow_nan=False))
-    else:
-        print(printable(text))
+        unicode = (stream.encoding or "utf-8").lower().startswith("utf")
+        text = json.dumps(result, indent=1, ensure_ascii=not unicode, allow_nan=False)
+    print(text if as_json else printable(text), file=stream)

@@ -44,6 +44,11 @@ def check_output(path: Path, *, folder: bool = False) -> None:
         raise WriteError(f"{path} cannot be written: {reason}")
 
 
+def is_stdout(path: Path) -> bool:
+    """Whether what is written to ``path`` goes to the standard output, as with /dev/stdout."""
+    return _destination(path) == 1
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A name to write to; that file becomes ``path`` when the block ends without an error, and is removed otherwise.

@@ -159,9 +159,14 @@ def read_columns(
             continue
         expected = f"{columns} {kind} columns expected"
         if number == 1 and line.lstrip()[:1] in ("{", "["):
-            problems.add(path, 1, f"{expected}, found JSON: {line[:60]!r}")
+            way = (
+                f"; convert: jq -r '[._id, .text] | @tsv' {path.name} > NEW"
+                if '"_id"' in line
+                else ""
+            )
+            problems.add(path, 1, f"{expected}, found JSON: {line[:60]!r}{way}")
             return
-        problems.add(path, number, f"{expected}, {len(cells)} found")
+        problems.add(path, number, f"{expected}, {len(cells)} found: {line[:60]!r}")
 
 
 def alike(unknown: Iterable[str], known: Iterable[str]) -> str:

@@ -237,7 +237,7 @@ def _no_columns(line: str) -> str:
     if text[0] in "{[":
         return f"JSON: {text[:60]!r}"
     if text.count(",") > 1 and len(text.split()) < 3:
-        return f"commas: {text[:60]!r}"
+        return f"commas: {text[:60]!r}; convert: tr ',' ' ' < FILE > NEW"
     return ""
 
 
@@ -307,7 +307,9 @@ def read_judgements(path: Path, problems: Problems, *, empty: bool = False) -> J
 
 def _wrong_grade(text: str) -> str:
     if not _INTEGER.fullmatch(text):
-        return f"grade {text!r} is not an integer"
+        whole = re.fullmatch(r"[+-]?[0-9]+\.0+", text)
+        way = "; convert: sed -E 's/\\.0+\\s*$//' FILE > NEW" if whole else ""
+        return f"grade {text!r} is not an integer{way}"
     if len(text.lstrip("+-0")) > 4 or abs(int(text)) > MAX_GRADE:
         return f"grade {text!r} is beyond ±{MAX_GRADE:,}"
     return ""
