@@ -166,7 +166,7 @@ def read_columns(
             )
             problems.add(path, 1, f"{expected}, found JSON: {line[:60]!r}{way}")
             return
-        problems.add(path, number, f"{expected}, {len(cells)} found: {line[:60]!r}")
+        problems.add(path, number, f"{expected}, {len(cells)} found")
 
 
 def alike(unknown: Iterable[str], known: Iterable[str]) -> str:
