@@ -341,3 +341,10 @@ def test_work_is_kept_for_the_next_call_but_not_of_a_refusal(tmp_path):
 def test_no_module_but_the_library_locks():
     for path in Path(adaptive_margins.__file__).parent.rglob("*.py"):
         assert "fcntl" not in path.read_text("utf-8"), path
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
+    path = tmp_path / "plot.png"
+    with pytest.raises(OSError) as error, whole_file(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert error.value.filename == str(path)

@@ -303,7 +303,9 @@ def test_without_enough_judged_queries() -> None:
         split_queries(empty, seed=1)
     with pytest.raises(DataError, match="no query has a relevant passage"):
         split_queries(collection_of(train=1), seed=1)
-    with pytest.raises(DataError, match=r"some: 2 judged queries of the set test are too few"):
+    with pytest.raises(
+        DataError, match=r"some: 2 judged queries of the set test, of 2 .* are too few"
+    ):
         split_queries(collection_of(test=3), seed=1)
     split, _ = split_queries(collection_of(test=4), seed=1)
     assert [len(texts) for texts in split.queries.values()] == [1, 1, 1]

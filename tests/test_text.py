@@ -164,9 +164,7 @@ def test_columns_say_how_many_were_expected_and_name_json(tmp_path):
     problems = Problems()
     path.write_text("1\ta b\n2 c\n3\td\te\n4\tf\n")
     assert list(read_columns(path, 2, problems)) == [(1, ["1", "a b"]), (4, ["4", "f"])]
-    with pytest.raises(
-        DataError, match=r":2: 2 tab-separated columns expected, 1 found .*1 more"
-    ):
+    with pytest.raises(DataError, match=r":2: 2 tab-separated columns expected, 1 found .*1 more"):
         problems.check()
     path.write_text('{"_id": "1", "text": "a"}\n' * 20)
     problems = Problems()

@@ -250,10 +250,12 @@ def _why_not_in(place: Path) -> str:
 
 @contextmanager
 def _named(partial: Path, path: Path) -> Iterator[None]:
-    """An error that names something at ``partial`` or below it names ``path`` in its place."""
+    """An error that names something at ``partial`` or below it, or that a disk is full, names ``path`` in its place."""
     try:
         yield
     except OSError as error:
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            error.filename = str(path)
         if isinstance(error.filename, str):
             error.filename = error.filename.replace(str(partial), str(path))
             error.filename2 = None
