@@ -100,6 +100,7 @@ def kill_in(owner: object, name: str, number: int) -> None:
     setattr(owner, name, deadly)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Tests of one finished home share a worker, and so do those of a file: what they share is made once."""
     for item in items:
