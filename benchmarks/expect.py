@@ -15,8 +15,8 @@ from typing import Any
 
 from timing import stamp
 
+from adaptive_margins.corpus.finetune import Finetuned, finetune
 from adaptive_margins.files import write_text
-from adaptive_margins.finetuning import Finetuned, finetune
 
 KEPT = (
     "target", "seed", "triples", "settings", "kept", "best_step", "stop_step", "validation", "measures", "comparisons",

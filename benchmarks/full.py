@@ -24,9 +24,11 @@ from schemes import ours
 from sentence_transformers import SentenceTransformer
 from timing import GROWTH, LATEST, clock, growth, keep, rounds, row, show, use_processor_time
 
-from adaptive_margins import retrieval
-from adaptive_margins.encoders import Tokens, embed, tokenize
-from adaptive_margins.experiments import Reproduction
+from adaptive_margins.encoder.embed import embed
+from adaptive_margins.encoder.tokens import Tokens, tokenize
+from adaptive_margins.paper.experiments import Reproduction
+from adaptive_margins.retrieval.exact import approximation_recall, exact_search, rerank
+from adaptive_margins.retrieval.faiss_index import build_index, choose_index, search_index
 
 MEMORY_LIMIT = (
     16 << 30
@@ -55,7 +57,7 @@ def reranking(number: int, queries: int = 24, depth: int = 20) -> list[dict[str,
 
     def once() -> dict[str, dict[str, float]]:
         used = sorted({int(d) for scores in candidates.values() for d in scores})
-        return retrieval.rerank(
+        return rerank(
             candidates, embed(model, query_tokens), [str(q) for q in range(queries)],
             embed(model, passage_tokens, used), [str(d) for d in used],
         )  # fmt: skip
@@ -253,17 +255,17 @@ def index_growth(
     recall = []
     for size in sizes:
         vectors, ids = everything[:size], [str(i) for i in range(size)]
-        settings = retrieval.choose_index(size, dim, depth=100)
+        settings = choose_index(size, dim, depth=100)
         started = clock()
-        index = retrieval.build_index(vectors, settings, seed=1, threads=torch.get_num_threads())
+        index = build_index(vectors, settings, seed=1, threads=torch.get_num_threads())
         times["building an index"].append(clock() - started)
         started = clock()
-        found = retrieval.search_index(index, settings, queries, qids, ids, 100, vectors)
+        found = search_index(index, settings, queries, qids, ids, 100, vectors)
         times["searching it"].append(clock() - started)
         started = clock()
-        exact = retrieval.exact_search(queries, vectors, qids, ids, 100)
+        exact = exact_search(queries, vectors, qids, ids, 100)
         times["searching exactly"].append(clock() - started)
-        recall.append(retrieval.approximation_recall(found, exact, 100))
+        recall.append(approximation_recall(found, exact, 100))
         seconds = ", ".join(f"{name} {times[name][-1]:.4g} s" for name in times)
         print(f"  {size} vectors: {seconds}, recall of exact {recall[-1]:.3f}", flush=True)
     setting = f"{dim} dimensions, 256 clusters, 100 queries, depth 100"

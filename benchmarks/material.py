@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from adaptive_margins.data.pydocs import build_pydocs
-from adaptive_margins.encoders import load_encoder, quiet, weights_folder
-from adaptive_margins.profiles import EncoderSettings
+from adaptive_margins.encoder.load import load_encoder, quiet, weights_folder
+from adaptive_margins.profiles.config import EncoderSettings
 
 QUERY_LENGTH, PASSAGE_LENGTH = 30, 200  # Section 4
 MEAN_LENGTH, SHAPE = 80, 5.5  # tokens of MS MARCO's passages; gamma with a standard deviation of 34

@@ -37,7 +37,8 @@ from timing import (
 )
 from torch.profiler import ProfilerActivity, profile
 
-from adaptive_margins.encoders import embed, tokenize
+from adaptive_margins.encoder.embed import embed
+from adaptive_margins.encoder.tokens import tokenize
 
 CHUNKS = 1
 CONTESTANTS: dict[str, Step] = {

@@ -22,8 +22,9 @@ from torch.nn.functional import pad
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from adaptive_margins import training
-from adaptive_margins.encoders import Tokens, quiet, tokenize
-from adaptive_margins.evaluation import Evaluation
+from adaptive_margins.encoder.load import quiet
+from adaptive_margins.encoder.tokens import Tokens, tokenize
+from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.losses import MarginLoss
 
 TARGET = "distributed"

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from torch.utils.data import DataLoader
 
-from adaptive_margins.data.arrow import (
+from adaptive_margins.data.stored import (
     SeededBatches,
     StoredTexts,
     StoredTriples,

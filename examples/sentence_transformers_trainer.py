@@ -18,7 +18,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from adaptive_margins.encoders import open_encoder
+from adaptive_margins.encoder.load import open_encoder
 from adaptive_margins.losses import CachedMarginLoss, MarginLoss
 
 COLUMNS = ("anchor", "positive", "negative")  # the order counts, the names do not

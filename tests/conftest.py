@@ -137,7 +137,7 @@ def smoke_home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def smoke(smoke_home):
     """The reproduction that `smoke_home` holds, opened for reading."""
-    from adaptive_margins.experiments import Reproduction
+    from adaptive_margins.paper.experiments import Reproduction
 
     return Reproduction.open("smoke", smoke_home)
 
@@ -220,7 +220,7 @@ def write_miniature(home: Path, extends: str = "paper", **values: Any) -> Path:
     Only sizes, places and the device differ. The collection is converted, so that other processes find it.
     """
     import irds_miniature
-    from adaptive_margins.experiments import Reproduction
+    from adaptive_margins.paper.experiments import Reproduction
 
     small = register_miniature(home)
     words = [*SPECIAL, *irds_miniature.VOCABULARY]
@@ -273,7 +273,7 @@ def miniature_home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def miniature(miniature_home):
     """The reproduction that `miniature_home` holds, opened for reading."""
-    from adaptive_margins.experiments import Reproduction
+    from adaptive_margins.paper.experiments import Reproduction
 
     return Reproduction.open(miniature_home / "miniature-paper.yaml", miniature_home)
 

@@ -1,7 +1,6 @@
 """A module imports only from those left of it.
 
-losses → profiles → data → encoders → retrieval → evaluation → dense → training → finetuning → store → … → experiments →
-report (published first, then its pages, build last) → cli: `ORDER` and `DATA` have all of them
+losses → data → encoder → retrieval → evaluation → training → paper → book → corpus → cli: `ORDER` and `DATA` have all of them.
 """
 
 from __future__ import annotations
@@ -17,13 +16,12 @@ import adaptive_margins
 
 PACKAGE = Path(adaptive_margins.__file__).parent
 ORDER = [
-    "errors", "encoder_checks", "losses", "cached_loss", "profiles", "progress", "files", "data",
-    "encoders", "retrieval", "evaluation", "supplied", "dense", "training", "onnx", "modelcard",
-    "finetuning", "store", "resources", "costs", "execution", "experiments", "differences", "report",
-    "cli_corpus", "cli",
+    "errors", "losses", "cached_loss", "profiles", "progress", "files", "text_tables", "data", "encoder",
+    "retrieval", "evaluation", "training", "onnx", "paper", "book", "corpus", "cli_corpus", "cli",
 ]  # fmt: skip
 DATA = [
-    "words", "text", "trec", "collection", "arrow", "triples", "mining", "pseudo", "pydocs", "msmarco", "folder", "sources",
+    "words", "text", "trec", "collection", "stored", "triples", "mining", "pseudo_queries", "pydocs",
+    "ir_datasets", "folder", "sources",
 ]  # fmt: skip
 
 
@@ -105,10 +103,10 @@ def test_light_parts_stay_light():
         found = {}
         import adaptive_margins.cli
         found["cli"] = [m for m in heavy if m in sys.modules]
-        import adaptive_margins.profiles
-        adaptive_margins.profiles.available()
+        import adaptive_margins.profiles.config
+        adaptive_margins.profiles.config.available()
         found["profiles"] = [m for m in heavy if m in sys.modules]
-        import adaptive_margins.evaluation, adaptive_margins.supplied
+        import adaptive_margins.evaluation, adaptive_margins.evaluation.external_runs
         found["runs"] = [m for m in heavy if m in sys.modules]
         import adaptive_margins.losses
         found["losses"] = [m for m in heavy if m in sys.modules]

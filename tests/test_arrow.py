@@ -9,8 +9,9 @@ import scipy.stats
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from adaptive_margins.data import arrow
-from adaptive_margins.data.arrow import (
+from adaptive_margins.data import stored as arrow
+from adaptive_margins.data.collection import Texts
+from adaptive_margins.data.stored import (
     SeededBatches,
     StoredTexts,
     StoredTriples,
@@ -19,7 +20,6 @@ from adaptive_margins.data.arrow import (
     write_texts,
     write_triples,
 )
-from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.text import DataError
 
 

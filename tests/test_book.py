@@ -18,8 +18,8 @@ import pytest
 import yaml
 from bs4 import BeautifulSoup
 
-from adaptive_margins.report.build import build
-from adaptive_margins.report.marks import encoder_label, measure_label
+from adaptive_margins.book.build import build
+from adaptive_margins.book.style import encoder_label, measure_label
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTENTS = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())

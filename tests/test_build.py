@@ -15,12 +15,12 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
+from adaptive_margins.book import build as build_module
+from adaptive_margins.book import pages
+from adaptive_margins.book.build import BuildError, Progress, Site, build, select
+from adaptive_margins.book.execute import NotebookError, execute, parameter_defaults
 from adaptive_margins.files import WriteError, alone, write_text
-from adaptive_margins.profiles import load_profile
-from adaptive_margins.report import build as build_module
-from adaptive_margins.report import pages
-from adaptive_margins.report.build import BuildError, Progress, Site, build, select
-from adaptive_margins.report.execute import NotebookError, execute, parameter_defaults
+from adaptive_margins.profiles.config import load_profile
 
 PARAMETERS = 'profile = "laptop"\ndata_folder = ""'
 ROOT = Path(__file__).resolve().parents[1]

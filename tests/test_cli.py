@@ -16,10 +16,10 @@ import pytest
 
 from adaptive_margins import cli, cli_corpus, progress
 from adaptive_margins.data.collection import Texts
-from adaptive_margins.encoders import EncoderError
-from adaptive_margins.experiments import Reproduction
-from adaptive_margins.profiles import ProfileError, available
-from adaptive_margins.store import StoreError
+from adaptive_margins.encoder.checks import EncoderError
+from adaptive_margins.paper.experiments import Reproduction
+from adaptive_margins.paper.store import StoreError
+from adaptive_margins.profiles.config import ProfileError, available
 from adaptive_margins.training import TrainingError
 
 

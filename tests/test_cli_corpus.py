@@ -18,16 +18,17 @@ import pytest
 import pytrec_eval
 from typer.testing import CliRunner
 
-from adaptive_margins import cli, finetuning, onnx, progress
+from adaptive_margins import cli, onnx, progress
+from adaptive_margins.corpus import finetune as finetuning
 from adaptive_margins.data import sources
 from adaptive_margins.data.folder import read_folder
 from adaptive_margins.data.sources import split_queries
 from adaptive_margins.data.trec import read_qrels, read_run, top, write_run
-from adaptive_margins.encoders import open_encoder
-from adaptive_margins.evaluation import Evaluation, evaluate
-from adaptive_margins.report.compared import compare_runs
-from adaptive_margins.retrieval import BM25
-from adaptive_margins.store import Store
+from adaptive_margins.encoder.load import open_encoder
+from adaptive_margins.evaluation.comparison import compare_runs
+from adaptive_margins.evaluation.measures import Evaluation, evaluate
+from adaptive_margins.paper.store import Store
+from adaptive_margins.retrieval.bm25 import BM25
 from conftest import WORDS, run_config
 
 COMMANDS = ["train", "evaluate", "compare", "index", "search", "collection", "export", "status"]

@@ -13,16 +13,16 @@ import pytest
 import pytrec_eval
 from scipy import stats
 
+from adaptive_margins.book.per_query import per_query_figure
 from adaptive_margins.data.text import DataError
 from adaptive_margins.data.trec import read_qrels
-from adaptive_margins.evaluation import MeasureError
-from adaptive_margins.report.compared import (
+from adaptive_margins.evaluation.comparison import (
     ComparisonError,
     compare_runs,
     comparison_text,
-    per_query_figure,
     run_names,
 )
+from adaptive_margins.evaluation.measures import MeasureError
 
 
 def judged(queries: int, docs: int = 30, seed: int = 0):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from adaptive_margins.book import schematics
 from adaptive_margins.losses import margin_loss
-from adaptive_margins.report import concepts
 
 
-@pytest.mark.parametrize("draw", [concepts.regimes, concepts.targets])
+@pytest.mark.parametrize("draw", [schematics.regimes, schematics.targets])
 def test_figures_draw_on_white(draw):
     file = io.BytesIO()
     draw().savefig(file, format="png", dpi=100)
@@ -24,7 +24,7 @@ def test_figures_draw_on_white(draw):
     assert (np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]) == 1).all()
 
 
-@pytest.mark.parametrize("draw", [concepts.regimes, concepts.targets])
+@pytest.mark.parametrize("draw", [schematics.regimes, schematics.targets])
 def test_texts_do_not_overlap(draw):
     figure = draw()
     figure.canvas.draw()
@@ -48,7 +48,7 @@ def loss_of_one_query(drawn, negatives, target):
 
 @pytest.mark.parametrize("target", [0.5, "adaptive", "distributed"])
 def test_arrows_follow_finite_differences_of_the_loss(target):
-    drawn = concepts.scene(target)
+    drawn = schematics.scene(target)
     step = 1e-6
     slope = np.zeros_like(drawn.negatives)
     for index in np.ndindex(slope.shape):
@@ -66,13 +66,13 @@ def test_arrows_follow_finite_differences_of_the_loss(target):
 
 @pytest.mark.parametrize("target", [0.5, "adaptive"])
 def test_arrows_point_to_the_levels(target):
-    drawn = concepts.scene(target)
+    drawn = schematics.scene(target)
     assert (np.sign(drawn.shifts[:, 1]) == np.sign(drawn.levels - drawn.negatives[:, 1])).all()
 
 
 def test_levels_are_where_the_loss_is_zero():
     # On its level a negative meets a static target, which does not move with it.
-    drawn = concepts.scene(0.5)
+    drawn = schematics.scene(0.5)
     height = drawn.levels[:1]
     there = np.stack([np.sqrt(1 - height**2), height], axis=1)
     parts = (torch.tensor(part) for part in (drawn.query[None], drawn.positive[None], there))

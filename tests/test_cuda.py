@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from adaptive_margins.encoders import embed, embed_shards, load_encoder, tokenize
-from adaptive_margins.experiments import Reproduction
-from adaptive_margins.profiles import EncoderSettings
+from adaptive_margins.encoder.embed import embed, embed_shards
+from adaptive_margins.encoder.load import load_encoder
+from adaptive_margins.encoder.tokens import tokenize
+from adaptive_margins.paper.experiments import Reproduction
+from adaptive_margins.profiles.config import EncoderSettings
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="not run here: needs a CUDA device"

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 from bs4 import BeautifulSoup
 
+from adaptive_margins.book.datasheet import datasheet, page
 from adaptive_margins.data.collection import Collection, Texts
-from adaptive_margins.report.datasheet import datasheet, page
 
 # What MyST, Sphinx, HTML and tables could trip over.
 HOSTILE = "a | b {doc}`nowhere` [x](y.md) ``` :::{note} $x_1$ # h %c <b>&amp;</b> </table> [^1] {{ s }} *a* \\("

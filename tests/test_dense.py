@@ -13,13 +13,24 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from adaptive_margins import dense, encoders, retrieval
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.text import DataError
-from adaptive_margins.dense import DenseIndex, DenseRetriever, hybrid
-from adaptive_margins.encoders import EncoderError, encoder_identity, open_encoder, weights_folder
+from adaptive_margins.encoder import embed as encoder_embed
+from adaptive_margins.encoder.checks import EncoderError
+from adaptive_margins.encoder.load import (
+    encoder_identity,
+    open_encoder,
+    save_encoder,
+    weights_folder,
+    weights_identity,
+)
 from adaptive_margins.files import WriteError, alone
-from adaptive_margins.profiles import EncoderSettings
+from adaptive_margins.profiles.config import EncoderSettings
+from adaptive_margins.retrieval import dense as retrieval_dense
+from adaptive_margins.retrieval import dense_index as retrieval_dense_index
+from adaptive_margins.retrieval.dense import DenseRetriever, hybrid
+from adaptive_margins.retrieval.dense_index import DenseIndex
+from adaptive_margins.retrieval.exact import approximation_recall
 from conftest import WORDS, in_child, write_encoder
 
 WORDS = WORDS[5:]
@@ -41,7 +52,7 @@ QUERIES = Texts(["q1", "q2", "q3"], sentences(3, seed=3))
 def folder(tmp_path_factory) -> Path:
     """A Sentence Transformers folder: a tiny random BERT and mean pooling."""
     home = tmp_path_factory.mktemp("encoder")
-    encoders.save_encoder(open_encoder(str(write_encoder(home / "plain", "bert"))), home / "saved")
+    save_encoder(open_encoder(str(write_encoder(home / "plain", "bert"))), home / "saved")
     return home / "saved"
 
 
@@ -140,8 +151,8 @@ def test_lengths_that_cannot_be(model, lengths):
 
 
 def test_slices_change_nothing(retriever, model, monkeypatch, capsys):
-    monkeypatch.setattr(dense, "_SLICE", 5)
-    monkeypatch.setattr(dense.Countdown.__init__, "__kwdefaults__", {"every": 0.0})
+    monkeypatch.setattr(retrieval_dense, "_SLICE", 5)
+    monkeypatch.setattr(retrieval_dense.Countdown.__init__, "__kwdefaults__", {"every": 0.0})
     again = DenseRetriever(model, PASSAGES)
     np.testing.assert_allclose(again.embeddings, retriever.embeddings, atol=1e-6)
     said = capsys.readouterr().err.splitlines()
@@ -172,8 +183,8 @@ def test_candidates_are_ordered_as_by_a_loop_and_nothing_else_is_embedded(
         embedded.append(len(rows))
         return original(model, tokens, rows, **settings)
 
-    original = encoders.embed
-    monkeypatch.setattr(encoders, "embed", embed)
+    original = encoder_embed.embed
+    monkeypatch.setattr(retrieval_dense, "embed", embed)
     found = DenseRetriever(model, PASSAGES).rerank(QUERIES, candidates)
     assert embedded == [4, 3]  # passages, queries
     expected = naive(
@@ -275,7 +286,7 @@ def test_what_made_it_is_written_down(built, folder):
 
 
 def test_a_larger_index_finds_nearly_all_and_scores_exactly(model, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(dense, "EXACT_BELOW", 0)
+    monkeypatch.setattr(retrieval_dense_index, "EXACT_BELOW", 0)
     texts = list(dict.fromkeys(sentences(2000, seed=5)))[:700]
     passages = Texts([str(i) for i in range(len(texts))], texts)
     retriever = DenseRetriever(model, passages, precision="fp32")
@@ -284,7 +295,7 @@ def test_a_larger_index_finds_nearly_all_and_scores_exactly(model, folder, tmp_p
     queries = Texts([f"q{i}" for i in range(30)], sentences(30, seed=6))
     stored = DenseRetriever(model, passages, embeddings=np.load(built.folder / "embeddings.npy"))
     found, exact = built.search(model, queries, 10), stored.search(queries, 10)
-    assert retrieval.approximation_recall(found, exact, 10) > 0.95
+    assert approximation_recall(found, exact, 10) > 0.95
     for qid, hits in found.items():
         for docid in set(hits) & set(exact[qid]):
             assert hits[docid] == exact[qid][docid]
@@ -306,12 +317,12 @@ def test_an_interrupted_build_leaves_nothing_and_goes_on(model, folder, tmp_path
         raise MemoryError("in the middle")
 
     with monkeypatch.context() as patch:
-        patch.setattr(retrieval, "build_index", fail)
+        patch.setattr(retrieval_dense_index, "build_index", fail)
         with pytest.raises(MemoryError):
             DenseIndex.build(DenseRetriever(model, PASSAGES), "S", str(folder), tmp_path / "index")
     assert [path.name for path in tmp_path.iterdir()] == ["index.work"]
     with monkeypatch.context() as patch:  # embedded already
-        patch.setattr(encoders, "embed", refuse)
+        patch.setattr(encoder_embed, "embed", refuse)
         DenseIndex.build(DenseRetriever(model, PASSAGES), "S", str(folder), tmp_path / "index")
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
     expected = DenseRetriever(model, PASSAGES).search(QUERIES, 9)
@@ -323,7 +334,7 @@ def test_what_was_embedded_for_other_texts_is_not_used(model, folder, tmp_path, 
         raise MemoryError("in the middle")
 
     with monkeypatch.context() as patch:
-        patch.setattr(retrieval, "build_index", fail)
+        patch.setattr(retrieval_dense_index, "build_index", fail)
         with pytest.raises(MemoryError):
             DenseIndex.build(DenseRetriever(model, PASSAGES), "S", str(folder), tmp_path / "index")
     other = Texts(PASSAGES.ids, [*sentences(42, seed=9)])
@@ -406,7 +417,7 @@ def test_another_encoder_is_refused(built, folder, model, tmp_path):
     changed = open_encoder(str(other))
     parameter = next(changed.parameters())
     parameter.data += 0.5 * parameter.data.roll(1, 0)
-    encoders.save_encoder(changed, tmp_path / "changed")
+    save_encoder(changed, tmp_path / "changed")
     assert encoder_identity(str(tmp_path / "changed")) != built.identity
     with pytest.raises(EncoderError, match=rf"built with encoder '{folder}' \({built.identity}\)"):
         built.search(changed, QUERIES, 3)
@@ -435,7 +446,7 @@ def test_an_index_by_the_shipped_encoder(tmp_path):
     built = DenseIndex.build(retriever, "Two", "minilm", tmp_path / "index")
     assert built.about["lengths"] == {"query": 256, "passage": 256}
     settings = EncoderSettings(base="minilm")
-    assert built.identity == encoders.weights_identity(settings)
+    assert built.identity == weights_identity(settings)
     plain = SentenceTransformer(str(weights_folder(settings)), device="cpu")
     asked = plain.encode_query(["stock market"], normalize_embeddings=True)
     index = faiss.read_index(os.fspath(built.folder / "passages.faiss"))

@@ -16,8 +16,11 @@ import pytest
 import pytrec_eval
 from scipy import stats
 
-from adaptive_margins import differences
-from adaptive_margins.differences import (
+from adaptive_margins.book import released_code as report
+from adaptive_margins.evaluation.measures import evaluate
+from adaptive_margins.paper import released_code as differences
+from adaptive_margins.paper.experiments import Reproduction
+from adaptive_margins.paper.released_code import (
     COMPARED,
     SUMMARY,
     Differences,
@@ -28,9 +31,6 @@ from adaptive_margins.differences import (
     pool_qrels,
     summarise,
 )
-from adaptive_margins.evaluation import evaluate
-from adaptive_margins.experiments import Reproduction
-from adaptive_margins.report import differences as report
 
 FULL = ["nDCG@10", "R(rel=2)@20"]
 CHANGED = {  # what the two configurations of a comparison differ in: the paper's values and the code's

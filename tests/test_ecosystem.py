@@ -19,8 +19,9 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from adaptive_margins.data.trec import top, write_run
-from adaptive_margins.encoders import open_encoder, packs, save_encoder
-from adaptive_margins.evaluation import evaluate
+from adaptive_margins.encoder.load import open_encoder, save_encoder
+from adaptive_margins.encoder.packing import packs
+from adaptive_margins.evaluation.measures import evaluate
 from adaptive_margins.losses import CachedMarginLoss, MarginLoss
 from conftest import ROOT, WORDS
 

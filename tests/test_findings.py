@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 import report_frames as frames
-from adaptive_margins.report import findings
-from adaptive_margins.report.published import load
+from adaptive_margins.book import findings
+from adaptive_margins.book.published import load
 
 NDCG, HITS, RECALL = frames.NDCG, frames.HITS, frames.RECALL
 LAPTOP = frames.ENCODERS

@@ -19,13 +19,21 @@ from scipy.stats import sem
 from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, BertModel
 
-from adaptive_margins import finetuning, training
+from adaptive_margins import training
+from adaptive_margins.corpus import explore
+from adaptive_margins.corpus import finetune as finetuning
+from adaptive_margins.corpus.finetune import (
+    RUNS,
+    Finetuned,
+    FinetuneError,
+    Settings,
+    finetune,
+    verdict,
+)
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.mining import Checked
-from adaptive_margins.evaluation import Evaluation
+from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.files import WriteError, alone
-from adaptive_margins.finetuning import RUNS, Finetuned, FinetuneError, Settings, finetune, verdict
-from adaptive_margins.report import own
 from adaptive_margins.training import TrainingError, newest_checkpoint
 from conftest import SPECIAL, in_child, kill_in, write_tokenizer
 
@@ -331,7 +339,7 @@ def test_own_triples_are_chosen_by_seed_or_repeated():
     passages = Texts(["a", "b", "c", "empty"], ["one", "two", "three", " "])
     train = {"train": Texts(["q", "r"], ["what", "who"])}
     own = [("q", "a", "b"), ("q", "a", "c"), ("r", "c", "a"), ("r", "empty", "a"), ("q", "a", "empty")]  # fmt: skip
-    collection = Collection("own", passages, train, {"train": {}}, triples=own)
+    collection = Collection("own", passages, train, {"train": {}}, triples=explore)
     few = Settings(triples=100, passes=4)
     with pytest.warns(UserWarning, match="2 with an empty text, of 5 checked"):
         triples, checked = finetuning._own_triples(collection, few, None, seed=1)
@@ -482,9 +490,9 @@ def test_where_bm25_finds_nothing_for_most_queries_no_verdict_rests_on_it(tmp_pa
     card = (tmp_path / "done" / "README.md").read_text("utf-8")
     for text in (done.report["verdict"], card):
         assert "nothing for 41 of 80 test queries" in text and "not compared with BM25" in text
-    rows = own.comparisons(done)
+    rows = explore.comparisons(done)
     assert {r["verdict"] for r in rows if r["b"] == "bm25"} == {"withheld"}
-    assert "withheld" in own.comparison_table(done, rows)
+    assert "withheld" in explore.comparison_table(done, rows)
 
 
 def test_half_of_the_queries_without_hits_are_told_and_compared(helped):

@@ -498,7 +498,7 @@ def test_what_is_kept_with_a_warning(tmp_path: Path) -> None:
     )
     assert "queries of train and test with the same text: 1, 't1' and 'q1'" in twice
     assert pairs(collection.passages)["d2"] == ""
-    from adaptive_margins.retrieval import BM25
+    from adaptive_margins.retrieval.bm25 import BM25
 
     assert set(BM25(collection.passages).search(Texts(["q"], ["wing flow"]), 10)["q"]) == {
         "d1",

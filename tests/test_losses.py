@@ -407,7 +407,7 @@ def tiny_encoder(tmp_path_factory):
 
     def encoder(*_, dropout=0.0, opened=False):
         if opened:
-            from adaptive_margins.encoders import open_encoder
+            from adaptive_margins.encoder.load import open_encoder
 
             model = open_encoder(str(folder), dropout=dropout)
             model.max_seq_length = 16

@@ -19,14 +19,15 @@ import torch
 from bs4 import BeautifulSoup
 from sentence_transformers import SentenceTransformer
 
-from adaptive_margins import retrieval
-from adaptive_margins.data.msmarco import StoredCollection
+from adaptive_margins.book import context as show
+from adaptive_margins.book import tables
+from adaptive_margins.book.published import load
+from adaptive_margins.data.ir_datasets import StoredCollection
 from adaptive_margins.data.trec import top, write_run
-from adaptive_margins.encoders import Shards
-from adaptive_margins.experiments import Reproduction
-from adaptive_margins.profiles import load_profile
-from adaptive_margins.report import show, tables
-from adaptive_margins.report.published import load
+from adaptive_margins.encoder.embed import Shards
+from adaptive_margins.paper.experiments import Reproduction
+from adaptive_margins.profiles.config import load_profile
+from adaptive_margins.retrieval.bm25 import BM25
 from conftest import MINIATURE_SIZES, write_miniature
 
 SETS = ["TREC-DL19", "TREC-DL20"]
@@ -87,7 +88,7 @@ def test_every_run_has_the_papers_settings(configs, miniature):
 def test_the_candidates_are_the_official_ones_in_bm25s_order(miniature):
     collection = miniature.collection
     assert isinstance(collection, StoredCollection)
-    ranking = retrieval.BM25(collection.passages)
+    ranking = BM25(collection.passages)
     for name in SETS:
         official = collection.candidates[name]
         assert {s for run in official.values() for s in run.values()} == {0.0}  # as TREC DL's
@@ -149,7 +150,7 @@ def test_the_index_is_of_the_papers_kind_and_its_cost_is_reported(miniature):
 
 def test_embedding_goes_on_after_an_interruption(miniature, tmp_path, monkeypatch):
     """A run stopped while embedding leaves whole shards, and the next call makes only the others."""
-    from adaptive_margins import execution
+    from adaptive_margins.paper import runner
 
     other = Reproduction.open(
         miniature.home / "miniature-paper.yaml", tmp_path, workers=1, ranking__devices=["cpu"]
@@ -159,7 +160,7 @@ def test_embedding_goes_on_after_an_interruption(miniature, tmp_path, monkeypatc
     for name in ("collections", "tokens"):
         (tmp_path / "cache" / name).symlink_to(miniature.home / "cache" / name)
     config = other.untrained_config("distilbert")
-    real = execution.embed_shards
+    real = runner.embed_shards
 
     class Stop(Exception):
         pass
@@ -170,7 +171,7 @@ def test_embedding_goes_on_after_an_interruption(miniature, tmp_path, monkeypatc
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(execution, "embed_shards", stop)
+        patch.setattr(runner, "embed_shards", stop)
         with pytest.raises(Stop):
             other.execute(config)
     work = tmp_path / "cache" / "work" / config.run_id
@@ -186,7 +187,7 @@ def test_embedding_goes_on_after_an_interruption(miniature, tmp_path, monkeypatc
         assert isinstance(shards, Shards)
         return shards
 
-    monkeypatch.setattr(execution, "embed_shards", watch)
+    monkeypatch.setattr(runner, "embed_shards", watch)
     run = other.execute(config)
     assert not work.exists()
     stored = miniature.store.get(config)

@@ -9,7 +9,7 @@ import socket
 import pytest
 from huggingface_hub import ModelCard, metadata_load
 
-from adaptive_margins.modelcard import model_card
+from adaptive_margins.corpus.model_card import model_card
 
 COMPARED = {
     "measure": "nDCG@10", "n": 43, "difference": 0.02718281828, "ci": [-0.0314159, 0.0857816], "p_t": 0.3678794,

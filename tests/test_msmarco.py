@@ -22,9 +22,10 @@ from ir_datasets.datasets.base import Dataset
 from ir_datasets.formats import TrecQrels, TrecScoredDocs, TsvDocPairs, TsvDocs, TsvQueries
 from ir_datasets.util import Download, GzipExtract, LocalDownload, RequestsDownload, StringFile
 
-from adaptive_margins.data import arrow, msmarco
+from adaptive_margins.data import ir_datasets as msmarco
+from adaptive_margins.data import stored
 from adaptive_margins.data.collection import Collection
-from adaptive_margins.data.msmarco import (
+from adaptive_margins.data.ir_datasets import (
     DownloadError,
     LicenceError,
     StoredCollection,
@@ -32,7 +33,7 @@ from adaptive_margins.data.msmarco import (
     downloads,
 )
 from adaptive_margins.data.text import DataError
-from adaptive_margins.profiles import IrDatasetsSettings
+from adaptive_margins.profiles.config import IrDatasetsSettings
 from conftest import in_child
 from irds_miniature import Miniature, register
 
@@ -155,7 +156,7 @@ def test_the_fingerprint_depends_on_no_chunk_and_on_every_part(
     shutil.rmtree(tmp_path / "work")
     shutil.rmtree(tmp_path / "collections")
     for module, name in (
-        (arrow, "_TEXT_BATCH"), (arrow, "_TRIPLE_BATCH"), (arrow, "_LOOKED_UP"), (msmarco, "_HASHED"),
+        (stored, "_TEXT_BATCH"), (stored, "_TRIPLE_BATCH"), (stored, "_LOOKED_UP"), (msmarco, "_HASHED"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, 77)
     again = into(mini)
@@ -171,7 +172,7 @@ def test_the_fingerprint_depends_on_no_chunk_and_on_every_part(
     docid, hit = next(iter(qrels[qid])), next(iter(run[other]))
     reordered = dict(reversed([(q, dict(reversed(j.items()))) for q, j in qrels.items()]))
     assert changed(qrels={**again.qrels, "dl19": reordered}) == first.fingerprint
-    fewer = arrow.write_triples(
+    fewer = stored.write_triples(
         tmp_path / "t.arrow", again.triples[:-1], again.queries["train"], again.passages
     )
     found = {
@@ -252,7 +253,7 @@ def _killed_in_the_passages(path: Path, pairs: Any, **options: Any) -> None:
                 _kill()
             yield pair
 
-    arrow.write_texts(path, some(), **options)
+    stored.write_texts(path, some(), **options)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +271,7 @@ def _killed_in_the_passages(path: Path, pairs: Any, **options: Any) -> None:
 def test_a_killed_conversion_goes_on(
     step: str, does: Any, kept: int, mini, into, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(arrow, "_TEXT_BATCH", 50)
+    monkeypatch.setattr(stored, "_TEXT_BATCH", 50)
     with monkeypatch.context() as patch:
         patch.setattr(msmarco, step, does)
         assert in_child(lambda: into(mini)) == "died"
@@ -293,7 +294,7 @@ def test_a_conversion_killed_after_the_selection_goes_on(
     mini, into, tmp_path: Path, monkeypatch
 ) -> None:
     def select(*arguments: Any) -> None:
-        arrow.select_triples(*arguments)
+        stored.select_triples(*arguments)
         _kill()
 
     with monkeypatch.context() as patch:
@@ -557,8 +558,8 @@ def test_the_downloads_of_ms_marco_are_known_without_a_network(tmp_path: Path) -
     """The list and the sizes are ir_datasets' own; a file that is there is not fetched."""
     program = """
         import json, socket
-        from adaptive_margins.data.msmarco import downloads
-        from adaptive_margins.profiles import IrDatasetsSettings
+        from adaptive_margins.data.ir_datasets import downloads
+        from adaptive_margins.profiles.config import IrDatasetsSettings
 
         socket.socket.connect = None
         sets = {f"dl{y}": f"msmarco-passage/trec-dl-20{y}/judged" for y in (19, 20)}
@@ -633,8 +634,8 @@ def test_ms_marco_itself_is_converted_from_files_put_there(tmp_path: Path) -> No
 
         import ir_datasets
 
-        from adaptive_margins.data.msmarco import convert, downloads
-        from adaptive_margins.profiles import IrDatasetsSettings
+        from adaptive_margins.data.ir_datasets import convert, downloads
+        from adaptive_margins.profiles.config import IrDatasetsSettings
 
         socket.socket.connect = None
         sets = {f"dl{y}": f"msmarco-passage/trec-dl-20{y}/judged" for y in (19, 20)}

@@ -17,10 +17,10 @@ import nbformat
 import pandas as pd
 import pytest
 
-from adaptive_margins.profiles import ProfileError
-from adaptive_margins.report.execute import parameter_defaults
-from adaptive_margins.report.pages import OWN
-from adaptive_margins.report.show import PARAMETERS, ParameterError, check_parameters
+from adaptive_margins.book.context import PARAMETERS, ParameterError, check_parameters
+from adaptive_margins.book.execute import parameter_defaults
+from adaptive_margins.book.pages import OWN
+from adaptive_margins.profiles.config import ProfileError
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

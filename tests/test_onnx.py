@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 
 from adaptive_margins import onnx
-from adaptive_margins.encoders import EncoderError
+from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.files import WriteError, alone
 from adaptive_margins.onnx import OnnxError, export_onnx
 

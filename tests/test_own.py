@@ -21,10 +21,11 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
+from adaptive_margins.book import figures
+from adaptive_margins.book.pages import OWN
+from adaptive_margins.corpus import explore
+from adaptive_margins.corpus.finetune import Finetuned, FinetuneError, finetune
 from adaptive_margins.data.collection import Texts
-from adaptive_margins.finetuning import Finetuned, FinetuneError, finetune
-from adaptive_margins.report import figures, own
-from adaptive_margins.report.pages import OWN
 from test_finetuning import SETTINGS, collection_of, encoder, saved  # noqa: F401
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / f"{OWN}.ipynb"
@@ -55,7 +56,7 @@ class Screen:
 @pytest.fixture
 def screen(monkeypatch):
     screen = Screen()
-    monkeypatch.setattr(own, "display", screen)
+    monkeypatch.setattr(explore, "display", screen)
     return screen
 
 
@@ -64,12 +65,12 @@ def helped(tmp_path_factory, encoder):  # noqa: F811
     """A training that helps, and what was shown of it."""
     folder, screen = tmp_path_factory.mktemp("own"), Screen()
     source = saved(collection_of(train_on_chance=False), folder / "collection")
-    collection, split = own.open_collection(source, seed=1, triples=SETTINGS.triples)
+    collection, split = explore.open_collection(source, seed=1, triples=SETTINGS.triples)
     values = {"model": encoder, "target": "distributed", "seed": 1, "triples": SETTINGS.triples}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(own, "finetune", partial(finetune, settings=SETTINGS, device="cpu"))
-        patch.setattr(own, "display", screen)
-        done = own.train(collection, source, folder / "output", **values)
+        patch.setattr(explore, "finetune", partial(finetune, settings=SETTINGS, device="cpu"))
+        patch.setattr(explore, "display", screen)
+        done = explore.train(collection, source, folder / "output", **values)
     assert done.report["kept"] == "trained"
     return SimpleNamespace(
         source=source, collection=collection, split=split, values=values, done=done, screen=screen
@@ -105,7 +106,7 @@ def test_the_notebook_does_all_of_it(executed):
         assert [kind for d in data(cells[name]) for kind in d].count("image/png") == 1, name
     for name in ("changes", "browse", "lost"):
         assert [kind for d in data(cells[name]) for kind in d].count("text/html") == 1, name
-    for name in ("browse", "batch"):  # the picture is an output of its own, not the widget's
+    for name in ("browse", "batch"):  # the picture is an output of its explore, not the widget's
         widget = "application/vnd.jupyter.widget-view+json"
         assert [widget in shown for shown in data(cells[name])] == [True, False]
     verdict = data(cells["verdict"])[0]["text/markdown"]
@@ -138,7 +139,7 @@ def test_the_curve_is_drawn_in_one_place_at_each_check(helped):
 
 def test_the_bar_at_the_best_step_is_what_it_had_to_exceed(helped):
     report = helped.done.report
-    (axis,) = own.learning_curve(helped.done.curve, report).axes
+    (axis,) = explore.learning_curve(helped.done.curve, report).axes
     ((_, _, (bar,)),) = axis.containers
     low, high = bar.get_segments()[0][:, 1]
     validation = report["validation"]
@@ -147,15 +148,15 @@ def test_the_bar_at_the_best_step_is_what_it_had_to_exceed(helped):
     assert (low > validation["start"]["nDCG@10"]) == (report["kept"] == "trained")
 
     kept = {**report, "kept": "start", "best_step": 0}
-    (axis,) = own.learning_curve(helped.done.curve, kept).axes
+    (axis,) = explore.learning_curve(helped.done.curve, kept).axes
     assert not axis.containers
     assert "the encoder stays as it was" in axis.get_title(loc="left")
 
 
 def test_a_finished_training_is_shown_and_not_repeated(helped, screen, monkeypatch):
-    monkeypatch.delattr(own, "finetune")
+    monkeypatch.delattr(explore, "finetune")
     folder = helped.done.folder
-    found = own.train(helped.collection, helped.source, str(folder), **helped.values)
+    found = explore.train(helped.collection, helped.source, str(folder), **helped.values)
     assert found.report == helped.done.report
     assert "shown, not repeated" in screen.places[0][0].data
     assert isinstance(screen.places[1][0], Figure)
@@ -171,7 +172,7 @@ def test_a_finished_training_is_shown_and_not_repeated(helped, screen, monkeypat
 )
 def test_a_training_of_another_call_is_left_alone(helped, values, said):
     with pytest.raises(FinetuneError, match=said):
-        own.train(
+        explore.train(
             helped.collection, helped.source, helped.done.folder, **{**helped.values, **values}
         )
 
@@ -182,20 +183,20 @@ def test_a_collection_that_has_changed_is_another_one(helped):
         helped.collection, passages=Texts(helped.collection.passages.ids, texts)
     )
     with pytest.raises(FinetuneError, match="with another collection;"):
-        own.train(changed, helped.source, helped.done.folder, **helped.values)
+        explore.train(changed, helped.source, helped.done.folder, **helped.values)
 
 
 def test_an_output_with_something_else_is_left_alone(helped, tmp_path):
     (tmp_path / "training.json").write_text("not by this project")
     with pytest.raises(FinetuneError, match=r"training\.json cannot be read"):
-        own.train(helped.collection, helped.source, tmp_path, **helped.values)
+        explore.train(helped.collection, helped.source, tmp_path, **helped.values)
 
 
 # ---- collection and comparisons --------------------------------------------------------------------------------------
 
 
 def test_facts_are_counted(helped):
-    text = own.facts(helped.collection, "Split so.")
+    text = explore.facts(helped.collection, "Split so.")
     assert "**invented**: 120 passages; 11 words each on average, the longest 11;" in text
     assert "Split so." in text
     assert "| test | 80 | 80 | 80 | 80 | 1: 80 |" in text
@@ -207,13 +208,13 @@ def test_pseudo_queries_are_said_to_be_that(tmp_path):
         for n in range(40)
     ]
     (tmp_path / "collection.tsv").write_text("".join(lines))
-    collection, split = own.open_collection(str(tmp_path), seed=1, triples=50)
+    collection, split = explore.open_collection(str(tmp_path), seed=1, triples=50)
     assert len(collection.queries["test"])
-    assert "weaker than real queries" in own.facts(collection, split)
+    assert "weaker than real queries" in explore.facts(collection, split)
 
 
 def test_comparisons_are_the_reports_and_more(helped):
-    rows = own.comparisons(helped.done)
+    rows = explore.comparisons(helped.done)
     assert [row["measure"] for row in rows] == ["nDCG@10"] * 3 + ["R(rel=1)@100"] * 3
     for row in rows[:3]:
         reported = helped.done.report["comparisons"][f"{row['a']} vs {row['b']}"]
@@ -226,14 +227,14 @@ def test_comparisons_are_the_reports_and_more(helped):
             continue
         assert row["p_t"] == pytest.approx(found.pvalue)
         assert row["ci"] == pytest.approx(tuple(found.confidence_interval(0.95)))
-    text = own.comparison_table(helped.done, rows)
+    text = explore.comparison_table(helped.done, rows)
     assert text.count("\n| ") == 2 + len(rows)
     assert "| R@100 | after + BM25 − encoder after |" in text
 
 
 def test_the_comparison_is_drawn_with_its_intervals(helped):
-    rows = own.comparisons(helped.done)
-    figure = own.comparison_figure(helped.done, rows)
+    rows = explore.comparisons(helped.done)
+    figure = explore.comparison_figure(helped.done, rows)
     means, differences = figure.axes[:2]
     shown = {line.get_gid(): line.get_xdata()[0] for line in means.get_lines()}
     assert shown == {n: m["nDCG@10"] for n, m in helped.done.report["measures"].items()}
@@ -248,12 +249,15 @@ def test_one_test_query_is_too_few_and_nothing_breaks(helped, tmp_path):
     qrels = folder / "qrels.test.txt"
     qrels.write_text(qrels.read_text().splitlines()[0] + "\n")
     done = Finetuned.load(folder)
-    rows = own.comparisons(done)
+    rows = explore.comparisons(done)
     assert {row["verdict"] for row in rows} == {"too few queries"}
-    assert "| — | — | — | **too few queries** |" in own.comparison_table(done, rows)
-    table = own.changes(done)
+    assert "| — | — | — | **too few queries** |" in explore.comparison_table(done, rows)
+    table = explore.changes(done)
     assert len(table) == 1
-    for figure in (own.comparison_figure(done, rows), own.changes_figure(done, table, rows)):
+    for figure in (
+        explore.comparison_figure(done, rows),
+        explore.changes_figure(done, table, rows),
+    ):
         figure.canvas.draw()
 
 
@@ -261,23 +265,23 @@ def test_one_test_query_is_too_few_and_nothing_breaks(helped, tmp_path):
 
 
 def test_gains_come_first_then_losses(helped):
-    table = own.changes(helped.done)
+    table = explore.changes(helped.done)
     gained, lost = (table["difference"] > 0).sum(), (table["difference"] < 0).sum()
-    html = BeautifulSoup(own.changes_table(helped.done, table, count=3), "html.parser")
+    html = BeautifulSoup(explore.changes_table(helped.done, table, count=3), "html.parser")
     caption = html.caption.get_text()
     assert f"of 80 queries, {gained} are better and {lost} worse than with encoder before" in caption  # fmt: skip
     rows = [[cell.get_text() for cell in row.find_all("td")] for row in html.tbody.find_all("tr")]
     expected = [*table["qid"][::-1][:3], *table["qid"][: min(3, lost)]]
     assert [row[1] for row in rows] == [f"({qid})" for qid in expected]
     assert rows[0][0] == helped.done.queries[table["qid"].iloc[-1]]
-    figure = own.changes_figure(helped.done, table, own.comparisons(helped.done))
+    figure = explore.changes_figure(helped.done, table, explore.comparisons(helped.done))
     assert figure.axes[0].get_xlabel().startswith(f"{gained} queries above 0, {lost} below")
 
 
 def test_queries_are_compared_with_bm25_where_nothing_changed(executed):
     done = Finetuned.load(executed.folder / "output")
     assert done.report["kept"] == "start"
-    table = own.changes(done)
+    table = explore.changes(done)
     np.testing.assert_array_equal(table["difference"], table["trained"] - table["bm25"])
     assert table["difference"].is_monotonic_increasing
 
@@ -286,7 +290,7 @@ def test_side_by_side_has_the_rankings_and_marks_what_is_relevant(helped):
     done, qrels = helped.done, helped.done.qrels
     ranked = {name: done.run(name) for name in ("start", "trained")}
     for qid in list(qrels)[:10]:
-        page = own.side_by_side(done, helped.collection, qid, depth=4)
+        page = explore.side_by_side(done, helped.collection, qid, depth=4)
         html = BeautifulSoup(page, "html.parser")
         cells = [row.find_all("td") for row in html.tbody.find_all("tr")]
         assert len(cells) == 4
@@ -306,9 +310,9 @@ def test_texts_are_escaped(helped):
     hostile = dataclasses.replace(
         helped.collection, passages=Texts(helped.collection.passages.ids, texts)
     )
-    table = own.changes(helped.done).assign(query="<img src=x onerror=alert(1)>")
+    table = explore.changes(helped.done).assign(query="<img src=x onerror=alert(1)>")
     qid = table["qid"].iloc[0]
-    for page in (own.side_by_side(helped.done, hostile, qid), own.changes_table(helped.done, table)):  # fmt: skip
+    for page in (explore.side_by_side(helped.done, hostile, qid), explore.changes_table(helped.done, table)):  # fmt: skip
         html = BeautifulSoup(page, "html.parser")
         assert not html.find_all(["script", "img"])
         assert html.find("div")["class"] == ["am-own", "tex2jax_ignore", "mathjax_ignore"]
@@ -317,12 +321,12 @@ def test_texts_are_escaped(helped):
 
 def test_an_unknown_query_is_named(helped):
     with pytest.raises(KeyError, match="q99"):
-        own.side_by_side(helped.done, helped.collection, "q99")
+        explore.side_by_side(helped.done, helped.collection, "q99")
 
 
 def test_the_menu_shows_another_query_in_its_place(helped, screen):
-    table = own.changes(helped.done)
-    own.browse(helped.done, helped.collection, table)
+    table = explore.changes(helped.done)
+    explore.browse(helped.done, helped.collection, table)
     (controls,), shown = screen.places
     (menu,) = controls.children
     assert list(menu.options.values()) == list(table["qid"][::-1])
@@ -330,27 +334,27 @@ def test_the_menu_shows_another_query_in_its_place(helped, screen):
     for page, row in zip(shown, (-1, 0), strict=True):
         qid = table["qid"].iloc[row]
         assert isinstance(page, HTML)
-        assert page.data == own.side_by_side(helped.done, helped.collection, qid)
+        assert page.data == explore.side_by_side(helped.done, helped.collection, qid)
 
 
 # ---- targets and a batch ---------------------------------------------------------------------------------------------
 
 
 def test_targets_are_the_first_and_last_batches_smoothed(helped):
-    recorded, frame = helped.done.targets, own.targets(helped.done, window=4, most=20)
+    recorded, frame = helped.done.targets, explore.targets(helped.done, window=4, most=20)
     assert frame["step"].tolist() == [*range(1, 21), *range(41, 61)]
     values = recorded["max"].to_numpy()
     naive = [np.mean(values[max(0, i - 3) : i + 1]) for i in range(len(values))]
     np.testing.assert_allclose(frame["max"], [*naive[:20], *naive[40:]])
     assert figures.figure6(frame).axes
-    halves = own.targets(helped.done)
+    halves = explore.targets(helped.done)
     assert halves["step"].tolist() == list(range(1, 61))
     assert halves.groupby("part")["step"].agg(["min", "max"]).to_numpy().tolist() == [[1, 30], [31, 60]]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def batch(helped):
-    return own.batch(helped.done, helped.collection, model=helped.values["model"], size=6)
+    return explore.batch(helped.done, helped.collection, model=helped.values["model"], size=6)
 
 
 def test_a_batch_is_of_test_queries_with_what_is_and_what_is_not_relevant(helped, batch):
@@ -381,7 +385,7 @@ def random_batch(size: int = 5, dim: int = 7) -> tuple[torch.Tensor, torch.Tenso
 @each_loss
 def test_margins_and_targets_are_those_of_the_equations(loss):
     q, p, n = (each.numpy() for each in random_batch())
-    found = own.state(random_batch(), **loss)
+    found = explore.state(random_batch(), **loss)
     whole, paper = (
         loss.get("in_batch") or loss["target"] == "distributed",
         loss["orientation"] == "paper",
@@ -404,21 +408,24 @@ def test_margins_and_targets_are_those_of_the_equations(loss):
 @each_loss
 def test_each_step_lowers_the_loss(loss):
     start = random_batch()
-    for still, given in zip(own.pulled(start, 0, **loss), start, strict=True):
+    for still, given in zip(explore.pulled(start, 0, **loss), start, strict=True):
         assert still.equal(given)
-    moved = [own.pulled(start, steps, **loss) for steps in range(8)]
-    losses = [own.state(each, **loss).loss for each in moved]
+    moved = [explore.pulled(start, steps, **loss) for steps in range(8)]
+    losses = [explore.state(each, **loss).loss for each in moved]
     assert all(after < before for before, after in pairwise(losses))
     for each in moved[-1]:
         torch.testing.assert_close(each.norm(dim=1), torch.ones(5, dtype=torch.float64))
 
 
 def test_the_picture_shows_margins_and_targets(batch):
-    for target, in_batch in (("distributed", False), ("adaptive", False), (own.STATIC, True)):
-        figure = own.batch_figure(batch, target=target, epsilon=0.2, in_batch=in_batch, steps=3)
-        loss = {"target": 0.2 if target == own.STATIC else target, "in_batch": in_batch}
+    for target, in_batch in (("distributed", False), ("adaptive", False), (explore.STATIC, True)):
+        figure = explore.batch_figure(batch, target=target, epsilon=0.2, in_batch=in_batch, steps=3)
+        loss = {"target": 0.2 if target == explore.STATIC else target, "in_batch": in_batch}
         before = batch.embeddings["start"]
-        first, last = own.state(before, **loss), own.state(own.pulled(before, 3, **loss), **loss)
+        first, last = (
+            explore.state(before, **loss),
+            explore.state(explore.pulled(before, 3, **loss), **loss),
+        )
         pairs, wanted, errors = figure.axes[:3]
         points = {line.get_gid(): line.get_xydata() for line in pairs.get_lines()}
         for gid, state in (("before", first), ("after", last)):
@@ -434,13 +441,13 @@ def test_the_picture_shows_margins_and_targets(batch):
 
 
 def test_controls_draw_anew_in_the_place_of_the_first_picture(batch, screen):
-    own.play(batch)
+    explore.play(batch)
     (box,), pictures = screen.places
     controls = {widget.description: widget for widget in box.children}
     assert isinstance(pictures[0], Figure)
     titles = [pictures[0].axes[0].get_title()]
     for name, value in (
-        ("target", own.STATIC),
+        ("target", explore.STATIC),
         ("static ε", 0.8),
         ("encoder", "trained"),
         ("steps", 0),
@@ -449,7 +456,7 @@ def test_controls_draw_anew_in_the_place_of_the_first_picture(batch, screen):
         titles.append(pictures[-1].axes[0].get_title())
     assert len(pictures) == 5
     assert len(set(titles)) == 5
-    expected = own.state(batch.embeddings["trained"], target=0.8).loss
+    expected = explore.state(batch.embeddings["trained"], target=0.8).loss
     assert titles[-1] == f"loss {expected:.4f} → {expected:.4f}"
     controls["target"].value = "distributed"
     controls["in-batch negatives (static ε, adaptive)"].value = True  # which it always has
@@ -459,8 +466,8 @@ def test_controls_draw_anew_in_the_place_of_the_first_picture(batch, screen):
 
 def test_without_ipywidgets_the_first_picture_is_there(batch, screen, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    own.play(batch)
+    explore.play(batch)
     ((picture,),) = screen.places
-    expected = own.batch_figure(batch).axes[0].get_title()
+    expected = explore.batch_figure(batch).axes[0].get_title()
     assert picture.axes[0].get_title() == expected
     assert "adaptive-margins[lab]" in capsys.readouterr().err

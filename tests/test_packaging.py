@@ -118,7 +118,7 @@ def test_installed_package_has_version_command_and_data():
         "py.typed",
         "profiles/laptop.yaml",
         "profiles/smoke.yaml",
-        "report/published.yaml",
+        "book/published.yaml",
     ):
         assert (package / name).is_file(), name
 

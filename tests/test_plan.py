@@ -8,9 +8,9 @@ import time
 import pytest
 import yaml
 
-from adaptive_margins.costs import PlanError
-from adaptive_margins.experiments import Reproduction
-from adaptive_margins.report.plan import plan_text, size
+from adaptive_margins.paper.costs import PlanError
+from adaptive_margins.paper.experiments import Reproduction
+from adaptive_margins.paper.plan_text import plan_text, size
 from conftest import command
 
 

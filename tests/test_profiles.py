@@ -10,8 +10,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from adaptive_margins import profiles
-from adaptive_margins.profiles import ProfileError, available, load_profile
+from adaptive_margins.profiles import config as profiles
+from adaptive_margins.profiles.config import ProfileError, available, load_profile
 
 SHIPPED = Path(profiles.__file__).parent
 

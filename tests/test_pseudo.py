@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_margins.data import pseudo
+from adaptive_margins.data import pseudo_queries as pseudo
 from adaptive_margins.data.collection import Texts
-from adaptive_margins.data.pseudo import (
+from adaptive_margins.data.pseudo_queries import (
     KINDS,
     about,
     pseudo_collection,

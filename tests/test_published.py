@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 import yaml
 
-from adaptive_margins.report import published as module
-from adaptive_margins.report.published import Row3, Row4, Score, count, load
+from adaptive_margins.book import published as module
+from adaptive_margins.book.published import Row3, Row4, Score, count, load
 
 SETS = ("TREC-DL19", "TREC-DL20")
 PAPER = load()
@@ -265,7 +265,7 @@ def test_table4_frame():
     ],
 )  # fmt: skip
 def test_broken_files_are_refused(tmp_path, old, new, message):
-    text = (module.files("adaptive_margins.report") / "published.yaml").read_text("utf-8")
+    text = (module.files("adaptive_margins.book") / "published.yaml").read_text("utf-8")
     assert old in text
     path = tmp_path / "published.yaml"
     path.write_text(text.replace(old, new, 1), "utf-8")
@@ -276,7 +276,7 @@ def test_broken_files_are_refused(tmp_path, old, new, message):
 
 def test_no_value_is_read_as_a_number():
     """A score that YAML reads as a float would lose its trailing zero."""
-    text = (module.files("adaptive_margins.report") / "published.yaml").read_text("utf-8")
+    text = (module.files("adaptive_margins.book") / "published.yaml").read_text("utf-8")
     for table in ("table3", "table4"):
         for row in yaml.safe_load(text)[table]["rows"]:
             for by in row["scores"].values():

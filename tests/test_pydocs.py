@@ -504,7 +504,7 @@ def test_every_query_is_answered_and_every_text_fits_a_line(
 
 def test_a_judged_passage_is_never_a_negative(real: Collection) -> None:
     from adaptive_margins.data.triples import sample_triples
-    from adaptive_margins.retrieval import BM25
+    from adaptive_margins.retrieval.bm25 import BM25
 
     candidates = BM25(real.passages).search(real.queries["train"], 70)
     triples = sample_triples(real.qrels["train"], candidates, count=3000, ranks=(1, 71), seed=1)

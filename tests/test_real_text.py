@@ -14,7 +14,7 @@ import pytest
 import pytrec_eval
 import yaml
 
-from adaptive_margins.experiments import Reproduction
+from adaptive_margins.paper.experiments import Reproduction
 
 FOLDER = Path(os.environ.get("ADAPTIVE_MARGINS_TEST_DATA", "")) / "msmarco_dl19"
 pytestmark = [
@@ -84,7 +84,7 @@ def test_minilm_ranks_real_passages_as_an_independent_computation_does(reproduct
 
     from sentence_transformers import SentenceTransformer
 
-    from adaptive_margins.encoders import weights_folder
+    from adaptive_margins.encoder.load import weights_folder
 
     model = SentenceTransformer(str(weights_folder(reproduction.settings("minilm"))), device="cpu")
     passages, queries = read("collection.tsv"), read("queries.tsv")

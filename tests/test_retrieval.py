@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import Stemmer
 
-from adaptive_margins import encoders, retrieval
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.trec import top
-from adaptive_margins.encoders import Shards
-from adaptive_margins.retrieval import (
-    BM25,
+from adaptive_margins.encoder import embed as encoder_embed
+from adaptive_margins.encoder.embed import Shards
+from adaptive_margins.retrieval import bm25 as retrieval_bm25
+from adaptive_margins.retrieval import exact as retrieval_exact
+from adaptive_margins.retrieval.bm25 import BM25
+from adaptive_margins.retrieval.exact import approximation_recall, exact_search, rerank
+from adaptive_margins.retrieval.faiss_index import (
     IndexSettings,
-    approximation_recall,
     build_index,
     choose_index,
-    exact_search,
     index_bytes,
-    rerank,
     search_index,
 )
 
@@ -175,7 +175,7 @@ def test_bm25_read_in_pieces_is_bm25s_on_words(large, monkeypatch, capfd, size):
 
     plain = bm25s.BM25(method="lucene", k1=0.9, b=0.4, backend="numpy")
     plain.index(words(passages.texts), show_progress=False)
-    monkeypatch.setattr(retrieval, "_TEXTS", size)
+    monkeypatch.setattr(retrieval_bm25, "_TEXTS", size)
     bm25 = BM25(passages)
     if size >= 400:
         assert capfd.readouterr() == ("", "")
@@ -223,7 +223,7 @@ def test_bm25_errors():
 
 def test_bm25_does_not_depend_on_the_hash_seed_and_prints_nothing():
     code = (
-        "from adaptive_margins.retrieval import BM25\n"
+        "from adaptive_margins.retrieval.bm25 import BM25\n"
         "from adaptive_margins.data.collection import Texts\n"
         "words = 'alpha beta gamma delta epsilon zeta eta theta iota kappa lambda'.split()\n"
         "texts = [' '.join(words[i % 11:] + words[: i % 5]) for i in range(60)]\n"
@@ -359,8 +359,8 @@ def test_exact_search_is_exact_where_single_precision_is_not():
 @pytest.fixture(params=[1, 24 * 7, 24 * 100])
 def small_blocks(request, monkeypatch):
     """Passages come in blocks of 1, 7 or 100 rows of 24 numbers, scores in a few of each."""
-    monkeypatch.setattr(encoders, "_BLOCK", request.param)
-    monkeypatch.setattr(retrieval, "_BLOCK", 300)
+    monkeypatch.setattr(encoder_embed, "_BLOCK", request.param)
+    monkeypatch.setattr(retrieval_exact, "_BLOCK", 300)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -386,7 +386,7 @@ def test_exact_search_in_blocks_keeps_what_rounding_hides(small_blocks):
 
 @pytest.mark.parametrize("length", [1, 1e4])
 def test_exact_search_in_blocks_finds_the_better_of_two_that_rounding_swaps(monkeypatch, length):
-    monkeypatch.setattr(encoders, "_BLOCK", 24 * 7)
+    monkeypatch.setattr(encoder_embed, "_BLOCK", 24 * 7)
     rng = np.random.default_rng(2)
     first = clustered(150, 24, 2) * np.float32(length)
     second = np.nextafter(first, rng.choice([-np.inf, np.inf], size=first.shape), dtype=np.float32)
@@ -537,7 +537,7 @@ def test_index_of_shards_is_that_of_the_array(tmp_path, monkeypatch, dtype, n):
     settings = choose_index(n, 64, depth=20)
     index = build_index(rounded, settings, seed=3)
     run = search_index(index, settings, queries, qids, ids, 20, rounded)
-    monkeypatch.setattr(encoders, "_BLOCK", 64 * 90)
+    monkeypatch.setattr(encoder_embed, "_BLOCK", 64 * 90)
     from_disk = build_index(shards, settings, seed=3)
     assert np.array_equal(faiss.serialize_index(index), faiss.serialize_index(from_disk))
     assert as_lists(search_index(from_disk, settings, queries, qids, ids, 20, shards)) == as_lists(run)  # fmt: skip

@@ -15,17 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adaptive_margins import encoders
-from adaptive_margins.encoders import (
-    EncoderError,
-    Shards,
-    embed,
-    embed_shards,
-    load_encoder,
-    stored_tokens,
-    tokenize,
-)
-from adaptive_margins.profiles import EncoderSettings
+from adaptive_margins.encoder import embed as encoder_embed
+from adaptive_margins.encoder import tokens as encoder_tokens
+from adaptive_margins.encoder.checks import EncoderError
+from adaptive_margins.encoder.embed import Shards, embed, embed_shards
+from adaptive_margins.encoder.load import load_encoder
+from adaptive_margins.encoder.tokens import _token_ids, stored_tokens, tokenize
+from adaptive_margins.profiles.config import EncoderSettings
 from conftest import WORDS, in_child
 
 LENGTH = 9
@@ -129,10 +125,10 @@ def test_no_text_at_all(bert, tmp_path):
 @pytest.mark.parametrize("call", [1, 2, 5])
 def test_tokenising_goes_on_after_a_kill(bert, tokens, tmp_path, monkeypatch, call):
     folder = tmp_path / "tokens"
-    real = encoders._token_ids
+    real = _token_ids
 
     def work():
-        encoders._token_ids = kill_at(call, real)
+        encoder_tokens._token_ids = kill_at(call, real)
         stored_tokens(lambda: bert.tokenizer, TEXTS, LENGTH, folder, chunk=50)
 
     killed(work)
@@ -149,7 +145,7 @@ def test_tokenising_goes_on_after_a_kill(bert, tokens, tmp_path, monkeypatch, ca
         seen.append(len(texts))
         return real(tokenizer, texts, length)
 
-    monkeypatch.setattr(encoders, "_token_ids", counting)
+    monkeypatch.setattr(encoder_tokens, "_token_ids", counting)
     stored = stored_tokens(lambda: bert.tokenizer, TEXTS, LENGTH, folder, chunk=50)
     assert sum(seen) == 230 - 50 * (call - 1)
     assert np.array_equal(stored.ids, tokens.ids)
@@ -160,7 +156,7 @@ def test_an_interrupted_folder_of_other_texts_is_refused(bert, tmp_path):
     folder = tmp_path / "tokens"
 
     def work():
-        encoders._token_ids = kill_at(2, encoders._token_ids)
+        encoder_tokens._token_ids = kill_at(2, encoder_tokens._token_ids)
         stored_tokens(lambda: bert.tokenizer, TEXTS, LENGTH, folder, chunk=50)
 
     killed(work)
@@ -204,7 +200,7 @@ def test_a_disk_that_fills_while_tokenising(bert, tokens, tmp_path):
 
 
 def test_two_processes_do_not_write_the_same_folder(bert, tokens, tmp_path):
-    folder, real = tmp_path / "tokens", encoders._token_ids
+    folder, real = tmp_path / "tokens", _token_ids
 
     def work(name):
         def slow(*arguments):
@@ -213,7 +209,7 @@ def test_two_processes_do_not_write_the_same_folder(bert, tokens, tmp_path):
             time.sleep(0.05)
             return real(*arguments)
 
-        encoders._token_ids = slow
+        encoder_tokens._token_ids = slow
         stored_tokens(lambda: bert.tokenizer, TEXTS, LENGTH, folder, chunk=50)
 
     context = multiprocessing.get_context("fork")
@@ -276,7 +272,7 @@ def test_take_and_blocks(bert, tokens, in_memory, tmp_path, monkeypatch, on_disk
         with pytest.raises(IndexError, match=r"rows .* of 230 embeddings"):
             shards.take(wrong)
     for size in (1, 16 * 7, 16 * 1000):
-        monkeypatch.setattr(encoders, "_BLOCK", size)
+        monkeypatch.setattr(encoder_embed, "_BLOCK", size)
         assert max(len(block) for _, block in shards.blocks()) <= max(1, size // 16)
         assert np.array_equal(all_rows(shards), in_memory)
     with pytest.raises(ValueError, match=r"shape \(n, D\), not \(5,\)"):
@@ -294,7 +290,7 @@ def test_float16_shards_are_the_rounded_embeddings(bert, tokens, in_memory, tmp_
 
 
 def test_embedding_goes_on_after_a_kill(bert, tokens, in_memory, tmp_path, monkeypatch):
-    folder, real = tmp_path / "e", encoders.embed
+    folder, real = tmp_path / "e", embed
 
     def work():
         write = np.lib.format.write_array_header_1_0
@@ -309,7 +305,7 @@ def test_embedding_goes_on_after_a_kill(bert, tokens, in_memory, tmp_path, monke
                 np.lib.format.write_array_header_1_0 = half
             return real(*arguments, **keywords)
 
-        encoders.embed = third
+        encoder_embed.embed = third
         embed_shards(bert, tokens, folder, shard=50)
 
     killed(work)
@@ -324,7 +320,7 @@ def test_embedding_goes_on_after_a_kill(bert, tokens, in_memory, tmp_path, monke
         seen.extend(rows.tolist())
         return real(model, tokens, rows, **keywords)
 
-    monkeypatch.setattr(encoders, "embed", counting)
+    monkeypatch.setattr(encoder_embed, "embed", counting)
     shards = embed_shards(bert, tokens, folder, shard=50)
     assert seen == list(range(100, 230))
     assert np.array_equal(all_rows(shards), in_memory)
@@ -370,8 +366,8 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_embedded(
     bert, tokens, tmp_path, monkeypatch
 ):
     usage = type("Usage", (), {"free": 230 * 16 * 4 - 1})
-    monkeypatch.setattr(encoders.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(encoders, "embed", refuse)
+    monkeypatch.setattr(encoder_embed.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(encoder_embed, "embed", refuse)
     with pytest.raises(EncoderError, match=r"5 shards need 1\.5e-05 GB of disk, only 1\.5e-05 GB"):
         embed_shards(bert, tokens, tmp_path / "e", shard=50)
     assert [p.name for p in (tmp_path / "e").iterdir()] == ["shards.json"]
@@ -393,14 +389,14 @@ def test_a_disk_that_fills_leaves_whole_shards_only(bert, tokens, in_memory, tmp
 
 
 def test_each_device_has_its_own_model(bert, tokens, tmp_path, monkeypatch):
-    real, seen = encoders.embed, {}
+    real, seen = embed, {}
 
     def noting(model, tokens, rows, **keywords):
         seen.setdefault(threading.get_ident(), set()).add(id(model))
         time.sleep(0.05)
         return real(model, tokens, rows, **keywords)
 
-    monkeypatch.setattr(encoders, "embed", noting)
+    monkeypatch.setattr(encoder_embed, "embed", noting)
     embed_shards(bert, tokens, tmp_path / "two", shard=50, devices=("cpu", "cpu"))
     used = set.union(*seen.values())
     assert len(seen) == len(used) == 2 and id(bert) not in used
@@ -410,7 +406,7 @@ def test_each_device_has_its_own_model(bert, tokens, tmp_path, monkeypatch):
 
 
 def test_an_error_of_one_device_ends_the_others(bert, tokens, tmp_path, monkeypatch):
-    real = encoders.embed
+    real = embed
 
     def fail(model, tokens, rows, **keywords):
         if rows[0] == 50:
@@ -418,7 +414,7 @@ def test_an_error_of_one_device_ends_the_others(bert, tokens, tmp_path, monkeypa
         time.sleep(0.1)
         return real(model, tokens, rows, **keywords)
 
-    monkeypatch.setattr(encoders, "embed", fail)
+    monkeypatch.setattr(encoder_embed, "embed", fail)
     with pytest.raises(MemoryError, match="in the middle"):
         embed_shards(bert, tokens, tmp_path / "e", shard=10, devices=("cpu", "cpu"))
     assert not list((tmp_path / "e").glob("*.partial"))

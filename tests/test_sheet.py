@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from bs4 import BeautifulSoup
 
+from adaptive_margins.book import sheet
+from adaptive_margins.book.datasheet import datasheet
+from adaptive_margins.book.sheet import collection_facts, collection_page, facts_text
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.mining import Checked
-from adaptive_margins.evaluation import evaluate
-from adaptive_margins.report import sheet
-from adaptive_margins.report.datasheet import datasheet
-from adaptive_margins.report.sheet import collection_facts, collection_page, facts_text
-from adaptive_margins.retrieval import BM25
+from adaptive_margins.evaluation.measures import evaluate
+from adaptive_margins.retrieval.bm25 import BM25
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = "a | b <script>alert(1)</script> {doc}`x` [x](y.md) ``` :::{note} $x$ # h <!-- c --> </table> *a* \\( &amp;"
@@ -160,7 +160,7 @@ def test_pydocs_is_described_as_such_and_other_collections_of_that_name_are_not(
 def test_what_is_cited_is_listed_as_in_the_bibliography() -> None:
     entries = re.findall(r"@\w+\{(\w+),(.*?)\n\}", (ROOT / "book" / "references.bib").read_text(), re.S)  # fmt: skip
     bibliography = dict(entries)
-    sources = (ROOT / "lib" / "adaptive_margins" / "report" / "datasheet.py").read_text()
+    sources = (ROOT / "lib" / "adaptive_margins" / "book" / "datasheet.py").read_text()
     keys = {key for found in re.findall(r"\{cite:[tp]\}`([^`]+)`", sources) for key in found.split(",")}  # fmt: skip
     assert keys == set(sheet._CITED)
     for key, (_, year, rest) in sheet._CITED.items():

@@ -17,7 +17,7 @@ from ir_datasets.util import Download, RequestsDownload, StringFile
 import irds_miniature
 from adaptive_margins.data import pydocs, sources
 from adaptive_margins.data.collection import Collection, Texts
-from adaptive_margins.data.msmarco import ACCEPT_VARIABLE, DownloadError, LicenceError
+from adaptive_margins.data.ir_datasets import ACCEPT_VARIABLE, DownloadError, LicenceError
 from adaptive_margins.data.sources import open_collection, split_queries, thinned
 from adaptive_margins.data.text import DataError
 

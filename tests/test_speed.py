@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from adaptive_margins.report import speed
+from adaptive_margins.book import speed
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 with pytest.MonkeyPatch.context() as _patch:

@@ -19,10 +19,10 @@ import pytest
 from pydantic import ValidationError
 
 from adaptive_margins import files
-from adaptive_margins import store as store_module
-from adaptive_margins.evaluation import Evaluation
+from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.files import WriteError
-from adaptive_margins.store import Store, StoredRun, StoreError, home
+from adaptive_margins.paper import store as store_module
+from adaptive_margins.paper.store import Store, StoredRun, StoreError, home
 from adaptive_margins.training import CODE_VERSION, RunConfig, TrainingResult
 from conftest import in_child, run_config
 

@@ -11,8 +11,8 @@ import nbformat
 import pytest
 import yaml
 
-from adaptive_margins.report.execute import parameter_defaults
-from adaptive_margins.report.pages import OWN
+from adaptive_margins.book.execute import parameter_defaults
+from adaptive_margins.book.pages import OWN
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

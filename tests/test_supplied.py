@@ -11,7 +11,7 @@ import pytrec_eval
 
 from adaptive_margins.data.text import DataError
 from adaptive_margins.data.trec import write_run
-from adaptive_margins.supplied import read_supplied, score
+from adaptive_margins.evaluation.external_runs import read_supplied, score
 
 SETS = ("TREC-DL19", "TREC-DL20")
 NDCG, RECALL = "nDCG@10", "R(rel=2)@1000"

@@ -11,9 +11,9 @@ import pytest
 from bs4 import BeautifulSoup
 
 import report_frames as frames
+from adaptive_margins.book import published, tables
 from adaptive_margins.data.trec import write_run
-from adaptive_margins.evaluation import evaluate
-from adaptive_margins.report import published, tables
+from adaptive_margins.evaluation.measures import evaluate
 
 PAPER = published.load()
 NDCG, RECALL = frames.NDCG, frames.RECALL

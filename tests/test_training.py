@@ -25,13 +25,16 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_margins import training
-from adaptive_margins.data.arrow import seeded_order
-from adaptive_margins.encoders import Tokens, hidden_states, load_encoder, packs, upper_layers
-from adaptive_margins.evaluation import Evaluation
-from adaptive_margins.experiments import Reproduction
+from adaptive_margins.data.stored import seeded_order
+from adaptive_margins.encoder.frozen import hidden_states, upper_layers
+from adaptive_margins.encoder.load import load_encoder
+from adaptive_margins.encoder.packing import packs
+from adaptive_margins.encoder.tokens import Tokens
+from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.losses import margin_loss
-from adaptive_margins.profiles import EncoderSettings
-from adaptive_margins.store import StoredRun
+from adaptive_margins.paper.experiments import Reproduction
+from adaptive_margins.paper.store import StoredRun
+from adaptive_margins.profiles.config import EncoderSettings
 from adaptive_margins.training import (
     COMPLETE,
     TrainingError,
@@ -813,7 +816,7 @@ def test_a_killed_run_of_a_profile_leaves_nothing_that_looks_finished(smoke, tmp
     assert not other.store.has(config)
 
     def killed_while_storing():
-        import adaptive_margins.store as store
+        import adaptive_margins.paper.store as store
 
         store.write_run = lambda *_: die()
         other.execute(config)

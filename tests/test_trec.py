@@ -23,7 +23,7 @@ from adaptive_margins.data.trec import (
     top,
     write_run,
 )
-from adaptive_margins.evaluation import evaluate
+from adaptive_margins.evaluation.measures import evaluate
 
 
 def written(path: Path, content: str | bytes) -> Path:

@@ -13,7 +13,7 @@ import Stemmer
 
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.words import terms, without_spaces
-from adaptive_margins.retrieval import BM25, without_hits
+from adaptive_margins.retrieval.bm25 import BM25, without_hits
 
 BM25S = re.compile(r"(?u)\b\w\w+\b")  # the default pattern of bm25s
 

@@ -15,7 +15,7 @@ from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.progress import printable
 
 if TYPE_CHECKING:
-    from adaptive_margins.experiments import Reproduction
+    from adaptive_margins.paper.experiments import Reproduction
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,14 +38,14 @@ AcceptOption = Annotated[
 
 def _open(profile: str) -> Reproduction:
     """The profile, opened; the hub is reached only if the profile names an encoder of the hub."""
-    from adaptive_margins.profiles import load_profile
+    from adaptive_margins.profiles.config import load_profile
 
     settings = load_profile(profile)
     named = [*settings.encoders.values(), *settings.untrained.values()]
     if not any(encoder.revision for encoder in named):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from adaptive_margins.experiments import Reproduction
+    from adaptive_margins.paper.experiments import Reproduction
 
     return Reproduction.open(profile)
 
@@ -58,7 +58,7 @@ def plan(
     ] = False,
 ) -> None:
     """List the runs of a profile with time, disk and memory, what is done, and what would be fetched. Fetches nothing."""
-    from adaptive_margins.report.plan import plan_text
+    from adaptive_margins.paper.plan_text import plan_text
 
     reproduction = _open(profile)
     print(printable(plan_text(reproduction.profile, reproduction.plan(), every=every)))
@@ -90,8 +90,8 @@ def reproduce(
     accept_licence: AcceptOption = False,
 ) -> None:
     """Make all runs of a profile, execute the notebooks and build the book. Goes on where it was interrupted."""
-    from adaptive_margins.data.msmarco import ACCEPT_VARIABLE
-    from adaptive_margins.report.build import build
+    from adaptive_margins.book.build import build
+    from adaptive_margins.data.ir_datasets import ACCEPT_VARIABLE
 
     if accept_licence:
         os.environ[ACCEPT_VARIABLE] = "all"
@@ -115,7 +115,7 @@ def reproduce(
 @app.command()
 def profiles() -> None:
     """Names of the profiles that come with the library."""
-    from adaptive_margins.profiles import available
+    from adaptive_margins.profiles.config import available
 
     print("\n".join(available()))
 

@@ -151,7 +151,7 @@ def train(
     with _working(verbose, model):
         parsed = _target(target)
         names = _measures(measures)
-        from adaptive_margins.finetuning import finetune
+        from adaptive_margins.corpus.finetune import finetune
         from adaptive_margins.training import REPORTERS
 
         if unknown := set(report_to or ()) - set(REPORTERS):
@@ -233,7 +233,7 @@ def evaluate(
         f" {'full ranking' if mode == 'full' else 'candidates reranked'}, depth {result['depth']:,}"
     )
     rows = [["measure", "mean"], *([m, f"{value:.4f}"] for m, value in result["measures"].items())]
-    from adaptive_margins.report.text import aligned
+    from adaptive_margins.text_tables import aligned
 
     lines = [about, *([result["split"]] if result["split"] else []), "", *aligned(rows)]
     _tell(result, as_json, "\n".join(lines + ([f"\nRun: {run_out}"] if run_out else [])), run_out)
@@ -260,14 +260,15 @@ def _evaluated(
     device: str | None,
     exclude_self: bool,
 ) -> dict[str, Any]:
-    from adaptive_margins import evaluation
     from adaptive_margins.data.sources import open_collection
     from adaptive_margins.data.text import DataError
     from adaptive_margins.data.trec import read_marked_run, run_tag, top, write_run
-    from adaptive_margins.dense import DenseRetriever
-    from adaptive_margins.encoders import default_device, encoder_identity, open_encoder
-    from adaptive_margins.retrieval import BM25, count_self, without_hits, without_self
-    from adaptive_margins.supplied import finds_relevant, score
+    from adaptive_margins.encoder.load import default_device, encoder_identity, open_encoder
+    from adaptive_margins.evaluation.external_runs import finds_relevant, score
+    from adaptive_margins.evaluation.measures import cutoff, evaluate, relevant
+    from adaptive_margins.retrieval.bm25 import BM25, without_hits
+    from adaptive_margins.retrieval.dense import DenseRetriever
+    from adaptive_margins.retrieval.exact import count_self, without_self
 
     collection = open_collection(path)
     candidates, complete = read_marked_run(candidates_path) if candidates_path else (None, True)
@@ -278,9 +279,9 @@ def _evaluated(
         raise DataError(
             f"{path}: none of the queries of {name!r} is judged; there is nothing to evaluate"
         )
-    relevant = {measure: evaluation.relevant(qrels, measure) for measure in measures}
-    evaluation.evaluate(qrels, {}, measures)  # what cannot be computed is told before encoding
-    deepest = max(map(evaluation.cutoff, measures))
+    judged_relevant = {measure: relevant(qrels, measure) for measure in measures}
+    evaluate(qrels, {}, measures)  # what cannot be computed is told before encoding
+    deepest = max(map(cutoff, measures))
     if depth is None and candidates is None:
         depth = max(_CANDIDATES, deepest) if mode == "full" else _CANDIDATES
     if depth is not None and depth < min(deepest, len(collection.passages)):
@@ -322,7 +323,7 @@ def _evaluated(
             f"judged queries without candidates count 0: {scored.missing:,} of {len(qrels):,}",
             stacklevel=2,
         )
-    for level in {str(judged): judged for judged in relevant.values()}.values():
+    for level in {str(judged): judged for judged in judged_relevant.values()}.values():
         if not finds_relevant(run, level):
             count = sum(map(len, level.values()))
             warnings.warn(
@@ -336,7 +337,7 @@ def _evaluated(
     return {
         "measures": scored.evaluation.mean,
         "queries": len(qrels),
-        "relevant_queries": {measure: len(judged) for measure, judged in relevant.items()},
+        "relevant_queries": {measure: len(judged) for measure, judged in judged_relevant.items()},
         "missing": scored.missing,
         "run": str(run_out) if run_out else None,
         "mode": mode,
@@ -388,7 +389,7 @@ def _held_out(model: str, collection: Collection) -> tuple[Collection, str]:
 
     if not (Path(model) / "training.json").is_file():
         return collection, ""
-    from adaptive_margins.finetuning import Finetuned
+    from adaptive_margins.corpus.finetune import Finetuned
 
     report = Finetuned.load(Path(model)).report
     if not report.get("collection", {}).get("split"):
@@ -477,12 +478,13 @@ def compare(
         )
     with _working():
         (name,) = _measures(measure, "--measure", most=1)
+        from adaptive_margins.book.per_query import per_query_figure
         from adaptive_margins.data.trec import read_marked_run, read_qrels
-        from adaptive_margins.report import compared
+        from adaptive_margins.evaluation.comparison import compare_runs, comparison_text, run_names
 
         judged = read_qrels(qrels)
-        read = {n: read_marked_run(p) for n, p in zip(compared.run_names(runs), runs, strict=True)}
-        result = compared.compare_runs(
+        read = {n: read_marked_run(p) for n, p in zip(run_names(runs), runs, strict=True)}
+        result = compare_runs(
             judged,
             {n: run for n, (run, _) in read.items()},
             name,
@@ -497,11 +499,11 @@ def compare(
             matplotlib.use("agg")
 
             with whole_file(plot) as partial:
-                compared.per_query_figure(result).savefig(partial, format=plot.suffix[1:])
+                per_query_figure(result).savefig(partial, format=plot.suffix[1:])
     result["plot"] = str(plot) if plot else None
     if not per_query:
         del result["per_query"]
-    text = compared.comparison_text(result)
+    text = comparison_text(result)
     _tell(result, as_json, f"{text}\n\nPlot: {plot}" if plot else text, plot)
 
 
@@ -523,10 +525,11 @@ def index(
     """Embed all passages and write an index to search in. An interrupted call goes on where it was."""
     with _working(verbose, model):
         from adaptive_margins.data.sources import open_collection
-        from adaptive_margins.dense import DenseIndex, DenseRetriever
-        from adaptive_margins.encoders import default_device, open_encoder
+        from adaptive_margins.encoder.load import default_device, open_encoder
         from adaptive_margins.files import folder_bytes
-        from adaptive_margins.report.text import size
+        from adaptive_margins.retrieval.dense import DenseRetriever
+        from adaptive_margins.retrieval.dense_index import DenseIndex
+        from adaptive_margins.text_tables import size
 
         collection = open_collection(path)
         encoder = open_encoder(model, device=device or default_device())
@@ -589,8 +592,8 @@ def search(
     with _working(verbose):
         from adaptive_margins.data.collection import Texts, read_queries
         from adaptive_margins.data.trec import top, write_run
-        from adaptive_margins.dense import DenseIndex
-        from adaptive_margins.encoders import default_device
+        from adaptive_margins.encoder.load import default_device
+        from adaptive_margins.retrieval.dense_index import DenseIndex
 
         asked = read_queries(queries) if queries else Texts(["1"], [query or ""])
         opened = DenseIndex.open(folder)
@@ -628,7 +631,7 @@ def search(
 
 def _hits(queries: Texts, hits: Sequence[Mapping[str, Any]], *, titles: bool) -> str:
     """Rank, score, docid and as much of the passage as the terminal is wide."""
-    from adaptive_margins.report.text import aligned
+    from adaptive_margins.text_tables import aligned
 
     if not hits:
         return "No passage was found."
@@ -669,10 +672,10 @@ def collection(
     Runs in its folder (NAME.run or NAME.trec) are listed, too.
     """
     with _working(verbose):
+        from adaptive_margins.book import sheet
         from adaptive_margins.data.folder import read_runs
         from adaptive_margins.data.sources import open_collection
         from adaptive_margins.files import write_text
-        from adaptive_margins.report import sheet
 
         opened = open_collection(path)
         runs = read_runs(Path(path)) if Path(path).is_dir() else {}
@@ -708,7 +711,7 @@ def export(
     """Write an encoder with an ONNX graph, which gives the same embeddings."""
     with _working(verbose, model):
         from adaptive_margins.onnx import export_onnx
-        from adaptive_margins.report.text import size
+        from adaptive_margins.text_tables import size
 
         path = export_onnx(model, output)
         result = {
@@ -724,9 +727,9 @@ def export(
 def status(as_json: JsonOption = False) -> None:
     """What the home folder holds: runs, collections, notebooks, book. Only reads."""
     from adaptive_margins.files import home
-    from adaptive_margins.profiles import available
-    from adaptive_margins.report.status import status as status_of
-    from adaptive_margins.report.status import status_text
+    from adaptive_margins.paper.status import status as status_of
+    from adaptive_margins.paper.status import status_text
+    from adaptive_margins.profiles.config import available
 
     found = {**status_of(home()), "profiles": available()}
     _tell(found, as_json, status_text(found))
@@ -764,7 +767,7 @@ def _offline(model: str) -> None:
 
 def _measures(text: str, option: str = "--measures", most: int | None = None) -> list[str]:
     """Measures with their levels in their names, each once."""
-    from adaptive_margins.evaluation import named
+    from adaptive_margins.evaluation.measures import named
 
     try:
         names = list(dict.fromkeys(named(measure) for measure in text.split()))
@@ -794,7 +797,7 @@ def _target(text: str) -> float | Literal["adaptive", "distributed"]:
 
 def _trained(report: Mapping[str, Any], path: str) -> str:
     """The report of `train` for a terminal."""
-    from adaptive_margins.report.text import aligned
+    from adaptive_margins.text_tables import aligned
 
     measures = list(report["measures"]["start"])
     table = [["test queries", *measures]]

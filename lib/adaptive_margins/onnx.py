@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptive_margins.encoder_checks import one_line
-from adaptive_margins.encoders import open_encoder, packs, save_encoder
+from adaptive_margins.encoder.checks import one_line
+from adaptive_margins.encoder.load import open_encoder, save_encoder
+from adaptive_margins.encoder.packing import packs
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import WriteError, check_output, whole_folder, working_folder
 

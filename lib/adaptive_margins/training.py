@@ -30,17 +30,13 @@ from torch.nn.functional import normalize
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
-from adaptive_margins.data.arrow import COLUMNS, SeededBatches
-from adaptive_margins.encoders import (
-    Precision,
-    Tokens,
-    embed_chunks,
-    length_chunks,
-    packs,
-    quiet,
-)
+from adaptive_margins.data.stored import COLUMNS, SeededBatches
+from adaptive_margins.encoder.embed import Precision, embed_chunks, length_chunks
+from adaptive_margins.encoder.load import quiet
+from adaptive_margins.encoder.packing import packs
+from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.errors import AdaptiveMarginsError
-from adaptive_margins.evaluation import Evaluation
+from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.losses import margin_loss
 
 CODE_VERSION = 4

@@ -35,6 +35,8 @@ from scipy.sparse.csgraph import connected_components
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.trec import Qrels
 
+RULES = 1
+"""Raised by hand whenever the same packages would give another collection: texts, qrels, negatives or triples."""
 QUERY_WORDS = (4, 30)
 """Fewest and most words of a query."""
 MIN_PASSAGE_WORDS = 20

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from adaptive_margins.data import pydocs
 from adaptive_margins.data.collection import Collection, Texts, Triple
 from adaptive_margins.data.folder import EXPECTED, one_line, read_folder, standard_sets, warn
-from adaptive_margins.data.msmarco import (
+from adaptive_margins.data.ir_datasets import (
     check_licence,
     files_behind,
     find_dataset,
@@ -23,7 +23,7 @@ from adaptive_margins.data.msmarco import (
 )
 from adaptive_margins.data.text import DataError
 from adaptive_margins.data.trec import Qrels
-from adaptive_margins.profiles import IrDatasetsSettings, PyDocsSettings, load_profile
+from adaptive_margins.profiles.config import IrDatasetsSettings, PyDocsSettings, load_profile
 from adaptive_margins.progress import Countdown, say
 
 PYDOCS = "pydocs"
@@ -114,7 +114,7 @@ def split_queries(collection: Collection, *, seed: int) -> tuple[Collection, str
     if not given:
         raise DataError(
             f"{collection.name}: no query has a relevant passage (grade 1 or more), so there is nothing to train or"
-            " evaluate with; pseudo-queries can be made from the passages (adaptive_margins.data.pseudo)"
+            " evaluate with; pseudo-queries can be made from the passages (adaptive_margins.data.pseudo_queries)"
         )
     if len(given) == len(_MEMBERS):
         return collection, ""

@@ -1,0 +1,122 @@
+"""Texts of a step packed end to end, and faster dropout, on a CPU."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    pass
+
+
+_PACKED = "packed"
+
+
+_PACKABLE = ("bert", "distilbert", "roberta")  # MPNet's position bias is one of a single text
+
+
+def adapt(transformer: Any) -> None:
+    """Let a transformer read texts end to end (`Tokens.packed`), and drop faster on a CPU.
+
+    Padded texts go the way they would have gone.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    for module in list(transformer.model.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                setattr(module, name, _Dropout(child.p))
+    config = transformer.model.config
+    if config.model_type not in _PACKABLE or getattr(config, "is_decoder", False):
+        return
+    AttentionInterface.register(_PACKED, _packed_attention)
+    AttentionMaskInterface.register(_PACKED, _mask)
+    transformer.model.set_attn_implementation(_PACKED)
+    if transformer.model_forward_params is not None:
+        transformer.model_forward_params |= {"cu_seq_lens_q"}
+
+
+class _Dropout(nn.Dropout):
+    """torch's dropout, its masks drawn by `_drop`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _drop(input, self.p) if self.training else input
+
+
+def _drop(x: Tensor, p: float) -> Tensor:
+    """Dropout of ``p``, which is rounded to 1 / 65,536 on a CPU: there each 64-bit random number serves four elements.
+
+    torch draws one for each element, which takes four times as long.
+    """
+    threshold = round(p * 65_536)
+    if x.device.type != "cpu" or not 0 < threshold < 65_536:
+        return nn.functional.dropout(x, p)
+    random = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = random.view(torch.int16)[: x.numel()].view(x.shape) >= threshold - 32_768
+    return x * kept.to(x.dtype).mul_(65_536 / (65_536 - threshold))
+
+
+def _mask(
+    *, attention_mask: Tensor | None, allow_is_bidirectional_skip: bool, **kwargs: Any
+) -> Any:
+    """The mask of padded texts; none where nothing is padded, but on a GPU, where finding out would make the host wait."""
+    from transformers.masking_utils import sdpa_mask
+
+    on_host = attention_mask is None or attention_mask.device.type == "cpu"
+    return sdpa_mask(
+        attention_mask=attention_mask,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip and on_host,
+        **kwargs,
+    )
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each text of (1, H, T, D / H) packed ones: neighbours of equal length at a time, without a mask."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    groups = [(length, len(list(g))) for length, g in groupby(cu_seq_lens_q.diff().tolist())]
+    sizes = [length * count for length, count in groups]
+    parts = []
+    # Split once: the gradient of a slice would be as large as all of it.
+    for (length, count), *qkv in zip(
+        groups, *(x[0].split(sizes, dim=1) for x in (query, key, value)), strict=True
+    ):
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in qkv)
+        if dropout:  # torch's attention has no fused kernel with dropout on a CPU
+            weights = (q * (scaling or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
+            out = _drop(weights.softmax(-1), dropout) @ v
+        else:
+            out = nn.functional.scaled_dot_product_attention(q, k, v, scale=scaling)
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts)[None], None
+
+
+def packs(model: Any) -> int | None:
+    """The first position of a text in `Tokens.packed`, if ``model`` reads packed texts, and gains by it; else None.
+
+    On a CPU all work but the attention is done for real tokens alone. On a GPU so many small attention kernels would
+    cost more than padding does.
+    """
+    transformer = model[0]
+    config = transformer.model.config
+    if config._attn_implementation != _PACKED or model.device.type != "cpu":
+        return None
+    return config.pad_token_id + 1 if config.model_type == "roberta" else 0

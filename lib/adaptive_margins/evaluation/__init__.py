@@ -1,0 +1,1 @@
+"""Measures, significance tests, and runs of other systems."""

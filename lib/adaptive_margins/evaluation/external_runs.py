@@ -1,0 +1,140 @@
+"""Runs of others: TREC run files dropped into a folder, scored as this project's own are.
+
+A run that is not deep enough for a measure gets no score for it: Recall@1000 of 100 hits is another measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adaptive_margins.data.folder import visible
+from adaptive_margins.data.text import Problems
+from adaptive_margins.data.trec import Qrels, Run, read_run
+from adaptive_margins.evaluation.measures import Evaluation, cutoff, evaluate
+
+SUFFIXES = (".run", ".trec", ".txt")
+"""What a run file's name may end in; ``.gz`` may follow."""
+
+
+@dataclass(frozen=True)
+class Supplied:
+    """A run file that somebody supplied.
+
+    Attributes:
+        name: the file's name without its suffix, e.g. "tasb". One that is a key of
+            ``book/published.yaml`` stands for that row of the paper.
+        path: the file.
+        run: query id → docid → score, of whichever queries the file has.
+    """
+
+    name: str
+    path: Path
+    run: Run
+
+
+def read_supplied(folder: Path, sets: Sequence[str]) -> dict[str, dict[str, Supplied]]:
+    """Read ``folder/SET/NAME.run`` for each SET: name → set → run, names and sets sorted.
+
+    Also ``.trec`` and ``.txt``, each with ``.gz`` or without. Hidden files are ignored. A folder
+    that does not exist holds no runs.
+
+    Args:
+        folder: where they lie, one folder a query set.
+        sets: the query sets that there are, e.g. ["TREC-DL19", "TREC-DL20"].
+
+    Raises:
+        DataError: a folder is not one of ``sets``, a file has another suffix or lies elsewhere,
+            two files have one name, a file has no hits, or it is malformed (as `read_run`).
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return {}
+    problems = Problems()
+    paths: dict[tuple[str, str], Path] = {}
+    for place in visible(folder):
+        if not place.is_dir() or place.name not in sets:
+            known = ", ".join(sets)
+            problems.add(place, 0, f"expected a folder named like a query set of this run: {known}")
+            continue
+        for path in visible(place):
+            name = path.name.removesuffix(".gz")
+            stem, dot, suffix = name.rpartition(".")
+            if not path.is_file() or not stem or dot + suffix not in SUFFIXES:
+                allowed = ", ".join(f"NAME{suffix}" for suffix in SUFFIXES)
+                problems.add(
+                    path, 0, f"expected a run file named {allowed}, or one of these with .gz"
+                )
+            elif (stem, place.name) in paths:
+                other = paths[stem, place.name].name
+                problems.add(path, 0, f"{other} is a run named {stem!r}, too; keep one of them")
+            else:
+                paths[stem, place.name] = path
+    problems.check()
+    found: dict[str, dict[str, Supplied]] = {}
+    for (name, query_set), path in sorted(paths.items()):
+        found.setdefault(name, {})[query_set] = Supplied(name, path, read_run(path))
+    return found
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a supplied run scores.
+
+    Attributes:
+        evaluation: over the measures that could be computed; may have none.
+        refused: measure → why it was not computed.
+        missing: how many judged queries the run has no hits for. They count 0.
+    """
+
+    evaluation: Evaluation
+    refused: dict[str, str]
+    missing: int
+
+
+def score(
+    run: Run,
+    qrels: Qrels,
+    measures: Sequence[str],
+    *,
+    passages: int | None = None,
+    complete: bool = False,
+) -> Scored:
+    """Score a run by the measures that it is deep enough for.
+
+    Every judged query counts, as with ``trec_eval -c``; others are ignored. A measure with a cutoff
+    k is refused if no judged query has k hits, and every measure if no judged query is in the run. A
+    measure without a cutoff is computed from the hits that there are.
+
+    Args:
+        run: query id → docid → score.
+        qrels: query id → docid → grade.
+        measures: in ir_measures' notation, e.g. "R(rel=2)@1000".
+        passages: passages of the collection, if known: a run of all of them is deep enough.
+        complete: whether the run has all hits that could be found: then any depth is enough.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    depths = [len(run[qid]) for qid in qrels if run.get(qid)]
+    evaluation = evaluate(qrels, run, measures)  # of all: it says what is wrong with a measure
+    refused = {}
+    for notation in measures:
+        needed = cutoff(notation)
+        if not qrels.keys() & run.keys():
+            refused[notation] = f"none of the {len(qrels)} judged queries is in the run"
+        elif not complete and (most := max(depths, default=0)) < min(needed, passages or needed):
+            refused[notation] = (
+                f"{notation} needs {needed:,} hits a query; the run has at most {most:,}"
+            )
+    computed = Evaluation(
+        {m: value for m, value in evaluation.mean.items() if m not in refused},
+        {m: values for m, values in evaluation.per_query.items() if m not in refused},
+    )
+    return Scored(computed, refused, len(qrels) - len(depths))
+
+
+def finds_relevant(run: Run, relevant: Qrels) -> bool:
+    """Whether any hit of a run is one of the ``relevant`` passages of its query (`evaluation.relevant`)."""
+    return any(not judged.keys().isdisjoint(run.get(qid, {})) for qid, judged in relevant.items())

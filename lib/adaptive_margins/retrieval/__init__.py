@@ -1,0 +1,1 @@
+"""Rankings: BM25, exact search, reranking, and FAISS indexes."""
