@@ -47,8 +47,6 @@ NAMES = {
 }
 """Parts of the setting, by their keys in ``published.yaml``."""
 OPTIMIZERS = {"adamw_torch_fused": "AdamW", "adamw_torch": "AdamW", "adamw_8bit": "8-bit AdamW"}
-
-
 _TEXT = (Annotated[str, Field(pattern=r"\S")], "text")
 _COUNT = (Annotated[int, Field(ge=1)] | None, "a whole number from 1 on, or None")
 PARAMETERS: dict[str, tuple[Any, str]] = {

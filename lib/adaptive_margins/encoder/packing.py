@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    pass
-
-
 _PACKED = "packed"
-
-
 _PACKABLE = ("bert", "distilbert", "roberta")  # MPNet's position bias is one of a single text
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +16,6 @@ from adaptive_margins.encoder.arrays import check_same, read_settings, settle
 from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.files import alone
 from adaptive_margins.progress import Countdown
-
-if TYPE_CHECKING:
-    pass
-
 
 _TEXTS = 8192  # texts given to a tokenizer at a time: what it returns is a hundred times their size
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adaptive_margins.data.text import alike
 from adaptive_margins.data.trec import Qrels, Run
@@ -17,10 +17,6 @@ from adaptive_margins.evaluation.external_runs import Scored, finds_relevant, sc
 from adaptive_margins.evaluation.measures import named, relevant
 from adaptive_margins.evaluation.significance import Comparison, compare
 from adaptive_margins.text_tables import aligned
-
-if TYPE_CHECKING:
-    pass
-
 
 ALPHA = 0.05
 

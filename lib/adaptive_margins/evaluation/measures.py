@@ -18,8 +18,6 @@ from adaptive_margins.data.trec import MAX_GRADE, Qrels, Run, top
 from adaptive_margins.errors import AdaptiveMarginsError
 
 _GDEVAL_GRADE = 4  # gdeval's largest grade
-
-
 _EXAMPLES = '"nDCG@10", "Success(rel=2)@5", "R(rel=2)@50", "RR(rel=2)@10"'
 
 

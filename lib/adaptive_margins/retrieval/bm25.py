@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import bm25s
 import numpy as np
@@ -16,10 +15,6 @@ from adaptive_margins.data.trec import Run, check_depth, top
 from adaptive_margins.data.words import terms, without_spaces
 from adaptive_margins.progress import Countdown
 from adaptive_margins.retrieval.exact import rows_of_best
-
-if TYPE_CHECKING:
-    pass
-
 
 _TEXTS = 65_536  # passages tokenised at a time by BM25
 

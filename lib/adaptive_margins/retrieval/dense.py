@@ -25,14 +25,8 @@ if TYPE_CHECKING:
 
 
 _TEXTS = ("queries", "passages")
-
-
 _SLICE = 256  # texts embedded between two lines of progress
-
-
 _SHARD = 4096  # passages whose embeddings a killed build may lose
-
-
 _RRF = 60
 
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 
 _BATCH = 256  # queries searched at a time, so that k_factor · depth hits of each fit in memory
-
-
 _TRAINED = 1 << 21  # passages an index is trained on at most
 
 
