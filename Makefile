@@ -38,7 +38,7 @@ book: $(STAMP)  ## run what is missing, execute the notebooks and build the book
 	$(BIN)/adaptive-margins reproduce --profile $(PROFILE) $(if $(ALL),--all)
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)
 
 lab: $(STAMP)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks

@@ -24,6 +24,7 @@ os.environ["IR_DATASETS_HOME"] = tempfile.mkdtemp(prefix="ir_datasets.")
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 atexit.register(shutil.rmtree, os.environ["IR_DATASETS_HOME"], ignore_errors=True)
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,24 +101,33 @@ def kill_in(owner: object, name: str, number: int) -> None:
     setattr(owner, name, deadly)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Tests of one finished home share a worker, and so do those of a file: what they share is made once."""
+    # Whichever of them comes first waits for the reproduction.
     for item in items:
-        homes = {"smoke_home", "miniature_home"} & set(getattr(item, "fixturenames", ()))
-        if homes:  # whichever of them comes first waits for the reproduction
+        if {"smoke_home", "miniature_home"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.timeout(900))
-        # A test of both homes goes with the smaller one, which is made again sooner.
-        group = max(homes, default=item.path.name)
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+def shared(factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder for all workers of pytest-xdist."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def reproduced(home: Path, profile: str, *arguments: str) -> Path:
     """``home``, with what ``adaptive-margins reproduce`` makes of a profile there, and what it said in reproduce.log."""
-    done = command("reproduce", "--profile", profile, *arguments, home=home, timeout=850)
-    if done.returncode:
-        pytest.fail(f"reproduce --profile {profile} failed:\n{done.stdout[-8000:]}", pytrace=False)
-    (home / "reproduce.log").write_text(done.stdout)
+    log = home / "reproduce.log"
+    with FileLock(f"{home}.lock"):  # the first worker makes it, others wait
+        if log.is_file() and home.parent.name.startswith("pytest-"):
+            return home
+        done = command("reproduce", "--profile", profile, *arguments, home=home, timeout=850)
+        if done.returncode:
+            pytest.fail(
+                f"reproduce --profile {profile} failed:\n{done.stdout[-8000:]}", pytrace=False
+            )
+        log.write_text(done.stdout)
     return home
 
 
@@ -128,7 +138,7 @@ def smoke_home(tmp_path_factory) -> Path:
     For repeated test runs, $ADAPTIVE_MARGINS_TEST_HOME may name a folder: what is finished there is not made again.
     """
     given = os.environ.get(SHARED_HOME)
-    home = Path(given).resolve() if given else tmp_path_factory.mktemp("smoke")
+    home = Path(given).resolve() if given else shared(tmp_path_factory, "smoke")
     numbered = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     arguments = [] if numbered else ["--runs-only"]
     return reproduced(home, "smoke", *arguments)
@@ -263,10 +273,11 @@ def miniature_home(tmp_path_factory) -> Path:
     $ADAPTIVE_MARGINS_TEST_MINIATURE may name a folder, as with `smoke_home`.
     """
     given = os.environ.get(SHARED_MINIATURE)
-    home = Path(given).resolve() if given else tmp_path_factory.mktemp("miniature")
+    home = Path(given).resolve() if given else shared(tmp_path_factory, "miniature")
     profile = home / "miniature-paper.yaml"
-    if not profile.is_file():
-        write_miniature(home)
+    with FileLock(f"{home}.profile.lock"):
+        if not profile.is_file():
+            write_miniature(home)
     return reproduced(home, str(profile), "--all")
 
 

@@ -339,7 +339,7 @@ def test_own_triples_are_chosen_by_seed_or_repeated():
     passages = Texts(["a", "b", "c", "empty"], ["one", "two", "three", " "])
     train = {"train": Texts(["q", "r"], ["what", "who"])}
     own = [("q", "a", "b"), ("q", "a", "c"), ("r", "c", "a"), ("r", "empty", "a"), ("q", "a", "empty")]  # fmt: skip
-    collection = Collection("own", passages, train, {"train": {}}, triples=explore)
+    collection = Collection("own", passages, train, {"train": {}}, triples=own)
     few = Settings(triples=100, passes=4)
     with pytest.warns(UserWarning, match="2 with an empty text, of 5 checked"):
         triples, checked = finetuning._own_triples(collection, few, None, seed=1)

@@ -106,7 +106,7 @@ def test_the_notebook_does_all_of_it(executed):
         assert [kind for d in data(cells[name]) for kind in d].count("image/png") == 1, name
     for name in ("changes", "browse", "lost"):
         assert [kind for d in data(cells[name]) for kind in d].count("text/html") == 1, name
-    for name in ("browse", "batch"):  # the picture is an output of its explore, not the widget's
+    for name in ("browse", "batch"):  # the picture is an output of its own, not the widget's
         widget = "application/vnd.jupyter.widget-view+json"
         assert [widget in shown for shown in data(cells[name])] == [True, False]
     verdict = data(cells["verdict"])[0]["text/markdown"]
