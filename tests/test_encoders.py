@@ -27,7 +27,6 @@ from adaptive_margins.encoder.frozen import cached_states, hidden_states, put_ba
 from adaptive_margins.encoder.load import (
     MINILM_SHA256,
     encoder_identity,
-    file_sha256,
     load_encoder,
     open_encoder,
     prompts,
@@ -37,6 +36,7 @@ from adaptive_margins.encoder.load import (
 )
 from adaptive_margins.encoder.packing import _drop, _packed_attention, packs
 from adaptive_margins.encoder.tokens import Tokens, tokenize
+from adaptive_margins.files import file_sha256
 from adaptive_margins.profiles.config import EncoderSettings
 from conftest import in_child
 

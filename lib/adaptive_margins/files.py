@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import json
 import os
 import platform
@@ -22,9 +23,7 @@ from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.progress import say
 
 HOME_VARIABLE = "ADAPTIVE_MARGINS_HOME"
-_NAME = (
-    40  # characters of a name that its temporary name has; a file system allows 255 bytes in all
-)
+_NAME = 40  # characters of a name that a temporary one keeps; a file system allows 255 bytes
 
 
 class WriteError(AdaptiveMarginsError, OSError):
@@ -191,6 +190,12 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_bytes(folder: Path) -> int:

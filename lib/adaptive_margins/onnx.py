@@ -43,7 +43,7 @@ def export_onnx(model: str | Path, output: Path) -> Path:
     folder gets its name, ONNX Runtime's embeddings of some texts are compared with PyTorch's.
 
     Args:
-        model: as `encoders.open_encoder` takes it: a Sentence Transformers folder, or "minilm".
+        model: as `encoder.load.open_encoder` takes it: a Sentence Transformers folder, or "minilm".
         output: a folder that does not exist, or is empty. Whole or not at all.
 
     Raises:

@@ -141,7 +141,7 @@ class TrainingResult:
 class TripleCollator:
     """Rows of pre-tokenised texts → a step's features: its distinct texts sorted by length, in ``chunks`` parts.
 
-    Each part is packed, its texts end to end, if ``first_position`` (`encoders.packs`) is a number; else padded. All of it
+    Each part is packed, its texts end to end, if ``first_position`` (`encoder.packing.packs`) is a number; else padded. All of it
     is made on the host, so that a step need not ask the device for lengths. ``rows`` (3, B) says where the texts of the
     three columns are among those of all chunks (`embed_chunks`).
     """

@@ -35,7 +35,7 @@ from adaptive_margins.book.execute import (
     worker_settings,
 )
 from adaptive_margins.errors import AdaptiveMarginsError
-from adaptive_margins.files import alone, read_object, write_text
+from adaptive_margins.files import alone, file_sha256, read_object, write_text
 from adaptive_margins.paper import store
 from adaptive_margins.profiles.config import Profile, load_profile
 from adaptive_margins.progress import clock, say
@@ -63,7 +63,7 @@ def build(
 ) -> Path:
     """Execute the notebooks of a checkout on ``profile`` and build the book; returns the page to open.
 
-    ``home`` is where results, pages and book go (default: `store.home`). ``notebooks`` selects some
+    ``home`` is where results, pages and book go (default: `files.home`). ``notebooks`` selects some
     by number or name (``["02"]``): then only they are executed, no book is built, and the folder of
     the pages is returned. ``every`` includes the long one (`pages.LONG`), which else is shown as far as it has been executed
     before, or as its committed summary. ``force`` executes notebooks that are finished, too. ``run`` is called
@@ -155,8 +155,8 @@ class Site:
         """What determines an executed notebook, results of runs aside."""
         own = Path(self.profile)  # the profiles that come with the library are part of its hash
         return {
-            "notebook": _sha256(notebook),
-            "profile": [self.profile, _sha256(own) if own.suffix and own.is_file() else ""],
+            "notebook": file_sha256(notebook),
+            "profile": [self.profile, file_sha256(own) if own.suffix and own.is_file() else ""],
             "library": library_hash(),
             "versions": pages.versions(),
         }
@@ -164,7 +164,7 @@ class Site:
     def results(self, run_ids: Sequence[str]) -> dict[str, str]:
         """Run id → hash of its result.json ("" if the store does not have it)."""
         files = {run_id: self.home / "runs" / run_id / "result.json" for run_id in run_ids}
-        return {run_id: _sha256(p) if p.is_file() else "" for run_id, p in files.items()}
+        return {run_id: file_sha256(p) if p.is_file() else "" for run_id, p in files.items()}
 
     def finished(self, notebook: Path) -> dict[str, Any] | None:
         """The notebook's receipt if it matches what lies there now, else None."""
@@ -173,7 +173,7 @@ class Site:
             whole = (
                 receipt["key"] == self.key(notebook)
                 and receipt["results"] == self.results(list(receipt["results"]))
-                and all(_sha256(self.pages / p) == h for p, h in receipt["outputs"].items())
+                and all(file_sha256(self.pages / p) == h for p, h in receipt["outputs"].items())
             )
         except (KeyError, OSError, AttributeError):
             return None
@@ -256,7 +256,7 @@ class Site:
         receipt = {
             "key": self.key(notebook),
             "results": self.results(sorted(run_ids)),
-            "outputs": {str(p.relative_to(self.pages)): _sha256(p) for p in outputs},
+            "outputs": {str(p.relative_to(self.pages)): file_sha256(p) for p in outputs},
             "seconds": round(seconds, 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": pages.machine(),
@@ -283,7 +283,7 @@ class Site:
                 or any(file.match(pattern) for pattern in _UNFINISHED)
             ):
                 continue
-            digest.update(f"{file.relative_to(self.home)} {_sha256(file)}\n".encode())
+            digest.update(f"{file.relative_to(self.home)} {file_sha256(file)}\n".encode())
         return digest.hexdigest()
 
     def build_book(self) -> Path:
@@ -361,7 +361,7 @@ def library_hash() -> str:
     digest = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*")):
         if file.suffix in (".py", ".yaml"):
-            digest.update(f"{file.relative_to(_PACKAGE)} {_sha256(file)}\n".encode())
+            digest.update(f"{file.relative_to(_PACKAGE)} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -369,7 +369,3 @@ def _run_ids(table: Path) -> set[str]:
     frame = pd.read_csv(table, dtype=str, keep_default_na=False)
     columns = [name for name in frame.columns if name.endswith("run_id")]
     return {run_id for name in columns for run_id in frame[name]} - {""}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

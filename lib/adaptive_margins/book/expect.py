@@ -42,7 +42,7 @@ def page(rows: Sequence[Row]) -> str:
     """A page of MyST Markdown.
 
     Args:
-        rows: reports of `finetuning.finetune`, as ``benchmarks/expect.py`` keeps them: a training each.
+        rows: reports of `finetune.finetune`, as ``benchmarks/expect.py`` keeps them: a training each.
     """
     machines = dict.fromkeys(f"{row['machine']}, {row['date']}" for row in rows)
     parts = [

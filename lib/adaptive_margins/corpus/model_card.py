@@ -31,7 +31,7 @@ def model_card(report: Mapping[str, Any]) -> str:
     """README.md of a fine-tuned encoder: a YAML header with its test measures, and a page of Markdown.
 
     Args:
-        report: what `finetuning.finetune` returns, and writes as training.json.
+        report: what `finetune.finetune` returns, and writes as training.json.
 
     Raises:
         KeyError: the report lacks an entry.
@@ -87,7 +87,7 @@ def model_card(report: Mapping[str, Any]) -> str:
 
 
 def _base(name: str) -> tuple[str | None, str | None]:
-    """Hub id and licence of an encoder of `encoders.open_encoder`, as far as they are known from its name."""
+    """Hub id and licence of an encoder of `encoder.load.open_encoder`, as far as they are known from its name."""
     if name in _SHIPPED:
         return _SHIPPED[name]
     hub_id, at, _ = name.partition("@")

@@ -36,7 +36,7 @@ from adaptive_margins.data.trec import (
     read_run,
     run_text,
 )
-from adaptive_margins.files import alone, whole_file, whole_folder, write_text
+from adaptive_margins.files import alone, file_sha256, whole_file, whole_folder, write_text
 from adaptive_margins.profiles.config import IrDatasetsSettings
 from adaptive_margins.progress import Countdown
 
@@ -328,7 +328,7 @@ def _sha256(path: Path) -> str | None:
     """Of a file that is read whole; None for one that is memory-mapped, which may have gigabytes."""
     if path.suffix in (".arrow", ".npy"):
         return None
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return file_sha256(path)
 
 
 def _known(

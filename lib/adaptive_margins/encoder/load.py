@@ -19,6 +19,7 @@ from adaptive_margins.encoder.checks import EmbeddingError, EncoderError, one_li
 from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.packing import adapt
 from adaptive_margins.encoder.tokens import tokenize
+from adaptive_margins.files import file_sha256
 from adaptive_margins.profiles.config import EncoderSettings
 
 if TYPE_CHECKING:
@@ -58,12 +59,6 @@ def weights_folder(settings: EncoderSettings) -> Path | None:
             f"{weights}: SHA-256 is {found}, expected {expected}; the weights are not the pinned ones"
         )
     return folder
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_identity(settings: EncoderSettings) -> str:

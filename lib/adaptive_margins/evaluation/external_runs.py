@@ -136,5 +136,5 @@ def score(
 
 
 def finds_relevant(run: Run, relevant: Qrels) -> bool:
-    """Whether any hit of a run is one of the ``relevant`` passages of its query (`evaluation.relevant`)."""
+    """Whether any hit of a run is one of the ``relevant`` passages of its query (`measures.relevant`)."""
     return any(not judged.keys().isdisjoint(run.get(qid, {})) for qid, judged in relevant.items())

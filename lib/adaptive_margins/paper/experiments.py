@@ -53,7 +53,7 @@ class Reproduction(Runs):
     def open(
         cls, profile: str | Path = "laptop", folder: Path | None = None, **overrides: Any
     ) -> Reproduction:
-        """Open a profile by name or YAML path; ``overrides`` as in `profiles.load_profile`."""
+        """Open a profile by name or YAML path; ``overrides`` as in `profiles.config.load_profile`."""
         return cls(load_profile(profile, **overrides), folder)
 
     # ---- configurations --------------------------------------------------------------------------------------------

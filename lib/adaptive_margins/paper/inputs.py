@@ -22,7 +22,6 @@ from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.trec import Run, read_run, top, write_run
 from adaptive_margins.encoder.frozen import cached_states, put_back, upper_layers
 from adaptive_margins.encoder.load import (
-    file_sha256,
     load_config,
     load_encoder,
     weights_folder,
@@ -30,7 +29,7 @@ from adaptive_margins.encoder.load import (
 )
 from adaptive_margins.encoder.tokens import Tokens, stored_tokens
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
-from adaptive_margins.files import write_text
+from adaptive_margins.files import file_sha256, write_text
 from adaptive_margins.paper.store import Store, home
 from adaptive_margins.profiles.config import (
     EncoderSettings,
@@ -239,7 +238,7 @@ class Resources:
         return np.array([self.collection.passages.row(docid) for docid in docids], dtype=np.int64)
 
     def evaluate_ranking(self, run: Run, query_set: str, measures: Sequence[str]) -> Evaluation:
-        """`evaluation.evaluate` with the qrels of a set."""
+        """`measures.evaluate` with the qrels of a set."""
         return evaluate(self.collection.qrels[query_set], run, measures)
 
     # ---- encoders --------------------------------------------------------------------------------------------------

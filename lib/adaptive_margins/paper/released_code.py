@@ -72,7 +72,7 @@ def compare(
         the t interval at confidence 1 − alpha / comparisons leaves out 0; else "undecided".
 
     Raises:
-        ValueError: there are no runs, the queries differ, or as `evaluation.paired_tost`.
+        ValueError: there are no runs, the queries differ, or as `significance.paired_tost`.
     """
     a, b = mean_over(code), mean_over(paper)
     tost = paired_tost(a, b, alpha=alpha, comparisons=comparisons)

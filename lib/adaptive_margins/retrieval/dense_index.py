@@ -19,8 +19,8 @@ from adaptive_margins.data.text import DataError, Problems
 from adaptive_margins.data.trec import Run
 from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.encoder.embed import Shards
-from adaptive_margins.encoder.load import encoder_identity, file_sha256, open_encoder
-from adaptive_margins.files import WriteError, whole_folder, working_folder, write_text
+from adaptive_margins.encoder.load import encoder_identity, open_encoder
+from adaptive_margins.files import WriteError, file_sha256, whole_folder, working_folder, write_text
 from adaptive_margins.retrieval.dense import DenseRetriever
 from adaptive_margins.retrieval.faiss_index import (
     IndexSettings,
