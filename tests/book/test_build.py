@@ -23,7 +23,7 @@ from adaptive_margins.files import WriteError, alone, write_text
 from adaptive_margins.profiles.config import load_profile
 
 PARAMETERS = 'profile = "laptop"\ndata_folder = ""'
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_notebook(path: Path, *sources: str, parameters: str | None = PARAMETERS) -> Path:

@@ -121,7 +121,7 @@ def test_the_page_of_a_profile() -> None:
 def test_it_builds_strictly_and_shows_the_texts_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     source = tmp_path / "source"
     source.mkdir()
     shutil.copy(root / "book" / "references.bib", source)

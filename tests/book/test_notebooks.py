@@ -1,6 +1,6 @@
 """The committed notebooks: their cells, and one executed by papermill's command on finished runs and with other values.
 
-The one on a collection of one's own is no page of the book, and executed in test_own.py.
+The one on a collection of one's own is no page of the book, and executed in corpus/test_explore.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from adaptive_margins.book.execute import parameter_defaults
 from adaptive_margins.book.pages import OWN
 from adaptive_margins.profiles.config import ProfileError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHOWS = {
     "01_collection": ["table1"],

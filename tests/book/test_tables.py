@@ -338,7 +338,7 @@ def test_missing_columns_are_named(name):
 
 def test_stylesheet_of_the_book_fits():
     """It lifts the theme's light box in dark mode from exactly the element that the tables have."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     css = (root / "book/_static/custom.css").read_text("utf-8")
     assert ":has(div.am-tables)" in css
     assert ALL["table1"].startswith('<div class="am-tables">')

@@ -21,7 +21,7 @@ from bs4 import BeautifulSoup
 from adaptive_margins.book.build import build
 from adaptive_margins.book.style import encoder_label, measure_label
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONTENTS = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
 PAGES = ["index", *(c["file"] for part in CONTENTS["parts"] for c in part["chapters"])]
 each = pytest.mark.parametrize("page", PAGES)

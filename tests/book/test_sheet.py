@@ -20,7 +20,7 @@ from adaptive_margins.data.mining import Checked
 from adaptive_margins.evaluation.measures import evaluate
 from adaptive_margins.retrieval.bm25 import BM25
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HOSTILE = "a | b <script>alert(1)</script> {doc}`x` [x](y.md) ``` :::{note} $x$ # h <!-- c --> </table> *a* \\( &amp;"
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from adaptive_margins.book import expect
 
-COMMITTED = Path(__file__).resolve().parents[1] / "book" / expect.FILE
+COMMITTED = Path(__file__).resolve().parents[2] / "book" / expect.FILE
 
 
 def row(seed: int, kept: str, verdict: str, difference: float, start: float = 0.4) -> dict:

@@ -368,7 +368,7 @@ def test_home(tmp_path, monkeypatch):
     with pytest.raises(WriteError, match="file; expected a folder"):
         home()
     monkeypatch.delenv("ADAPTIVE_MARGINS_HOME")
-    checkout = Path(__file__).resolve().parents[1]
+    checkout = Path(__file__).resolve().parents[2]
     assert home() == checkout
     installed = tmp_path / "lib" / "python" / "site-packages" / "adaptive_margins" / "files.py"
     monkeypatch.setattr(files, "__file__", str(installed))

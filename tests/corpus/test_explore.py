@@ -26,9 +26,9 @@ from adaptive_margins.book.pages import OWN
 from adaptive_margins.corpus import explore
 from adaptive_margins.corpus.finetune import Finetuned, FinetuneError, finetune
 from adaptive_margins.data.collection import Texts
-from test_finetuning import SETTINGS, collection_of, encoder, saved  # noqa: F401
+from test_finetune import SETTINGS, collection_of, encoder, saved  # noqa: F401
 
-NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / f"{OWN}.ipynb"
+NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / f"{OWN}.ipynb"
 WITHOUT_BATCH = [{"target": 0.3}, {"target": "adaptive"}]
 WITH_BATCH = [
     {"target": 0.3, "in_batch": True},

@@ -124,7 +124,7 @@ def test_kinds_share_equally_and_fewer_are_a_prefix_of_more() -> None:
 
 
 def test_the_same_in_another_process() -> None:
-    program = "from test_pseudo import *; print(pseudo_queries(PASSAGES, TITLES, count=90, seed=1).queries.texts)"
+    program = "from test_pseudo_queries import *; print(pseudo_queries(PASSAGES, TITLES, count=90, seed=1).queries.texts)"
     done = [
         subprocess.run(
             [sys.executable, "-c", program], cwd=Path(__file__).parent,

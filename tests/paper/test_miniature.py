@@ -1,6 +1,6 @@
 """The profile paper in small: its runs, figures, tables and book, recomputed by other means.
 
-Conversion of the collection: test_msmarco.py. Here everything after it, on random encoders of the paper's three kinds.
+Conversion of the collection: data/test_ir_datasets.py. Here everything after it, on random encoders of the paper's three kinds.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import pytest
 
 from adaptive_margins.book import speed
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 with pytest.MonkeyPatch.context() as _patch:
     _patch.syspath_prepend(BENCHMARKS)
     curves, timing = map(importlib.import_module, ("curves", "timing"))
