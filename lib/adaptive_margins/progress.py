@@ -1,12 +1,18 @@
-"""Lines of text for whoever waits: what is under way, how far, and how long it will take."""
+"""Progress bars and messages on stderr (tqdm); plain lines where stderr is not a terminal."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
-import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+LINE_EVERY = 30.0
+"""Seconds between two lines of a bar that is not on a terminal; shorter work prints none."""
 
 _quiet = False
 # C0 without tab and line feed, DEL, C1, line separators, overrides of the direction of text, lone surrogates.
@@ -15,73 +21,92 @@ _CONTROL = re.compile(
 )
 
 
+def bar(
+    what: str, items: Iterable[Any] | None = None, *, total: int | None = None, unit: str,
+    done: int = 0,
+) -> tqdm:  # fmt: skip
+    """Return a progress bar over ``items``, or one to be moved by ``update(n)`` in a ``with`` block.
+
+    Args:
+        what: what is computed, e.g. "embedding passages".
+        items: iterated over, if given.
+        total: how many there are, for the time left; by default ``len(items)`` where there is one.
+        unit: what is counted, in the plural.
+        done: how many an earlier, interrupted call has finished.
+    """
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    where: dict[str, Any] = {"file": sys.stderr, "delay": 1, "mininterval": 0.5}
+    if not terminal:
+        where = {"file": _Lines(), "delay": LINE_EVERY, "mininterval": LINE_EVERY, "ncols": 0}
+    return tqdm(
+        items, desc=printable(what), total=total, unit=f" {unit}", unit_scale=True, initial=done,
+        leave=False, disable=_quiet, **where,
+    )  # fmt: skip
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, above the bars of a terminal."""
+    from tqdm import tqdm
+
+    if not _quiet:
+        tqdm.write(printable(text), file=sys.stderr)
+
+
+def quiet(on: bool = True) -> None:
+    """Show no progress from now on in this process, or (``quiet(False)``) show it again."""
+    global _quiet
+    _quiet = on
+
+
 def printable(text: str) -> str:
     r"""Return ``text`` with each character that a terminal would obey as its escape sequence, such as ``\x1b``."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
-def quiet(on: bool = True) -> None:
-    """Say nothing from now on in this process, or (``quiet(False)``) speak again."""
-    global _quiet
-    _quiet = on
-
-
-def say(text: str) -> None:
-    """A line on stderr."""
-    if not _quiet:
-        clear()
-        print(printable(text), file=sys.stderr, flush=True)
-
-
-def clear() -> None:
-    """Take the line that a `Countdown` rewrites off the terminal, if there is one."""
-    if _terminal():
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
 def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
+    """Return seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+class _Lines:
+    """stderr without carriage returns: each state of a bar is a line, an erased bar is none."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            print(line, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+
+# Names of before `bar`; they go when nothing calls them.
+
+
+def clear() -> None:
+    """Close all bars."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for one in list(getattr(tqdm, "_instances", ())):
+            one.close()
+
+
 class Countdown:
-    """Says how much of ``total`` is done and how much time is left, at most once in ``every`` seconds.
+    """A bar that is told how many are done, those of an earlier call included."""
 
-    On a terminal it is one line, rewritten every second, and gone at the end.
-    """
-
-    def __init__(self, what: str, total: int | None, unit: str, *, every: float = 15.0) -> None:
-        self.what, self.total, self.unit, self.every = what, total, unit, every
-        self.since = self.said = time.monotonic()
-        self.first: int | None = None
+    def __init__(self, what: str, total: int | None, unit: str, *, every: float = 0.0) -> None:
+        self._new = lambda done: bar(what, total=total, unit=unit, done=done)
+        self._total = total
+        self._bar: Any = None
 
     def update(self, done: int) -> None:
-        """``done`` of all are done, those of an earlier, interrupted call included."""
-        now = time.monotonic()
-        if self.first is None:
-            self.first = done
-        if _terminal() and done == self.total and self.said > self.since:
-            clear()
-            return
-        if now - self.said < (min(self.every, 1.0) if _terminal() else self.every):
-            return
-        self.said = now
-        text = printable(f"{self.what}: {done:,}")
-        if self.total is not None:
-            text += f" of {self.total:,}"
-        text += f" {self.unit} | {clock(now - self.since)} elapsed"
-        if self.total is not None and done > self.first:
-            left = (now - self.since) / (done - self.first) * (self.total - done)
-            text += f", about {clock(left)} left"
-        if _terminal() and not _quiet:
-            width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be rewritten
-            print(f"\r\x1b[K{text[:width]}", end="", file=sys.stderr, flush=True)
-        else:
-            say(text)
-
-
-def _terminal() -> bool:
-    """Whether stderr is a terminal whose current line can be erased."""
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        """``done`` of all are done."""
+        if self._bar is None:
+            self._bar = self._new(done)
+        self._bar.update(done - self._bar.n)
+        if done == self._total:
+            self._bar.close()

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adaptive_margins import progress
 from adaptive_margins.encoder.arrays import read_array, read_settings, settle
 from adaptive_margins.encoder.checks import EmbeddingError, EncoderError, one_line
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.files import alone
-from adaptive_margins.progress import Countdown
 
 _BLOCK = 1 << 25  # numbers in a block of embeddings (128 MB of float32)
 
@@ -266,7 +266,7 @@ def _embed_missing(
     lock = threading.Lock()
 
     def work(device: str) -> None:
-        nonlocal stop, todo
+        nonlocal stop
         its_model = model if len(devices) == 1 else copy.deepcopy(model)
         its_model.to(device)
         for k in queue:
@@ -287,16 +287,17 @@ def _embed_missing(
                     file.write(array.data)
                 partial.replace(path)
                 with lock:
-                    todo -= len(part)
-                    countdown.update(rows - todo)
+                    bar.update(len(part))
             except BaseException:
                 stop = True
                 partial.unlink(missing_ok=True)
                 raise
 
-    countdown = Countdown(f"embedding into {folder.name}", rows, "texts")
-    countdown.update(rows - todo)
-    with ThreadPoolExecutor(len(devices)) as pool:
+    what = f"embedding into {folder.name}"
+    with (
+        progress.bar(what, total=rows, unit="texts", done=rows - todo) as bar,
+        ThreadPoolExecutor(len(devices)) as pool,
+    ):
         try:
             for done in [pool.submit(work, device) for device in devices]:
                 done.result()

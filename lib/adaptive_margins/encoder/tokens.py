@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adaptive_margins import progress
 from adaptive_margins.encoder.arrays import check_same, read_settings, settle
 from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.files import alone
-from adaptive_margins.progress import Countdown
 
 _TEXTS = 8192  # texts given to a tokenizer at a time: what it returns is a hundred times their size
 
@@ -181,8 +181,9 @@ def _write_tokens(
                 raise EncoderError(f"{ids_path} is too short; delete {folder} to start anew")
             ids_file.truncate(last * dtype.itemsize)
             offsets_file.truncate((done + 1) * 8)
-            countdown = Countdown(f"tokenising into {folder.name}", len(texts), "texts")
-            countdown.update(done)
+            bar = progress.bar(
+                f"tokenising into {folder.name}", total=len(texts), unit="texts", done=done
+            )
             for start in range(done, len(texts), chunk):
                 ids, lengths = _token_ids(tokenizer, texts[start : start + chunk], max_length)
                 offsets = last + np.cumsum(lengths)
@@ -190,7 +191,8 @@ def _write_tokens(
                     file.write(array.tobytes())
                     file.flush()
                 last = int(offsets[-1])
-                countdown.update(start + len(lengths))
+                bar.update(len(lengths))
+            bar.close()
     except OSError as error:
         raise EncoderError(
             f"{folder} could not be written: {error}; make room for about {max_length * len(texts) * dtype.itemsize / 1e9:.2g} "

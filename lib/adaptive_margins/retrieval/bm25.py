@@ -10,10 +10,10 @@ import bm25s
 import numpy as np
 import Stemmer
 
+from adaptive_margins import progress
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.trec import Run, check_depth, top
 from adaptive_margins.data.words import terms, without_spaces
-from adaptive_margins.progress import Countdown
 from adaptive_margins.retrieval.exact import rows_of_best
 
 _TEXTS = 65_536  # passages tokenised at a time by BM25
@@ -42,13 +42,13 @@ class BM25:
         self._index = bm25s.BM25(method="lucene", k1=k1, b=b, backend="numpy", csc_backend="scipy")
         found = _Terms()
         self.bigram_passages = 0
-        countdown = Countdown("BM25: reading passages", len(passages), "passages")
-        for start in range(0, len(passages), _TEXTS):
-            countdown.update(start)
-            some = passages.texts[start : start + _TEXTS]
-            self.bigram_passages += sum(map(without_spaces, some))
-            for ids in self._tokenizer.streaming_tokenize(some, allow_empty=False):
-                found.append(ids)
+        with progress.bar("BM25: reading", total=len(passages), unit="passages") as bar:
+            for start in range(0, len(passages), _TEXTS):
+                some = passages.texts[start : start + _TEXTS]
+                self.bigram_passages += sum(map(without_spaces, some))
+                for ids in self._tokenizer.streaming_tokenize(some, allow_empty=False):
+                    found.append(ids)
+                bar.update(len(some))
         self._vocabulary = self._tokenizer.get_vocab_dict()
         if self._vocabulary:
             corpus = bm25s.tokenization.Tokenized(found, self._vocabulary)
@@ -120,8 +120,5 @@ class _Terms:
         return len(self._ends) - 1
 
     def __iter__(self) -> Iterator[list[int]]:
-        countdown = Countdown("BM25: one of three passes", len(self), "passages")
-        for row in range(len(self)):
-            if row % _TEXTS == 0:
-                countdown.update(row)
+        for row in progress.bar("BM25: one of three passes", range(len(self)), unit="passages"):
             yield self._terms[self._ends[row] : self._ends[row + 1]].tolist()

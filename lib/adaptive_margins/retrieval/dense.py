@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from adaptive_margins import progress
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.text import DataError, alike
 from adaptive_margins.data.trec import Run, top
@@ -17,7 +18,6 @@ from adaptive_margins.encoder.checks import MOST_LENGTH, EncoderError
 from adaptive_margins.encoder.embed import Precision, Shards, embed, embed_shards
 from adaptive_margins.encoder.load import check_prompt, length_limits, prompts
 from adaptive_margins.encoder.tokens import Tokens, count_truncated, tokenize
-from adaptive_margins.progress import Countdown
 from adaptive_margins.retrieval.exact import exact_search, rerank, without_self
 
 if TYPE_CHECKING:
@@ -202,13 +202,12 @@ class DenseRetriever:
     def _embed(self, tokens: Tokens, what: str) -> np.ndarray:
         order, lengths = np.argsort(tokens.lengths, kind="stable"), tokens.lengths
         out = np.empty((len(tokens), self.model.get_embedding_dimension()), np.float32)
-        # Short texts come first and are the quicker ones: the time left follows from tokens, not from texts.
-        countdown, done = Countdown(f"embedding {what}", int(lengths.sum()), "tokens"), 0
-        for start in range(0, len(order), _SLICE):
-            countdown.update(done)
-            part = order[start : start + _SLICE]
-            out[part] = embed(self.model, tokens, part, precision=self.precision)
-            done += int(lengths[part].sum())
+        # Short texts come first and are the quicker ones: the time left follows from tokens.
+        with progress.bar(f"embedding {what}", total=int(lengths.sum()), unit="tokens") as bar:
+            for start in range(0, len(order), _SLICE):
+                part = order[start : start + _SLICE]
+                out[part] = embed(self.model, tokens, part, precision=self.precision)
+                bar.update(int(lengths[part].sum()))
         return out
 
 

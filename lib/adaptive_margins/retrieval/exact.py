@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from adaptive_margins import progress
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.trec import Run, check_depth, top
-from adaptive_margins.progress import Countdown
 
 if TYPE_CHECKING:
     from adaptive_margins.encoder.embed import Shards
@@ -118,7 +118,7 @@ def exact_search(
     best_scores = [np.empty(0, np.float32) for _ in qids]
     lowest = np.full(len(qids), -np.inf)  # score kept of each query that has enough
     longest = 0.0
-    countdown = Countdown("exact search", len(passages), "passages")
+    bar = progress.bar("exact search", total=len(passages), unit="passages")
     for first, block in passages.blocks():
         squared = check_finite(block, "passage", ids, first)
         longest = max(longest, math.sqrt(squared.max()))
@@ -133,7 +133,8 @@ def exact_search(
                 best_rows[i], best_scores[i] = rows[kept], scores[kept]
                 if len(kept) >= depth:
                     lowest[i] = best_scores[i].min()
-        countdown.update(first + len(block))
+        bar.update(len(block))
+    bar.close()
     return {
         qid: exact_hits(query, passages, rows, ids, depth)
         for qid, query, rows in zip(qids, queries, best_rows, strict=True)

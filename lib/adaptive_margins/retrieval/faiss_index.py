@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import faiss
 import numpy as np
 
+from adaptive_margins import progress
 from adaptive_margins.data.trec import Run, check_depth
-from adaptive_margins.progress import Countdown
 from adaptive_margins.retrieval.exact import (
     as_shards,
     check_finite,
@@ -217,10 +217,10 @@ def build_index(
 
 
 def _add(index: faiss.Index, passages: Shards) -> None:
-    countdown = Countdown("adding to the index", len(passages), "passages")
-    for first, block in passages.blocks():
-        countdown.update(first)
-        index.add(block)
+    with progress.bar("adding to the index", total=len(passages), unit="passages") as bar:
+        for _, block in passages.blocks():
+            index.add(block)
+            bar.update(len(block))
 
 
 def search_index(
