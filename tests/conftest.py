@@ -102,10 +102,13 @@ def kill_in(owner: object, name: str, number: int) -> None:
 
 
 def pytest_collection_modifyitems(items):
-    # Whichever of them comes first waits for the reproduction.
-    for item in items:
-        if {"smoke_home", "miniature_home"} & set(getattr(item, "fixturenames", ())):
+    # What takes longest begins first; whichever test of a home comes first waits for its reproduction.
+    homes = [{"smoke_home", "miniature_home"} & set(getattr(i, "fixturenames", ())) for i in items]
+    slow = {item.path for item, used in zip(items, homes, strict=True) if used}
+    for item, used in zip(items, homes, strict=True):
+        if used:
             item.add_marker(pytest.mark.timeout(900))
+    items.sort(key=lambda item: (item.path not in slow, "miniature" not in item.path.name))
 
 
 def shared(factory: pytest.TempPathFactory, name: str) -> Path:
