@@ -282,7 +282,6 @@ OUTPUTS = [
     ("index", "corpus", "--model=none", "--output"),
     ("search", "none", "query", "--run-out"),
     ("collection", "corpus", "--output"),
-    ("export", "none", "--output"),
 ]
 
 

@@ -18,7 +18,7 @@ import pytest
 import pytrec_eval
 from typer.testing import CliRunner
 
-from adaptive_margins import cli, onnx, progress
+from adaptive_margins import cli, progress
 from adaptive_margins.corpus import finetune as finetuning
 from adaptive_margins.data import sources
 from adaptive_margins.data.folder import read_folder
@@ -31,7 +31,7 @@ from adaptive_margins.paper.store import Store
 from adaptive_margins.retrieval.bm25 import BM25
 from conftest import WORDS, run_config
 
-COMMANDS = ["train", "evaluate", "compare", "index", "search", "collection", "export", "status"]
+COMMANDS = ["train", "evaluate", "compare", "index", "search", "collection", "status"]
 TERMS = WORDS[5:]
 
 
@@ -648,31 +648,6 @@ def test_collection_lists_the_runs_in_its_folder(call, corpus, tmp_path):
     code, out, err = call("collection", folder, "--json")
     assert code == 0 and json.loads(out)["runs"] == {}
     assert err.count("no run:") == 1 and "mine.run:1:" in err and "'much'" in err
-
-
-def test_export(call, tmp_path, monkeypatch):
-    def export_onnx(model, output):
-        path = output / "onnx" / "model.onnx"
-        path.parent.mkdir(parents=True)
-        path.write_text(model)
-        return path
-
-    monkeypatch.setattr(onnx, "export_onnx", export_onnx)
-    folder = tmp_path / "exported"
-    graph = folder / "onnx" / "model.onnx"
-    code, out, _ = call("export", "minilm", "--output", folder, "--json")
-    assert code == 0
-    assert json.loads(out) == {
-        "model": "minilm",
-        "folder": str(folder),
-        "onnx": str(graph),
-        "bytes": 6,
-    }
-    code, out, err = call("export", "minilm", "--output", folder)
-    assert (code, out) == (1, "")
-    assert err.startswith(f"adaptive-margins: {folder} cannot be written: it exists")
-    shutil.rmtree(folder)
-    assert call("export", "minilm", "--output", folder)[1] == f"{graph}: 6 B\n"
 
 
 def contents(folder: Path) -> dict[str, float]:

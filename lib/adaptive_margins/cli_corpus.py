@@ -1,4 +1,4 @@
-"""The commands for a corpus of one's own: train, evaluate, compare, index, search, collection, export; and status.
+"""The commands for a corpus of one's own: train, evaluate, compare, index, search, collection; and status.
 
 Each prints text for people, or with ``--json`` one JSON object. What they need is imported when they are called.
 """
@@ -689,38 +689,6 @@ def collection(
         f"{text}\n\nPage: {output}" if output else text,
         output,
     )
-
-
-@commands.command(
-    rich_help_panel=_PANEL, epilog=_examples("export my_encoder --output my_encoder.onnx")
-)
-def export(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", parser=expanded, help="An encoder, named as for the other commands."
-        ),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(parser=_new_folder, help="A new folder: the encoder with onnx/model.onnx."),
-    ],
-    as_json: JsonOption = False,
-    verbose: VerboseOption = False,
-) -> None:
-    """Write an encoder with an ONNX graph, which gives the same embeddings."""
-    with _working(verbose, model):
-        from adaptive_margins.onnx import export_onnx
-        from adaptive_margins.text_tables import size
-
-        path = export_onnx(model, output)
-        result = {
-            "model": model,
-            "folder": str(output),
-            "onnx": str(path),
-            "bytes": path.stat().st_size,
-        }
-    _tell(result, as_json, f"{path}: {size(path.stat().st_size)}")
 
 
 @commands.command(epilog=_examples("status", "status --json"))

@@ -20,13 +20,13 @@ from IPython.display import HTML
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
+from test_finetune import SETTINGS, collection_of, encoder, saved  # noqa: F401
 
 from adaptive_margins.book import figures
 from adaptive_margins.book.pages import OWN
 from adaptive_margins.corpus import explore
 from adaptive_margins.corpus.finetune import Finetuned, FinetuneError, finetune
 from adaptive_margins.data.collection import Texts
-from test_finetune import SETTINGS, collection_of, encoder, saved  # noqa: F401
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / f"{OWN}.ipynb"
 WITHOUT_BATCH = [{"target": 0.3}, {"target": "adaptive"}]
