@@ -57,8 +57,7 @@ def test_every_module_has_a_place():
 
 def test_modules_import_from_the_left():
     for name, path in MODULES.items():
-        if not name:
-            assert not imports(path)
+        if not name:  # the public names, which are imported when they are used
             continue
         part = name.split(".")[0]
         for other in imports(path):
@@ -80,7 +79,7 @@ def test_there_is_no_circle():
             visit(other, (*path, name))
         done.add(name)
 
-    for name in MODULES:
+    for name in filter(None, MODULES):
         visit(name, ())
 
 
