@@ -119,6 +119,7 @@ def test_installed_package_has_version_command_and_data():
         "profiles/laptop.yaml",
         "profiles/smoke.yaml",
         "book/published.yaml",
+        "corpus/model_card.md.j2",
     ):
         assert (package / name).is_file(), name
 

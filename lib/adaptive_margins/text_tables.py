@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tabulate import tabulate
+
 from adaptive_margins.progress import printable
 
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -18,13 +20,8 @@ def size(count: float) -> str:
 
 
 def aligned(table: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
-    """The lines of a table whose rows have the same number of cells; the first ``left`` columns are text, the rest numbers."""
-    table = [[printable(cell) for cell in row] for row in table]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
+    """Return the lines of a table; the first ``left`` columns are text, the others numbers."""
+    cells = [[printable(cell) for cell in row] for row in table]
+    align = ["left"] * left + ["right"] * (len(table[0]) - left)
+    text = tabulate(cells, tablefmt="plain", disable_numparse=True, colalign=align)
+    return [line.rstrip() for line in text.splitlines()]
