@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from adaptive_margins.training import CODE_VERSION, RunConfig
+from adaptive_margins.runs import CODE_VERSION, TrainingRun, read_run_config
 
 CURVES = Path(__file__).parent / "curves.json"
 
@@ -22,7 +22,7 @@ CURVES = Path(__file__).parent / "curves.json"
 class Run(NamedTuple):
     """A stored run, of whatever code version (`StoredRun` would refuse the id of an older one)."""
 
-    config: RunConfig
+    config: TrainingRun
     curve: pd.DataFrame
 
 
@@ -30,8 +30,8 @@ def trained(home: Path) -> dict[str, Run]:
     """The trained runs of a home by everything that is configured but the code; of several versions the newest."""
     found: dict[str, Run] = {}
     for file in sorted((home / "runs").glob("*/config.json")):
-        config = RunConfig.model_validate_json(file.read_text())
-        if config.loss == "none":
+        config = read_run_config(file.read_text())
+        if not isinstance(config, TrainingRun):
             continue
         key = config.model_dump_json(exclude={"code_version", "chunks"})
         if key not in found or config.code_version > found[key].config.code_version:
@@ -39,7 +39,7 @@ def trained(home: Path) -> dict[str, Run]:
     return found
 
 
-def kind(config: RunConfig) -> str:
+def kind(config: TrainingRun) -> str:
     """The target in a word; "softmax" for the softmax loss."""
     if config.loss == "softmax":
         return config.loss

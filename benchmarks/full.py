@@ -125,7 +125,7 @@ def beside_the_model(number: int) -> list[dict[str, Any]]:
             "comparison__triples": 768, "workers": 1,
         }  # fmt: skip
         reproduction = Reproduction.open("laptop", Path(folder), **small)
-        configs = [reproduction.static_config("minilm-3", e / 10, False) for e in range(number + 1)]
+        configs = [reproduction.static_run("minilm-3", e / 10, False) for e in range(number + 1)]
         reproduction.execute(configs[0])  # what runs share is made here
         with (
             mock.patch.object(SentenceTransformer, "forward", timed(SentenceTransformer.forward)),

@@ -26,6 +26,7 @@ from adaptive_margins.encoder.load import quiet
 from adaptive_margins.encoder.tokens import Tokens, tokenize
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.losses import MarginLoss
+from adaptive_margins.runs import TrainingRun
 
 TARGET = "distributed"
 Step = Callable[[Any, Triples], tuple[float, float]]
@@ -222,9 +223,9 @@ def tokens_of(model: Any, triples: Triples) -> tuple[Tokens, Tokens]:
     )
 
 
-def config(size: int, chunks: int) -> training.RunConfig:
+def config(size: int, chunks: int) -> TrainingRun:
     """Three steps of ``size`` triples, of which `_Batches` makes others, and the last is not taken."""
-    return training.RunConfig(
+    return TrainingRun(
         encoder="benchmark", weights="", pooling="mean", layers=None, trained_layers=None, query_length=QUERY_LENGTH,
         passage_length=PASSAGE_LENGTH, loss="margin", target=TARGET, in_batch=False, batch_size=size, chunks=chunks,
         triples=3 * size, learning_rate=1e-5, weight_decay=0.0, decay=1.0, optimizer="adamw_torch_fused", precision="fp32",

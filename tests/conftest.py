@@ -293,8 +293,8 @@ def miniature(miniature_home):
 
 
 def run_config(**values: Any) -> Any:
-    """A small run's configuration, ``values`` in the place of its own."""
-    from adaptive_margins.training import RunConfig
+    """The configuration of a small training run, ``values`` in the place of its own."""
+    from adaptive_margins.runs import TrainingRun
 
     config = {
         "encoder": "tiny", "weights": "0" * 64, "pooling": "mean", "layers": None, "trained_layers": None,
@@ -304,4 +304,4 @@ def run_config(**values: Any) -> Any:
         "patience": 0, "keep": "best", "selection": "nDCG@10", "validation": "validation", "depth": 8,
         "rerank_measures": ("nDCG@10",), "collection": "f" * 16, "code_version": 1,
     }  # fmt: skip
-    return RunConfig.model_validate({**config, **values})
+    return TrainingRun.model_validate({**config, **values})

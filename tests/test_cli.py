@@ -124,7 +124,7 @@ def test_a_plan_lists_what_is_missing(smoke, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "runs").exists()
 
     _, every, _ = call(monkeypatch, capsys, "plan", "--profile", "smoke", "--every")
-    ids = {c.run_id for c in smoke.known_configs()}
+    ids = {c.run_id for c in smoke.known_runs()}
     assert all(f" {run_id} " in every for run_id in ids)
 
 

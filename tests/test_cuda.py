@@ -42,7 +42,7 @@ def test_a_run_on_a_gpu(miniature, tmp_path, precision):
         "training__dropout": 0.0,
     }
     gpu = open_on("cuda", miniature, tmp_path / "gpu", **values)
-    config = gpu.comparison_config("distilbert", target="distributed", in_batch=False)
+    config = gpu.comparison_run("distilbert", target="distributed", in_batch=False)
     run = gpu.execute(config)
     assert run.result["peak_bytes"] > 0
     assert np.isfinite(run.targets[["mean", "min", "max"]].to_numpy()).all()
@@ -77,7 +77,7 @@ def test_shards_by_several_gpus_are_those_of_one(tiny_folder, tmp_path):
 @needs_two
 def test_training_uses_one_gpu_and_the_batch_that_was_asked_for(miniature, tmp_path):
     run = open_on("cuda", miniature, tmp_path).run_one(
-        miniature.static_config("roberta", 0.3, True).run_id
+        miniature.static_run("roberta", 0.3, True).run_id
     )
     assert run.result["triples"] == run.config.triples
     assert len(run.targets) == run.config.steps

@@ -79,7 +79,7 @@ def measured(qrels, run, notation):
 
 
 def test_minilm_ranks_real_passages_as_an_independent_computation_does(reproduction):
-    config = reproduction.untrained_config("minilm")
+    config = reproduction.zero_shot_run("minilm")
     run = reproduction.execute(config)
 
     from sentence_transformers import SentenceTransformer

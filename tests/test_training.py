@@ -800,7 +800,7 @@ def same_run(a: StoredRun, b: StoredRun):
 
 
 def test_a_killed_run_of_a_profile_leaves_nothing_that_looks_finished(smoke, tmp_path):
-    config = smoke.variant_config("minilm-4", "distributed", False)
+    config = smoke.variant_run("minilm-4", "distributed", False)
     assert config.save_model
     home = copy_home(smoke.home, tmp_path / "home", {config.run_id})
     other = Reproduction(smoke.profile, home)
@@ -835,7 +835,7 @@ def test_a_killed_run_of_a_profile_leaves_nothing_that_looks_finished(smoke, tmp
 
 
 def test_workers_end_with_their_parent_and_the_rest_is_made_later(smoke, tmp_path):
-    removed = smoke.figure4_configs()
+    removed = smoke.figure4_runs()
     ids = {c.run_id for c in removed}
     home = copy_home(smoke.home, tmp_path / "home", ids)
     # Forked, so that it need not import everything again; its workers are new processes.

@@ -1,8 +1,7 @@
-"""RunConfig → trained encoder + learning curve, through Sentence Transformers' trainer (Sections 4 and 5)."""
+"""TrainingRun → trained encoder + learning curve, through Sentence Transformers' trainer (Sections 4 and 5)."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import math
@@ -19,7 +18,6 @@ import pandas as pd
 import psutil
 import torch
 from datasets import Dataset
-from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -31,16 +29,14 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
 from adaptive_margins.data.stored import COLUMNS, SeededBatches
-from adaptive_margins.encoder.embed import Precision, embed_chunks, length_chunks
+from adaptive_margins.encoder.embed import embed_chunks, length_chunks
 from adaptive_margins.encoder.load import quiet
 from adaptive_margins.encoder.packing import packs
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.losses import margin_loss
-
-CODE_VERSION = 4
-"""Raised by hand whenever the same configuration would give other numbers; part of every run's id."""
+from adaptive_margins.runs import TrainingRun
 
 COMPLETE = "COMPLETE"
 
@@ -53,67 +49,6 @@ class TrainingError(AdaptiveMarginsError, RuntimeError):
 
     A loss that is not finite, too few triples, a checkpoint that cannot be written, nothing to report to.
     """
-
-
-class RunConfig(BaseModel):
-    """What determines a run: its hash is the run's id, and ``config.json`` holds it.
-
-    ``target`` is ε, "adaptive" or "distributed"; None for the softmax loss and for an encoder that is not trained.
-    ``evaluate_every`` counts steps, 0 stands for the last step only; ``patience`` counts evaluations without a gain,
-    0 switches early stopping off; ``decay`` is γ, the factor of the learning rate per step (Section 5.4); ``chunks`` says in
-    how many parts the texts of a step go through the encoder, which changes rounding and speed.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    encoder: str
-    weights: str
-    pooling: str
-    layers: int | None
-    trained_layers: int | None
-    query_length: int
-    passage_length: int
-    loss: Literal["margin", "softmax", "none"]
-    target: float | Literal["adaptive", "distributed"] | None
-    in_batch: bool
-    orientation: Literal["paper", "released"] = "paper"
-    error: Literal["squared", "absolute", "soft"] = "squared"
-    stop_gradient: bool = False
-    batch_size: int
-    chunks: int = 1
-    triples: int
-    learning_rate: float
-    weight_decay: float
-    decay: float
-    optimizer: str
-    precision: Precision
-    dropout: float | None
-    seed: int
-    evaluate_every: int
-    patience: int
-    keep: Literal["best", "last"]
-    selection: str
-    validation: str
-    depth: int
-    rerank_measures: tuple[str, ...]
-    test_sets: tuple[str, ...] = ()
-    full_measures: tuple[str, ...] = ()
-    full_depth: int = 0
-    save_model: bool = False
-    collection: str
-    code_version: int = CODE_VERSION
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps: whole batches only."""
-        return self.triples // self.batch_size if self.batch_size else 0
-
-    @property
-    def run_id(self) -> str:
-        """16 hex digits of the SHA-256 of the configuration as canonical JSON."""
-        return hashlib.sha256(
-            json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()
-        ).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -177,7 +112,7 @@ class _RecordedLoss(nn.Module):
     step would make a GPU wait.
     """
 
-    def __init__(self, model: Any, config: RunConfig) -> None:
+    def __init__(self, model: Any, config: TrainingRun) -> None:
         super().__init__()
         self.model = model
         self.config = config
@@ -223,7 +158,7 @@ class _Watch(TrainerCallback):
 
     def __init__(
         self,
-        config: RunConfig,
+        config: TrainingRun,
         model: nn.Module,
         loss: _RecordedLoss,
         evaluator: Callable[[Any], Evaluation],
@@ -433,7 +368,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def train(
-    config: RunConfig,
+    config: TrainingRun,
     model: Any,
     triples: Dataset,
     queries: Tokens,

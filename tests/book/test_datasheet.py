@@ -102,7 +102,7 @@ def test_the_page_of_a_profile() -> None:
         evaluated_sets = ("test1",)
         profile = SimpleNamespace(candidates=SimpleNamespace(source="bm25"))
 
-        def bm25_config(self) -> str:
+        def bm25_run(self) -> str:
             return "bm25"
 
         def ensure(self, configs: list[str]) -> list[type[Result]]:

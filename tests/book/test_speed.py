@@ -89,7 +89,7 @@ def test_curves_are_paired_by_what_a_run_is(monkeypatch):
     class Run:
         def __init__(self, encoder, target, seed, version, values):
             self.key, self.values = f"{encoder} {target} {seed}", values
-            self.config = curves.RunConfig.model_construct(
+            self.config = curves.TrainingRun.model_construct(
                 encoder=encoder, loss="margin", target=target, in_batch=False, batch_size=32, seed=seed,
                 selection="nDCG@10", code_version=version,
             )  # fmt: skip

@@ -76,7 +76,7 @@ class Files:
         return [line.split("\t") for line in text.splitlines()]
 
     def having(self, **values):
-        return {i for i, c in self.config.items() if all(c[k] == v for k, v in values.items())}
+        return {i for i, c in self.config.items() if all(c.get(k) == v for k, v in values.items())}
 
     def one(self, **values):
         (run_id,) = self.having(**values)
@@ -111,7 +111,7 @@ def frames(smoke):
 def test_number_and_identity_of_runs(files):
     tuned = {}
     for encoder in ENCODERS:
-        assert files.one(encoder=encoder, loss="none")
+        assert files.one(encoder=encoder, kind="zero-shot")
         seeds = [1, 2] if encoder == "minilm-3" else [1]
         for in_batch in (False, True):
             for target in TARGETS:
@@ -128,7 +128,7 @@ def test_number_and_identity_of_runs(files):
             assert files.one(encoder=encoder, target="distributed", batch_size=size, patience=0)
         assert files.one(encoder=encoder, target="distributed", patience=2)
     assert files.one(encoder="bm25")
-    assert files.one(encoder="minilm", loss="none")
+    assert files.one(encoder="minilm", kind="zero-shot")
     assert files.one(encoder="minilm-4", loss="softmax", patience=2, in_batch=True)
     assert files.one(encoder="minilm-4", target=1.0, in_batch=False, patience=2)
     tuned_is_one = tuned.pop(("minilm-4", False)) == {1.0}  # then a row of Table 3 is Table 4's
@@ -138,8 +138,8 @@ def test_number_and_identity_of_runs(files):
 
 def test_the_settings_of_each_section(files):
     for config in files.config.values():
-        if config["loss"] == "none":
-            assert config["triples"] == 0
+        if config["kind"] != "training":
+            assert "triples" not in config
             assert config["test_sets"] == ["test1", "test2"]
             continue
         comparison = config["patience"] > 0
@@ -163,9 +163,9 @@ def test_only_one_model_is_saved(files):
 
 def test_step_0_is_the_encoder_as_it_comes(files):
     for run_id, config in files.config.items():
-        if config["loss"] == "none":
+        if config["kind"] != "training":
             continue
-        start = files.result[files.one(encoder=config["encoder"], loss="none")]["rerank"][
+        start = files.result[files.one(encoder=config["encoder"], kind="zero-shot")]["rerank"][
             "validation"
         ]
         first = files.curve(run_id).iloc[0]
@@ -210,7 +210,7 @@ def test_rerank_runs_hold_the_candidates(files):
 
 def test_what_is_kept_is_the_best_of_the_curve(files):
     for run_id, config in files.config.items():
-        if config["loss"] == "none":
+        if config["kind"] != "training":
             continue
         result, curve = files.result[run_id], files.curve(run_id)
         steps = dict(zip(curve["step"], curve["nDCG@10"], strict=True))
@@ -240,7 +240,7 @@ def test_figure_3(frames, files):
         found = files.result[row.run_id]["rerank"]["validation"]["mean"]
         assert row.value == found[row.measure]
         assert files.curve(row.run_id).iloc[-1][row.measure] == row.value
-        assert row.start_run_id == files.one(encoder=row.encoder, loss="none")
+        assert row.start_run_id == files.one(encoder=row.encoder, kind="zero-shot")
         start = files.result[row.start_run_id]["rerank"]["validation"]["mean"]
         assert row.start == start[row.measure]
     marked = frame[frame["maximum"]]
@@ -282,7 +282,7 @@ def test_gains(frames, files):
     assert len(frame) == 8 * 2
     for row in frame.itertuples():
         after = files.result[row.run_id]["rerank"]["validation"]["per_query"][row.measure]
-        start = files.result[files.one(encoder=row.encoder, loss="none")]
+        start = files.result[files.one(encoder=row.encoder, kind="zero-shot")]
         before = start["rerank"]["validation"]["per_query"][row.measure]
         differences = np.array([after[q] - before[q] for q in before])
         assert row.difference == pytest.approx(differences.mean(), abs=1e-12)
@@ -465,11 +465,11 @@ def test_table_4(frames, files):
         ("BM25", "—"): {"encoder": "bm25"},
         ("Static (ε = 1)", "✗"): {"target": 1.0, "in_batch": False, "patience": 2},
         ("Softmax (MNRL)", "✓"): {"loss": "softmax"},
-        ("Encoder as it comes", "—"): {"loss": "none"},
+        ("Encoder as it comes", "—"): {"kind": "zero-shot"},
     }
     rows = frame.groupby(["loss", "in_batch"])
     whole = ("Whole MiniLM as it comes", "—")
-    assert set(rows.get_group(whole)["run_id"]) == {files.one(encoder="minilm", loss="none")}
+    assert set(rows.get_group(whole)["run_id"]) == {files.one(encoder="minilm", kind="zero-shot")}
     assert set(rows.groups) == {*wanted, whole, ("Static (tuned)", "✗"), ("Static (tuned)", "✓")}
     for key, values in wanted.items():
         values = {"encoder": "minilm-4", **values}
@@ -535,7 +535,7 @@ def test_the_plan(smoke, tmp_path):
     home = tmp_path / "home"
     for name in ("cache", "collections"):
         shutil.copytree(smoke.home / name, home / name)
-    done = [smoke.bm25_config(), smoke.static_config("minilm-3", 0.5, True, 2)]
+    done = [smoke.bm25_run(), smoke.static_run("minilm-3", 0.5, True, 2)]
     for config in done:
         shutil.copytree(smoke.store.path(config), home / "runs" / config.run_id)
     whole = Reproduction(smoke.profile, home).plan()
@@ -556,10 +556,10 @@ def test_an_unknown_run_is_refused_before_any_is_made(tmp_path, monkeypatch):
     with pytest.raises(StoreError, match="no run 'nosuch'"):
         reproduction.run_one("nosuch")
     assert wanted == []
-    tuned = reproduction.comparison_config("minilm-4", target=0.5, in_batch=True)
+    tuned = reproduction.comparison_run("minilm-4", target=0.5, in_batch=True)
     with pytest.raises(StoreError):
         reproduction.run_one(tuned.run_id)  # Figure 3's runs are needed to say
-    assert wanted == reproduction.figure3_configs()
+    assert wanted == reproduction.figure3_runs()
 
 
 def test_running_again_does_nothing(smoke, monkeypatch, capsys):
@@ -574,7 +574,7 @@ def test_running_again_does_nothing(smoke, monkeypatch, capsys):
     since = time.perf_counter()
     again.run_all()
     assert time.perf_counter() - since < 10
-    assert again.ensure(smoke.figure3_configs())
+    assert again.ensure(smoke.figure3_runs())
     after = {p: p.stat().st_mtime_ns for p in smoke.home.rglob("*") if "_executed" not in p.parts}
     assert after == before
     assert "runs are there" in capsys.readouterr().err
@@ -618,7 +618,7 @@ def die(_):
 def test_a_worker_that_is_killed_is_said_so(smoke, monkeypatch):
     monkeypatch.setattr(runner, "_work", die)
     other = Reproduction(smoke.profile, smoke.home)
-    config = smoke.config("minilm-3", target=0.25, in_batch=False, batch_size=8, triples=8)
+    config = smoke.training_run("minilm-3", target=0.25, in_batch=False, batch_size=8, triples=8)
     with (
         ProcessPoolExecutor(1, get_context("fork")) as pool,
         pytest.raises(TrainingError, match="a worker process was killed"),
@@ -651,7 +651,7 @@ def test_other_encoders_from_the_collection_to_a_saved_model(
     values["static"] |= {"seeds": {}, "targets": [0.5]}
     other = Reproduction(type(smoke.profile).model_validate(values), tmp_path)
     table = other.table2()
-    run = other.store.get(other.variant_config("tiny", "distributed", False))
+    run = other.store.get(other.variant_run("tiny", "distributed", False))
     assert run.result["triples"] > 0
     model = SentenceTransformer(str(run.path / "model"))
     assert len(list(model)) == 3

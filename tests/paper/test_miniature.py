@@ -67,7 +67,7 @@ def test_every_run_has_the_papers_settings(configs, miniature):
         miniature.plan().runs["run_id"]
     )  # without those of the chapter on the released code
     assert planned < set(configs)
-    trained = {i: configs[i] for i in planned if configs[i]["loss"] != "none"}
+    trained = {i: configs[i] for i in planned if configs[i]["kind"] == "training"}
     assert len(planned) == len(trained) + 4
     for c in trained.values():
         assert (c["optimizer"], c["precision"], c["weight_decay"]) == ("adamw_8bit", "bf16", 1e-6)
@@ -101,7 +101,7 @@ def test_the_candidates_are_the_official_ones_in_bm25s_order(miniature):
 
 
 def test_bm25s_rows_are_trec_evals(miniature):
-    run = miniature.store.get(miniature.bm25_config())
+    run = miniature.store.get(miniature.bm25_run())
     for mode, name in product(("rerank", "full"), SETS):
         measures = {"ndcg_cut_10": "nDCG@10"}
         qrels = miniature.collection.qrels[name]
@@ -117,7 +117,7 @@ def test_bm25s_rows_are_trec_evals(miniature):
 
 def test_the_stored_ranking_is_that_of_the_saved_model(miniature):
     """By sentence-transformers and NumPy: the run embedded in bf16, kept fp16, and searched by an index."""
-    config = miniature.variant_config("distilbert", "distributed", False)
+    config = miniature.variant_run("distilbert", "distributed", False)
     run = miniature.store.get(config)
     model = SentenceTransformer(str(run.path / "model"), device="cpu")
     passages = miniature.collection.passages
@@ -159,7 +159,7 @@ def test_embedding_goes_on_after_an_interruption(miniature, tmp_path, monkeypatc
     (tmp_path / "cache").mkdir()
     for name in ("collections", "tokens"):
         (tmp_path / "cache" / name).symlink_to(miniature.home / "cache" / name)
-    config = other.untrained_config("distilbert")
+    config = other.zero_shot_run("distilbert")
     real = runner.embed_shards
 
     class Stop(Exception):
@@ -225,7 +225,7 @@ def test_supplied_runs_are_scored_and_tested(miniature, tmp_path):
     other = Reproduction.open(miniature.home / "miniature-paper.yaml", tmp_path)
     for name in ("collections", "runs", "cache"):
         (tmp_path / name).symlink_to(miniature.home / name)
-    softmax = miniature.store.get(miniature.table4_configs()[1])
+    softmax = miniature.store.get(miniature.table4_runs()[1])
     qrels = miniature.collection.qrels
     for name in SETS:
         run = softmax.run("full", name)
@@ -284,9 +284,9 @@ def test_every_row_of_the_books_data_has_its_run(miniature_home, configs):
 
 
 def test_one_run_can_be_made_by_its_id(miniature):
-    run_id = miniature.static_config("roberta", 0.3, True).run_id
+    run_id = miniature.static_run("roberta", 0.3, True).run_id
     assert miniature.run_one(run_id[:9]).run_id == run_id
-    tables_run = miniature.variant_config("mpnet", "adaptive", True).run_id
+    tables_run = miniature.variant_run("mpnet", "adaptive", True).run_id
     assert miniature.run_one(tables_run).run_id == tables_run
 
 
@@ -306,7 +306,7 @@ def test_the_profile_released_in_small(tmp_path):
     per_query = Counter(qid for qid, _, _ in released.collection.triples)
     assert set(per_query.values()) == {8}
 
-    config = released.comparison_config("roberta", target="distributed", in_batch=False)
+    config = released.comparison_run("roberta", target="distributed", in_batch=False)
     assert config.triples == len(released.collection.triples) < 2000
     assert (config.orientation, config.pooling, config.keep) == ("released", "cls+pooler", "last")
     assert (config.validation, config.seed) == ("TREC-DL20", 153201820)
@@ -317,9 +317,9 @@ def test_the_profile_released_in_small(tmp_path):
     assert set(run.checks["qid"]) == set(released.collection.queries["TREC-DL20"].ids)
     assert set(run.result["full"]) == set(SETS)
     assert (
-        released.config("mpnet", target=0.5, in_batch=True, batch_size=8, triples=8).pooling
+        released.training_run("mpnet", target=0.5, in_batch=True, batch_size=8, triples=8).pooling
         == "cls"
     )
-    static = released.figure3_configs()
+    static = released.figure3_runs()
     assert {c.target for c in static} == {0.0, 0.3, 1.0}  # the miniature's
     assert {(c.seed, c.learning_rate) for c in static} == {(166613, 5e-6)}

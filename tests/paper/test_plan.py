@@ -26,10 +26,10 @@ def test_the_laptops_runs_take_what_was_expected(tmp_path):
         workers=1,
     )  # fmt: skip
     configs = [
-        reproduction.untrained_config("minilm-3"),
-        reproduction.static_config("minilm-3", 0.4, True),
-        reproduction.curve_config("minilm-3", "distributed", False, 32),
-        reproduction.comparison_config("minilm-3", target="distributed", in_batch=False, patience=9),
+        reproduction.zero_shot_run("minilm-3"),
+        reproduction.static_run("minilm-3", 0.4, True),
+        reproduction.curve_run("minilm-3", "distributed", False, 32),
+        reproduction.comparison_run("minilm-3", target="distributed", in_batch=False, patience=9),
     ]  # fmt: skip
     reproduction.encoder("minilm-3")  # shared by all runs, and not part of any
     for name in reproduction.evaluated_sets:

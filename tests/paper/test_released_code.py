@@ -253,13 +253,13 @@ def test_seeds_are_those_of_the_runs_and_table3s_own_runs_are_reused(smoke):
     for comparisons in study.comparisons().values():
         for c in comparisons:
             for side in (c.reference, c.other):
-                assert [x.seed for x in side if x.loss != "none"] in ([1, 2, 3], [])
+                assert [x.seed for x in side if x.kind == "training"] in ([1, 2, 3], [])
     distributed = study.variant("distributed", False)
-    assert distributed[0] == smoke.variant_config("minilm-4", "distributed", False)
+    assert distributed[0] == smoke.variant_run("minilm-4", "distributed", False)
     assert [c.save_model for c in distributed] == [True, False, False]
     configs = study.configs()
     assert len(set(configs)) == len({c.run_id for c in configs}) == len(configs)
-    trained = [c for c in configs if c.loss != "none" and not smoke.store.has(c)]
+    trained = [c for c in configs if c.kind == "training" and not smoke.store.has(c)]
     grid = 3 * len(smoke.profile.static.targets)
     # 5 rows × 2 more seeds, 3 + 3 losses × 3, (last, other set) × 2 losses × 3, 2 poolings × 3
     assert len(trained) == 10 + 18 + 12 + 6 + grid

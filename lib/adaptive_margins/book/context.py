@@ -25,9 +25,10 @@ from adaptive_margins.book.tables import shorten
 from adaptive_margins.data.collection import Collection
 from adaptive_margins.data.trec import top
 from adaptive_margins.errors import AdaptiveMarginsError
-from adaptive_margins.paper.experiments import BM25_NAME, Reproduction
+from adaptive_margins.paper.experiments import Reproduction
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.profiles.config import CurveSettings, StaticSettings, available
+from adaptive_margins.runs import BM25_NAME
 
 NAMES = {
     "collection": "Collection",
@@ -339,7 +340,7 @@ def starts(reproduction: Reproduction) -> pd.DataFrame:
             "encoder": run.config.encoder, "kind": kind, "set": name, "measure": measure,
             "value": run.evaluation(kind, name).mean[measure], "run_id": run.run_id,
         }
-        for run in reproduction.ensure(reproduction.start_configs())
+        for run in reproduction.ensure(reproduction.baseline_runs())
         for kind, name, measures in wanted
         for measure in measures
     ]  # fmt: skip
@@ -446,7 +447,7 @@ def index_cost(reproduction: Reproduction, data: pd.DataFrame) -> pd.DataFrame:
     p = reproduction.profile
     rows = []
     for run_id, encoder in dict(zip(data["run_id"], data["encoder"], strict=True)).items():
-        run = StoredRun(reproduction.store.folder / str(run_id))
+        run: StoredRun[Any] = StoredRun(reproduction.store.folder / str(run_id))
         index = run.result["index"]
         for name, measure in product(p.sets.tests, p.measures.full):
             full, exact = (run.evaluation(kind, name).mean[measure] for kind in ("full", "exact"))

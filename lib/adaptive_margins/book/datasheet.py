@@ -31,7 +31,7 @@ _SETS = ("train", "validation", "test", "test1", "test2")
 
 def page(reproduction: Reproduction) -> str:
     """The data sheet of an opened profile: its collection, its candidates, and BM25's stored scores."""
-    result = reproduction.ensure([reproduction.bm25_config()])[0].result
+    result = reproduction.ensure([reproduction.bm25_run()])[0].result
     sets = reproduction.evaluated_sets
     bm25 = {
         name: {

@@ -47,7 +47,7 @@ def write(home: Path, profile: Profile, receipts: Receipts) -> None:
     write_long(home, profile.name, receipts)
     speed.write(home / "benchmarks", folder)
     write_text(folder / "what_to_expect.md", expect.page(expect.read(home / "book" / expect.FILE)))
-    runs = [
+    runs: list[StoredRun[Any]] = [
         StoredRun(home / "runs" / run_id)
         for run_id in sorted({i for r in receipts.values() for i in r.get("results", ())})
         if (home / "runs" / run_id).is_dir()
@@ -181,7 +181,8 @@ def provenance(profile: Profile, receipts: Receipts, runs: Iterable[StoredRun]) 
         }.values()
     )
     collections = sorted({run.config.collection for run in runs})
-    weights = sorted({(run.config.encoder, run.config.weights) for run in runs})
+    configs = [run.config for run in runs]
+    weights = sorted({(c.encoder, c.version if c.kind == "bm25" else c.weights) for c in configs})
     trained, evaluated = (
         sum(run.result[key] for run in runs) for key in ("train_seconds", "eval_seconds")
     )
@@ -190,12 +191,14 @@ def provenance(profile: Profile, receipts: Receipts, runs: Iterable[StoredRun]) 
             f"`{run.run_id}`",
             run.config.encoder,
             describe(run.config),
-            run.config.seed,
+            getattr(run.config, "seed", ""),
             f"{run.result['train_seconds']:.1f}",
             f"{run.result['eval_seconds']:.1f}",
             f"{run.result['peak_bytes'] / 2**30:.2f}" if run.result["peak_bytes"] else "",
         ]
-        for run in sorted(runs, key=lambda r: (r.config.encoder, describe(r.config), r.config.seed))
+        for run in sorted(
+            runs, key=lambda r: (r.config.encoder, describe(r.config), getattr(r.config, "seed", 0))
+        )
     ]
     executed = [
         [name, r["finished"], f"{r['seconds']:.1f}"]

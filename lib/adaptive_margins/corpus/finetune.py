@@ -70,7 +70,8 @@ from adaptive_margins.progress import clock, say
 from adaptive_margins.retrieval.bm25 import BM25, without_hits
 from adaptive_margins.retrieval.dense import DenseRetriever, hybrid
 from adaptive_margins.retrieval.exact import count_self
-from adaptive_margins.training import RunConfig, TrainingResult, check_reporters, train
+from adaptive_margins.runs import TrainingRun
+from adaptive_margins.training import TrainingResult, check_reporters, train
 
 SELECTION = "nDCG@10"
 """The measure that decides, on the validation queries, which step is kept (Section 5.4)."""
@@ -303,7 +304,7 @@ def _finetune(
     validation = _Validation(
         collection, rankings, max(budget, settings.check_passages), settings.precision, seed
     )
-    config = RunConfig(
+    config = TrainingRun(
         encoder=model, weights=identity, pooling="", layers=None, trained_layers=None,
         query_length=start.query_length, passage_length=start.passage_length, loss="margin", target=target, in_batch=False,
         batch_size=batch_size, chunks=4 if packs(encoder) is None else 1, triples=len(chosen),

@@ -25,10 +25,11 @@ from adaptive_margins.encoder.tokens import Tokens, tokenize
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import folder_bytes
 from adaptive_margins.losses import margin_loss
-from adaptive_margins.paper.inputs import BM25_NAME, Resources
+from adaptive_margins.paper.inputs import Resources
 from adaptive_margins.profiles.config import EncoderSettings, IrDatasetsSettings
 from adaptive_margins.retrieval.faiss_index import choose_index, index_bytes
-from adaptive_margins.training import RunConfig, TripleCollator
+from adaptive_margins.runs import BM25Run, RunConfig, TrainingRun
+from adaptive_margins.training import TripleCollator
 
 _CALIBRATION_STEPS = 3
 _STATED_RATE = 1e13  # multiplications and additions a second of an A100 in FAISS's k-means, fp32
@@ -177,7 +178,7 @@ class Costs(Resources):
 
     def expected_seconds(self, config: RunConfig) -> float:
         """What one worker is expected to need for a run (a query counts as half a passage)."""
-        if config.encoder == BM25_NAME:
+        if isinstance(config, BM25Run):
             return 1.0 + self.sizes.passages / 20_000
         speed, sizes = self.speed(config.encoder), self.sizes
         passage = 1 / speed.passages
@@ -185,8 +186,11 @@ class Costs(Resources):
         def rerank(name: str) -> float:
             return (sizes.candidates[name] + sizes.queries[name] / 2) * passage
 
-        checks = config.steps // config.evaluate_every if config.evaluate_every else 1
-        train = config.triples / speed.triples if config.triples else 0.0
+        checks, train = 1, 0.0
+        if isinstance(config, TrainingRun):
+            train = config.triples / speed.triples
+            if config.evaluate_every:
+                checks = config.steps // config.evaluate_every
         full = 0.0
         if config.test_sets:
             tests = sum(sizes.queries[name] for name in config.test_sets)
@@ -230,16 +234,18 @@ class Costs(Resources):
         depth = {name: config.depth for name in (config.validation, *config.test_sets)}
         hits = sum(self.sizes.queries[name] * k for name, k in depth.items())
         hits += sum(self.sizes.queries[name] * config.full_depth for name in config.test_sets)
+        if not isinstance(config, TrainingRun):
+            return _RUN_LINE * hits + 20_000
         model = 4 * self.parameters(config.encoder)[0] if config.save_model else 0
         return _RUN_LINE * hits + 50 * config.steps + model + 20_000
 
     def scratch_bytes(self, config: RunConfig) -> int:
         """What a run needs while it is made: two checkpoints (weights, best weights, optimiser), then the embeddings."""
-        if config.encoder == BM25_NAME:
+        if isinstance(config, BM25Run):
             return 0
         parameters, dimensions = self.parameters(config.encoder)
         checkpoints = 0
-        if config.triples and self.profile.training.checkpoint_every:
+        if isinstance(config, TrainingRun) and self.profile.training.checkpoint_every:
             moments = 2 if config.optimizer == "adamw_8bit" else 8
             checkpoints = 2 * parameters * (4 + moments + (4 if config.keep == "best" else 0))
         width = {"float32": 4, "float16": 2}[self.profile.ranking.dtype]
@@ -248,7 +254,7 @@ class Costs(Resources):
 
     def memory_bytes(self, config: RunConfig) -> int:
         """Host memory of the largest step: the model and its optimiser, or the index while it is trained."""
-        if config.encoder == BM25_NAME:
+        if isinstance(config, BM25Run):
             return (
                 1100 * self.sizes.passages
             )  # measured: 42 postings a passage, 27 bytes each while indexing

@@ -23,12 +23,11 @@ from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.evaluation.significance import paired_interval, paired_tost
 from adaptive_margins.files import folder_bytes
 from adaptive_margins.losses import margin_loss
-from adaptive_margins.paper.inputs import BM25_NAME
 from adaptive_margins.paper.runner import Runs, describe
 from adaptive_margins.paper.store import StoredRun, StoreError
 from adaptive_margins.profiles.config import CurveSettings, Profile, StaticSettings, load_profile
 from adaptive_margins.progress import clock, say
-from adaptive_margins.training import RunConfig
+from adaptive_margins.runs import BM25_NAME, RunConfig, TrainingRun
 
 __all__ = ["BM25_NAME", "VARIANTS", "Plan", "Reproduction", "describe"]
 
@@ -58,30 +57,30 @@ class Reproduction(Runs):
 
     # ---- configurations --------------------------------------------------------------------------------------------
 
-    def static_config(
+    def static_run(
         self, encoder: str, target: float, in_batch: bool, seed: int | None = None
-    ) -> RunConfig:
+    ) -> TrainingRun:
         """Section 5.1: one point of Figure 3."""
         s = self.profile.static
         own = _own(s) if seed is None else {**_own(s), "seed": seed}
-        return self.config(
+        return self.training_run(
             encoder, target=target, in_batch=in_batch, batch_size=s.batch_size, triples=s.triples, **own
         )  # fmt: skip
 
-    def curve_config(self, encoder: str, target: str, in_batch: bool, batch_size: int) -> RunConfig:
+    def curve_run(self, encoder: str, target: str, in_batch: bool, batch_size: int) -> TrainingRun:
         """Sections 5.2 and 5.3: one line of Figure 4 or 5."""
         s = self.profile.adaptive if target == "adaptive" else self.profile.distributed
-        return self.config(
+        return self.training_run(
             encoder, target=target, in_batch=in_batch, batch_size=batch_size, keep="best",
             triples=s.triples or self.triples_count,
             evaluate_every=s.check_steps(batch_size), **_own(s),
         )  # fmt: skip
 
-    def comparison_config(self, encoder: str, **values: Any) -> RunConfig:
+    def comparison_run(self, encoder: str, **values: Any) -> TrainingRun:
         """Section 5.4: with decay and early stopping, best step kept, ranked in full."""
         s = self.profile.comparison
         size = s.batch_sizes[0]
-        return self.config(
+        return self.training_run(
             encoder, **{
                 "batch_size": size, "triples": s.triples or self.triples_count,
                 "decay": s.decay, "patience": s.patience, "keep": s.keep,
@@ -90,7 +89,7 @@ class Reproduction(Runs):
             },
         )  # fmt: skip
 
-    def figure3_configs(self) -> list[RunConfig]:
+    def figure3_runs(self) -> list[TrainingRun]:
         """ε × in-batch × encoders, and the further seeds."""
         s = self.profile.static
         first = self.profile.seed if s.seed is None else s.seed
@@ -99,25 +98,25 @@ class Reproduction(Runs):
             for e in self.profile.encoders
         }
         return [
-            self.static_config(e, target, in_batch, seed)
+            self.static_run(e, target, in_batch, seed)
             for e in self.profile.encoders
             for in_batch in (False, True)
             for seed in seeds[e]
             for target in s.targets
         ]
 
-    def figure4_configs(self) -> list[RunConfig]:
+    def figure4_runs(self) -> list[TrainingRun]:
         """Adaptive targets with and without in-batch negatives."""
         return [
-            self.curve_config(e, "adaptive", in_batch, self.profile.adaptive.batch_sizes[0])
+            self.curve_run(e, "adaptive", in_batch, self.profile.adaptive.batch_sizes[0])
             for e in self.profile.encoders
             for in_batch in (False, True)
         ]
 
-    def figure5_configs(self) -> list[RunConfig]:
+    def figure5_runs(self) -> list[TrainingRun]:
         """Distributed targets by batch size."""
         return [
-            self.curve_config(e, "distributed", False, size)
+            self.curve_run(e, "distributed", False, size)
             for e in self.profile.encoders
             for size in self.profile.distributed.batch_sizes
         ]
@@ -126,7 +125,7 @@ class Reproduction(Runs):
         """The ε of Figure 3 with the best selection measure on validation (the smallest of equals)."""
         measure = self.profile.measures.selection
         runs = {
-            t: self.store.get(self.static_config(encoder, t, in_batch))
+            t: self.store.get(self.static_run(encoder, t, in_batch))
             for t in self.profile.static.targets
         }
         means = {
@@ -135,47 +134,47 @@ class Reproduction(Runs):
         }
         return max(means, key=lambda t: (means[t], -t))
 
-    def variant_config(self, encoder: str, target: str, in_batch: bool) -> RunConfig:
+    def variant_run(self, encoder: str, target: str, in_batch: bool) -> TrainingRun:
         """A row of Table 3; a static row needs Figure 3's runs."""
         value: float | str = self.tuned_target(encoder, in_batch) if target == "static" else target
         save = encoder == self.profile.reference_encoder and target == "distributed"
-        return self.comparison_config(encoder, target=value, in_batch=in_batch, save_model=save)
+        return self.comparison_run(encoder, target=value, in_batch=in_batch, save_model=save)
 
-    def table3_configs(self) -> list[RunConfig]:
+    def table3_runs(self) -> list[TrainingRun]:
         """Five rows per encoder."""
         return [
-            self.variant_config(e, *variant) for e in self.profile.encoders for variant in VARIANTS
+            self.variant_run(e, *variant) for e in self.profile.encoders for variant in VARIANTS
         ]
 
-    def table4_configs(self) -> list[RunConfig]:
+    def table4_runs(self) -> list[TrainingRun]:
         """What Table 4 needs beyond Table 3: ε = 1 and the softmax loss, trained alike."""
         e = self.profile.reference_encoder
         return [
-            self.comparison_config(e, target=1.0, in_batch=False),
-            self.comparison_config(e, loss="softmax", target=None, in_batch=True),
+            self.comparison_run(e, target=1.0, in_batch=False),
+            self.comparison_run(e, loss="softmax", target=None, in_batch=True),
         ]
 
-    def start_configs(self) -> list[RunConfig]:
+    def baseline_runs(self) -> list[RunConfig]:
         """BM25 and every encoder as it comes."""
         encoders = [*self.profile.encoders, *self.profile.untrained]
-        return [self.bm25_config(), *(self.untrained_config(e) for e in encoders)]
+        return [self.bm25_run(), *(self.zero_shot_run(e) for e in encoders)]
 
     # ---- all runs --------------------------------------------------------------------------------------------------
 
-    def known_configs(self) -> list[RunConfig]:
+    def known_runs(self) -> list[RunConfig]:
         """The runs that are known beforehand: starts, figures, and the tables' rows that no ε is tuned for."""
-        fixed = [self.variant_config(*variant) for variant in self._variants(static=False)]
-        figures = [*self.figure3_configs(), *self.figure4_configs(), *self.figure5_configs()]
-        return [*self.start_configs(), *figures, *fixed, *self.table4_configs()]
+        fixed = [self.variant_run(*variant) for variant in self._variants(static=False)]
+        figures = [*self.figure3_runs(), *self.figure4_runs(), *self.figure5_runs()]
+        return [*self.baseline_runs(), *figures, *fixed, *self.table4_runs()]
 
-    def tuned_configs(self) -> list[RunConfig]:
+    def tuned_runs(self) -> list[TrainingRun]:
         """Table 3's rows with the ε that Figure 3 finds; StoreError as long as Figure 3's runs are missing."""
-        return [self.variant_config(*variant) for variant in self._variants(static=True)]
+        return [self.variant_run(*variant) for variant in self._variants(static=True)]
 
-    def _tunable_configs(self) -> list[RunConfig]:
+    def _tunable_runs(self) -> list[TrainingRun]:
         """Table 3's static rows with each ε that Figure 3 may find."""
         return [
-            self.comparison_config(encoder, target=target, in_batch=in_batch)
+            self.comparison_run(encoder, target=target, in_batch=in_batch)
             for encoder, _, in_batch in self._variants(static=True)
             for target in self.profile.static.targets
         ]
@@ -193,24 +192,24 @@ class Reproduction(Runs):
         """Make every run of the profile that is not in the store."""
         self.announce()
         with self._workers() as pool:
-            self._make(self.known_configs(), pool)
-            self._make(self.tuned_configs(), pool)
+            self._make(self.known_runs(), pool)
+            self._make(self.tuned_runs(), pool)
 
     def run_one(self, run_id: str) -> StoredRun:
         """Make the run of an id (or the beginning of one, if only one run begins so), with what it needs before it.
 
         Raises StoreError if no run of the profile has it.
         """
-        known = dict.fromkeys(self.known_configs())
+        known = dict.fromkeys(self.known_runs())
         found = [c for c in known if c.run_id.startswith(run_id)]
-        if not found and any(c.run_id.startswith(run_id) for c in self._tunable_configs()):
-            self.ensure(self.figure3_configs())
-            found = [c for c in self.tuned_configs() if c.run_id.startswith(run_id)]
+        if not found and any(c.run_id.startswith(run_id) for c in self._tunable_runs()):
+            self.ensure(self.figure3_runs())
+            found = [c for c in self.tuned_runs() if c.run_id.startswith(run_id)]
         if len(found) > 1:
             raise StoreError(f"{len(found)} runs begin with {run_id!r}; give more of the id")
         if found:
-            trained = found[0].loss != "none"
-            starts = [self.untrained_config(found[0].encoder)] if trained else []
+            trained = isinstance(found[0], TrainingRun)
+            starts = [self.zero_shot_run(found[0].encoder)] if trained else []
             return self.ensure([*starts, *found])[-1]
         raise StoreError(
             f"profile {self.profile.name!r} has no run {run_id!r} with this collection, these encoders and this version;"
@@ -244,18 +243,18 @@ class Reproduction(Runs):
         return without._plan()
 
     def _plan(self) -> Plan:
-        rows = self.known_configs()
+        rows = self.known_runs()
         for encoder, target, in_batch in self._variants(static=True):
             try:
-                rows.append(self.variant_config(encoder, target, in_batch))
+                rows.append(self.variant_run(encoder, target, in_batch))
             except StoreError:  # ε is not known before Figure 3 is
-                rows.append(self.comparison_config(encoder, target=0.0, in_batch=in_batch))
+                rows.append(self.comparison_run(encoder, target=0.0, in_batch=in_batch))
         frame = pd.DataFrame(
             {
                 "run_id": c.run_id,
                 "encoder": c.encoder,
                 "what": describe(c, with_target=False),
-                "triples": c.triples,
+                "triples": getattr(c, "triples", 0),
                 "done": (done := self.store.has(c)),
                 "seconds": 0.0 if done else self.expected_seconds(c),
                 "disk": folder_bytes(self.store.path(c)) if done else self.disk_bytes(c),
@@ -280,7 +279,7 @@ class Reproduction(Runs):
         """Encoders: parameters, embedding, dimensions."""
         rows = []
         for name, settings in self.profile.encoders.items():
-            run = self.ensure([self.untrained_config(name)])[0]
+            run = self.ensure([self.zero_shot_run(name)])[0]
             whole, model = self.encoder(name).whole, self.encoder(name).model
             rows.append(
                 {
@@ -297,9 +296,9 @@ class Reproduction(Runs):
 
     def figure3(self) -> pd.DataFrame:
         """Static targets: a row per ε, seed and measure, on the validation set after the last step."""
-        starts = {e: self.ensure([self.untrained_config(e)])[0] for e in self.profile.encoders}
+        starts = {e: self.ensure([self.zero_shot_run(e)])[0] for e in self.profile.encoders}
         rows = []
-        for run in self.ensure(self.figure3_configs()):
+        for run in self.ensure(self.figure3_runs()):
             c = run.config
             start = starts[c.encoder]
             before = start.evaluation("rerank", c.validation).mean
@@ -321,13 +320,13 @@ class Reproduction(Runs):
 
     def figure4(self) -> pd.DataFrame:
         """Adaptive targets: learning curves on the validation set."""
-        return self._curves(self.figure4_configs())
+        return self._curves(self.figure4_runs())
 
     def figure5(self) -> pd.DataFrame:
         """Distributed targets: learning curves by batch size."""
-        return self._curves(self.figure5_configs())
+        return self._curves(self.figure5_runs())
 
-    def _curves(self, configs: Sequence[RunConfig]) -> pd.DataFrame:
+    def _curves(self, configs: Sequence[TrainingRun]) -> pd.DataFrame:
         frames = []
         for run in self.ensure(configs):
             c = run.config
@@ -357,12 +356,12 @@ class Reproduction(Runs):
         ]
         return frame[columns]
 
-    def gains(self, configs: Sequence[RunConfig] | None = None) -> pd.DataFrame:
+    def gains(self, configs: Sequence[TrainingRun] | None = None) -> pd.DataFrame:
         """Best step against step 0 on validation, with a paired 95 % t interval, for Figures 4 and 5 (or ``configs``)."""
         rows = []
-        for run in self.ensure(configs or [*self.figure4_configs(), *self.figure5_configs()]):
+        for run in self.ensure(configs or [*self.figure4_runs(), *self.figure5_runs()]):
             c = run.config
-            start = self.ensure([self.untrained_config(c.encoder)])[0].evaluation(
+            start = self.ensure([self.zero_shot_run(c.encoder)])[0].evaluation(
                 "rerank", c.validation
             )
             kept = run.evaluation("rerank", c.validation)
@@ -385,7 +384,7 @@ class Reproduction(Runs):
         window, span = self.profile.target_plot.window, self.profile.target_plot.span
         size = max(self.profile.distributed.batch_sizes)
         frames = []
-        for run in self.ensure([c for c in self.figure5_configs() if c.batch_size == size]):
+        for run in self.ensure([c for c in self.figure5_runs() if c.batch_size == size]):
             smooth = run.targets[["mean", "min", "max"]].rolling(window, min_periods=1).mean()
             smooth.insert(0, "step", run.targets["step"])
             for part, rows in (("first", smooth.head(span)), ("last", smooth.tail(span))):
@@ -419,10 +418,8 @@ class Reproduction(Runs):
         From the first training batch, the query whose targets T[i, :] are spread widest; ρ = φ(q_i, ·), t = T[i, j].
         ``loss_table`` is what the paper's Table 2 shows, (ρ(d⁺) − ρ(d⁻_j) − t)²; ``loss_equation`` is Eq. 3 squared.
         """
-        self.ensure(
-            [c for c in self.figure3_configs() if c.encoder == self.profile.reference_encoder]
-        )
-        config = self.variant_config(self.profile.reference_encoder, "distributed", False)
+        self.ensure([c for c in self.figure3_runs() if c.encoder == self.profile.reference_encoder])
+        config = self.variant_run(self.profile.reference_encoder, "distributed", False)
         run = self.ensure([config])[0]
         model = SentenceTransformer(str(run.path / "model"), device=self.profile.device)
         order = seeded_order(len(self.triples), config.seed, 0, config.batch_size)
@@ -463,11 +460,11 @@ class Reproduction(Runs):
 
     def table3(self) -> pd.DataFrame:
         """Every encoder × target × in-batch, ranked in full; TOST against the best per encoder, set and measure."""
-        self.ensure(self.figure3_configs())
+        self.ensure(self.figure3_runs())
         runs = dict(
             zip(
                 ((e, *v) for e in self.profile.encoders for v in VARIANTS),
-                self.ensure(self.table3_configs()),
+                self.ensure(self.table3_runs()),
                 strict=True,
             )
         )
@@ -495,7 +492,7 @@ class Reproduction(Runs):
         """Training time of the ε grid that a static row was tuned on."""
         return float(
             sum(
-                self.store.get(self.static_config(encoder, t, in_batch)).result["train_seconds"]
+                self.store.get(self.static_run(encoder, t, in_batch)).result["train_seconds"]
                 for t in self.profile.static.targets
             )
         )
@@ -526,12 +523,12 @@ class Reproduction(Runs):
         TOST against the reproduced TAS-B run, as in the paper, if it was supplied, else against the softmax loss, the run
         most people would make.
         """
-        self.ensure(self.figure3_configs())
+        self.ensure(self.figure3_runs())
         e = self.profile.reference_encoder
-        wanted = [self.variant_config(e, *v) for v in VARIANTS]
+        wanted = [self.variant_run(e, *v) for v in VARIANTS]
         tuned_no, tuned_yes, adaptive_no, adaptive_yes, distributed = self.ensure(wanted)
-        default, softmax = self.ensure(self.table4_configs())
-        bm25, start = self.ensure([self.bm25_config(), self.untrained_config(e)])
+        default, softmax = self.ensure(self.table4_runs())
+        bm25, start = self.ensure([self.bm25_run(), self.zero_shot_run(e)])
         # block, loss, sampling, in-batch, source, run
         listed = [
             ("self-distillation", "Adaptive", "Rand.", "✗", "ours", adaptive_no),
@@ -545,7 +542,7 @@ class Reproduction(Runs):
             ("not in the paper", "Encoder as it comes", "—", "—", "not in the paper", start),
         ]
         for name, settings in self.profile.untrained.items():
-            run = self.ensure([self.untrained_config(name)])[0]
+            run = self.ensure([self.zero_shot_run(name)])[0]
             loss = f"{settings.label or name} as it comes"
             listed.append(("not in the paper", loss, "—", "—", "not in the paper", run))
         entries = [
@@ -581,7 +578,7 @@ class Reproduction(Runs):
     def references(self) -> dict[str, float]:
         """BM25's own order on the validation candidates, by measure."""
         return (
-            self.ensure([self.bm25_config()])[0]
+            self.ensure([self.bm25_run()])[0]
             .evaluation("rerank", self.profile.sets.validation)
             .mean
         )

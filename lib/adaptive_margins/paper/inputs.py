@@ -39,8 +39,7 @@ from adaptive_margins.profiles.config import (
 )
 from adaptive_margins.progress import say
 from adaptive_margins.retrieval.bm25 import BM25
-
-BM25_NAME = "bm25"
+from adaptive_margins.runs import BM25_NAME
 
 
 class Resources:

@@ -23,11 +23,11 @@ from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
 from adaptive_margins.evaluation.significance import paired_interval, paired_tost
-from adaptive_margins.paper.experiments import BM25_NAME, Reproduction
+from adaptive_margins.paper.experiments import Reproduction
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.retrieval.exact import exact_search
 from adaptive_margins.retrieval.faiss_index import build_index, choose_index, search_index
-from adaptive_margins.training import RunConfig
+from adaptive_margins.runs import BM25Run, RunConfig, TrainingRun, ZeroShotRun
 
 DL19_QUERIES = 43
 """Judged queries of TREC DL 2019 (paper, Section 4): what ε and the moment to stop are chosen by."""
@@ -238,11 +238,11 @@ class Differences:
 
     def _tune(self) -> None:
         """Make the runs that ε is tuned on: the static rows' configurations need them."""
-        self.reproduction.ensure(self.reproduction.figure3_configs())
+        self.reproduction.ensure(self.reproduction.figure3_runs())
 
-    def variant(self, target: str, in_batch: bool, **values: Any) -> list[RunConfig]:
+    def variant(self, target: str, in_batch: bool, **values: Any) -> list[TrainingRun]:
         """A row of Table 3 for each seed, with ``values`` in the place of the row's own."""
-        base = self.reproduction.variant_config(self.encoder, target, in_batch)
+        base = self.reproduction.variant_run(self.encoder, target, in_batch)
         configs = []
         for seed in self.seeds:
             config = base.model_copy(update={"orientation": "paper", **values, "seed": seed})
@@ -252,7 +252,7 @@ class Differences:
             )
         return configs
 
-    def grid(self) -> dict[float, list[RunConfig]]:
+    def grid(self) -> dict[float, list[TrainingRun]]:
         """ε → Figure 3's run without in-batch negatives for each seed, ranked on the test sets too."""
         full = {
             "test_sets": self.profile.sets.tests,
@@ -261,7 +261,7 @@ class Differences:
         }
         return {
             target: [
-                self.reproduction.static_config(self.encoder, target, False, seed).model_copy(
+                self.reproduction.static_run(self.encoder, target, False, seed).model_copy(
                     update=full
                 )
                 for seed in self.seeds
@@ -321,12 +321,12 @@ class Differences:
         start, trained = {}, {}
         for pooling in POOLINGS:
             name = self._pooled(pooling)
-            start[pooling] = [self.poolings.untrained_config(name)]
+            start[pooling] = [self.poolings.zero_shot_run(name)]
             trained[pooling] = (
                 self.variant("distributed", False)
                 if name == self.encoder
                 else [
-                    self.poolings.comparison_config(
+                    self.poolings.comparison_run(
                         name, target="distributed", in_batch=False, seed=seed
                     )
                     for seed in self.seeds
@@ -344,7 +344,7 @@ class Differences:
     def _systems(self) -> list[RunConfig]:
         """BM25, encoders as they come, and all rows of Tables 3 and 4."""
         r = self.reproduction
-        return [*r.start_configs(), *r.table3_configs(), *r.table4_configs()]
+        return [*r.baseline_runs(), *r.table3_runs(), *r.table4_runs()]
 
     def configs(self) -> list[RunConfig]:
         """All runs of the chapter but those that ε is tuned on, each once."""
@@ -447,7 +447,7 @@ class Differences:
         many hits as are evaluated, and ``Exact@DEPTH``, the share of an exact search's hits that are found. Without rows where
         the collection is so small that its index has no lists.
         """
-        config = self.reproduction.variant_config(self.encoder, "distributed", False)
+        config = self.reproduction.variant_run(self.encoder, "distributed", False)
         run = self.reproduction.ensure([config])[0]
         passages = self.reproduction.collection.passages
         model = SentenceTransformer(str(run.path / "model"), device=self.profile.device)
@@ -522,7 +522,7 @@ class Differences:
         columns = ["what", "setting", "seed", "set", "measure", "value", "run_id"]
         return pd.DataFrame(rows, columns=columns)
 
-    def _stopped(self) -> dict[str, list[RunConfig]]:
+    def _stopped(self) -> dict[str, list[TrainingRun]]:
         """Runs that stop by the first test set."""
         found = {}
         for target in ("distributed", "static"):
@@ -657,7 +657,7 @@ def _rows(
 
 def _epsilon(run: StoredRun) -> float:
     """ε of a static run, else NaN."""
-    target = run.config.target
+    target = getattr(run.config, "target", None)
     return float("nan") if target is None or isinstance(target, str) else float(target)
 
 
@@ -667,7 +667,7 @@ def _checks(run: StoredRun, measure: str) -> pd.DataFrame:
     return checks[checks["measure"] == measure].pivot(index="step", columns="qid", values="value")
 
 
-def _describe(config: RunConfig) -> str:
+def _describe(config: TrainingRun) -> str:
     """The loss of a run."""
     name = config.target if isinstance(config.target, str) else f"static, ε = {config.target:g}"
     return f"{name}, in-batch" if config.in_batch else str(name)
@@ -675,8 +675,9 @@ def _describe(config: RunConfig) -> str:
 
 def _system(config: RunConfig) -> str:
     """Encoder and loss of a run."""
-    if config.encoder == BM25_NAME:
+    if isinstance(config, BM25Run):
         return "BM25"
-    if config.loss == "none":
+    if isinstance(config, ZeroShotRun):
         return f"{config.encoder}, as it comes"
+    assert isinstance(config, TrainingRun)
     return f"{config.encoder}, {'softmax' if config.loss == 'softmax' else _describe(config)}"

@@ -28,13 +28,21 @@ from adaptive_margins.encoder.load import save_encoder
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.files import alone
 from adaptive_margins.paper.costs import Costs
-from adaptive_margins.paper.inputs import BM25_NAME, LoadedEncoder
-from adaptive_margins.paper.store import StoredRun
+from adaptive_margins.paper.inputs import LoadedEncoder
+from adaptive_margins.paper.store import R, StoredRun
 from adaptive_margins.profiles.config import Profile
 from adaptive_margins.progress import clock, say
 from adaptive_margins.retrieval.exact import approximation_recall, exact_search, rerank
 from adaptive_margins.retrieval.faiss_index import build_index, choose_index, search_index
-from adaptive_margins.training import RunConfig, TrainingError, train
+from adaptive_margins.runs import (
+    BM25_NAME,
+    BM25Run,
+    EncoderRun,
+    RunConfig,
+    TrainingRun,
+    ZeroShotRun,
+)
+from adaptive_margins.training import TrainingError, train
 
 
 class Runs(Costs):
@@ -42,45 +50,58 @@ class Runs(Costs):
 
     # ---- configurations --------------------------------------------------------------------------------------------
 
-    def config(self, encoder: str, **values: Any) -> RunConfig:
+    def training_run(self, encoder: str, **values: Any) -> TrainingRun:
         """A run's configuration: the profile's values for ``encoder``, and ``values`` in their place.
 
         A learning rate "X/B" is divided by the batch size.
         """
-        p = self.profile
-        settings = self.settings(encoder)
-        if isinstance(values.get("learning_rate"), str):
-            values["learning_rate"] = _rate(values["learning_rate"], values["batch_size"])
-        return RunConfig.model_validate(
+        t = self.profile.training
+        size = values["batch_size"]
+        rate = _rate(values.pop("learning_rate", t.learning_rate), size)
+        return TrainingRun.model_validate(
             {
-                "encoder": encoder,
-                "weights": self.weights(encoder),
-                "pooling": settings.pooling,
-                "layers": settings.layers,
-                "trained_layers": settings.trained_layers,
-                "query_length": p.lengths.query,
-                "passage_length": p.lengths.passage,
-                "loss": "margin",
-                "orientation": p.training.orientation,
-                "learning_rate": _rate(p.training.learning_rate, values.get("batch_size", 0)),
-                "weight_decay": p.training.weight_decay,
+                **self._encoder_values(encoder),
+                "orientation": t.orientation,
+                "learning_rate": rate,
+                "weight_decay": t.weight_decay,
                 "decay": 1.0,
-                "optimizer": p.training.optimizer,
-                "precision": p.training.precision,
-                "dropout": p.training.dropout,
-                "chunks": p.training.chunks,
-                "seed": p.seed,
+                "optimizer": t.optimizer,
+                "dropout": t.dropout,
+                "chunks": t.chunks,
+                "seed": self.profile.seed,
                 "evaluate_every": 0,
                 "patience": 0,
                 "keep": "last",
-                "selection": p.measures.selection,
-                "validation": p.sets.validation,
-                "depth": p.candidates.depth,
-                "rerank_measures": p.measures.rerank,
-                "collection": self.fingerprint,
+                "selection": self.profile.measures.selection,
                 **values,
             }
         )
+
+    def zero_shot_run(self, encoder: str) -> ZeroShotRun:
+        """The encoder without fine-tuning: step 0 of all its runs."""
+        return ZeroShotRun.model_validate({**self._encoder_values(encoder), **self._full})
+
+    def bm25_run(self) -> BM25Run:
+        """BM25's order of the candidates, and of all passages."""
+        return BM25Run.model_validate(
+            {
+                **self._common,
+                **self._full,
+                "version": f"bm25s {importlib.metadata.version('bm25s')} lucene",
+                "rerank_sets": self.evaluated_sets,
+            }
+        )
+
+    @property
+    def _common(self) -> dict[str, Any]:
+        p = self.profile
+        return {
+            "collection": self.fingerprint,
+            "candidates": p.candidates.source,
+            "depth": p.candidates.depth,
+            "validation": p.sets.validation,
+            "rerank_measures": p.measures.rerank,
+        }
 
     @property
     def _full(self) -> dict[str, Any]:
@@ -91,37 +112,23 @@ class Runs(Costs):
             "full_depth": p.measures.full_depth,
         }
 
-    def untrained_config(self, encoder: str) -> RunConfig:
-        """The encoder as it comes: step 0 of all its runs."""
-        return self.config(
-            encoder,
-            loss="none",
-            target=None,
-            in_batch=False,
-            batch_size=0,
-            triples=0,
-            **self._full,
-            **_UNTRAINED,
-        )
-
-    def bm25_config(self) -> RunConfig:
-        """BM25's own order, as candidates and over all passages."""
-        some = next(iter(self.profile.encoders))
-        return self.untrained_config(some).model_copy(
-            update={
-                "encoder": BM25_NAME,
-                "weights": f"bm25s {importlib.metadata.version('bm25s')} lucene",
-                "pooling": "",
-                "layers": None,
-                "trained_layers": None,
-                "query_length": 0,
-                "passage_length": 0,
-            }
-        )
+    def _encoder_values(self, encoder: str) -> dict[str, Any]:
+        settings, p = self.settings(encoder), self.profile
+        return {
+            **self._common,
+            "encoder": encoder,
+            "weights": self.weights(encoder),
+            "pooling": settings.pooling,
+            "layers": settings.layers,
+            "trained_layers": settings.trained_layers,
+            "query_length": p.lengths.query,
+            "passage_length": p.lengths.passage,
+            "precision": p.training.precision,
+        }
 
     # ---- many runs -------------------------------------------------------------------------------------------------
 
-    def ensure(self, configs: Iterable[RunConfig]) -> list[StoredRun]:
+    def ensure(self, configs: Iterable[R]) -> list[StoredRun[R]]:
         """The finished runs of ``configs``, in order; those that are missing are made first, with progress on stderr."""
         configs = list(configs)
         with self._workers() as pool:
@@ -158,7 +165,7 @@ class Runs(Costs):
         expected = {c: self.expected_seconds(c) for c in missing}
         progress = _Progress(expected, self.profile.workers)
         # Step 0 first, for the others take it from the store if it is there; then long runs, so that workers end together.
-        ordered = sorted(missing, key=lambda c: (c.loss != "none", -expected[c]))
+        ordered = sorted(missing, key=lambda c: (isinstance(c, TrainingRun), -expected[c]))
         if pool is None:
             for config in ordered:
                 progress.done(config, self.execute(config))
@@ -175,7 +182,7 @@ class Runs(Costs):
     # ---- one run ---------------------------------------------------------------------------------------------------
 
     def evaluate_rerank(
-        self, encoder: LoadedEncoder, model: Any, config: RunConfig
+        self, encoder: LoadedEncoder, model: Any, config: EncoderRun
     ) -> tuple[Evaluation, Run]:
         """Rerank the validation queries' candidates with ``model``."""
         name = config.validation
@@ -201,8 +208,9 @@ class Runs(Costs):
             return self.store.get(config) if self.store.has(config) else self._execute(config)
 
     def _execute(self, config: RunConfig) -> StoredRun:
-        if config.encoder == BM25_NAME:
+        if isinstance(config, BM25Run):
             return self._execute_bm25(config)
+        assert isinstance(config, EncoderRun)
         encoder = self.encoder(config.encoder)
         model = encoder.fresh()
         work = self.home / "cache" / "work" / config.run_id
@@ -213,7 +221,7 @@ class Runs(Costs):
             seen.append(self.evaluate_rerank(encoder, model, config))
             return seen[-1][0]
 
-        if config.loss == "none":
+        if not isinstance(config, TrainingRun):
             evaluation = evaluator(model)
         else:
             initial = self._known_start(config)
@@ -236,16 +244,23 @@ class Runs(Costs):
                 evaluations[mode] = {**sets, **evaluations.get(mode, {})}
             for mode, rankings in full_runs.items():
                 runs[mode] = {**rankings, **runs.get(mode, {})}
+        save = isinstance(config, TrainingRun) and config.save_model
         stored = self.store.put(
-            config, result, evaluations, runs, extra=extra,
-            save_model=(lambda folder: save_encoder(encoder.whole_with(model), folder)) if config.save_model else None,
-        )  # fmt: skip
+            config,
+            result,
+            evaluations,
+            runs,
+            extra=extra,
+            save_model=(lambda folder: save_encoder(encoder.whole_with(model), folder))
+            if save
+            else None,
+        )
         shutil.rmtree(work, ignore_errors=True)
         return stored
 
-    def _known_start(self, config: RunConfig) -> Evaluation | None:
+    def _known_start(self, config: TrainingRun) -> Evaluation | None:
         """Step 0 of a run, if the store has it from the encoder as it comes."""
-        start = self.untrained_config(config.encoder)
+        start = self.zero_shot_run(config.encoder)
         if not self.store.has(start):
             return None
         stored = self.store.get(start)
@@ -253,7 +268,7 @@ class Runs(Costs):
         return stored.evaluation("rerank", config.validation) if there else None
 
     def _evaluate_full(
-        self, encoder: LoadedEncoder, model: Any, config: RunConfig, work: Path
+        self, encoder: LoadedEncoder, model: Any, config: EncoderRun, work: Path
     ) -> tuple[dict[str, dict[str, Evaluation]], dict[str, dict[str, Run]], dict[str, Any]]:
         """Embed every passage once, then for each test set: rerank, search the FAISS index, and search exactly.
 
@@ -276,7 +291,8 @@ class Runs(Costs):
         settings = choose_index(len(passages), passages.dim, depth=config.full_depth)
         since = time.perf_counter()
         threads = 1 if settings.quick else os.cpu_count() or 1  # one gives the same index again
-        index = build_index(passages, settings, seed=config.seed, threads=threads)
+        seed = config.seed if isinstance(config, TrainingRun) else 0
+        index = build_index(passages, settings, seed=seed, threads=threads)
         built = time.perf_counter() - since
         evaluations: dict[str, dict[str, Evaluation]] = {"rerank": {}, "full": {}, "exact": {}}
         runs: dict[str, dict[str, Run]] = {"rerank": {}, "full": {}}
@@ -313,11 +329,11 @@ class Runs(Costs):
         }  # fmt: skip
         return evaluations, runs, {"index": index_facts}
 
-    def _execute_bm25(self, config: RunConfig) -> StoredRun:
+    def _execute_bm25(self, config: BM25Run) -> StoredRun:
         measures = {"rerank": config.rerank_measures, "full": config.full_measures}
         evaluations: dict[str, dict[str, Evaluation]] = {"rerank": {}, "full": {}}
         runs: dict[str, dict[str, Run]] = {"rerank": {}, "full": {}}
-        for name in self.evaluated_sets:
+        for name in config.rerank_sets:
             runs["rerank"][name] = self.top_candidates(name)
             if name in config.test_sets:
                 runs["full"][name] = self.bm25_ranking(name)
@@ -329,10 +345,11 @@ class Runs(Costs):
 
 def describe(config: RunConfig, with_target: bool = True) -> str:
     """A run in words, for progress lines."""
-    if config.encoder == BM25_NAME:
-        return "own order"
-    if config.loss == "none":
-        return "as it comes, full ranking"
+    if isinstance(config, BM25Run):
+        return "candidates in BM25's order, full ranking"
+    if isinstance(config, ZeroShotRun):
+        return "zero-shot, full ranking"
+    assert isinstance(config, TrainingRun)
     if config.loss == "softmax":
         name = "softmax"
     elif isinstance(config.target, str):
@@ -346,10 +363,10 @@ def describe(config: RunConfig, with_target: bool = True) -> str:
 
 
 def _rate(value: float | str, batch_size: int) -> float:
-    """A learning rate as the profile gives it, for a batch size (0: nothing is trained)."""
+    """A learning rate as the profile gives it, for a batch size."""
     if not isinstance(value, str):
         return value
-    return float(value.removesuffix("/B")) / max(batch_size, 1)
+    return float(value.removesuffix("/B")) / batch_size
 
 
 def _state_hash(model: Any) -> str:
@@ -359,12 +376,6 @@ def _state_hash(model: Any) -> str:
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-_UNTRAINED: dict[str, Any] = {
-    "learning_rate": 0.0, "weight_decay": 0.0, "optimizer": "", "seed": 0, "dropout": None, "orientation": "paper",
-    "chunks": 1,
-}  # fmt: skip
 
 
 class _Progress:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import pandas as pd
 from safetensors import SafetensorError
@@ -18,15 +18,20 @@ from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.files import HOME_VARIABLE as HOME_VARIABLE
 from adaptive_margins.files import home as home
 from adaptive_margins.files import whole_folder
-from adaptive_margins.training import RunConfig, TrainingResult
+from adaptive_margins.runs import RunConfig, read_run_config
+from adaptive_margins.training import TrainingResult
 
 
 class StoreError(AdaptiveMarginsError, RuntimeError):
     """An artefact that is missing, damaged, or cannot be written; the message names the file and what to do."""
 
 
+R_co = TypeVar("R_co", bound=RunConfig, covariant=True)
+R = TypeVar("R", bound=RunConfig)
+
+
 @dataclass(frozen=True)
-class StoredRun:
+class StoredRun(Generic[R_co]):
     """A finished run. What it holds is read when asked for; a damaged file is a StoreError that names it."""
 
     path: Path
@@ -49,11 +54,9 @@ class StoredRun:
         )
 
     @cached_property
-    def config(self) -> RunConfig:
+    def config(self) -> R_co:
         """What was run."""
-        config: RunConfig = self._read(
-            "config.json", lambda file: RunConfig.model_validate_json(file.read_text())
-        )
+        config: R_co = self._read("config.json", lambda file: read_run_config(file.read_text()))
         if config.run_id != self.run_id:
             raise StoreError(
                 f"{self.path / 'config.json'} is that of run {config.run_id}; delete the folder {self.path}"
@@ -130,11 +133,11 @@ class Store:
         """Whether the run is finished."""
         return self.path(config).is_dir()
 
-    def get(self, config: RunConfig) -> StoredRun:
+    def get(self, config: R) -> StoredRun[R]:
         """The finished run of ``config``; StoreError if there is none."""
         if not self.has(config):
             raise StoreError(
-                f"run {config.run_id} ({config.encoder}, target {config.target}) is not in {self.folder}"
+                f"run {config.run_id} ({config.encoder}, {config.kind}) is not in {self.folder}"
             )
         return StoredRun(self.path(config))
 

@@ -1,0 +1,161 @@
+"""The three kinds of run, as configurations: BM25, a zero-shot encoder, and a trained encoder.
+
+A configuration holds everything that determines the results of its run, and nothing else. Its hash
+is the id of the run, and the run's ``config.json`` holds it; `read_run_config` reads that file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+CODE_VERSION = 4
+"""Raised by hand whenever the same configuration would give other numbers; part of every run's id."""
+
+BM25_NAME = "bm25"
+
+
+class RunConfig(BaseModel):
+    """What all kinds of run have in common: the collection, and what is measured on it.
+
+    Attributes:
+        encoder: name of the encoder in the profile; "bm25" for BM25.
+        collection: fingerprint of the collection.
+        candidates: whose first ``depth`` passages are reranked, BM25's or those that come with the
+            collection.
+        depth: passages per query that are reranked.
+        validation: the query set that is reranked in every run.
+        rerank_measures: measures after reranking, in ir_measures' notation.
+        test_sets: query sets that are reranked, and ranked in full; none for most training runs.
+        full_measures: measures of the full ranking.
+        full_depth: hits per query of the full ranking.
+        code_version: see `CODE_VERSION`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+    encoder: str
+    collection: str
+    candidates: Literal["bm25", "official"] = "bm25"
+    depth: int
+    validation: str
+    rerank_measures: tuple[str, ...]
+    test_sets: tuple[str, ...] = ()
+    full_measures: tuple[str, ...] = ()
+    full_depth: int = 0
+    code_version: int = CODE_VERSION
+
+    @property
+    def run_id(self) -> str:
+        """16 hex digits of the SHA-256 of the configuration as canonical JSON."""
+        values = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(values.encode()).hexdigest()[:16]
+
+
+class BM25Run(RunConfig):
+    """BM25: its order of the candidates, and its ranking of all passages.
+
+    ``version`` names the implementation; ``rerank_sets`` are the query sets that are reranked.
+    """
+
+    kind: Literal["bm25"] = "bm25"
+    encoder: Literal["bm25"] = "bm25"
+    version: str
+    rerank_sets: tuple[str, ...]
+
+
+class EncoderRun(RunConfig):
+    """What zero-shot and training runs have in common: the encoder and what it reads.
+
+    Attributes:
+        weights: SHA-256 or commit of the pretrained weights.
+        pooling: how a text's embedding is made of those of its tokens.
+        layers: layers of the truncated encoder; None for all.
+        trained_layers: trained layers, counted from the top; None for all parameters.
+        query_length: maximum length of a query in tokens; ``passage_length`` that of a passage.
+        precision: of the computations, e.g. "fp32".
+    """
+
+    weights: str
+    pooling: str
+    layers: int | None
+    trained_layers: int | None
+    query_length: int
+    passage_length: int
+    precision: Literal["fp32", "bf16", "fp16"]
+
+
+class ZeroShotRun(EncoderRun):
+    """A pretrained encoder without fine-tuning: step 0 of all its training runs."""
+
+    kind: Literal["zero-shot"] = "zero-shot"
+
+
+class TrainingRun(EncoderRun):
+    """An encoder fine-tuned with one loss.
+
+    Attributes:
+        loss: "margin" (`losses.margin_loss`) or "softmax" (MultipleNegativesRankingLoss).
+        target: ε, "adaptive" or "distributed"; None for the softmax loss.
+        in_batch: whether the other negatives of a batch count too; False for "distributed".
+        orientation: see `losses.margin_loss`, as for ``error`` and ``stop_gradient``.
+        batch_size: triples per step.
+        chunks: parts in which a step's texts are encoded; it changes rounding and speed.
+        triples: training budget.
+        learning_rate: of the first step.
+        decay: γ, the factor of the learning rate per step (Section 5.4).
+        dropout: None for that of the encoder.
+        seed: of the order of the triples, of dropout, and of the index.
+        evaluate_every: steps between evaluations; 0 for the last step only.
+        patience: evaluations without a gain before early stopping; 0 for none.
+        keep: the checkpoint that is selected.
+        selection: the measure that decides about the best checkpoint.
+        save_model: whether the selected model is stored with the results.
+    """
+
+    kind: Literal["training"] = "training"
+    loss: Literal["margin", "softmax"] = "margin"
+    target: float | Literal["adaptive", "distributed"] | None
+    in_batch: bool
+    orientation: Literal["paper", "released"] = "paper"
+    error: Literal["squared", "absolute", "soft"] = "squared"
+    stop_gradient: bool = False
+    batch_size: int = Field(gt=0)
+    chunks: int = 1
+    triples: int
+    learning_rate: float
+    weight_decay: float
+    decay: float
+    optimizer: str
+    dropout: float | None
+    seed: int
+    evaluate_every: int
+    patience: int
+    keep: Literal["best", "last"]
+    selection: str
+    save_model: bool = False
+
+    @model_validator(mode="after")
+    def _loss_and_target_agree(self) -> TrainingRun:
+        if (self.target is None) != (self.loss == "softmax"):
+            raise ValueError(f"target {self.target} does not go with loss {self.loss!r}")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps: complete batches only."""
+        return self.triples // self.batch_size
+
+
+_ANY_RUN: TypeAdapter[BM25Run | ZeroShotRun | TrainingRun] = TypeAdapter(
+    Annotated[BM25Run | ZeroShotRun | TrainingRun, Field(discriminator="kind")]
+)
+
+
+def read_run_config(text: str) -> BM25Run | ZeroShotRun | TrainingRun:
+    """Read the text of a ``config.json``. Raises pydantic.ValidationError if it is not one."""
+    return _ANY_RUN.validate_json(text)
