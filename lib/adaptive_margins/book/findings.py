@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from adaptive_margins.book.published import Published, count, load
-from adaptive_margins.book.style import encoder_label, measure_label, require, score
+from adaptive_margins.book.style import encoder_label, measure_label, require, score, signed
 
 Labels = Mapping[str, str] | None
 Noise = Mapping[str, float | None]  # measure -> spread between seeds, None where unknown
@@ -778,12 +778,6 @@ def _shares(ours: Sequence[bool], theirs: Sequence[bool]) -> str:
 def _count(flags: Iterable[Any]) -> str:
     values = [bool(flag) for flag in flags]
     return f"{sum(values)} of {len(values)}"
-
-
-def signed(value: float, decimals: int = 3) -> str:
-    """+.031, −.012, or .000 for what rounds to it."""
-    text = f"{value:+.{decimals}f}".replace("-", "−").replace("+0.", "+.").replace("−0.", "−.")
-    return text if text.strip("+−.0") else text[1:]
 
 
 def _plain(value: float) -> str:

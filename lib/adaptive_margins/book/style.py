@@ -91,6 +91,12 @@ def score(value: float) -> str:
     return f"{value:.3f}".removeprefix("0")
 
 
+def signed(value: float, decimals: int = 3) -> str:
+    """A difference: +.031, −.012, or .000 for what rounds to it."""
+    text = f"{value:+.{decimals}f}".replace("-", "−").replace("+0.", "+.").replace("−0.", "−.")
+    return text if text.strip("+−.0") else text[1:]
+
+
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Positions at least ``gap`` apart within [low, high], moved as little as possible.
 

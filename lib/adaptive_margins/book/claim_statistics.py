@@ -1,0 +1,452 @@
+"""The statistics behind the claims: each a small function of the frames of figures and tables.
+
+Confidence intervals are over queries: every statistic is computed again on 1000 random halves of
+the queries (drawn without replacement, so that the spread over halves is the standard error over all
+queries), and the interval spans the middle 95 %. A statistic that first chooses (the best ε, the best
+step) chooses on the other half, so that no score is flattered by its own choice. Where a
+configuration has several seeds, each draw also draws among its seeds. What has no value for a query
+(times, similarities) has a t interval over the encoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import pandas as pd
+from scipy.stats import kendalltau, t
+
+from adaptive_margins.book.published import Published, count
+from adaptive_margins.paper.experiments import Reproduction
+from adaptive_margins.paper.store import StoredRun
+
+DRAWS = 1000
+TEACHER = "wang-zuccon-tas-b"
+"""The external run that the paper's Table 4 tests against, by its key in ``published.yaml``."""
+_CURVE = ["encoder", "in_batch", "batch_size", "triples"]
+_KEYS = {
+    "figure3": ["encoder", "in_batch", "target"],
+    "figure4": _CURVE,
+    "figure5": _CURVE,
+    "table3": ["encoder", "set", "variant"],
+    "table4": ["set", "variant"],
+}
+
+
+def variants(frame: pd.DataFrame) -> pd.Series:
+    """Names of the rows of Tables 3 and 4: "static", "static in-batch", "Adaptive in-batch", …"""
+    names = frame["target"] if "target" in frame else frame["loss"]
+    in_batch = frame["in_batch"].isin([True, "✓"]) & (names.str.lower() != "distributed")
+    return names.where(~in_batch, names + " in-batch")
+
+
+def published_frames(published: Published) -> dict[str, pd.DataFrame]:
+    """Tables 2 to 4 as printed, with the columns that the statistics use."""
+    rows = [
+        {
+            "encoder": row.model, "target": row.target, "in_batch": row.in_batch == "✓", "set": name,
+            "measure": measure, "value": score.number, "seconds": 60.0 * row.time.minutes,
+            "triples": count(row.triples),
+        }
+        for row in published.table3.rows
+        for name, measures in row.scores.items()
+        for measure, score in measures.items()
+    ]  # fmt: skip
+    instance = [
+        {
+            "role": r.role,
+            "rho": float(r.rho),
+            "target": float(r.target),
+            "loss_table": float(r.loss),
+        }
+        for r in published.table2.rows
+        if r.rho and r.target and r.loss
+    ]
+    table4 = published.table4_frame().assign(source="")
+    keys = [r.key for r in published.table4.rows for m in r.scores.values() for _ in m]
+    teacher = pd.Series([key == TEACHER for key in keys])
+    table4["loss"] = table4["loss"].mask(teacher, TEACHER)
+    return {
+        "table2": pd.DataFrame(instance),
+        "table3": pd.DataFrame(rows),
+        "table4": table4[teacher | ~table4["loss"].str.startswith("MarginMSE")],
+    }
+
+
+class Evidence:
+    """Frames, and the scores of single queries in the runs that they name.
+
+    Args:
+        frames: "figure3", "table3", … → frame.
+        reproduction: where the frames come from; None for published frames, which have no queries.
+        draws: halves of the queries.
+    """
+
+    def __init__(
+        self,
+        frames: Mapping[str, pd.DataFrame],
+        reproduction: Reproduction | None = None,
+        draws: int = DRAWS,
+    ) -> None:
+        self.frames = dict(frames)
+        self.reproduction = reproduction
+        self.draws = draws if reproduction else 0
+        self.run = cache(self._run)
+        self.scores = cache(self._scores)
+
+    def _run(self, run_id: str) -> StoredRun:
+        assert self.reproduction is not None
+        return StoredRun(self.reproduction.store.folder / run_id)
+
+    def _scores(self, name: str, measure: int = 0, other: bool = False) -> pd.DataFrame:
+        """Mean scores of a frame's rows, a row a configuration, a column a draw.
+
+        Column 0 has the scores over all queries; the others those of a random half, or with
+        ``other`` of the other half. ``measure`` counts the frame's measures: 0 is the first, −1 the
+        last. A frame with one measure has no last one.
+        """
+        frame = self.frames[name]
+        names = list(dict.fromkeys(frame["measure"]))
+        frame = frame[frame["measure"] == names[measure]]
+        if "source" in frame:
+            frame = frame[~frame["source"].str.startswith(("published", "supplied"))]
+        if name.startswith("table"):
+            frame = frame.assign(variant=variants(frame))
+        if measure and len(names) == 1:
+            frame = frame.iloc[:0]
+        rows = frame.to_dict("records")
+        values = np.array([self._row(name, row, other) for row in rows])
+        rng = np.random.default_rng(0)  # the same seeds in both halves
+        keys, means = [], []
+        for key, at in frame.groupby(_KEYS[name], sort=False).indices.items():
+            picked = rng.integers(len(at), size=(len(at), values.shape[1]))
+            picked[:, 0] = np.arange(len(at))
+            keys.append(key)
+            means.append(np.take_along_axis(values[at], picked, 0).mean(0))
+        index = pd.MultiIndex.from_tuples(keys or [], names=_KEYS[name])
+        return pd.DataFrame(np.array(means).reshape(len(keys), -1), index=index)
+
+    def _row(self, name: str, row: Mapping[str, Any], other: bool) -> np.ndarray:
+        if self.reproduction is None:
+            return np.array([row["value"]])
+        measure, run = row["measure"], self.run(row["run_id"])
+        validation = self.reproduction.profile.sets.validation
+        if name in ("figure4", "figure5"):
+            checks = run.checks
+            at = checks[(checks["measure"] == measure) & (checks["step"] == row["step"])]
+            scores = at.set_index("qid")["value"].sort_index().to_numpy()
+        else:
+            mode, query_set = ("full", row["set"]) if "set" in row else ("rerank", validation)
+            per_query = run.evaluation(mode, query_set).per_query[measure]
+            scores = np.array([per_query[qid] for qid in sorted(per_query)])
+        half = halves(len(scores), row.get("set", validation), self.draws)
+        half = ~half if other else half
+        return np.concatenate([[row["value"]], half @ scores / half.sum(axis=1)])
+
+
+@cache
+def halves(queries: int, name: str, draws: int) -> np.ndarray:
+    """(draws, queries) random halves of a query set, the same for every frame."""
+    order = np.argsort(np.random.default_rng(crc32(name.encode())).random((draws, queries)), axis=1)
+    return order < queries // 2
+
+
+def pick(table: pd.DataFrame, **levels: Any) -> pd.DataFrame:
+    """The rows with these values of index levels, which are dropped."""
+    for name, value in levels.items():
+        table = table[table.index.get_level_values(name) == value]
+    return table.reset_index(list(levels), drop=True)
+
+
+def best(tables: Sequence[pd.DataFrame], level: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """For each group the ``level`` with the highest score, the first of equals.
+
+    ``tables`` are two: scores, and the scores to choose by. Returns the chosen level's score, and
+    the level itself.
+    """
+    score, choose = tables
+    if score.empty:
+        return score, score
+    wide = score.unstack(level), choose.unstack(level)
+    places = wide[0].columns.get_level_values(level).unique()
+    value, by = (w.to_numpy().reshape(len(w), -1, len(places)) for w in wide)
+    at = np.where(np.isnan(by), -np.inf, by).argmax(axis=2)
+    found = np.take_along_axis(value, at[..., None], axis=2)[..., 0]
+    return pd.DataFrame(found, wide[0].index), pd.DataFrame(places.to_numpy()[at], wide[0].index)
+
+
+def interval(found: np.ndarray | pd.Series) -> tuple[float, float, float]:
+    """Value and 95 % interval: of draws (the first entry is over all queries), or over encoders.
+
+    NaN where there is none.
+    """
+    nan = float("nan")
+    if isinstance(found, pd.Series):
+        found = found.dropna()
+        n, mean = len(found), float(found.mean())
+        half = t.ppf(0.975, n - 1) * found.std(ddof=1) / np.sqrt(n) if n > 1 else nan
+        return mean, float(mean - half), float(mean + half)
+    if len(found) == 1:
+        return float(found[0]), nan, nan
+    low, high = np.percentile(found[1:], [2.5, 97.5])
+    return float(found[0]), float(low), float(high)
+
+
+def _mean(table: pd.DataFrame) -> np.ndarray:
+    return table.mean(axis=0).to_numpy() if len(table) else np.array([np.nan])
+
+
+def _chosen(table: pd.DataFrame) -> np.ndarray:
+    """The mean of what was chosen on the other half: its value is the mean over the halves."""
+    draws = _mean(table)
+    return np.concatenate([[draws[1:].mean()], draws[1:]]) if len(draws) > 1 else draws
+
+
+# --- Figure 3 ---------------------------------------------------------------------------------------------------------
+
+
+def tuning_gain(of: Evidence) -> np.ndarray:
+    """Score with the best ε minus score with ε = 1, mean over encoders and settings."""
+    score, choose = of.scores("figure3"), of.scores("figure3", other=True)
+    return _chosen(best((score, choose), "target")[0] - pick(score, target=1.0))
+
+
+def gain_of_own_target(of: Evidence) -> np.ndarray:
+    """Score with each encoder's best ε minus score with the ε that is best for all encoders."""
+    score, choose = of.scores("figure3"), of.scores("figure3", other=True)
+    own = best((score, choose), "target")[0].groupby(level="in_batch").mean()
+    means = [x.groupby(level=["in_batch", "target"]).mean() for x in (score, choose)]
+    if score.index.get_level_values("encoder").nunique() < 2:
+        return np.array([np.nan])
+    return _chosen(own - best(means, "target")[0])
+
+
+def gain_of_own_measure(of: Evidence) -> np.ndarray:
+    """Recall-oriented score with the ε chosen by it minus that with the ε chosen by the first measure."""
+    score, choose = of.scores("figure3", -1), of.scores("figure3", -1, other=True)
+    if score.empty:
+        return np.array([np.nan])
+    ranking = of.scores("figure3", 0, other=True)
+    return _chosen(best((score, choose), "target")[0] - best((score, ranking), "target")[0])
+
+
+def static_in_batch(of: Evidence, measure: int) -> np.ndarray:
+    """Score of the best ε with in-batch negatives minus that without, mean over encoders."""
+    score, choose = (of.scores("figure3", measure, other=other) for other in (False, True))
+    found = best((score, choose), "target")[0]
+    return _chosen(pick(found, in_batch=True) - pick(found, in_batch=False))
+
+
+# --- Figures 4 and 5 --------------------------------------------------------------------------------------------------
+
+
+def _curves(of: Evidence, figure: str, measure: int = 0, **which: Any) -> tuple[pd.DataFrame, ...]:
+    """Curves of a figure: scores, and the scores to choose by. A batch size is "small" or "large"."""
+    tables = [of.scores(figure, measure, other=other) for other in (False, True)]
+    sizes = tables[0].index.get_level_values("batch_size")
+    if "batch_size" in which:
+        if sizes.nunique() < 2:
+            return tables[0].iloc[:0], tables[1].iloc[:0]
+        which["batch_size"] = sizes.min() if which["batch_size"] == "small" else sizes.max()
+    return tuple(pick(table, **which) for table in tables)
+
+
+def _maximum_at(of: Evidence, figure: str, **which: Any) -> pd.DataFrame:
+    """Share of the triples after which each curve is highest."""
+    score, _ = _curves(of, figure, **which)
+    if score.empty:
+        return score
+    last = max(score.index.get_level_values("triples"))
+    return best((score, score), "triples")[1] / last
+
+
+def share_at_maximum(of: Evidence, figure: str, **which: Any) -> np.ndarray:
+    """Share of the triples after which the first measure is highest, mean over encoders."""
+    return _mean(_maximum_at(of, figure, **which))
+
+
+def fall_after_maximum(of: Evidence, figure: str, **which: Any) -> np.ndarray:
+    """Highest score minus last score of a curve, mean over encoders."""
+    score, choose = _curves(of, figure, **which)
+    last = pick(score, triples=max(score.index.get_level_values("triples"), default=0))
+    return _chosen(best((score, choose), "triples")[0] - last)
+
+
+def adaptive_in_batch(of: Evidence, measure: int) -> np.ndarray:
+    """Highest score of adaptive targets with in-batch negatives minus that without."""
+    found = best(_curves(of, "figure4", measure), "triples")[0]
+    return _chosen(pick(found, in_batch=True) - pick(found, in_batch=False))
+
+
+def later_in_batch(of: Evidence) -> np.ndarray:
+    """Share of the triples at the maximum with in-batch negatives minus that without."""
+    at = _maximum_at(of, "figure4")
+    return _mean(pick(at, in_batch=True) - pick(at, in_batch=False))
+
+
+def _like_figure4(of: Evidence, table: pd.DataFrame) -> pd.DataFrame:
+    """Of Figure 5's rows those with Figure 4's batch size, by encoder."""
+    size = of.frames["figure4"]["batch_size"].iloc[0]
+    return pick(table, batch_size=size, in_batch=False)
+
+
+def sooner_than_adaptive(of: Evidence) -> np.ndarray:
+    """Share of the triples at the maximum of distributed targets minus that of adaptive ones."""
+    distributed = _like_figure4(of, _maximum_at(of, "figure5"))
+    return _mean(distributed - _like_figure4(of, _maximum_at(of, "figure4")))
+
+
+def sooner_with_small_batches(of: Evidence) -> np.ndarray:
+    """Share of the triples at the maximum with small batches minus that with large ones."""
+    small, large = (_maximum_at(of, "figure5", batch_size=size) for size in ("small", "large"))
+    return _mean(small - large)
+
+
+def distributed_over_adaptive(of: Evidence, in_batch: bool) -> np.ndarray:
+    """Highest score of distributed targets minus that of adaptive ones, mean over encoders."""
+    distributed = _like_figure4(of, best(_curves(of, "figure5"), "triples")[0])
+    adaptive = best(_curves(of, "figure4", in_batch=in_batch), "triples")[0]
+    return _chosen(distributed - adaptive.reset_index("batch_size", drop=True))
+
+
+def large_over_small(of: Evidence) -> np.ndarray:
+    """Highest score with large batches minus that with small ones, mean over encoders."""
+    small, large = (
+        best(_curves(of, "figure5", batch_size=size), "triples")[0] for size in ("small", "large")
+    )
+    return _chosen(large - small)
+
+
+# --- Figure 6 and Table 2 ---------------------------------------------------------------------------------------------
+
+
+def _ends(of: Evidence) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """First and last row of Figure 6 for each encoder, largest batch size."""
+    frame = of.frames["figure6"].sort_values("step")
+    groups = frame[frame["batch_size"] == frame["batch_size"].max()].groupby("encoder")
+    return groups.first(), groups.last()
+
+
+def final_mean(of: Evidence) -> pd.Series:
+    """Mean of φ(d⁺, d⁻) at the end of training, by encoder."""
+    return _ends(of)[1]["mean"]
+
+
+def final_skew(of: Evidence) -> pd.Series:
+    """Distance of the maximum from the mean minus that of the minimum, by encoder."""
+    last = _ends(of)[1]
+    return last["max"] + last["min"] - 2 * last["mean"]
+
+
+def spread_of_means(of: Evidence) -> np.ndarray:
+    """Range of the encoders' means at the end, as a share of their range at the beginning."""
+    first, last = (np.ptp(part["mean"]) for part in _ends(of))
+    return np.array([last / first if first else np.nan])
+
+
+def order_by_target(of: Evidence, column: str) -> np.ndarray:
+    """Kendall's τ of the targets of Table 2's negatives and another column."""
+    rows = of.frames["table2"].dropna(subset="target")
+    return np.array([kendalltau(rows["target"], rows[column]).statistic])
+
+
+# --- Tables 3 and 4 ---------------------------------------------------------------------------------------------------
+
+
+def lead(of: Evidence, variant: str, measure: int) -> np.ndarray:
+    """Score of a variant minus that of the best other one of the same encoder, mean over all."""
+    tables = [of.scores("table3", measure, other=other) for other in (False, True)]
+    others = [x[x.index.get_level_values("variant") != variant] for x in tables]
+    return _chosen(pick(tables[0], variant=variant) - best(others, "variant")[0])
+
+
+def difference(of: Evidence, frame: str, a: str, b: str, measure: int) -> np.ndarray:
+    """Score of variant ``a`` minus that of ``b``, mean over encoders and test sets."""
+    scores = of.scores(frame, measure)
+    return _mean(pick(scores, variant=a) - pick(scores, variant=b))
+
+
+def difference_of_gains(of: Evidence, a: str, b: str) -> np.ndarray:
+    """Gain of ``a`` over ``b`` in the last measure of Table 4 minus that in the first."""
+    last, first = (difference(of, "table4", a, b, measure) for measure in (-1, 0))
+    return last - first
+
+
+def static_over(of: Evidence, column: str, target: str) -> pd.Series:
+    """Time or triples of static targets over those of another, by encoder.
+
+    In-batch settings are compared alike and averaged; distributed targets have one setting.
+    """
+    frame = of.frames["table3"]
+    rows = frame.assign(variant=variants(frame)).groupby(["encoder", "variant"])[column].first()
+    table = rows.unstack("variant")
+    pairs = [("static", target), ("static in-batch", target)]
+    if target == "adaptive":
+        pairs[1] = ("static in-batch", "adaptive in-batch")
+    table = table.reindex(columns=list(dict.fromkeys(name for pair in pairs for name in pair)))
+    return pd.DataFrame([table[a] / table[b] for a, b in pairs]).mean()
+
+
+def to_teacher(of: Evidence, measure: int) -> np.ndarray:
+    """Distributed targets minus the reproduced TAS-B run, mean over test sets."""
+    frame = of.frames["table4"]
+    frame = frame[frame["measure"] == list(dict.fromkeys(frame["measure"]))[measure]]
+    means = frame.groupby("loss")["value"].mean()
+    return np.array([means.get("Distributed", np.nan) - means.get(TEACHER, np.nan)])
+
+
+STATISTICS: dict[str, Callable[..., np.ndarray | pd.Series]] = {
+    f.__name__: f
+    for f in (
+        tuning_gain, gain_of_own_target, gain_of_own_measure, static_in_batch, share_at_maximum,
+        fall_after_maximum, adaptive_in_batch, later_in_batch, sooner_than_adaptive,
+        sooner_with_small_batches, distributed_over_adaptive, large_over_small, final_mean,
+        final_skew, spread_of_means, order_by_target, lead, difference, difference_of_gains,
+        static_over, to_teacher,
+    )
+}  # fmt: skip
+
+
+# --- when a claim cannot be tested ------------------------------------------------------------------------------------
+
+
+def maximum_seen(of: Evidence, figure: str, **which: Any) -> str:
+    """Curves that are highest at their last evaluation may have their maximum after it."""
+    at = _maximum_at(of, figure, **which)
+    late = int((at[0] == 1).sum()) if len(at) else 0
+    if not late:
+        return ""
+    return (
+        f"Training ends too early: {late} of {len(at)} curves are highest at their last evaluation."
+    )
+
+
+def training_stops_early(of: Evidence) -> str:
+    """Where early stopping ends no run, time and triples follow from the settings."""
+    if of.frames["table3"]["triples"].nunique() > 1:
+        return ""
+    return "Early stopping ended no run, so the ratio follows from the size of the grid of ε."
+
+
+def several_models(of: Evidence) -> str:
+    """Truncations of one model cannot show what different models have in common."""
+    assert of.reproduction is not None
+    encoders = of.reproduction.profile.encoders.values()
+    if len({encoder.base for encoder in encoders}) > 1:
+        return ""
+    return "All encoders are truncations of one pretrained model."
+
+
+def teacher_supplied(of: Evidence) -> str:
+    """The run of a teacher-distilled encoder has to be supplied."""
+    if TEACHER in set(of.frames["table4"]["loss"]):
+        return ""
+    return "No run of a teacher-distilled encoder is available."
+
+
+CONDITIONS: dict[str, Callable[..., str]] = {
+    f.__name__: f for f in (maximum_seen, training_stops_early, several_models, teacher_supplied)
+}
