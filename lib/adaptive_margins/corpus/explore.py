@@ -48,7 +48,7 @@ from adaptive_margins.data.pseudo_queries import about
 from adaptive_margins.data.stored import seeded_order
 from adaptive_margins.data.trec import Run, top
 from adaptive_margins.encoder.load import default_device, encoder_identity, open_encoder
-from adaptive_margins.evaluation.significance import Comparison, superiority
+from adaptive_margins.evaluation.significance import compare
 from adaptive_margins.losses import ORIENTATIONS, margin_loss, margins_and_targets
 from adaptive_margins.progress import say
 from adaptive_margins.retrieval.dense import DenseRetriever
@@ -265,10 +265,14 @@ def comparisons(done: Finetuned) -> list[dict[str, Any]]:
                 mean = float((values[a] - values[b]).mean())
                 none = math.nan
                 why = "withheld" if told == "withheld" else "too few queries"
-                found = Comparison(len(values), mean, (none, none), none, none, none, why)
+                found = {
+                    "n": len(values), "difference": mean, "ci": (none, none), "p_t": none,
+                    "p_tost": none, "margin": none, "verdict": why,
+                }  # fmt: skip
             else:
-                found = superiority(values[a].to_dict(), values[b].to_dict())
-            rows.append({"measure": measure, "a": a, "b": b, **asdict(found)})
+                x, y = values[a].to_dict(), values[b].to_dict()
+                found = asdict(compare(x, y, however_small=True))
+            rows.append({"measure": measure, "a": a, "b": b, **found})
     return rows
 
 

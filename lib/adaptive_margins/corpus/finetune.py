@@ -63,7 +63,7 @@ from adaptive_margins.encoder.packing import packs
 from adaptive_margins.encoder.tokens import count_truncated, tokenize
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation.measures import Evaluation, cutoff, evaluate, named, relevant
-from adaptive_margins.evaluation.significance import superiority
+from adaptive_margins.evaluation.significance import compare
 from adaptive_margins.files import whole_file, whole_folder, working_folder
 from adaptive_margins.losses import MarginLoss
 from adaptive_margins.progress import clock, say
@@ -780,14 +780,14 @@ def _gain(result: TrainingResult) -> tuple[float, float]:
 
 
 def _compared(a: Evaluation, b: Evaluation, measure: str, untested: str = "") -> dict[str, Any]:
-    """`superiority` by a measure; without a test, and with ``untested`` as verdict, if that is given."""
+    """`compare` by a measure; without a test, and with ``untested`` as verdict, if that is given."""
     x, y = a.per_query[measure], b.per_query[measure]
     if untested := "too few queries" if len(x) < 2 else untested:
         return {
             "measure": measure, "n": len(x), "difference": a.mean[measure] - b.mean[measure], "ci": None, "p_t": None,
             "p_tost": None, "margin": None, "verdict": untested,
         }  # fmt: skip
-    return {"measure": measure, **dataclasses.asdict(superiority(x, y))}
+    return {"measure": measure, **dataclasses.asdict(compare(x, y, however_small=True))}
 
 
 class _Told:

@@ -20,7 +20,7 @@ from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.evaluation.external_runs import Supplied, read_supplied, score
 from adaptive_margins.evaluation.measures import Evaluation
-from adaptive_margins.evaluation.significance import paired_interval, paired_tost
+from adaptive_margins.evaluation.significance import compare, paired_interval
 from adaptive_margins.files import folder_bytes
 from adaptive_margins.losses import margin_loss
 from adaptive_margins.paper.runner import Runs, describe
@@ -658,13 +658,16 @@ def _compare(
             }  # fmt: skip
             both = own.mean(name, measure) + against.mean(name, measure)
             if own.run_id != against.run_id and both == both:
-                tost = paired_tost(
-                    own.evaluations[name].per_query[measure],
-                    against.evaluations[name].per_query[measure],
-                    comparisons=row["comparisons"],
-                )
-                for key in ("difference", "low", "high", "p", "p_adjusted", "equivalent"):
-                    row[key] = getattr(tost, key)
+                a, b = (r.evaluations[name].per_query[measure] for r in (own, against))
+                count = row["comparisons"]
+                found = compare(a, b, comparisons=count)
+                _, row["low"], row["high"] = paired_interval(a, b, confidence=1 - 2 * 0.05 / count)
+                row |= {
+                    "difference": found.difference,
+                    "p": found.p_tost,
+                    "p_adjusted": min(1.0, found.p_tost * count),
+                    "equivalent": found.verdict == "equivalent",
+                }
             yield row
 
 

@@ -21,8 +21,8 @@ from sentence_transformers import SentenceTransformer
 from adaptive_margins.data.trec import Qrels, Run
 from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.tokens import tokenize
+from adaptive_margins.evaluation import significance
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
-from adaptive_margins.evaluation.significance import paired_interval, paired_tost
 from adaptive_margins.paper.experiments import Reproduction
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.retrieval.exact import exact_search
@@ -72,18 +72,20 @@ def compare(
         the t interval at confidence 1 − alpha / comparisons leaves out 0; else "undecided".
 
     Raises:
-        ValueError: there are no runs, the queries differ, or as `significance.paired_tost`.
+        ValueError: there are no runs, the queries differ, or as `significance.compare`.
     """
-    a, b = mean_over(code), mean_over(paper)
-    tost = paired_tost(a, b, alpha=alpha, comparisons=comparisons)
-    difference, low, high = paired_interval(a, b)
-    _, adjusted_low, adjusted_high = paired_interval(a, b, confidence=1 - alpha / comparisons)
-    differs = adjusted_low > 0 or adjusted_high < 0
+    found = significance.compare(
+        mean_over(code), mean_over(paper), alpha=alpha, comparisons=comparisons
+    )
     return {
-        "difference": difference, "low": low, "high": high, "p": tost.p, "p_adjusted": tost.p_adjusted,
+        "difference": found.difference,
+        "low": found.ci[0],
+        "high": found.ci[1],
+        "p": found.p_tost,
+        "p_adjusted": min(1.0, found.p_tost * comparisons),
         "comparisons": comparisons,
-        "verdict": "equivalent" if tost.equivalent else "differs" if differs else "undecided",
-    }  # fmt: skip
+        "verdict": "differs" if found.verdict in ("better", "worse") else found.verdict,
+    }
 
 
 def mean_over(runs: Sequence[PerQuery]) -> dict[str, float]:

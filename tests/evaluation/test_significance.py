@@ -1,0 +1,195 @@
+"""Paired tests, against numbers worked by hand, scipy and statsmodels, and by simulation."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.weightstats import DescrStatsW, ttost_paired
+
+from adaptive_margins.evaluation.significance import compare, paired_interval
+
+PAIR = {"a": 0.1, "b": 0.4, "c": 0.2}
+
+
+def as_runs(differences, base=0.5):
+    qids = [f"q{i}" for i in range(len(differences))]
+    return (
+        {q: base + d for q, d in zip(qids, differences, strict=True)},
+        dict.fromkeys(reversed(qids), base),  # the order of queries must not matter
+    )
+
+
+def test_tost_worked_by_hand():
+    # Differences d = .00 .02 .04 .02 .02:
+    #   n = 5, mean = .10 / 5 = .02
+    #   squared deviations: .0004 0 .0004 0 0, sum .0008; variance .0008 / 4 = .0002
+    #   SE = sqrt(.0002 / 5) = sqrt(.00004) = .006324555
+    #   lower test: t = (.02 + .05) / SE = 11.0680; upper test: t = (.02 - .05) / SE = -4.7434
+    #   p is the larger of the two, that of t = -4.7434 with 4 degrees of freedom. With 4 degrees
+    #   P(T < -t) = 1/2 - s (3 - s²) / 4 where s = t / sqrt(t² + 4):
+    #     t² = .0009 / .00004 = 22.5; s² = 22.5 / 26.5 = .8490566; s = .9214427;
+    #     s (3 - s²) / 4 = .9214427 · 2.1509434 / 4 = .4954928; p = .0045072
+    #   t table, 4 degrees: t(.95) = 2.131847, so the interval at 1 - 2 · .05 is
+    #     .02 ± 2.131847 · .006324555 = .02 ± .0134830
+    a, b = as_runs([0.00, 0.02, 0.04, 0.02, 0.02])
+    found = compare(a, b)
+    assert (found.n, found.verdict) == (5, "equivalent")
+    assert found.difference == pytest.approx(0.02)
+    assert found.p_tost == pytest.approx(0.0045072, abs=1e-7)
+    interval = paired_interval(a, b, confidence=1 - 2 * 0.05)
+    assert interval == pytest.approx((0.02, 0.0065170, 0.0334830), abs=1e-6)
+
+    # Among 4 comparisons: 4 p = .0180290 < .05. t(.9875), 4 degrees, solves
+    # 1/2 - s (3 - s²) / 4 = .0125 and is 3.495406: .02 ± 3.495406 · .006324555 = .02 ± .0221069.
+    assert compare(a, b, comparisons=4).verdict == "equivalent"
+    interval = paired_interval(a, b, confidence=1 - 2 * 0.05 / 4)
+    assert interval == pytest.approx((0.02, -0.0021069, 0.0421069), abs=1e-6)
+    # Among 12: 12 p = .0540869 > .05.
+    assert compare(a, b, comparisons=12).verdict == "undecided"
+
+
+def test_the_tests_are_those_of_statsmodels_and_the_verdicts_follow_from_them():
+    rng = np.random.default_rng(11)
+    verdicts = set()
+    for _ in range(400):
+        n, m = int(rng.integers(2, 300)), int(rng.integers(1, 6))
+        margin, alpha = rng.uniform(0.02, 0.1), rng.uniform(0.01, 0.2)
+        a, b = as_runs(rng.normal(rng.uniform(-0.08, 0.08), rng.uniform(0.01, 0.3), n))
+        x, y = np.array(list(a.values())), np.array([b[q] for q in a])
+        found = compare(a, b, margin=margin, alpha=alpha, comparisons=m)
+        p_tost = ttost_paired(x, y, -margin, margin)[0]
+        p_t = DescrStatsW(x - y).ttest_mean(0)[1]
+        exact = {"rel": 1e-12, "abs": 1e-15}
+        assert (found.n, found.margin) == (n, margin)
+        assert found.difference == pytest.approx((x - y).mean(), **exact)
+        assert found.p_tost == pytest.approx(p_tost, **exact)
+        assert found.p_t == pytest.approx(p_t, **exact)
+        assert found.ci == pytest.approx(DescrStatsW(x - y).tconfint_mean(alpha=0.05), **exact)
+        assert paired_interval(a, b)[1:] == pytest.approx(found.ci)
+
+        _, *interval = paired_interval(a, b, confidence=1 - 2 * alpha / m)
+        expected = DescrStatsW(x - y).tconfint_mean(alpha=2 * alpha / m)
+        assert interval == pytest.approx(expected, **exact)
+        assert (-margin < interval[0] and interval[1] < margin) == (p_tost * m < alpha)
+
+        sign = "better" if x.mean() > y.mean() else "worse"
+        sign = sign if p_t * m < alpha else "undecided"
+        assert found.verdict == ("equivalent" if p_tost * m < alpha else sign)
+        small = compare(a, b, margin=margin, alpha=alpha, comparisons=m, however_small=True)
+        assert small.verdict == (found.verdict if sign == "undecided" else sign)
+        back = compare(b, a, margin=margin, alpha=alpha, comparisons=m)
+        assert (back.p_t, back.p_tost) == pytest.approx((found.p_t, found.p_tost))
+        verdicts.add(found.verdict)
+    assert verdicts == {"better", "worse", "equivalent", "undecided"}
+
+
+def test_two_runs_that_find_nothing_are_undecided():
+    nothing = dict.fromkeys("abcdef", 0.0)
+    found = compare(nothing, nothing)
+    assert (found.p_t, found.p_tost, found.verdict) == (1, 1, "undecided")
+    one = {**nothing, "a": 0.5}
+    assert (
+        compare(one, one).verdict == compare(one, one, however_small=True).verdict == "equivalent"
+    )
+
+
+@pytest.mark.parametrize(
+    ("difference", "p", "verdicts"),
+    [
+        (0.0, (1, 0), ("equivalent", "equivalent")),
+        (0.02, (0, 0), ("equivalent", "better")),
+        (-0.049, (0, 0), ("equivalent", "worse")),
+        (0.05, (0, 1), ("better", "better")),
+        (-0.05, (0, 1), ("worse", "worse")),
+        (-0.3, (0, 1), ("worse", "worse")),
+    ],
+)
+def test_differences_without_variance(difference, p, verdicts, recwarn):
+    base = np.random.default_rng(0).uniform(0.3, 0.6, 43)  # so that differences differ by rounding
+    a = {f"q{i}": x + difference for i, x in enumerate(base)}
+    b = {f"q{i}": x for i, x in enumerate(base)}
+    for however_small, verdict in zip((False, True), verdicts, strict=True):
+        found = compare(a, b, comparisons=4, however_small=however_small)
+        assert (found.verdict, found.p_t, found.p_tost) == (verdict, *p)
+        assert (found.difference, *found.ci) == pytest.approx((difference,) * 3)
+    assert paired_interval(a, b, confidence=0.9) == pytest.approx((difference,) * 3)
+    assert len(recwarn) == 0
+
+
+@pytest.mark.parametrize("test", [paired_interval, compare])
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (PAIR, {"a": 0.1, "b": 0.2}, r"1 queries are missing in the second run, e\.g\. \['c'\]"),
+        ({"b": 0.1}, PAIR, r"2 queries are missing in the first run, e\.g\. \['a', 'c'\]"),
+        ({"a": 0.1}, {"a": 0.1}, "at least 2 queries, got 1"),
+        ({}, {}, "at least 2 queries, got 0"),
+        (PAIR, {**PAIR, "b": math.nan}, "query 'b' has a value that is not finite: 0.4, nan"),
+        ({**PAIR, "c": math.inf}, PAIR, "query 'c' has a value that is not finite: inf, 0.2"),
+    ],
+)
+def test_what_cannot_be_paired_is_refused(test, a, b, message):
+    with pytest.raises(ValueError, match=message):
+        test(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"margin": 0.0}, "margin must be above 0, not 0.0"),
+        ({"margin": math.nan}, "margin must be above 0, not nan"),
+        ({"alpha": 0.5}, "alpha must lie between 0 and 0.5, not 0.5"),
+        ({"alpha": 0.0}, "alpha must lie between 0 and 0.5, not 0.0"),
+        ({"comparisons": 0}, "comparisons must be at least 1, not 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        compare(PAIR, PAIR, **options)
+
+
+@pytest.mark.parametrize("confidence", [0, 1, 95, math.nan])
+def test_a_confidence_out_of_range_is_refused(confidence):
+    with pytest.raises(ValueError, match="confidence must lie between 0 and 1"):
+        paired_interval(PAIR, PAIR, confidence=confidence)
+
+
+def equivalences(rng, trials, n, mean, sd, comparisons=1):
+    runs = (as_runs(rng.normal(mean, sd, n)) for _ in range(trials))
+    return [compare(*pair, comparisons=comparisons).verdict == "equivalent" for pair in runs]
+
+
+@pytest.mark.parametrize("mean", [0.05, -0.05])
+def test_error_rate_at_the_margin_is_alpha(mean):
+    # At a true difference of exactly the margin, equivalence is found wrongly with probability
+    # alpha = .05 (the other of the two tests is then passed all but always: 600 queries, SD .25,
+    # SE .0102, nearly ten SE away).
+    trials = 2000
+    wrong = sum(equivalences(np.random.default_rng(7), trials, 600, mean, 0.25))
+    low, high = stats.binom.interval(0.999, trials, 0.05)
+    assert low <= wrong <= high
+
+
+def test_family_wise_error_rate_with_bonferroni_is_at_most_alpha():
+    # Four comparisons with one reference, all at the margin: they share the reference's noise.
+    rng, trials, n = np.random.default_rng(8), 1000, 60
+    families = wrong = 0
+    for _ in range(trials):
+        reference = dict(enumerate(rng.normal(0.5, 0.1, n)))
+        others = [dict(enumerate(rng.normal(0.55, 0.1, n))) for _ in range(4)]
+        results = [compare(o, reference, comparisons=4).verdict == "equivalent" for o in others]
+        families += any(results)
+        wrong += sum(results)
+    assert families <= stats.binom.ppf(0.999, trials, 0.05)
+    # Each single comparison is made at alpha / 4 (they are correlated, so the bounds are wide).
+    assert 0.4 * 0.0125 < wrong / (4 * trials) < 2 * 0.0125
+
+
+def test_power_between_equal_means():
+    # 600 queries, SD of the differences .25, alpha .05 / 4: |t| must stay within
+    # .05 / (.25 / sqrt(600)) - t(.9875, 599) = 4.90 - 2.25 = 2.65, so the power is about .99;
+    # with 43 queries (TREC DL 2019) 1.31 - 2.32 < 0: no chance at all.
+    rng = np.random.default_rng(9)
+    assert 0.97 < np.mean(equivalences(rng, 500, 600, 0.0, 0.25, 4)) <= 1
+    assert np.mean(equivalences(rng, 500, 43, 0.0, 0.25, 4)) < 0.02
