@@ -119,6 +119,8 @@ def test_installed_package_has_version_command_and_data():
         "profiles/laptop.yaml",
         "profiles/smoke.yaml",
         "book/published.yaml",
+        "book/printed/table3.csv",
+        "book/templates/tables.html",
         "corpus/model_card.md.j2",
     ):
         assert (package / name).is_file(), name

@@ -201,7 +201,7 @@ def test_formulas_are_typeset_by_the_book_itself(html, smoke_home):
 
 def table(soup: BeautifulSoup, number: int) -> list[list[str]]:
     """Rows of this run's table, a cell as its text without intervals; the first text of a row is its head."""
-    found = soup.select_one(f"div.am-scroll.am-ours:has(#am-table{number}-ours) table")
+    found = soup.select_one(f"table#T_table{number}-ours")
     rows = []
     for row in found.select("tbody tr"):
         for small in row.select("td small"):
@@ -215,7 +215,7 @@ def table_rows(smoke_home):
     def rows(page, number):
         text = (smoke_home / "_build" / "html" / "_executed" / f"{page}.html").read_text()
         soup = BeautifulSoup(text, "html.parser")  # not the cached one: it is changed
-        assert soup.select_one(f"#am-table{number}-published")  # the printed numbers beside it
+        assert soup.select_one(f"table#T_table{number}-published")  # the printed numbers beside it
         return table(soup, number)
 
     return rows

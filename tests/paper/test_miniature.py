@@ -20,7 +20,7 @@ from bs4 import BeautifulSoup
 from sentence_transformers import SentenceTransformer
 
 from adaptive_margins.book import context as show
-from adaptive_margins.book import tables
+from adaptive_margins.book.comparison import comparison
 from adaptive_margins.book.published import load
 from adaptive_margins.data.ir_datasets import StoredCollection
 from adaptive_margins.data.trec import top, write_run
@@ -202,16 +202,16 @@ def test_tables_are_beside_the_published_ones(miniature):
     published = load()
     data = miniature.table3()
     models = {"distilbert": "distilBERT", "roberta": "RoBERTa", "mpnet": "MPNet"}
-    frame = tables.comparison(data, published, table=3, models=models)
+    frame = comparison(data, published, table=3, models=models)
     assert len(frame) == 15 * 2 * 2
-    printed = {r.key: r for r in published.table3.rows}
+    printed = published.scores(3).set_index(["key", "set", "measure"])
     for row in frame.to_dict("records"):
-        number = printed[row["key"]].scores[row["set"]][row["measure"].replace("(rel=2)", "")]
-        assert row["published"] == number.number
+        number = printed.loc[row["key"], row["set"], row["measure"].replace("(rel=2)", "")]
+        assert row["published"] == number["value"]
         own = data[(data["run_id"] == row["run_id"]) & (data["set"] == row["set"])]
         own = own[own["measure"] == row["measure"]].iloc[0]
         assert row["ours"] == own["value"]
-        assert own["target"] == printed[row["key"]].target
+        assert own["target"] == number["target"]
         assert row["difference"] == pytest.approx(row["ours"] - row["published"])
     html = show.table3(miniature, data)
     assert f"Miniature {miniature.fingerprint}" in html

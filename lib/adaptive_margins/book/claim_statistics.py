@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau, t
 
-from adaptive_margins.book.published import Published, count
+from adaptive_margins.book.published import Published, count, minutes
 from adaptive_margins.paper.experiments import Reproduction
 from adaptive_margins.paper.store import StoredRun
 
@@ -45,34 +45,22 @@ def variants(frame: pd.DataFrame) -> pd.Series:
 
 def published_frames(published: Published) -> dict[str, pd.DataFrame]:
     """Tables 2 to 4 as printed, with the columns that the statistics use."""
-    rows = [
-        {
-            "encoder": row.model, "target": row.target, "in_batch": row.in_batch == "✓", "set": name,
-            "measure": measure, "value": score.number, "seconds": 60.0 * row.time.minutes,
-            "triples": count(row.triples),
-        }
-        for row in published.table3.rows
-        for name, measures in row.scores.items()
-        for measure, score in measures.items()
-    ]  # fmt: skip
-    instance = [
-        {
-            "role": r.role,
-            "rho": float(r.rho),
-            "target": float(r.target),
-            "loss_table": float(r.loss),
-        }
-        for r in published.table2.rows
-        if r.rho and r.target and r.loss
-    ]
-    table4 = published.table4_frame().assign(source="")
-    keys = [r.key for r in published.table4.rows for m in r.scores.values() for _ in m]
-    teacher = pd.Series([key == TEACHER for key in keys])
-    table4["loss"] = table4["loss"].mask(teacher, TEACHER)
+    instance = published.tables[2].set_index("role").loc[["d-max", "d-mid", "d-min"]]
+    numbers = instance[["rho", "target", "loss"]].astype(float).rename(columns={"loss": "loss_table"})
+    three, four = published.scores(3), published.scores(4)
+    teacher = four["key"] == TEACHER
+    four["loss"] = four["loss"].mask(teacher, TEACHER)
     return {
-        "table2": pd.DataFrame(instance),
-        "table3": pd.DataFrame(rows),
-        "table4": table4[teacher | ~table4["loss"].str.startswith("MarginMSE")],
+        "table2": numbers.reset_index(),
+        "table3": three.assign(
+            encoder=three["model"],
+            in_batch=three["in_batch"] == "✓",
+            seconds=60.0 * three["time"].map(minutes),
+            triples=three["triples"].map(count),
+        ),
+        "table4": four.assign(source="", triples=four["triples"].map(count))[
+            teacher | ~four["loss"].str.startswith("MarginMSE")
+        ],
     }
 
 

@@ -165,7 +165,7 @@ def setup(reproduction: Reproduction, *parts: str, published: Published | None =
     """
     paper, here = (published or load()).setup, _setting(reproduction)
     table = markdown_table(
-        ["", "Paper", "Here"], ([NAMES[part], paper[part].text, here[part]] for part in parts)
+        ["", "Paper", "Here"], ([NAMES[part], paper[part]["text"], here[part]] for part in parts)
     )
     about = " ".join(reproduction.profile.about.split())
     return f"Profile **{reproduction.profile.name}**: {about}\n\n{table}\n"

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from adaptive_margins.book.published import Published, count, load
+from adaptive_margins.book.published import Published, count, load, minutes
 from adaptive_margins.book.style import encoder_label, measure_label, require, score, signed
 
 Labels = Mapping[str, str] | None
@@ -494,7 +494,7 @@ def table1(data: pd.DataFrame, *, labels: Labels = None, published: Published | 
         ", ".join(map(str, sorted(set(values))))
         for values in (
             data["dimensions"],
-            [r.dimensions for r in (published or load()).table1.rows],
+            (published or load()).tables[1]["dimensions"],
         )
     )
     return _bullets([f"{'; '.join(parts)}. Embeddings have {ours} dimensions (paper: {theirs})."])
@@ -508,7 +508,7 @@ def table2(data: pd.DataFrame, *, published: Published | None = None) -> str:
     require(data, ["role", "rho", "target", "loss_table", "loss_equation"], "table2")
     roles = ["d-max", "d-mid", "d-min"]
     rows = data.set_index("role").loc[roles]
-    printed: dict[str, Any] = {r.role: r for r in (published or load()).table2.rows}
+    printed = (published or load()).tables[2].set_index("role")
 
     def falls(values: Iterable[Any]) -> str:
         numbers = [float(value) for value in values]
@@ -517,7 +517,7 @@ def table2(data: pd.DataFrame, *, published: Published | None = None) -> str:
     def listed(column: str) -> str:
         return ", ".join(f"{value:.3f}".replace("-", "−") for value in rows[column])
 
-    rho, loss = falls(printed[r].rho for r in roles), falls(printed[r].loss for r in roles)
+    rho, loss = falls(printed.loc[roles, "rho"]), falls(printed.loc[roles, "loss"])
     return _bullets(
         [
             f"From the highest to the lowest target ({listed('target')}) the relevance of the negatives"
@@ -657,16 +657,16 @@ def table4(data: pd.DataFrame, *, published: Published | None = None) -> str:
 
 def _published3(published: Published) -> pd.DataFrame:
     """Table 3 as printed, with the columns and conventions of this project's own frame."""
-    return pd.DataFrame(
-        {
-            "encoder": row.model, "target": row.target, "in_batch": row.in_batch == "✓" and row.target != "distributed",
-            "set": name, "measure": measure, "best": s.bold, "equivalent": s.dagger,
-            "seconds": 60 * row.time.minutes, "triples": count(row.triples),
-        }
-        for row in published.table3.rows
-        for name, measures in row.scores.items()
-        for measure, s in measures.items()
-    )  # fmt: skip
+    scores = published.scores(3)
+    distributed = scores["target"] == "distributed"
+    return scores.assign(
+        encoder=scores["model"],
+        in_batch=(scores["in_batch"] == "✓") & ~distributed,
+        best=scores["bold"],
+        equivalent=scores["dagger"],
+        seconds=60 * scores["time"].map(minutes),
+        triples=scores["triples"].map(count),
+    )
 
 
 def _flags(
@@ -706,7 +706,7 @@ def _tuned(data: pd.DataFrame, published: Published) -> list[str]:
                 found.setdefault(measure, []).append(value - default)
         return found
 
-    ours, theirs = differences(data), differences(published.table4_frame())
+    ours, theirs = differences(data), differences(published.scores(4))
     if not ours:
         return []
     here, there = ([d > 0 for own in each.values() for d in own] for each in (ours, theirs))
@@ -755,8 +755,8 @@ def _observation(id: str, weights: Sequence[int], text: str, noise: float | None
     else:
         agree = "As in" if min(weights) > 0 else "Partly as in" if max(weights) > 0 else "Unlike"
         head = f"{agree} the paper" + (", in this run" if noise is None else "")
-    said = entry.text[0].lower() + entry.text[1:]
-    return f"**{head}** (Section {entry.section}, {entry.number}): {text} *The paper: {said}*"
+    said = entry["text"][0].lower() + entry["text"][1:]
+    return f"**{head}** (Section {entry['section']}, {entry['number']}): {text} *The paper: {said}*"
 
 
 def _majority(flags: Sequence[bool]) -> int:

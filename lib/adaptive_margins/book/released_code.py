@@ -430,7 +430,7 @@ def summary_page(summary: Mapping[str, Any]) -> str:
     machine = ", ".join(f"{key} {value}" for key, value in summary["machine"].items())
     parts = [
         "# Paper and released code",
-        INTRODUCTION.format(code=published.load().paper.released_code),
+        INTRODUCTION.format(code=published.load().paper["released_code"]),
         f"Computed on {summary['date']} with the profile **{summary['profile']}** ({machine}). This is the committed summary of"
         " that run; the book does not compute it again unless it is asked to:",
         "```\nmake book ALL=1\n```",

@@ -24,7 +24,7 @@ class Supplied:
 
     Attributes:
         name: the file's name without its suffix, e.g. "tasb". One that is a key of
-            ``book/published.yaml`` stands for that row of the paper.
+            ``book/printed/table3.csv`` or ``table4.csv`` stands for that row of the paper.
         path: the file.
         run: query id → docid → score, of whichever queries the file has.
     """

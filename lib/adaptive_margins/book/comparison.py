@@ -1,0 +1,120 @@
+"""Scores of this run's Tables 3 and 4 next to those that the paper prints, or that its runs give."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import pandas as pd
+
+from adaptive_margins.book.published import Published
+from adaptive_margins.book.style import encoder_label, require
+
+SCORED = [
+    "in_batch", "set", "measure", "value", "best", "difference", "low", "high", "equivalent", "triples", "run_id",
+    "reference_run_id",
+]  # fmt: skip
+COMPARED = [
+    "key", "name", "in_batch", "set", "measure", "ours", "published", "difference", "verdict", "printed", "supplied", "run_id",
+]  # fmt: skip
+TOLERANCE = 0.02
+"""The largest difference, rounded to three decimals, that is called "within"."""
+SUPPLIED = "supplied: "
+"""How the source of a supplied run begins; its name follows."""
+
+
+def comparison(
+    data: pd.DataFrame,
+    published: Published,
+    *,
+    table: Literal[3, 4],
+    models: Mapping[str, str] | None = None,
+    supplied: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """Scores of this run's Table 3 or 4 that the paper printed, too: same row, set, and measure but for its level.
+
+    Args:
+        data: the frame of Table 3 or 4.
+        published: the paper's numbers.
+        table: which of the two tables.
+        models: this profile's encoder name → model as printed; others are written by `encoder_label`.
+        supplied: for Table 3, the frame of Table 4 with supplied runs; Table 4's frame has them.
+
+    Returns:
+        One row a score: key, name and in_batch of the published row; set; measure (this run's); ours,
+        published and their difference (ours - published); verdict ("within ±.02" once rounded to three
+        decimals, "higher", "lower"); printed (the number in the paper, as text); supplied (the name of the
+        run that ``published`` was computed from, or ""); run_id. No rows where nothing matches.
+    """
+    if table not in (3, 4):
+        raise ValueError(f"only Tables 3 and 4 have scores to compare, not Table {table}")
+    first = ["encoder", "target"] if table == 3 else ["loss", "sampling", "source"]
+    require(data, [*first, *SCORED], f"comparison of Table {table}")
+    printed = printed_scores(published, table, data if supplied is None else supplied)
+    ours = data[data["value"].notna()]
+    if table == 3:
+        same = ["model", "target", "in_batch"]
+        model = [encoder_label(encoder, models) for encoder in ours["encoder"]]
+        ours = ours.assign(model=model, in_batch=in_batch(ours))
+        printed["name"] = printed["model"] + ", " + printed["target"]
+    else:
+        same = ["loss", "sampling", "in_batch"]
+        ours = ours[~ours["source"].astype(str).str.startswith((SUPPLIED, "published"))]
+        printed["name"] = printed["loss"]
+    ours = ours.assign(plain=ours["measure"].map(level_free), ours=ours["value"])
+    ours = ours[[*same, "set", "plain", "measure", "ours", "run_id"]]
+    found = printed.drop(columns="measure").merge(ours, on=[*same, "set", "plain"])
+    theirs = found["computed"].fillna(found["value"])
+    difference = found["ours"] - theirs
+    verdict = [_verdict(value) for value in difference]
+    replaced = found["key"].where(found["computed"].notna(), "")
+    return found.assign(
+        published=theirs, difference=difference, verdict=verdict, supplied=replaced
+    )[COMPARED]
+
+
+def _verdict(difference: float) -> str:
+    # Of the difference as it is shown: 0.62 - 0.60 is above 0.02 in binary.
+    if abs(round(difference, 3)) <= TOLERANCE:
+        return "within ±.02"
+    return "higher" if difference > 0 else "lower"
+
+
+def printed_scores(published: Published, table: int, supplied: pd.DataFrame | None) -> pd.DataFrame:
+    """`Published.scores` with columns for the score of a supplied run of the same key (NaN without).
+
+    They are ``plain`` (`level_free`), ``computed`` (the score) and ``tested`` (whether it has a †).
+    """
+    scores = published.scores(table)
+    scores["plain"] = scores["measure"].map(level_free)
+    if supplied is None or "source" not in supplied:
+        return scores.assign(computed=float("nan"), tested=False)
+    runs = supplied[supplied["source"].astype(str).str.startswith(SUPPLIED)].dropna(subset="value")
+    runs = pd.DataFrame(
+        {
+            "key": runs["source"].str.removeprefix(SUPPLIED),
+            "set": runs["set"],
+            "plain": runs["measure"].map(level_free),
+            "computed": runs["value"].astype(float),
+            "tested": runs["equivalent"].map(is_true) & (table == 4),
+        }
+    )
+    return scores.merge(runs, how="left", on=["key", "set", "plain"])
+
+
+def level_free(measure: str) -> str:
+    """A measure's name without relevance level: R@1000 for R(rel=2)@1000, and for the paper's Recall@1000."""
+    return re.sub(r"\(rel=\d+\)", "", measure).replace("Recall@", "R@")
+
+
+def in_batch(runs: pd.DataFrame) -> pd.Series:
+    """In-batch negatives as ✓ or ✗; distributed targets always have them."""
+    return (runs["in_batch"].astype(bool) | (runs["target"] == "distributed")).map(
+        {True: "✓", False: "✗"}
+    )
+
+
+def is_true(value: Any) -> bool:
+    """A flag that may have passed through a CSV file with gaps."""
+    return str(value).lower() in ("true", "1", "1.0")
