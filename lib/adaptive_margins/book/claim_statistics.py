@@ -46,7 +46,9 @@ def variants(frame: pd.DataFrame) -> pd.Series:
 def published_frames(published: Published) -> dict[str, pd.DataFrame]:
     """Tables 2 to 4 as printed, with the columns that the statistics use."""
     instance = published.tables[2].set_index("role").loc[["d-max", "d-mid", "d-min"]]
-    numbers = instance[["rho", "target", "loss"]].astype(float).rename(columns={"loss": "loss_table"})
+    numbers = (
+        instance[["rho", "target", "loss"]].astype(float).rename(columns={"loss": "loss_table"})
+    )
     three, four = published.scores(3), published.scores(4)
     teacher = four["key"] == TEACHER
     four["loss"] = four["loss"].mask(teacher, TEACHER)
