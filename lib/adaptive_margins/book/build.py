@@ -31,6 +31,7 @@ from adaptive_margins.book.execute import (
     Scalar,
     check_parameters,
     execute,
+    parameter_defaults,
     paths_to_hide,
     worker_settings,
 )
@@ -148,7 +149,9 @@ class Site:
         return self.pages / f".data-{notebook.stem}"
 
     def parameters(self, notebook: Path) -> dict[str, Scalar]:
-        """What the build passes to every notebook."""
+        """What the build passes to a notebook: nothing to one that takes no profile."""
+        if "profile" not in parameter_defaults(notebook):
+            return {}
         return {"profile": self.profile, "data_folder": str(self._workplace(notebook))}
 
     def key(self, notebook: Path) -> dict[str, Any]:

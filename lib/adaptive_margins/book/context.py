@@ -62,6 +62,7 @@ PARAMETERS: dict[str, tuple[Any, str]] = {
     ),
     "query_set": (_TEXT[0] | None, "text or None"),
     "encoder": (_TEXT[0] | None, "text or None"),
+    "epsilon": (Annotated[float, Field(allow_inf_nan=False)], "a number"),
     "first": (Annotated[int, Field(ge=0)], "a whole number from 0 on"),
     "seed": (Annotated[int, Field(ge=0)] | None, "a whole number from 0 on, or None"),
     "seeds": (
