@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_margins import cli, cli_corpus, progress
+from adaptive_margins import cli, cli_corpus, progress, terminal
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.paper.experiments import Reproduction
@@ -272,7 +272,7 @@ def test_the_home_folder_in_every_path(monkeypatch, capsys, runs, tmp_path):
     code, _, err = call(monkeypatch, capsys, "compare", "--qrels=~nobody7/q", "a", "b")
     assert (code, "nobody7" in err) == (2, True)
     (tmp_path / "~draft").write_text("q Q0 d 1 1 x\n")  # such a name of a file is one
-    assert cli_corpus.expanded("~draft") == "~draft"
+    assert terminal.expanded("~draft") == "~draft"
 
 
 OUTPUTS = [
@@ -311,7 +311,7 @@ def test_control_characters_do_not_reach_the_terminal(monkeypatch, capsys, tmp_p
         _, out, err = call(monkeypatch, capsys, "collection", str(folder), *options)
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", out + err), options
         assert r"\x1b" in out + err
-    line = cli_corpus._hits(
+    line = cli_corpus._hits_text(
         Texts(["1"], ["q"]),
         [{"qid": "1", "rank": 1, "score": 1.0, "docid": "d\x1b[1m", "text": bad}],
         titles=False,

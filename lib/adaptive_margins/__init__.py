@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adaptive_margins import paper as paper
     from adaptive_margins.cached_loss import CachedMarginLoss as CachedMarginLoss
+    from adaptive_margins.corpus.compare import compare_files as compare_files
+    from adaptive_margins.corpus.evaluate import evaluate_encoder as evaluate_encoder
     from adaptive_margins.corpus.finetune import finetune as finetune
     from adaptive_margins.data.collection import Collection as Collection
     from adaptive_margins.data.collection import Texts as Texts
@@ -42,7 +44,9 @@ _MODULES = {
     "MarginLoss": "losses",
     "Texts": "data.collection",
     "compare": "evaluation.significance",
+    "compare_files": "corpus.compare",
     "evaluate": "evaluation.measures",
+    "evaluate_encoder": "corpus.evaluate",
     "finetune": "corpus.finetune",
     "hybrid": "retrieval.dense",
     "load_profile": "profiles.config",

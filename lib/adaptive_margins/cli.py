@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import logging
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adaptive_margins import cli_corpus, progress
-from adaptive_margins.errors import AdaptiveMarginsError
+from adaptive_margins import cli_corpus, terminal
 from adaptive_margins.progress import printable
 
 if TYPE_CHECKING:
@@ -25,7 +22,7 @@ app = typer.Typer(
 
 ProfileOption = Annotated[
     str,
-    typer.Option(parser=cli_corpus.expanded, help="A profile's name, or the path of a YAML file."),
+    typer.Option(parser=terminal.expanded, help="A profile's name, or the path of a YAML file."),
 ]
 
 AcceptOption = Annotated[
@@ -43,7 +40,7 @@ def _open(profile: str) -> Reproduction:
     settings = load_profile(profile)
     named = [*settings.encoders.values(), *settings.untrained.values()]
     if not any(encoder.revision for encoder in named):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        terminal.offline()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from adaptive_margins.paper.experiments import Reproduction
 
@@ -120,97 +117,41 @@ def profiles() -> None:
     print("\n".join(available()))
 
 
+@app.command(epilog="\b\nExamples:\n  adaptive-margins status\n  adaptive-margins status --json")
+def status(as_json: cli_corpus.Json = False) -> None:
+    """What the home folder holds: runs, collections, notebooks, book. Only reads."""
+    from adaptive_margins.files import home
+    from adaptive_margins.paper.status import status as status_of
+    from adaptive_margins.paper.status import status_text
+    from adaptive_margins.profiles.config import available
+
+    found = {**status_of(home()), "profiles": available()}
+    terminal.show(found, as_json, status_text(found))
+
+
 app.add_typer(cli_corpus.commands)
 
 
 def main() -> None:
-    """Entry point: an error that says what to do becomes one message and exit status 1, an interruption 130."""
-    _prepare()
+    """Entry point: exit with 1 and a line for an error, 2 for a wrong call, 130 if interrupted."""
+    terminal.prepare_streams()
+    code: int | str | None
     try:
         try:
-            _check_arguments(sys.argv[1:])
+            terminal.check_arguments(sys.argv[1:])
             code = app(standalone_mode=False)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        _forget_output()
+        terminal.forget_output()
         code = 141  # as if SIGPIPE had ended it
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
-        progress.clear()
-        if hasattr(error, "format_message"):
-            code = _usage(error)
-        elif (message := _message(error)) is None:
+        code = terminal.exit_code(error)
+        if code is None:
             raise
-        else:
-            _forget_output()
-            code = f"adaptive-margins: {printable(message)}"
     raise SystemExit(code or 0)
-
-
-def _prepare() -> None:
-    """Make the standard streams take whatever is printed, and keep libraries from remarks about their caches."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # it was closed
-        pass
-    os.close(descriptor)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)
-
-
-def _check_arguments(arguments: list[str]) -> None:
-    """Raise AdaptiveMarginsError if an argument has bytes that are no text."""
-    for argument in arguments:
-        if any("\ud800" <= character <= "\udfff" for character in argument):
-            raise AdaptiveMarginsError(
-                f"the argument {str(os.fsencode(argument))[1:]} is not {sys.getfilesystemencoding()}; rename the file, or set"
-                " LC_ALL to the encoding that it is written in"
-            )
-
-
-def _usage(error: Any) -> int:
-    """Print a usage error on one line (help, if nothing was asked for); return its exit status."""
-    context = getattr(error, "ctx", None)
-    if type(error).__name__ == "NoArgsIsHelpError":
-        error.show()
-        return error.exit_code
-    if type(error).__name__ == "NoSuchOption" and context and context.info_name == "search":
-        error.message += (
-            '. Put -- before a query that begins with a dash: search INDEX -- "-O3 flag"'
-        )
-    message = " ".join(error.format_message().split()).rstrip(".")
-    command = context.command_path if context else "adaptive-margins"
-    print(f"adaptive-margins: {printable(message)}; see {command} --help", file=sys.stderr)
-    return error.exit_code
-
-
-def _message(error: Exception) -> str | None:
-    """What to say of an error that is no fault of this program; None if it may be one."""
-    if isinstance(error, AdaptiveMarginsError):
-        return str(error)
-    message = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
-        return f"out of memory; try a smaller collection, batch or encoder. {message}".rstrip()
-    if isinstance(error, RuntimeError) and "can't allocate memory" in message:  # torch on a CPU
-        return f"out of memory; try a smaller collection, batch or encoder. {message}"
-    if isinstance(error, OSError):
-        message = error.strerror or message or type(error).__name__
-        return message if error.filename is None else f"{error.filename}: {message}"
-    if isinstance(error, UnicodeError):
-        return f"text that cannot be written or read: {message}"
-    return None
-
-
-def _forget_output() -> None:
-    """Drop what could not be written to stdout, lest Python tries it again and complains."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":

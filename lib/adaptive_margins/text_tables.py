@@ -21,6 +21,8 @@ def size(count: float) -> str:
 
 def aligned(table: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
     """Return the lines of a table; the first ``left`` columns are text, the others numbers."""
+    if not table:
+        return []
     cells = [[printable(cell) for cell in row] for row in table]
     align = ["left"] * left + ["right"] * (len(table[0]) - left)
     text = tabulate(cells, tablefmt="plain", disable_numparse=True, colalign=align)

@@ -32,6 +32,7 @@ from adaptive_margins.corpus.finetune import (
 )
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.mining import Checked
+from adaptive_margins.errors import ArgumentError
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.files import WriteError, alone
 from adaptive_margins.training import TrainingError, newest_checkpoint
@@ -295,7 +296,7 @@ def test_a_gain_that_chance_would_explain_does_not_count(helped, encoder, tmp_pa
     ],
 )
 def test_wrong_values_are_told_before_anything_is_read(tmp_path, values, said):
-    with pytest.raises((FinetuneError, TrainingError), match=re.escape(said)):
+    with pytest.raises((ArgumentError, TrainingError), match=re.escape(said)):
         finetune("no such folder", tmp_path / "output", **{"device": "cpu", **values})
     assert not list(tmp_path.iterdir())
 

@@ -61,7 +61,7 @@ from adaptive_margins.encoder.load import (
 )
 from adaptive_margins.encoder.packing import packs
 from adaptive_margins.encoder.tokens import count_truncated, tokenize
-from adaptive_margins.errors import AdaptiveMarginsError
+from adaptive_margins.errors import AdaptiveMarginsError, ArgumentError
 from adaptive_margins.evaluation.measures import Evaluation, cutoff, evaluate, named, relevant
 from adaptive_margins.evaluation.significance import compare
 from adaptive_margins.files import whole_file, whole_folder, working_folder
@@ -71,7 +71,7 @@ from adaptive_margins.retrieval.bm25 import BM25, without_hits
 from adaptive_margins.retrieval.dense import DenseRetriever, hybrid
 from adaptive_margins.retrieval.exact import count_self
 from adaptive_margins.runs import TrainingRun
-from adaptive_margins.training import TrainingResult, check_reporters, train
+from adaptive_margins.training import REPORTERS, TrainingResult, check_reporters, train
 
 SELECTION = "nDCG@10"
 """The measure that decides, on the validation queries, which step is kept (Section 5.4)."""
@@ -232,7 +232,7 @@ def finetune(
     device = device or default_device()
     settings = settings or Settings.for_device(device)
     if not 0 <= seed < 2**32:  # numpy takes no other
-        raise FinetuneError(f"seed is {seed}; expected 0 to {2**32 - 1:,}")
+        raise ArgumentError("seed", f"seed is {seed}; expected 0 to {2**32 - 1:,}")
     measures = _check(target, measures, negatives, device, triples, report_to)
     with working_folder(output) as work:
         return _finetune(
@@ -520,16 +520,26 @@ def _check(
     """What can be wrong before anything is read; the measures with their levels in their names."""
     try:
         MarginLoss(None, target=target)
+    except ValueError as error:
+        raise ArgumentError("target", str(error)) from None
+    try:
         measures = [named(measure) for measure in measures]
         evaluate({"q": {"d": 1}}, {"q": {"d": 1.0}}, measures)
     except ValueError as error:
-        raise FinetuneError(str(error)) from None
+        raise ArgumentError("measures", str(error)) from None
     if negatives not in ("bm25", "encoder"):
-        raise FinetuneError(f"negatives is {negatives!r}; expected 'bm25' or 'encoder'")
+        raise ArgumentError(
+            "negatives", f"negatives is {negatives!r}; expected 'bm25' or 'encoder'"
+        )
     if triples is not None and triples < 2:
-        raise FinetuneError(f"triples is {triples}; expected at least 2")
+        raise ArgumentError("triples", f"triples is {triples}; expected at least 2")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise FinetuneError(f"device is {device!r}, but torch finds no GPU here")
+        raise ArgumentError("device", f"device is {device!r}, but torch finds no GPU here")
+    if unknown := set(report_to) - set(REPORTERS):
+        raise ArgumentError(
+            "report_to",
+            f"cannot report to {min(unknown)!r}; expected any of {', '.join(REPORTERS)}",
+        )
     check_reporters(report_to)
     return measures
 

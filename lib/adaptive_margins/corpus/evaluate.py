@@ -1,0 +1,260 @@
+"""Rank the queries of a collection with an encoder, and score the ranking."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from adaptive_margins.corpus.finetune import Finetuned
+from adaptive_margins.data.collection import Collection, Texts
+from adaptive_margins.data.sources import open_collection, split_queries
+from adaptive_margins.data.text import DataError, alike
+from adaptive_margins.data.trec import Qrels, Run, read_marked_run, run_tag, top, write_run
+from adaptive_margins.encoder.load import default_device, encoder_identity, open_encoder
+from adaptive_margins.errors import ArgumentError
+from adaptive_margins.evaluation.external_runs import Scored, finds_relevant, score
+from adaptive_margins.evaluation.measures import Evaluation, cutoff, evaluate, named, relevant
+from adaptive_margins.retrieval.bm25 import BM25, without_hits
+from adaptive_margins.retrieval.dense import DenseRetriever
+from adaptive_margins.retrieval.exact import count_self, without_self
+
+CANDIDATES = 100
+"""Passages of BM25 that are reranked for a query, if no depth is given."""
+MEASURES = ("nDCG@10", "R(rel=1)@100")
+
+
+@dataclass(frozen=True)
+class CorpusEvaluation:
+    """A scored ranking.
+
+    Attributes:
+        evaluation: measure → mean, and measure → query id → value, over all queries with judgements.
+        run: query id → docid → cosine similarity.
+        report: what ``adaptive-margins evaluate --json`` prints, without the values of each query.
+    """
+
+    evaluation: Evaluation
+    run: Run
+    report: dict[str, Any]
+
+
+def evaluate_encoder(
+    source: str,
+    model: str,
+    *,
+    mode: Literal["full", "rerank"] = "full",
+    query_set: str | None = None,
+    candidates: Path | None = None,
+    depth: int | None = None,
+    measures: Sequence[str] = MEASURES,
+    exclude_self: bool = False,
+    device: str | None = None,
+    run_out: Path | None = None,
+) -> CorpusEvaluation:
+    """Rank a set of queries with an encoder and score the ranking.
+
+    If `finetune` split this collection to train the encoder, its test queries alone are ranked.
+
+    Args:
+        source: a folder, "pydocs" or an ir_datasets id (`open_collection`).
+        model: an encoder (`open_encoder`).
+        mode: "full" ranks all passages (exact search), "rerank" orders candidates again.
+        query_set: None takes the test set, or the only one.
+        candidates: a TREC run to rerank, in the place of BM25's best passages.
+        depth: passages ranked for a query; None takes 100, or what the measures need.
+        measures: in ir_measures' notation.
+        exclude_self: leave out the passage whose id is the query's.
+        device: as torch calls it; None takes a GPU if there is one.
+        run_out: a file to write the ranking to, as a TREC run.
+
+    Raises:
+        ArgumentError: the query set is not there, or the depth is too small for a measure.
+        DataError: the collection or the candidates are malformed, or nothing is judged.
+        MeasureError, EncoderError: a measure or the encoder cannot be used.
+    """
+    measures = [named(measure) for measure in measures]
+    if candidates and mode == "full":
+        raise ArgumentError("candidates", "candidates are reranked with mode rerank, not full")
+    collection = open_collection(source)
+    given, complete = read_marked_run(candidates) if candidates else (None, True)
+    collection, split = held_out(collection, model)
+    name = _set(collection, query_set)
+    queries, qrels = collection.queries[name], collection.qrels[name]
+    judged = _relevant(source, name, qrels, measures)
+    depth = _depth(depth, mode, given, measures, len(collection.passages))
+    if given is not None:
+        given = _checked(str(candidates), given, queries, collection.passages)
+    retriever = DenseRetriever(
+        open_encoder(model, device=device or default_device()), collection.passages
+    )
+    if not exclude_self:
+        _warn_of_self(queries, collection.passages)
+    if mode == "full":
+        assert depth
+        run = retriever.search(queries, depth, exclude_self=exclude_self)
+    else:
+        run = retriever.rerank(queries, _candidates(collection, name, given, depth, exclude_self))
+    # The ranking of this call has all hits that could be found; other candidates may be cut off.
+    complete = complete and not (candidates and depth)
+    passages = len(collection.passages) - exclude_self
+    scored = score(run, qrels, measures, passages=passages, complete=complete)
+    _check_scores(candidates, scored, run, qrels, judged)
+    if run_out:
+        most = max(map(len, run.values()), default=0)
+        found = depth if depth and not candidates else most + complete
+        write_run(run, run_out, run_tag("adaptive-margins", run, found, passages))
+    report = {
+        "measures": scored.evaluation.mean,
+        "queries": len(qrels),
+        "relevant_queries": {measure: len(found) for measure, found in judged.items()},
+        "missing": scored.missing,
+        "run": str(run_out) if run_out else None,
+        "mode": mode,
+        "set": name,
+        "depth": depth or max(map(len, run.values())),
+        "model": model,
+        "identity": encoder_identity(model),
+        "collection": _about(collection, source),
+        "split": split,
+        "excluded_self": exclude_self,
+        "truncated": {
+            **{what: count for what, (count, _) in retriever.truncated.items()},
+            "limit": retriever.query_length,
+        },
+    }
+    return CorpusEvaluation(scored.evaluation, run, report)
+
+
+def _about(collection: Collection, source: str) -> dict[str, Any]:
+    return {
+        "name": collection.name,
+        "source": source,
+        "fingerprint": collection.fingerprint,
+        "passages": len(collection.passages),
+    }
+
+
+def held_out(collection: Collection, model: str) -> tuple[Collection, str]:
+    """Return the collection split as for the training of the encoder, and a sentence about it.
+
+    `finetune` splits a collection without training queries. All of its queries would test such an
+    encoder on those that it was trained on. Any other collection is returned as it is, with "".
+    """
+    if not (Path(model) / "training.json").is_file():
+        return collection, ""
+    report = Finetuned.load(Path(model)).report
+    trained_on = report.get("collection", {})
+    if not trained_on.get("split"):
+        return collection, ""
+    try:
+        parts, split = split_queries(collection, seed=report["seed"])
+    except DataError:
+        return collection, ""
+    if parts.fingerprint != trained_on["fingerprint"]:
+        return collection, ""
+    return parts, f"The encoder was trained on this collection. {split}"
+
+
+def _set(collection: Collection, wanted: str | None) -> str:
+    """The set of queries to rank."""
+    there = [name for name, queries in collection.queries.items() if len(queries)]
+    if not there:
+        raise DataError(f"{collection.name} has passages, but no queries to evaluate with")
+    if wanted is None and len(there) == 1:
+        return there[0]
+    name = wanted or "test"
+    if name not in there:
+        expected = ", ".join(there)
+        raise ArgumentError(
+            "query_set", f"{collection.name} has no queries {name!r}; it has {expected}"
+        )
+    return name
+
+
+def _relevant(source: str, name: str, qrels: Qrels, measures: Sequence[str]) -> dict[str, Qrels]:
+    """Measure → relevant passages. Whatever cannot be computed is an error before any encoding."""
+    if not qrels:
+        raise DataError(
+            f"{source}: none of the queries of {name!r} is judged; there is nothing to evaluate"
+        )
+    judged = {measure: relevant(qrels, measure) for measure in measures}
+    evaluate(qrels, {}, measures)
+    return judged
+
+
+def _depth(
+    depth: int | None, mode: str, given: Run | None, measures: Sequence[str], passages: int
+) -> int | None:
+    """Passages to rank for a query; None for all candidates of a given run."""
+    needed = max(map(cutoff, measures))
+    if depth is None and given is None:
+        depth = max(CANDIDATES, needed) if mode == "full" else CANDIDATES
+    if depth is not None and depth < min(needed, passages):
+        names = " ".join(measures)
+        raise ArgumentError(
+            "depth", f"{depth} passages a query are too few for {names}: {needed} are needed"
+        )
+    return depth
+
+
+def _checked(path: str, candidates: Run, queries: Texts, passages: Texts) -> Run:
+    """The candidates of the queries; DataError if there are none, or a passage is unknown."""
+    asked = {qid: hits for qid, hits in candidates.items() if qid in queries}
+    if not asked:
+        hint = alike(candidates, queries.ids)
+        what = f"{path} has none of the {len(queries):,} queries that are asked"
+        raise DataError(f"{what}; {hint}" if hint else what)
+    unknown = [docid for hits in asked.values() for docid in hits if docid not in passages]
+    if unknown:
+        hint = alike(unknown, passages.ids) or "is it a run of this collection?"
+        count = sum(map(len, asked.values()))
+        raise DataError(
+            f"{path}: {len(unknown):,} of {count:,} candidates are unknown passages, first"
+            f" {unknown[0]!r}; {hint}"
+        )
+    return asked
+
+
+def _candidates(
+    collection: Collection, name: str, given: Run | None, depth: int | None, exclude_self: bool
+) -> Run:
+    """The best ``depth`` passages of each query, by the given run or by BM25."""
+    if given is None:
+        assert depth
+        given = BM25(collection.passages).search(collection.queries[name], depth + exclude_self)
+        without_hits({qid: hits for qid, hits in given.items() if qid in collection.qrels[name]})
+    if exclude_self:
+        given = without_self(given)
+    return {qid: dict(top(hits, depth)) for qid, hits in given.items()}
+
+
+def _warn_of_self(queries: Texts, passages: Texts) -> None:
+    if count := count_self(queries, passages):
+        warnings.warn(
+            f"{count:,} of {len(queries):,} queries are themselves passages, with the same id, and"
+            " are ranked like others; --exclude-self leaves them out, as BEIR does",
+            stacklevel=3,
+        )
+
+
+def _check_scores(
+    candidates: Path | None, scored: Scored, run: Run, qrels: Qrels, judged: dict[str, Qrels]
+) -> None:
+    """Raise DataError for a measure that was not computed; warn of what makes the scores doubtful."""
+    if scored.refused:
+        raise DataError(f"{candidates}: {'; '.join(scored.refused.values())}")
+    if candidates and scored.missing:
+        warnings.warn(
+            f"judged queries without candidates count 0: {scored.missing:,} of {len(qrels):,}",
+            stacklevel=3,
+        )
+    for level in judged.values():
+        if not finds_relevant(run, level):
+            count = sum(map(len, level.values()))
+            warnings.warn(
+                f"none of the {count:,} relevant passages is among the hits", stacklevel=3
+            )
+            break

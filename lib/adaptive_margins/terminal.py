@@ -1,0 +1,200 @@
+"""The one place between commands and the terminal: paths, progress, warnings, errors, output.
+
+Everything printed is text that a terminal may show: control characters are escaped, and characters
+that the encoding of stdout lacks are, too.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from adaptive_margins import progress
+from adaptive_margins.errors import AdaptiveMarginsError, ArgumentError
+from adaptive_margins.progress import printable
+
+_OPTIONS = {"query_set": "--set", "runs": "RUN"}
+"""Parameters whose name is not that of their option."""
+
+
+# ---- arguments --------------------------------------------------------------------------------
+
+
+def expanded(value: str) -> str:
+    """Return a name with ``~`` and ``~user`` at its beginning replaced by the home folder."""
+    if not value:
+        raise typer.BadParameter("the name is empty")
+    path = os.path.expanduser(value)
+    if path.startswith("~") and not os.path.lexists(path):
+        user = path.split("/")[0][1:]
+        raise typer.BadParameter(f"there is no user {user!r}; a file is called ./{path}")
+    return path
+
+
+def old_path(value: str) -> Path:
+    """Parse the name of something to read."""
+    return Path(expanded(value))
+
+
+def new_file(value: str) -> Path:
+    """Parse the name of a file to write; WriteError if it cannot be written."""
+    return _checked(value, folder=False)
+
+
+def new_folder(value: str) -> Path:
+    """Parse the name of a folder to write; WriteError if it cannot be written."""
+    return _checked(value, folder=True)
+
+
+def _checked(value: str, *, folder: bool) -> Path:
+    from adaptive_margins.files import check_output
+
+    path = old_path(value)
+    check_output(path, folder=folder)
+    return path
+
+
+def check_arguments(arguments: list[str]) -> None:
+    """Raise AdaptiveMarginsError if an argument has bytes that are no text."""
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            raise AdaptiveMarginsError(
+                f"the argument {str(os.fsencode(argument))[1:]} is not"
+                f" {sys.getfilesystemencoding()}; rename the file, or set LC_ALL to the encoding"
+                " that it is written in"
+            )
+
+
+# ---- while a command computes -----------------------------------------------------------------
+
+
+@contextmanager
+def working(verbose: bool = False, model: str = "") -> Iterator[None]:
+    """Keep stdout clean, show progress on a terminal only, and print a warning as one line.
+
+    Args:
+        verbose: show progress wherever stderr goes.
+        model: the encoder; without ``@`` in its name nothing reaches the hub.
+
+    Raises:
+        typer.BadParameter: in the place of an ArgumentError.
+    """
+    offline(model)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    progress.quiet(not (verbose or sys.stderr.isatty()))
+    try:
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+            warnings.showwarning = _warn
+            yield
+    except ArgumentError as error:
+        option = _OPTIONS.get(error.name, f"--{error.name.replace('_', '-')}")
+        raise typer.BadParameter(str(error), param_hint=option) from error
+    finally:
+        progress.clear()
+        progress.quiet(False)
+
+
+def offline(model: str = "") -> None:
+    """Keep this process off the hub, unless an encoder of the hub is named."""
+    if "@" not in model:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    progress.clear()
+    line = printable(" ".join(str(message).splitlines()))
+    print(f"adaptive-margins: warning: {line}", file=sys.stderr, flush=True)
+
+
+# ---- output -----------------------------------------------------------------------------------
+
+
+def show(result: Mapping[str, Any], as_json: bool, text: str, written: Path | None = None) -> None:
+    """Print the outcome of a command, as JSON or as text.
+
+    It goes to stdout, or to stderr if a file was ``written`` to stdout.
+    """
+    from adaptive_margins.files import is_stdout
+
+    stream = sys.stderr if written and is_stdout(written) else sys.stdout
+    if as_json:
+        unicode = (stream.encoding or "utf-8").lower().startswith("utf")
+        text = json.dumps(result, indent=1, ensure_ascii=not unicode, allow_nan=False)
+    print(text if as_json else printable(text), file=stream)
+
+
+def prepare_streams() -> None:
+    """Make the standard streams take whatever is printed, and silence remarks about caches."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # it was closed
+        pass
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
+def forget_output() -> None:
+    """Drop what could not be written to stdout, or Python tries again at its end and complains."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+# ---- errors -----------------------------------------------------------------------------------
+
+
+def exit_code(error: Exception) -> int | str | None:
+    """Return what the process exits with; a text is printed, with status 1. None: a bug to trace."""
+    progress.clear()
+    if hasattr(error, "format_message"):  # of click
+        return _usage(error)
+    message = _message(error)
+    if message is None:
+        return None
+    forget_output()
+    return f"adaptive-margins: {printable(message)}"
+
+
+def _usage(error: Any) -> int:
+    """Print a wrong call on one line (help, if nothing was asked for); return its exit status."""
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return error.exit_code
+    if type(error).__name__ == "NoSuchOption" and context and context.info_name == "search":
+        hint = 'Put -- before a query that begins with a dash: search INDEX -- "-O3 flag"'
+        error.message += f". {hint}"
+    message = " ".join(error.format_message().split()).rstrip(".")
+    command = context.command_path if context else "adaptive-margins"
+    print(f"adaptive-margins: {printable(message)}; see {command} --help", file=sys.stderr)
+    return error.exit_code
+
+
+def _message(error: Exception) -> str | None:
+    """The text of an error that is not a bug of this program."""
+    if isinstance(error, AdaptiveMarginsError):
+        return str(error)
+    message = " ".join(str(error).split())
+    no_memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+    if no_memory or (isinstance(error, RuntimeError) and "can't allocate memory" in message):
+        return f"out of memory; try a smaller collection, batch or encoder. {message}".rstrip()
+    if isinstance(error, OSError):
+        message = error.strerror or message or type(error).__name__
+        return message if error.filename is None else f"{error.filename}: {message}"
+    if isinstance(error, UnicodeError):
+        return f"text that cannot be written or read: {message}"
+    return None
