@@ -155,7 +155,7 @@ def ours(
             tempfile.TemporaryDirectory() as folder,
             _timed() as outputs,
             mock.patch.object(training, "TripleCollator", collator),
-            mock.patch.object(training, "SeededBatches", lambda *_: _Batches(size)),
+            mock.patch.object(training, "BatchSampler", lambda *_, **__: _Batches(size)),
         ):
             training.train(
                 config(size, chunks), copied(model), rows, queries, passages, lambda _: nothing,

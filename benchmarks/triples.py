@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from adaptive_margins.data.stored import (
-    SeededBatches,
     StoredTexts,
     StoredTriples,
+    seeded_order,
     write_texts,
     write_triples,
 )
@@ -93,17 +93,18 @@ def build_triples(folder: Path, count: int) -> None:
 def read(folder: Path, count: int, batch_size: int) -> None:
     queries, passages = (StoredTexts(folder / f"{n}.arrow") for n in ("queries", "passages"))
     rows = StoredTriples(folder / "triples.arrow", queries, passages).rows
-    batches = SeededBatches(count, 1, batch_size, count // batch_size)
+    batches = BatchSampler(seeded_order(count, 1), batch_size, drop_last=True)
     seen = np.zeros(count, dtype=bool)
     countdown = Countdown("read", len(batches), "batches", every=60)
-    total = 0
+    total = done = 0
     started = time.perf_counter()
     loader = DataLoader(rows, batch_sampler=batches, collate_fn=list)  # as the trainer's
     for step, (batch, numbers) in enumerate(zip(loader, batches, strict=True)):
         seen[numbers] = True
         total += sum(row["positive"] for row in batch)
+        done += len(batch)
         countdown.update(step)
-    report(f"one pass in batches of {batch_size}", time.perf_counter() - started, count)
+    report(f"one pass in batches of {batch_size}", time.perf_counter() - started, done)
     print(f"{seen.sum():,} different rows, mean passage {total / seen.sum():,.0f} of {PASSAGES:,}")
 
 

@@ -25,10 +25,11 @@ from sentence_transformers.sentence_transformer.evaluation import SentenceEvalua
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.utils.data import BatchSampler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
-from adaptive_margins.data.stored import COLUMNS, SeededBatches
+from adaptive_margins.data.stored import COLUMNS, seeded_order
 from adaptive_margins.encoder.embed import embed_chunks, length_chunks
 from adaptive_margins.encoder.load import quiet
 from adaptive_margins.encoder.packing import packs
@@ -405,8 +406,9 @@ def train(
             f"run {config.run_id} needs {config.triples} triples in batches of {config.batch_size}, there are {len(triples)}"
         )
 
-    def batches(dataset: Dataset, batch_size: int, **_: Any) -> SeededBatches:
-        return SeededBatches(len(dataset), config.seed, batch_size, config.steps)
+    def batches(dataset: Dataset, batch_size: int, **_: Any) -> BatchSampler:
+        order = seeded_order(len(dataset), config.seed)
+        return BatchSampler(order[: config.steps * batch_size], batch_size, drop_last=True)
 
     loss = _RecordedLoss(model, config)
     watch = _Watch(config, model, loss, evaluator, checkpoint_every, on_check)

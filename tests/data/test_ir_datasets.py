@@ -155,9 +155,7 @@ def test_the_fingerprint_depends_on_no_chunk_and_on_every_part(
     first = into(mini)
     shutil.rmtree(tmp_path / "work")
     shutil.rmtree(tmp_path / "collections")
-    for module, name in (
-        (stored, "_TEXT_BATCH"), (stored, "_TRIPLE_BATCH"), (stored, "_LOOKED_UP"), (msmarco, "_HASHED"),
-    ):  # fmt: skip
+    for module, name in ((stored, "_BATCH"), (msmarco, "_HASHED")):
         monkeypatch.setattr(module, name, 77)
     again = into(mini)
     assert again.fingerprint == first.fingerprint
@@ -260,18 +258,18 @@ def _killed_in_the_passages(path: Path, pairs: Any, **options: Any) -> None:
     ("step", "does", "kept"),
     [
         ("write_texts", _killed_in_the_passages, 0),
-        ("_queries", _kill, 2),
-        ("_qrels", _kill, 3),
-        ("_candidates", _kill, 6),
-        ("write_triples", _kill, 10),
-        ("fingerprint_of", _kill, 11),
-        ("_move", _kill, 12),
+        ("_queries", _kill, 1),
+        ("_qrels", _kill, 2),
+        ("_candidates", _kill, 5),
+        ("write_triples", _kill, 9),
+        ("fingerprint_of", _kill, 10),
+        ("_move", _kill, 11),
     ],
 )
 def test_a_killed_conversion_goes_on(
     step: str, does: Any, kept: int, mini, into, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(stored, "_TEXT_BATCH", 50)
+    monkeypatch.setattr(stored, "_BATCH", 50)
     with monkeypatch.context() as patch:
         patch.setattr(msmarco, step, does)
         assert in_child(lambda: into(mini)) == "died"
@@ -382,7 +380,7 @@ def test_a_damaged_file_is_named_and_can_be_replaced(copied, into, tmp_path: Pat
         ("queries.train.tsv", "0", "queries of .*RuntimeError: expected 2 fields, got 1"),
         ("collection.tsv.gz", "7\tagain", "id '7' occurs twice, as number 8 and number 301"),
         ("top.dl20.tsv.gz", "QID\t300", "judged scoreddocs:1201: unknown passage '300'"),
-        ("docpairs.tsv.gz", "QID\t7\t300", "triple 4001: unknown negative '300'"),
+        ("docpairs.tsv.gz", "QID\t7\t300", "train docpairs:4001: unknown negative '300'"),
     ],
 )  # fmt: skip
 def test_malformed_data_is_named(file: str, line: str, said: str, copied, into, tmp_path) -> None:

@@ -374,7 +374,7 @@ def test_a_full_disk_is_an_error_that_says_so(retriever, folder, tmp_path):
 
 # ---- what is opened is what was written ------------------------------------------------------------------------------
 
-FILES = ["embeddings.npy", "passages.arrow", "passages.faiss", "passages.order.npy"]
+FILES = ["embeddings.npy", "passages.arrow", "passages.faiss"]
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -547,7 +547,7 @@ def batch(
     """
     qrels, passages = done.qrels, collection.passages
     qids = sorted(qrels)
-    some = [qids[row] for row in seeded_order(len(qids), seed, 0, min(len(qids), 4 * size))]
+    some = [qids[row] for row in seeded_order(len(qids), seed)[: 4 * size]]
     judged = {qid: qrels[qid] for qid in some}
     candidates, _ = guard(done.run("bm25"), judged, passages, similarity=None, seed=seed)
     judged = {qid: judged[qid] for qid in candidates}

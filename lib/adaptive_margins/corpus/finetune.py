@@ -79,7 +79,6 @@ RUNS = ("start", "trained", "bm25", "hybrid")
 """What is compared on the test queries: the encoder before and after, BM25, and the latter two fused."""
 _COMPARISONS = (("trained", "start"), ("trained", "bm25"), ("hybrid", "trained"))
 _TENSORBOARD = "tensorboard"
-_DRAWN = 1 << 16  # triples whose order is held at a time
 
 
 class FinetuneError(AdaptiveMarginsError, ValueError):
@@ -626,7 +625,7 @@ def _triples(
     count = asked or min(settings.triples, settings.passes * pairs)
     qids = sorted(qrels)
     if len(qids) > count:  # of the others no triple would be drawn
-        qids = [qids[row] for row in seeded_order(len(qids), seed, 0, count)]
+        qids = [qids[row] for row in seeded_order(len(qids), seed)[:count]]
     texts = Texts(qids, [queries[qid] for qid in qids])
     embeddings = dict(zip(qids, start.embed_queries(texts.texts), strict=True))
 
@@ -682,11 +681,7 @@ def _own_triples(
 ) -> tuple[list[Triple], Checked]:
     """A seeded choice of the collection's triples, checked; all of them several times if they are few."""
     own, wanted = collection.triples, asked or settings.triples
-    drawn = (
-        own[int(row)]
-        for start in range(0, len(own), _DRAWN)
-        for row in seeded_order(len(own), seed, start, min(start + _DRAWN, len(own)))
-    )
+    drawn = (own[row] for row in seeded_order(len(own), seed))
     queries, qrels = collection.queries["train"], collection.qrels["train"]
     chosen, checked = check_triples(drawn, queries, qrels, collection.passages, wanted=wanted)
     if checked.reasons:
@@ -742,7 +737,7 @@ class _Validation:
         passages, queries = collection.passages, collection.queries["validation"]
         qrels = _with_positive(collection.qrels["validation"])
         known = sorted(qrels)
-        qids = [known[row] for row in seeded_order(len(known), seed, 0, len(known))]
+        qids = [known[row] for row in seeded_order(len(known), seed)]
 
         def needed(qid: str, depth: int) -> set[str]:
             best = {docid for run in rankings for docid, _ in top(run.get(qid, {}), depth)}

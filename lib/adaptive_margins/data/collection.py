@@ -40,7 +40,7 @@ class Texts:
             raise DataError(f"ids must be unique, but {twice[0]!r} occurs more than once")
 
     @cached_property
-    def _rows(self) -> dict[str, int]:
+    def _rows(self) -> Mapping[str, int]:
         return {identifier: row for row, identifier in enumerate(self.ids)}
 
     def __len__(self) -> int:

@@ -350,7 +350,8 @@ def _write_triples(
     every = path if per_query is None else path.with_name(".every-triple.arrow")
     if not path.is_file() and not every.is_file():
         triples = read_records("triples", settings.triples, "docpairs") if settings.triples else []
-        write_triples(every, triples, queries, passages, expected=expected)
+        what = f"{settings.triples} docpairs"
+        write_triples(every, triples, queries, passages, what=what, expected=expected)
     if per_query is None:
         check_count("triples", len(StoredTriples(path, queries, passages)), expected)
         return

@@ -422,7 +422,7 @@ class Reproduction(Runs):
         config = self.variant_run(self.profile.reference_encoder, "distributed", False)
         run = self.ensure([config])[0]
         model = SentenceTransformer(str(run.path / "model"), device=self.profile.device)
-        order = seeded_order(len(self.triples), config.seed, 0, config.batch_size)
+        order = seeded_order(len(self.triples), config.seed)[: config.batch_size]
         batch = [self.collection.triples[int(i)] for i in order]
         texts, passages = self.collection.queries["train"], self.collection.passages
         q, p, n = (
