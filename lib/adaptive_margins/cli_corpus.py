@@ -437,16 +437,16 @@ def collection(
     Runs in its folder (NAME.run or NAME.trec) are listed, too.
     """
     with working(verbose):
-        from adaptive_margins.book import sheet
+        from adaptive_margins.book import describe
         from adaptive_margins.data.folder import read_runs
         from adaptive_margins.data.sources import open_collection
         from adaptive_margins.files import write_text
 
         opened = open_collection(path)
         runs = read_runs(Path(path)) if Path(path).is_dir() else {}
-        facts = sheet.collection_facts(opened, runs)
+        facts = describe.collection_facts(opened, runs)
         if output:
-            write_text(output, sheet.collection_page(opened, runs=facts["runs"]))
-    text = sheet.facts_text(facts)
+            write_text(output, describe.collection_page(opened, runs=facts["runs"]))
+    text = describe.facts_text(facts)
     page = str(output) if output else None
     show({**facts, "page": page}, as_json, f"{text}\n\nPage: {page}" if page else text, output)

@@ -6,7 +6,7 @@ Texts are Markdown. Every number in them comes from the profile, the collection,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from pydantic import Field, TypeAdapter, ValidationError
 
 from adaptive_margins.book import figures, tables
+from adaptive_margins.book.describe import evenly
 from adaptive_margins.book.findings import signed
 from adaptive_margins.book.published import Published, load
 from adaptive_margins.book.style import encoder_label, measure_label, score
@@ -275,11 +276,6 @@ def lengths(collection: Collection) -> Figure:
             axis.set_xlabel("words")
         axes[0].set_ylabel("texts")
     return figure
-
-
-def evenly(texts: Sequence[str], most: int = 100_000) -> list[str]:
-    """All of ``texts``, or at most ``most`` of them at even distances."""
-    return list(texts[:: max(1, -(-len(texts) // most))])
 
 
 def example(

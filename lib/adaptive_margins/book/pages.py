@@ -18,10 +18,11 @@ import pandas as pd
 import psutil
 import yaml
 
-from adaptive_margins.book import datasheet, expect, released_code, schematics, speed
+from adaptive_margins.book import describe, expect, released_code, schematics, speed
 from adaptive_margins.book.style import measure_label
 from adaptive_margins.files import write_text
-from adaptive_margins.paper.experiments import Reproduction, describe
+from adaptive_margins.paper.experiments import Reproduction
+from adaptive_margins.paper.experiments import describe as describe_run
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.profiles.config import Profile
 from adaptive_margins.progress import clock
@@ -43,7 +44,7 @@ def write(home: Path, profile: Profile, receipts: Receipts) -> None:
     write_images(folder / "images")
     table = folder / "data" / "table4.csv"
     write_text(folder / "cover.md", cover(profile, table if table.is_file() else None))
-    write_text(folder / "datasheet.md", datasheet.page(reproduction))
+    write_text(folder / "datasheet.md", describe.profile_datasheet(reproduction))
     write_long(home, profile.name, receipts)
     speed.write(home / "benchmarks", folder)
     write_text(folder / "what_to_expect.md", expect.page(expect.read(home / "book" / expect.FILE)))
@@ -190,14 +191,15 @@ def provenance(profile: Profile, receipts: Receipts, runs: Iterable[StoredRun]) 
         [
             f"`{run.run_id}`",
             run.config.encoder,
-            describe(run.config),
+            describe_run(run.config),
             getattr(run.config, "seed", ""),
             f"{run.result['train_seconds']:.1f}",
             f"{run.result['eval_seconds']:.1f}",
             f"{run.result['peak_bytes'] / 2**30:.2f}" if run.result["peak_bytes"] else "",
         ]
         for run in sorted(
-            runs, key=lambda r: (r.config.encoder, describe(r.config), getattr(r.config, "seed", 0))
+            runs,
+            key=lambda r: (r.config.encoder, describe_run(r.config), getattr(r.config, "seed", 0)),
         )
     ]
     executed = [

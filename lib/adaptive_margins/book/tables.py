@@ -13,7 +13,6 @@ from html import escape
 from typing import Any, Literal
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader
 from pandas.io.formats.style import Styler
 
 from adaptive_margins.book.comparison import (
@@ -25,6 +24,7 @@ from adaptive_margins.book.comparison import (
     printed_scores,
 )
 from adaptive_margins.book.published import Published
+from adaptive_margins.book.render import render
 from adaptive_margins.book.style import encoder_label, measure_label, require
 from adaptive_margins.progress import clock
 
@@ -54,9 +54,6 @@ INDEX = {1: ["model"], 2: ["role"], 3: ["model", "target"], 4: ["block", "source
 """Columns of the printed tables that head their rows."""
 LEFT = {"Weights", "Embedding", "Run", "Text", "In-batch", "Sampling", "Verdict"}
 """Headings of columns of text, which are aligned left."""
-TEMPLATES = Environment(
-    loader=PackageLoader("adaptive_margins.book"), autoescape=True, trim_blocks=True
-)
 Commands = Mapping[str, Sequence[str]]
 """Run id → the shell commands that its row opens to."""
 
@@ -234,7 +231,8 @@ def compared(
         }
     ).set_axis(pd.MultiIndex.from_arrays(columns, names=names))
     what = f"this run beside {published.paper['short']}’s numbers: {heading}"
-    return TEMPLATES.get_template("compared.html").render(
+    return render(
+        "compared.html",
         table=_html(cells, table, "compared", what),
         number=len(rows),
         counts=rows["verdict"].value_counts().to_dict(),
@@ -429,7 +427,8 @@ def _page(
 ) -> str:
     """This run's table, the published one, and their notes."""
     printed = _printed_table(published, table, supplied)
-    return TEMPLATES.get_template("tables.html").render(
+    return render(
+        "tables.html",
         table=table,
         ours=ours,
         printed=printed,

@@ -27,10 +27,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from adaptive_margins.book import figures, sheet
+from adaptive_margins.book import describe, figures
 from adaptive_margins.book.context import markdown_table
 from adaptive_margins.book.findings import signed
 from adaptive_margins.book.per_query import per_query_figure
+from adaptive_margins.book.render import markdown
 from adaptive_margins.book.style import measure_label, score
 from adaptive_margins.book.tables import shorten
 from adaptive_margins.corpus.finetune import (
@@ -95,7 +96,7 @@ def open_collection(
 
 def facts(collection: Collection, split: str) -> str:
     """What is in the collection, as Markdown."""
-    found = sheet.collection_facts(collection)
+    found = describe.collection_facts(collection)
     words = found["words"]
     empty = (
         f", of which {found['empty_passages']:,} have no text" if found["empty_passages"] else ""
@@ -103,8 +104,7 @@ def facts(collection: Collection, split: str) -> str:
     triples = f"{found['triples']:,} triples" if found["triples"] else "no triples of its own"
     return (
         f"**{found['name']}**: {found['passages']:,} passages{empty}; {words['mean']:.0f} words each on average, the longest"
-        f" {words['max']:,}; {triples}. {split}\n\n"
-        + markdown_table(sheet.SET_COLUMNS, sheet.set_rows(found))
+        f" {words['max']:,}; {triples}. {split}\n\n" + markdown(describe.sets_frame(found))
     )
 
 
