@@ -163,7 +163,7 @@ def facts_text(facts: Mapping[str, Any]) -> str:
 
 
 def _aligned(frame: pd.DataFrame) -> list[str]:
-    return aligned([list(frame), *frame.to_numpy().tolist()])
+    return aligned([list(map(str, frame)), *frame.to_numpy().tolist()])
 
 
 def sets_frame(facts: Mapping[str, Any]) -> pd.DataFrame:
@@ -201,7 +201,7 @@ def runs_frame(runs: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 
 def profile_datasheet(reproduction: Reproduction) -> str:
     """The data sheet of a profile's collection, with its candidates and BM25's stored scores."""
-    result = reproduction.ensure([reproduction.bm25_config()])[0].result
+    result = reproduction.ensure([reproduction.bm25_run()])[0].result
     scores = {
         name: {
             measure: value
