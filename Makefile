@@ -45,9 +45,11 @@ lab: $(STAMP)  ## open JupyterLab on the notebooks
 
 bench: $(STAMP)  ## time training, encoding and the loss against Sentence Transformers (10 minutes)
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/pages.py
 
 bench-full: $(STAMP)  ## time a large encoder, reranking, memory, and how things grow (an hour)
 	$(BIN)/python benchmarks/full.py
+	$(BIN)/python benchmarks/pages.py
 
 clean:  ## remove the built book and caches of tools; keeps .venv, runs/, collections/ and cache/
 	rm -rf _build book/_executed .mypy_cache .pytest_cache .ruff_cache

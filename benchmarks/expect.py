@@ -1,8 +1,8 @@
 """Fine-tune on some collections with several seeds, and keep what came out: the book's page "What to expect".
 
-    python benchmarks/expect.py OUT.json WORK NAME=SOURCE… --models "MiniLM=minilm" --seeds 1 2 3
+    python benchmarks/expect.py benchmarks/expect.json WORK NAME=SOURCE… --models "MiniLM=minilm" --seeds 1 2 3
 
-Finished trainings in WORK are read, not made again.
+Finished trainings in WORK are read, not repeated. `pages.py` then writes the page.
 """
 
 from __future__ import annotations

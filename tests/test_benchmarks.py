@@ -18,8 +18,8 @@ from adaptive_margins.losses import MarginLoss
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 with pytest.MonkeyPatch.context() as _patch:  # the scripts import each other by their names
     _patch.syspath_prepend(FOLDER)
-    full, material, run, schemes, timing = map(
-        importlib.import_module, ("full", "material", "run", "schemes", "timing")
+    full, material, pages, run, schemes, timing = map(
+        importlib.import_module, ("full", "material", "pages", "run", "schemes", "timing")
     )
 
 WORDS = "the shape of an array is returned unless np.ndarray.reshape raises ValueError: out-of-range".split()  # noqa: SIM905
@@ -181,3 +181,43 @@ def test_growth_of_the_index_in_small():
     rows = full.index_growth((200, 400), dim=8)
     assert [r["name"] for r in rows] == ["building an index", "searching it", "searching exactly"]
     assert all(r["sizes"] == [200, 400] and min(r["values"]) > 0 for r in rows)
+
+
+def test_the_books_pages_are_written_from_the_measurements():
+    book = FOLDER.parent / "book"
+    for name, text in {"speed": pages.speed(), "what_to_expect": pages.expect(pages.read("expect"))}.items():  # fmt: skip
+        assert (book / f"{name}.md").read_text("utf-8") == text, "run benchmarks/pages.py"
+    rows = pages.read("latest")
+    assert all(row["spread"][0] <= row["ratio"] <= row["spread"][1] for row in rows)
+    assert len({(row["name"], row["setting"]) for row in rows}) == len(rows)
+
+
+def test_the_page_on_trainings_counts_and_averages():
+    def trained(seed, kept, verdict, difference):
+        found = {
+            "difference": difference, "ci": [difference - 0.01, difference + 0.01], "p_t": 0.0123, "p_tost": 0.25,
+            "verdict": verdict,
+        }  # fmt: skip
+        scores = {"start": 0.4, "trained": 0.4 + difference, "bm25": 0.3, "hybrid": 0.5}
+        return {
+            "collection": {"name": "Zoo", "sets": {"test": 90}}, "encoder": "MiniLM", "target": "distributed", "seed": seed,
+            "triples": {"used": 2048}, "kept": kept, "measures": {s: {"nDCG@10": v} for s, v in scores.items()},
+            "seconds": {"a": 60.0, "b": 5.0}, "machine": "A machine", "date": "2026-01-02",
+            "comparisons": {"trained vs start": found, "trained vs bm25": {"verdict": "better"}},
+        }  # fmt: skip
+
+    rows = [
+        trained(1, "trained", "better", 0.05),
+        trained(2, "trained", "worse", -0.03),
+        trained(3, "start", "equivalent", 0.0),
+    ]
+    assert pages.summary(rows) == (
+        "In 1 of 3 trainings the original encoder was kept; in 1 the trained one was better on the test queries, in 1 the"
+        " trained one was **worse** on the test queries.\n"
+    )
+    lines = [[c.strip() for c in x.strip("|").split("|")] for x in pages.expect(rows).splitlines()]
+    means = next(line for line in lines if line[:3] == ["Zoo, MiniLM", "nDCG@10", "90"])
+    assert means[3:] == ["0.400", "0.407", "0.300", "0.500", "2 of 3"]
+    each = [line for line in lines if line[0] == "Zoo, MiniLM" and line[2] == "2,048"]
+    assert each[0][3:] == ["+0.050 [+0.040, +0.060]", "0.012, 0.250", "better", "better", "1:05"]
+    assert each[2][3:6] == ["original kept", "", ""]

@@ -299,8 +299,7 @@ def test_progress_estimates_from_last_time_then_from_this_time():
 
 
 STUBS = {
-    "cover.md": "Stub.", "datasheet.md": "# Data sheet", "provenance.md": "# Provenance", "speed.md": "# Speed",
-    "what_to_expect.md": "# What to expect",
+    "cover.md": "Stub.", "datasheet.md": "# Data sheet", "provenance.md": "# Provenance",
 }  # fmt: skip
 
 
@@ -320,8 +319,7 @@ def test_the_book_is_built_strictly_and_only_when_something_changed(tmp_path, mo
         write_notebook(source / "notebooks" / f"{name}.ipynb")
     monkeypatch.setattr(Site, "execute", pretend_to_execute)
     quoted = (ROOT / "lib").rglob("*.py")
-    measured = (ROOT / "benchmarks").glob("*.json")
-    for path in [ROOT / "_config.yml", *(ROOT / "book").rglob("*"), *quoted, *measured]:
+    for path in [ROOT / "_config.yml", *(ROOT / "book").rglob("*"), *quoted]:
         if path.is_file() and "_executed" not in path.parts:
             copy = source / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)

@@ -99,7 +99,7 @@ def build(
             return site.pages
         if home != source:
             shutil.copy(source / "_config.yml", home)
-            for folder in ("book", "lib", "benchmarks"):  # pages quote from the library
+            for folder in ("book", "lib"):  # pages quote from the library
                 shutil.copytree(
                     source / folder,
                     home / folder,

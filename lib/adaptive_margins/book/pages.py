@@ -18,7 +18,7 @@ import pandas as pd
 import psutil
 import yaml
 
-from adaptive_margins.book import describe, expect, released_code, schematics, speed
+from adaptive_margins.book import describe, released_code, schematics
 from adaptive_margins.book.style import measure_label
 from adaptive_margins.files import write_text
 from adaptive_margins.paper.experiments import Reproduction
@@ -46,8 +46,6 @@ def write(home: Path, profile: Profile, receipts: Receipts) -> None:
     write_text(folder / "cover.md", cover(profile, table if table.is_file() else None))
     write_text(folder / "datasheet.md", describe.profile_datasheet(reproduction))
     write_long(home, profile.name, receipts)
-    speed.write(home / "benchmarks", folder)
-    write_text(folder / "what_to_expect.md", expect.page(expect.read(home / "book" / expect.FILE)))
     runs: list[StoredRun[Any]] = [
         StoredRun(home / "runs" / run_id)
         for run_id in sorted({i for r in receipts.values() for i in r.get("results", ())})

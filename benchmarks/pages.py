@@ -1,0 +1,204 @@
+"""Write the book's pages *Speed* and *What to expect* from the JSON files next to this script.
+
+python benchmarks/pages.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from adaptive_margins.book.style import measure_label
+from adaptive_margins.files import write_text
+from adaptive_margins.progress import clock
+
+FOLDER = Path(__file__).resolve().parent
+BOOK = FOLDER.parent / "book"
+COMMAND = "% Written by benchmarks/pages.py from benchmarks/*.json.\n\n"
+SPEED = """\
+# Speed
+
+The paper is about cost, so this page shows what this project's code costs. Every figure is a
+**ratio** measured in one process, both sides in turns: the median of the rounds, with quartiles in
+brackets. Above 1, this project is faster or needs less. `make bench` measures the first ones again
+in less than ten minutes, `make bench-full` the others; `benchmarks/NOTES.md` lists what was tried
+and left out.
+"""
+GROWTH = """\
+## Growth
+
+One measurement a size. The exponent is the slope of a straight line through the logarithms: 1 is
+growth in proportion.
+"""
+EXPECT = """\
+# What to expect
+
+Fine-tuning helps on some corpora and not on others. This page shows both: `adaptive-margins train`
+on collections that this project does not ship, with the seeds listed below. A seed decides which
+queries are trained on, validated on and tested on (where a collection comes without such sets),
+which negatives are drawn, and in which order. Targets are distributed. Nothing was tuned for a
+collection: each training is the command with a path, an encoder and a seed. The test queries are
+never looked at before the end.
+
+The shipped encoder, all-MiniLM-L6-v2, was trained by its authors on more than a billion pairs of
+texts. Hundreds of queries made from a package's docstrings improved it for such queries; the few
+dozen queries with judgements of the classic collections did not. Then the command keeps the
+original: a trained encoder replaces it only if its selected checkpoint is better on the validation
+queries by more than one standard error.
+"""
+SETTING = """\
+"First 3 layers" is all-MiniLM-L6-v2 without its upper half, which its authors did not train in
+this form, so there is something to learn; it stays far below BM25 here. Cranfield and Vaswani are
+the classic test collections of abstracts with questions; their queries are split by the seed.
+networkx is a folder that `examples/package_docs.py` writes from that package's docstrings. It has
+no queries, so pseudo-queries replace them, and what its numbers mean for real queries is unknown.
+
+Means over the seeds, full ranking of all passages:
+"""
+EACH = """\
+## Each training
+
+Differences between the trained and the original encoder in nDCG@10 on the test queries with 95 %
+confidence intervals; *p* of a paired t test, and of a TOST for equivalence within ±.05. Times are
+those of one thread, with another training on the other core.
+"""
+VERDICTS = {
+    "better": "better on the test queries",
+    "worse": "**worse** on the test queries",
+    "equivalent": "equivalent to it",
+    "undecided": "neither shown to be better, nor worse, nor equivalent",
+}
+
+
+def read(name: str) -> Any:
+    """A JSON file of this folder."""
+    return json.loads((FOLDER / f"{name}.json").read_text("utf-8"))
+
+
+def table(rows: Any) -> str:
+    """Rows (heading → text) as a Markdown table."""
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True) + "\n"
+
+
+def machines(rows: list[dict[str, Any]]) -> str:
+    """Where and when the rows were measured."""
+    found = dict.fromkeys(f"{row['machine']}, {row['date']}" for row in rows)
+    return f"Measured on: {'; '.join(found)}.\n"
+
+
+def speed() -> str:
+    """The page *Speed*."""
+    latest, profile, growth = map(read, ("latest", "profile", "growth"))
+    parts = [SPEED, machines([*latest, *profile, *growth]), "## Compared with other code\n"]
+    for setting in dict.fromkeys(row["setting"] for row in latest):
+        rows = [row for row in latest if row["setting"] == setting]
+        parts += [f"### {setting}\n", table(map(ratio, rows))]
+    spent = pd.DataFrame({row["setting"]: row["seconds"] for row in profile})
+    shares = (100 * spent / spent.sum()).map("{:.0f}".format).rename_axis("Kind of work")
+    parts += ["## Where a step goes\n", "One training step, in per cent of its time:\n"]
+    parts += [table(shares.reset_index()), GROWTH, table(map(grown, growth))]
+    return COMMAND + "\n".join(parts)
+
+
+def ratio(row: dict[str, Any]) -> dict[str, str]:
+    """A row of latest.json."""
+    low, high = row["spread"]
+    return {
+        "This project / other": row["name"],
+        "Ratio": f"**{row['ratio']:.2f}** [{low:.2f}, {high:.2f}]",
+        "This project": f"{row['ours']:.3g}",
+        "Other": f"{row['peer']:.3g}",
+        "Unit": row["unit"],
+    }
+
+
+def grown(row: dict[str, Any]) -> dict[str, str]:
+    """A row of growth.json."""
+    sizes, values = row["sizes"], row["values"]
+    return {
+        "What": f"{row['name']} ({row['unit']})",
+        "From … to": f"{sizes[0]:,} … {sizes[-1]:,} {row['size_unit']}",
+        "Values": f"{values[0]:.3g} … {values[-1]:.3g}",
+        "Exponent": f"{round(row['exponent'], 2) + 0.0:.2f}",  # no minus before a zero
+        "Setting": row["setting"],
+    }
+
+
+def expect(rows: list[dict[str, Any]]) -> str:
+    """The page *What to expect*. ``rows``: a report of `finetune` for each training (expect.py)."""
+    each = pd.DataFrame(map(training, rows))
+    measured = [means for row in rows for means in scores(row)]
+    frame = pd.DataFrame(measured)
+    grouped = frame.groupby(["Collection, encoder", "Measure", "Queries"], sort=False)
+    means = grouped.mean(numeric_only=True).map("{:.3f}".format)
+    selected = grouped["selected"].agg(lambda x: f"{sum(x == 'yes')} of {len(x)}")
+    parts = [EXPECT, f"## {len(rows)} trainings\n", summary(rows), SETTING]
+    parts += [table(means.assign(**{"Trained one selected": selected}).reset_index())]
+    return COMMAND + "\n".join([*parts, EACH, table(each), machines(rows)])
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """How often training helped."""
+    tested = [
+        row["comparisons"]["trained vs start"]["verdict"]
+        for row in rows
+        if row["kept"] == "trained"
+    ]
+    text = f"In {len(rows) - len(tested)} of {len(rows)} trainings the original encoder was kept"
+    parts = [
+        f"in {tested.count(verdict)} the trained one was {words}"
+        for verdict, words in VERDICTS.items()
+        if verdict in tested
+    ]
+    return "; ".join([text, ", ".join(parts)] if parts else [text]) + ".\n"
+
+
+def name(row: dict[str, Any]) -> str:
+    """What was trained, and on which collection."""
+    target = "" if row["target"] == "distributed" else f", target {row['target']}"
+    return f"{row['collection']['name']}, {row['encoder']}{target}"
+
+
+def scores(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The scores of a training, a row a measure."""
+    systems = {"start": "Original", "trained": "Trained", "bm25": "BM25", "hybrid": "Hybrid"}
+    return [
+        {
+            "Collection, encoder": name(row),
+            "Measure": measure_label(measure),
+            "Queries": str(row["collection"]["sets"]["test"]),
+            **{label: row["measures"][system][measure] for system, label in systems.items()},
+            "selected": "yes" if row["kept"] == "trained" else "no",
+        }
+        for measure in row["measures"]["start"]
+    ]
+
+
+def training(row: dict[str, Any]) -> dict[str, str]:
+    """A row a training."""
+    found, selected = row["comparisons"]["trained vs start"], row["kept"] == "trained"
+    low, high = found["ci"]
+    interval = f"{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return {
+        "Collection, encoder": name(row),
+        "Seed": str(row["seed"]),
+        "Triples": f"{row['triples']['used']:,}",
+        "Difference": interval if selected else "original kept",
+        "p (t), p (TOST)": f"{found['p_t']:.3f}, {found['p_tost']:.3f}" if selected else "",
+        "Against original": found["verdict"] if selected else "",
+        "Against BM25": row["comparisons"]["trained vs bm25"]["verdict"],
+        "Time": clock(sum(row["seconds"].values())),
+    }
+
+
+def main() -> None:
+    """Write both pages."""
+    write_text(BOOK / "speed.md", speed())
+    write_text(BOOK / "what_to_expect.md", expect(read("expect")))
+
+
+if __name__ == "__main__":
+    main()
