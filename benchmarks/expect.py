@@ -15,7 +15,8 @@ from typing import Any
 
 from timing import stamp
 
-from adaptive_margins.corpus.finetune import Finetuned, finetune
+from adaptive_margins.corpus.finetune import finetune
+from adaptive_margins.corpus.finetuned import Finetuned
 from adaptive_margins.files import write_text
 
 KEPT = (

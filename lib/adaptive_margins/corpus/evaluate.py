@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from adaptive_margins.corpus.finetune import Finetuned
+from adaptive_margins.corpus.finetuned import Finetuned
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.sources import open_collection, split_queries
 from adaptive_margins.data.text import DataError, alike

@@ -90,8 +90,8 @@ def open_collection(
         DataError: as `sources.open_collection` and `split_queries`.
     """
     count = triples or Settings.for_device(default_device()).triples
-    collection, split, pseudo = open_split(source, count, seed)
-    return collection, about(collection) if pseudo else split
+    found = open_split(source, count, seed)
+    return found.collection, about(found.collection) if found.pseudo else found.split
 
 
 def facts(collection: Collection, split: str) -> str:

@@ -1,0 +1,234 @@
+"""The folder that `finetune` writes: its files, and the comparison of its rankings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from adaptive_margins.corpus.model_card import model_card
+from adaptive_margins.corpus.settings import FinetuneError
+from adaptive_margins.corpus.validation import SELECTION
+from adaptive_margins.data.collection import Collection, Texts, read_queries
+from adaptive_margins.data.trec import (
+    Qrels,
+    Run,
+    qrels_text,
+    read_qrels,
+    read_run,
+    run_tag,
+    write_run,
+)
+from adaptive_margins.evaluation.measures import Evaluation, evaluate
+from adaptive_margins.evaluation.significance import compare
+from adaptive_margins.training import TrainingResult
+
+RUNS = ("start", "trained", "bm25", "hybrid")
+"""Rankings of the test queries: the encoder before and after, BM25, and the latter two fused."""
+_PAIRS = (("trained", "start"), ("trained", "bm25"), ("hybrid", "trained"))
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A finished fine-tuning: a Sentence Transformers folder, and its report, ``training.json``."""
+
+    folder: Path
+    report: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: Path) -> Finetuned:
+        """Open what `finetune` wrote. Raises FinetuneError if the folder is not that."""
+        path = Path(folder) / "training.json"
+        try:
+            return cls(Path(folder), json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError) as error:
+            raise FinetuneError(
+                f"{folder} is not a folder that `train` wrote: {path.name} cannot be read ({error})"
+            ) from None
+
+    @property
+    def curve(self) -> pd.DataFrame:
+        """The learning curve on validation: a row per evaluation, step 0 included."""
+        return pd.read_parquet(self.folder / "curve.parquet")
+
+    @property
+    def targets(self) -> pd.DataFrame:
+        """A row per step: mean, min and max of φ(d⁺, d⁻) over the batch (Figure 6)."""
+        return pd.read_parquet(self.folder / "targets.parquet")
+
+    @property
+    def queries(self) -> Texts:
+        """The test queries."""
+        return read_queries(self.folder / "queries.test.tsv", own=True)
+
+    @property
+    def qrels(self) -> Qrels:
+        """The judgements of the test queries."""
+        return read_qrels(self.folder / "qrels.test.txt", own=True)
+
+    def run(self, name: str) -> Run:
+        """The ranking of all passages for the test queries by one of `RUNS`."""
+        return read_run(self.folder / "runs" / f"{name}.test.run.gz", own=True)
+
+    def per_query(self, measure: str = SELECTION) -> pd.DataFrame:
+        """Return the values of a measure: a row per test query with judgements.
+
+        Columns: qid, query, one for each of `RUNS`, and difference = trained − start, by which the
+        rows are sorted, the largest loss first.
+
+        Raises:
+            ValueError: the measure is unknown.
+        """
+        queries, qrels = self.queries, self.qrels
+        table = pd.DataFrame({"qid": list(qrels), "query": [queries[qid] for qid in qrels]})
+        for name in RUNS:
+            values = evaluate(qrels, self.run(name), [measure]).per_query[measure]
+            table[name] = table["qid"].map(values)
+        table["difference"] = table["trained"] - table["start"]
+        return table.sort_values("difference", kind="stable", ignore_index=True)
+
+
+def write_results(
+    folder: Path,
+    report: Mapping[str, Any],
+    result: TrainingResult,
+    runs: Mapping[str, Run],
+    collection: Collection,
+) -> None:
+    """Write the files that `Finetuned` reads, and the model card, next to the encoder."""
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    queries, qrels = collection.queries["test"], collection.qrels["test"]
+    lines = [f"{qid}\t{' '.join(queries[qid].split())}\n" for qid in queries.ids]
+    for name, content in (
+        ("README.md", model_card(report)),
+        ("training.json", text),
+        ("queries.test.tsv", "".join(lines)),
+        ("qrels.test.txt", qrels_text(qrels)),
+    ):
+        (folder / name).write_text(content, encoding="utf-8")
+    result.curve.to_parquet(folder / "curve.parquet", index=False)
+    result.targets.to_parquet(folder / "targets.parquet", index=False)
+    for name, run in runs.items():
+        tag = run_tag(name, run, report["settings"]["depth"], len(collection.passages))
+        write_run(run, folder / "runs" / f"{name}.test.run.gz", tag)
+
+
+# ---- the outcome ------------------------------------------------------------------------------
+
+
+def comparisons(
+    evaluations: Mapping[str, Evaluation], measure: str, usable: int, bm25: Mapping[str, int]
+) -> dict[str, dict[str, Any]]:
+    """Compare pairs of `RUNS`; not with BM25 where it finds nothing for more than half of the queries."""
+    withheld = 2 * bm25["without_hits"] > bm25["queries"]
+    found = {}
+    for a, b in _PAIRS:
+        untested = "withheld" if withheld and "start" not in (a, b) else ""
+        untested = "too few queries" if usable < 2 else untested
+        found[f"{a} vs {b}"] = compared(evaluations[a], evaluations[b], measure, untested)
+    return found
+
+
+def compared(a: Evaluation, b: Evaluation, measure: str, untested: str = "") -> dict[str, Any]:
+    """Return `compare` by a measure; with ``untested`` no test is made, and that is the verdict."""
+    x, y = a.per_query[measure], b.per_query[measure]
+    if len(x) >= 2 and not untested:
+        return {"measure": measure, **asdict(compare(x, y, however_small=True))}
+    return {
+        "measure": measure,
+        "n": len(x),
+        "difference": a.mean[measure] - b.mean[measure],
+        **dict.fromkeys(("ci", "p_t", "p_tost", "margin")),
+        "verdict": untested or "too few queries",
+    }
+
+
+_WORDS = {
+    "better": "{a} is better than {b}",
+    "worse": "{a} is worse than {b}",
+    "equivalent": "{a} is equivalent to {b} within ±{margin}",
+    "undecided": "whether {a} is better or worse than {b} is undecided",
+    "too few queries": "there are too few queries to compare {a} with {b}",
+    "withheld": "{a} is not compared with {b}",
+}
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """Return the outcome of a report in sentences, with 95 % confidence intervals."""
+    pseudo = "All queries are pseudo-queries made from the passages: real queries would tell more"
+    sentences = [
+        _kept(report) if report["kept"] == "start" else _compared(report, "trained", "start"),
+        _compared(report, "trained", "bm25"),
+        _compared(report, "hybrid", "trained"),
+        *([pseudo] if report["collection"]["pseudo"] else []),
+        *_limits_of_bm25(report),
+    ]
+    n, usable = report["comparisons"]["trained vs start"]["n"], report["relevant_queries"]
+    of_them = f", of which {usable} with a relevant passage" if usable < n else ""
+    sentences.append(f"Confidence intervals are of 95 %, over {n} test queries{of_them}")
+    return ". ".join(sentences) + "."
+
+
+def _kept(report: Mapping[str, Any]) -> str:
+    """Why the trained encoder was not kept."""
+    validation, errors = report["validation"], report["settings"]["standard_errors"]
+    best, start = (number(validation[key][SELECTION]) for key in ("best", "start"))
+    why = f"no evaluation has a better {SELECTION} than the zero-shot encoder's {start}"
+    if report["best_step"]:
+        why = (
+            f"{SELECTION} {best} at the best evaluation against {start} at the start, a difference"
+            f" of not more than {errors:g} standard error"
+        )
+    measure, value = next(iter(report["measures"]["start"].items()))
+    return (
+        f"Training did not help on the validation queries ({why}), so the original encoder was kept:"
+        f" {measure} {number(value)} on the test queries"
+    )
+
+
+def _compared(report: Mapping[str, Any], a: str, b: str) -> str:
+    """A sentence on two of `RUNS`."""
+    found = report["comparisons"][f"{a} vs {b}"]
+    trained = "the trained encoder" if b == "start" else "it"
+    names = {
+        "trained": trained if a == "trained" else "the encoder alone",
+        "start": "the one it started from",
+        "bm25": "BM25",
+        "hybrid": "its fusion with BM25",
+    }
+    margin = number(found["margin"] or 0)
+    words = _WORDS[found["verdict"]].format(a=names[a], b=names[b], margin=margin)
+    means = [number(report["measures"][name][found["measure"]]) for name in (a, b)]
+    text = f"{words[0].upper()}{words[1:]}: {found['measure']} {means[0]} against {means[1]}"
+    if found["ci"] is not None:
+        low, high = (number(x, sign=True) for x in found["ci"])
+        text += f", {number(found['difference'], sign=True)} [{low}, {high}]"
+    return text
+
+
+def _limits_of_bm25(report: Mapping[str, Any]) -> list[str]:
+    bm25, sentences = report["bm25"], []
+    if bm25["without_hits"]:
+        withheld = report["comparisons"]["trained vs bm25"]["verdict"] == "withheld"
+        text = (
+            f"BM25 finds nothing for {bm25['without_hits']:,} of {bm25['queries']:,} test queries"
+        )
+        sentences.append(text + (", so nothing is concluded from it" if withheld else ""))
+    if bm25["bigram_passages"]:
+        sentences.append(
+            f"{bm25['bigram_passages']:,} of {report['collection']['passages']:,} passages have text"
+            " without spaces between words, which BM25 splits into character bigrams"
+        )
+    return sentences
+
+
+def number(value: float, *, sign: bool = False) -> str:
+    """Return three digits, no zero before the point: .412, +.027, −.003."""
+    text = f"{abs(value):.3f}".removeprefix("0")
+    if value < 0 and float(text):
+        return f"−{text}"
+    return f"+{text}" if sign else text

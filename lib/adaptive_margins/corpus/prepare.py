@@ -1,0 +1,354 @@
+"""Custom corpus → query sets, zero-shot rankings, triples and validation, before any training."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adaptive_margins.corpus.settings import FinetuneError, Job, Settings
+from adaptive_margins.corpus.validation import Validation, with_positive
+from adaptive_margins.data.collection import Collection, Texts, Triple
+from adaptive_margins.data.mining import check_triples, guard, mine_triples
+from adaptive_margins.data.pseudo_queries import about, pseudo_collection
+from adaptive_margins.data.sources import MOST_TEST, MOST_VALIDATION, open_collection, split_queries
+from adaptive_margins.data.stored import seeded_order
+from adaptive_margins.data.trec import Run
+from adaptive_margins.encoder.load import prompts
+from adaptive_margins.encoder.tokens import Tokens, count_truncated, tokenize
+from adaptive_margins.evaluation.measures import evaluate, relevant
+from adaptive_margins.files import whole_file
+from adaptive_margins.progress import say
+from adaptive_margins.retrieval.bm25 import BM25, without_hits
+from adaptive_margins.retrieval.dense import DenseRetriever
+from adaptive_margins.retrieval.exact import count_self
+from adaptive_margins.runs import TrainingRun
+
+
+@dataclass(frozen=True)
+class SplitCollection:
+    """A collection with the query sets train, validation and test.
+
+    Attributes:
+        collection: the collection.
+        split: a sentence on how its queries were split; "" if they were not.
+        pseudo: number and kinds of its pseudo-queries; None if its queries are real.
+    """
+
+    collection: Collection
+    split: str
+    pseudo: dict[str, Any] | None
+
+
+def open_split(source: str, triples: int, seed: int) -> SplitCollection:
+    """Open a collection and split its queries; pseudo-queries are made if it has none.
+
+    Args:
+        source: a folder, "pydocs" or an ir_datasets id (`open_collection`).
+        triples: pseudo-queries to train on, at most.
+        seed: of the split and of the pseudo-queries.
+
+    Raises:
+        DataError: as `open_collection` and `split_queries`.
+    """
+    collection = open_collection(source)
+    if any(len(queries) for queries in collection.queries.values()):
+        return SplitCollection(*split_queries(collection, seed=seed), None)
+    say(f"{collection.name} has no queries: making pseudo-queries")
+    collection = pseudo_collection(
+        collection.passages,
+        collection.name,
+        collection.sources,
+        collection.titles,
+        count=triples,
+        test=MOST_TEST,
+        validation=MOST_VALIDATION,
+        seed=seed,
+    )
+    say(about(collection))
+    qids = (qid for queries in collection.queries.values() for qid in queries.ids)
+    kinds = Counter(qid.partition(":")[0] for qid in qids)
+    pseudo = {"queries": kinds.total(), "kinds": dict(sorted(kinds.items()))}
+    return SplitCollection(collection, "", pseudo)
+
+
+def given_triples(
+    collection: Collection, settings: Settings, asked: int | None, seed: int
+) -> tuple[list[Triple], dict[str, Any]]:
+    """Choose among the triples of a collection by seed; all of them several times if they are few.
+
+    Those that contradict the judgements or teach nothing are left out, with a warning.
+
+    Returns:
+        The triples, and what the report states of them.
+
+    Raises:
+        FinetuneError: none is left.
+    """
+    own, wanted = collection.triples, asked or settings.triples
+    drawn = (own[row] for row in seeded_order(len(own), seed))
+    queries, qrels = collection.queries["train"], collection.qrels["train"]
+    chosen, checked = check_triples(drawn, queries, qrels, collection.passages, wanted=wanted)
+    if checked.reasons:
+        left_out = f"triples of training queries left out: {checked.reasons}, of {checked.checked:,} checked"
+        if not chosen:
+            raise FinetuneError(f"{collection.name} has no triple to train on; {left_out}")
+        warnings.warn(f"{collection.name}: {left_out}", stacklevel=2)
+    distinct = len(set(chosen))
+    if chosen and len(chosen) < wanted:
+        pairs = len({triple[:2] for triple in chosen})
+        wanted = asked or max(len(chosen), min(wanted, settings.passes * pairs))
+        chosen = [chosen[i % len(chosen)] for i in range(wanted)]
+    facts = {
+        "available": len(own),
+        "distinct": distinct,
+        "negatives": "given",
+        "left_out": dataclasses.asdict(checked),
+        "guarded": {},
+    }
+    return chosen, facts
+
+
+def mined_triples(
+    collection: Collection,
+    miner: BM25 | DenseRetriever,
+    zero_shot: DenseRetriever,
+    settings: Settings,
+    asked: int | None,
+    seed: int,
+) -> tuple[list[Triple], dict[str, Any]]:
+    """Mine negatives from the best passages of BM25 or of the encoder, without likely positives.
+
+    Returns:
+        The triples, and what the report states of them.
+
+    Raises:
+        FinetuneError: no query has a negative.
+    """
+    passages, queries = collection.passages, collection.queries["train"]
+    qrels = with_positive(collection.qrels["train"])
+    pairs = sum(grade > 0 for judged in qrels.values() for grade in judged.values())
+    count = asked or min(settings.triples, settings.passes * pairs)
+    qids = sorted(qrels)
+    if len(qids) > count:  # of the others no triple would be drawn
+        qids = [qids[row] for row in seeded_order(len(qids), seed)[:count]]
+    qrels = {qid: qrels[qid] for qid in qids}
+    texts = Texts(qids, [queries[qid] for qid in qids])
+    embeddings = dict(zip(qids, zero_shot.embed_queries(texts.texts), strict=True))
+
+    def similarity(qid: str, docids: list[str]) -> np.ndarray:
+        rows = [passages.row(docid) for docid in docids]
+        scores: np.ndarray = zero_shot.embeddings[rows] @ embeddings[qid]
+        return scores
+
+    found = miner.search(texts, settings.negatives_depth)
+    candidates, guarded = guard(found, qrels, passages, similarity=similarity, seed=seed)
+    if not candidates:
+        raise FinetuneError(f"{collection.name} has no triple to train on; {guarded.none_left()}")
+    qrels = {qid: qrels[qid] for qid in candidates}
+    triples = mine_triples(qrels, candidates, passages, count=count, seed=seed)
+    positives = {qid: sum(grade > 0 for grade in judged.values()) for qid, judged in qrels.items()}
+    facts = {
+        "available": sum(len(hits) * positives[qid] for qid, hits in candidates.items()),
+        "negatives": "bm25" if isinstance(miner, BM25) else "encoder",
+        "guarded": dataclasses.asdict(guarded),
+    }
+    return triples, facts
+
+
+def numbered(
+    triples: Sequence[Triple], collection: Collection, prompts: tuple[str, str]
+) -> tuple[np.ndarray, list[str], list[str]]:
+    """Return triples as rows (3, n) of distinct texts, and these texts, with their prompts.
+
+    The first row has rows of the queries' texts, the others of the passages' texts.
+    """
+    queries = {qid: row for row, qid in enumerate(dict.fromkeys(q for q, _, _ in triples))}
+    docids = dict.fromkeys(docid for _, *pair in triples for docid in pair)
+    passages = {docid: row for row, docid in enumerate(docids)}
+    rows = np.array([(queries[q], passages[p], passages[n]) for q, p, n in triples], np.int32)
+    return (
+        rows.T,
+        [prompts[0] + collection.queries["train"][qid] for qid in queries],
+        [prompts[1] + collection.passages[docid] for docid in passages],
+    )
+
+
+# ---- zero-shot encoder, BM25, tokens ---------------------------------------------------------
+
+
+@dataclass
+class Stages:
+    """Seconds of each stage of this process."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str, what: str) -> Iterator[None]:
+        """Announce a stage, and add the time that its block takes."""
+        say(what)
+        since = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - since
+
+
+def check_test_set(data: SplitCollection, measures: Sequence[str]) -> int:
+    """The number of test queries with a relevant passage; what cannot be computed is an error."""
+    collection = data.collection
+    sizes = ", ".join(
+        f"{len(collection.qrels[name]):,} {name}" for name in ("train", "validation", "test")
+    )
+    say(f"{collection.name}: {len(collection.passages):,} passages; queries: {sizes}. {data.split}")
+    queries, qrels = collection.queries["test"], collection.qrels["test"]
+    usable, *_ = [len(relevant(qrels, measure)) for measure in measures]
+    evaluate(qrels, {}, measures)
+    if count := count_self(queries, collection.passages):
+        warnings.warn(
+            f"{count:,} of the {len(queries):,} test queries are themselves passages, with the same"
+            " id, and are ranked like others",
+            stacklevel=2,
+        )
+    return usable
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the training and the report need of BM25 and of the zero-shot encoder.
+
+    Attributes:
+        runs: "start" and "bm25" → ranking of the test queries.
+        bm25: queries, those without hits, and passages split into bigrams.
+        rows: (3, n) triples, as rows of the texts.
+        queries, passages: the texts as tokens.
+        facts: of the triples, for the report.
+        validation: evaluates the encoder in training.
+        truncated: number of truncated queries and passages.
+        lengths: tokens of a query and of a passage, at most.
+    """
+
+    runs: dict[str, Run]
+    bm25: dict[str, int]
+    rows: np.ndarray
+    queries: Tokens
+    passages: Tokens
+    facts: dict[str, Any]
+    validation: Validation
+    truncated: dict[str, int]
+    lengths: tuple[int, int]
+
+    @property
+    def count(self) -> int:
+        """Triples."""
+        return self.rows.shape[1]
+
+    def digest(self, config: TrainingRun) -> str:
+        """A name for everything that determines the training."""
+        validation = self.validation
+        ids = [validation.queries.ids, validation.passages.ids]
+        return _digest([config.run_id, self.rows.tolist(), *ids])
+
+
+def prepare(
+    job: Job, work: Path, data: SplitCollection, encoder: Any, identity: str, stages: Stages
+) -> Prepared:
+    """Rank with BM25 and the zero-shot encoder, and choose the triples.
+
+    Both retrievers are freed at the end: the encoder changes in training, and they take memory.
+    """
+    collection, settings = data.collection, job.settings
+    with stages("encoding", f"embedding the passages with {job.model}"):
+        zero_shot = _zero_shot(job, work, data, encoder, identity)
+    with stages("ranking", "ranking with BM25 and with the zero-shot encoder"):
+        test, validating = (collection.queries[name] for name in ("test", "validation"))
+        bm25 = BM25(collection.passages)
+        runs = {"start": zero_shot.search(test, job.depth), "bm25": bm25.search(test, job.depth)}
+        judged = {qid: runs["bm25"][qid] for qid in collection.qrels["test"]}
+        bm25_facts = {
+            "queries": len(judged),
+            "without_hits": without_hits(judged),
+            "bigram_passages": bm25.bigram_passages,
+        }
+        rankings = [system.search(validating, 100) for system in (bm25, zero_shot)]
+        truncated = dict(zero_shot.truncated)
+    with stages("triples", "choosing triples"):
+        miner = bm25 if job.negatives == "bm25" else zero_shot
+        chosen, facts = _triples(job, data, miner, zero_shot)
+    rows, query_texts, passage_texts = numbered(chosen, collection, prompts(encoder))
+    queries = tokenize(encoder, query_texts, zero_shot.query_length)
+    count, total = truncated["queries"]
+    count += count_truncated(encoder, query_texts, queries, zero_shot.query_length)
+    truncated["queries"] = count, total + len(query_texts)
+    zero_shot.truncated = truncated
+    zero_shot.warn_truncated()
+    batch_size, every = batches(settings, len(chosen))
+    # A triple has two passages, and a step takes three times as long as embedding alone.
+    budget = round(settings.check_share * 6 * every * batch_size)
+    budget = max(budget, settings.check_passages)
+    return Prepared(
+        runs=runs,
+        bm25=bm25_facts,
+        rows=rows,
+        queries=queries,
+        passages=tokenize(encoder, passage_texts, zero_shot.passage_length),
+        facts=facts,
+        validation=Validation(collection, rankings, budget, settings.precision, job.seed),
+        truncated={what: count for what, (count, _) in truncated.items()},
+        lengths=(zero_shot.query_length, zero_shot.passage_length),
+    )
+
+
+def _zero_shot(
+    job: Job, work: Path, data: SplitCollection, encoder: Any, identity: str
+) -> DenseRetriever:
+    """The zero-shot encoder with the passages' embeddings, which are kept for the call after a kill."""
+    passages, precision = data.collection.passages, job.settings.precision
+    path = work / f"embeddings-{_digest([identity, data.collection.fingerprint, precision])}.npy"
+    try:
+        known = np.load(path)
+    except (EOFError, OSError, ValueError):  # there is none, or the disk was full or lost power
+        known = None
+    retriever = DenseRetriever(encoder, passages, precision=precision, embeddings=known, warn=False)
+    if known is not None:
+        retriever.passage_tokens(retriever.rows)  # counts those that are truncated
+        return retriever
+    with whole_file(path) as partial, partial.open("wb") as file:
+        np.save(file, retriever.embeddings)
+    return retriever
+
+
+def _triples(
+    job: Job, data: SplitCollection, miner: BM25 | DenseRetriever, zero_shot: DenseRetriever
+) -> tuple[list[Triple], dict[str, Any]]:
+    collection, settings = data.collection, job.settings
+    if len(collection.triples):
+        chosen, facts = given_triples(collection, settings, job.triples, job.seed)
+    else:
+        chosen, facts = mined_triples(collection, miner, zero_shot, settings, job.triples, job.seed)
+    if len(chosen) < 2:
+        raise FinetuneError(
+            f"{job.source} gives {len(chosen)} triples to train on; at least 2 are needed"
+        )
+    source = "given" if facts["negatives"] == "given" else f"mined with {facts['negatives']}"
+    say(f"{len(chosen):,} triples to train on, {source}")
+    return chosen, facts
+
+
+def batches(settings: Settings, triples: int) -> tuple[int, int]:
+    """Triples a step, and steps between two evaluations."""
+    batch_size = min(settings.batch_size, triples)
+    return batch_size, math.ceil(triples // batch_size / settings.checks)
+
+
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]

@@ -1,0 +1,103 @@
+"""Arguments and hyperparameters of a fine-tuning."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+
+from adaptive_margins.encoder.embed import Precision
+from adaptive_margins.errors import AdaptiveMarginsError, ArgumentError
+from adaptive_margins.evaluation.measures import cutoff, evaluate, named
+from adaptive_margins.losses import MarginLoss
+from adaptive_margins.training import REPORTERS, check_reporters
+
+Target = float | Literal["adaptive", "distributed"]
+OnCheck = Callable[[pd.DataFrame], None]
+
+
+class FinetuneError(AdaptiveMarginsError, ValueError):
+    """Fine-tuning that cannot begin, or whose result cannot be written or read."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Training hyperparameters that the paper does not fix; the loss has none."""
+
+    batch_size: int = 32  # triples a step; up to 8.4 GB with MiniLM and passages of 256 tokens
+    triples: int = 2048  # at most; about five minutes with MiniLM on two cores
+    passes: int = 5  # over the distinct pairs of query and positive, each with another negative
+    learning_rate: float = 2e-5  # customary for encoders that are already trained contrastively
+    weight_decay: float = 1e-6  # Section 4
+    optimizer: str = "adamw_torch_fused"  # Section 4: 8-bit Adam, 24 times slower a step on a CPU
+    precision: Precision = "fp32"  # of matrix products
+    checks: int = 8  # evaluations a run, after the one at step 0
+    patience: int = 3  # evaluations without a gain that end the training
+    # Keep the trained encoder only if its validation gain over step 0 exceeds this many standard
+    # errors of the paired difference: the one-standard-error rule of Breiman et al. (1984),
+    # Classification and Regression Trees, Section 3.4.3.
+    standard_errors: float = 1.0
+    negatives_depth: int = 100  # of the candidates that negatives are mined from
+    check_share: float = 1 / 3  # cost of an evaluation, as a share of the training since the last
+    check_passages: int = 1000  # that any evaluation may embed; ten seconds with MiniLM
+
+    @classmethod
+    def for_device(cls, device: str) -> Settings:
+        """On a GPU the paper's batch size and mixed precision, and triples for as many minutes."""
+        if device.startswith("cuda"):
+            return cls(batch_size=128, triples=100_000, precision="bf16")
+        return cls()
+
+
+@dataclass(frozen=True)
+class Job:
+    """The arguments of `finetune`."""
+
+    source: str
+    output: Path
+    model: str
+    target: Target
+    seed: int
+    measures: list[str]
+    negatives: str
+    device: str
+    triples: int | None
+    report_to: tuple[str, ...]
+    on_check: OnCheck | None
+    settings: Settings
+
+    def checked(self) -> Job:
+        """The job with complete names of measures; ArgumentError for what cannot be."""
+        if not 0 <= self.seed < 2**32:  # numpy takes no other
+            raise ArgumentError("seed", f"seed is {self.seed}; expected 0 to {2**32 - 1:,}")
+        try:
+            MarginLoss(None, target=self.target)
+        except ValueError as error:
+            raise ArgumentError("target", str(error)) from None
+        try:
+            measures = [named(measure) for measure in self.measures]
+            evaluate({"q": {"d": 1}}, {"q": {"d": 1.0}}, measures)
+        except ValueError as error:
+            raise ArgumentError("measures", str(error)) from None
+        if self.negatives not in ("bm25", "encoder"):
+            expected = f"negatives is {self.negatives!r}; expected 'bm25' or 'encoder'"
+            raise ArgumentError("negatives", expected)
+        if self.triples is not None and self.triples < 2:
+            raise ArgumentError("triples", f"triples is {self.triples}; expected at least 2")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ArgumentError("device", f"device is {self.device!r}, but torch finds no GPU here")
+        if unknown := set(self.report_to) - set(REPORTERS):
+            expected = f"cannot report to {min(unknown)!r}; expected any of {', '.join(REPORTERS)}"
+            raise ArgumentError("report_to", expected)
+        check_reporters(self.report_to)
+        return dataclasses.replace(self, measures=measures)
+
+    @property
+    def depth(self) -> int:
+        """Passages ranked for a test query."""
+        return max(100, *map(cutoff, self.measures))
