@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from adaptive_margins.data.pydocs import build_pydocs
-from adaptive_margins.encoder.load import load_encoder, quiet, weights_folder
+from adaptive_margins.encoder.load import open_encoder, quiet, weights_folder
 from adaptive_margins.profiles.config import EncoderSettings
 
 QUERY_LENGTH, PASSAGE_LENGTH = 30, 200  # Section 4
@@ -37,7 +37,7 @@ class Triples:
 @cache
 def minilm(dropout: float) -> Any:
     """all-MiniLM-L6-v2: 6 layers of 384 dimensions."""
-    return load_encoder(EncoderSettings(base="minilm"), dropout=dropout)
+    return open_encoder(EncoderSettings(base="minilm"), dropout=dropout)
 
 
 @cache
@@ -57,7 +57,7 @@ def random_base(dropout: float, layers: int = 12, width: int = 768) -> Any:
         AutoTokenizer.from_pretrained(
             weights_folder(EncoderSettings(base="minilm"))
         ).save_pretrained(folder)
-        return load_encoder(EncoderSettings(base=folder), dropout=dropout)
+        return open_encoder(EncoderSettings(base=folder), dropout=dropout)
 
 
 def windows(tokenizer: Any, texts: Sequence[str], lengths: np.ndarray) -> list[str]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_margins.encoder.load import open_encoder, save_encoder
-from adaptive_margins.encoder.packing import packs
+from adaptive_margins.encoder.speed import packs
 from adaptive_margins.files import check_output, whole_folder
 
 TOLERANCE = 1e-4
@@ -94,7 +94,7 @@ def main(model: str, output: str) -> Path:
     folder = Path(output)
     check_output(folder, folder=True)
     encoder = open_encoder(model, device="cpu").eval()
-    if packs(encoder) is not None:  # packed attention has a loop over the texts
+    if packs(encoder):  # packed attention has a loop over the texts
         encoder[0].model.set_attn_implementation("sdpa")
     with whole_folder(folder, same=lambda _: False) as partial:
         save_encoder(encoder, partial)

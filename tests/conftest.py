@@ -21,6 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # ir_datasets makes its folders when it is imported; not in the user's home.
 os.environ["IR_DATASETS_HOME"] = tempfile.mkdtemp(prefix="ir_datasets.")
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -45,6 +46,15 @@ WORDS = [
     "return",
     "shape",
     "path",
+]
+
+TEXTS = [
+    "the shape of a matrix",
+    "sort the array of a graph, return the shape of the path of the node, the edge, the array and the matrix",
+    "node",
+    "",
+    "return a path of the graph of the node, the edge and the word zygote, which is unknown",
+    "the shape of a matrix",
 ]
 
 torch.set_num_threads(1)
@@ -153,6 +163,17 @@ def smoke(smoke_home):
     from adaptive_margins.paper.experiments import Reproduction
 
     return Reproduction.open("smoke", smoke_home)
+
+
+def plain_embeddings(model: Any, texts: Sequence[str], length: int) -> Any:
+    """Sentence Transformers' own way from texts to unit vectors, one text at a time."""
+    before, model.max_seq_length = model.max_seq_length, length
+    vectors = [
+        model.encode([text], normalize_embeddings=True, show_progress_bar=False)[0]
+        for text in texts
+    ]
+    model.max_seq_length = before
+    return np.stack(vectors)
 
 
 def write_tokenizer(folder: Path, kind: str = "bert", words: Sequence[str] = WORDS) -> None:

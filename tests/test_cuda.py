@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from adaptive_margins.encoder.embed import embed, embed_shards
-from adaptive_margins.encoder.load import load_encoder
+from adaptive_margins.encoder.load import open_encoder
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.paper.experiments import Reproduction
 from adaptive_margins.profiles.config import EncoderSettings
@@ -67,7 +67,7 @@ def test_calibration_waits_for_the_gpu(miniature, tmp_path):
 
 @needs_two
 def test_shards_by_several_gpus_are_those_of_one(tiny_folder, tmp_path):
-    model = load_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=0.0, device="cuda")
+    model = open_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=0.0, device="cuda")
     tokens = tokenize(model, TEXTS * 50, 12)
     devices = tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))
     shards = embed_shards(model, tokens, tmp_path / "e", shard=16, devices=devices)

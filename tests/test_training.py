@@ -26,9 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_margins import training
 from adaptive_margins.data.stored import seeded_order
-from adaptive_margins.encoder.frozen import hidden_states, upper_layers
-from adaptive_margins.encoder.load import load_encoder
-from adaptive_margins.encoder.packing import packs
+from adaptive_margins.encoder.load import open_encoder
+from adaptive_margins.encoder.speed import batcher, hidden_states, upper_layers
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.losses import margin_loss
@@ -65,7 +64,7 @@ def material(tiny_folder):
         ],
         axis=1,
     )
-    model = load_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=0.0)
+    model = open_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=0.0)
     return SimpleNamespace(queries=queries, passages=passages, triples=triples, model=model)
 
 
@@ -294,12 +293,14 @@ def test_chunks_change_neither_loss_nor_gradient(material, doubles, encoder, set
             plain = margin_loss(*columns, **settings)
         expected, gradients = loss_and_gradients(model, plain)
         assert len(gradients) >= 16
-        for chunks, first in itertools.product((1, 3, 8, 1000), (None, packs(model))):
+        for chunks, layout in itertools.product((1, 3, 8, 1000), (Tokens.batch, batcher(model))):
             rows = [dict(zip(("query", "positive", "negative"), t, strict=True)) for t in triples]
-            batch = training.TripleCollator(queries, passages, chunks, first)(rows)
+            batch = training.TripleCollator(queries, passages, chunks, layout)(rows)
             texts = len(set(triples[:, 0])) + len(set(triples[:, 1:].ravel()))
             assert sum(len(texts_of(c)) for c in batch["chunks"]) == texts
-            assert all(("cu_seq_lens_q" in c) == (first is not None) for c in batch["chunks"])
+            assert all(
+                ("cu_seq_lens_q" in c) == (layout is not Tokens.batch) for c in batch["chunks"]
+            )
             assert len(batch["chunks"]) <= min(chunks, texts)
             loss = training._RecordedLoss(model, config)(batch["chunks"], batch["rows"])
             found, theirs = loss_and_gradients(model, loss)
@@ -731,7 +732,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(
     }  # fmt: skip
 
     def go(folder):
-        model = load_encoder(settings, dropout=dropout)
+        model = open_encoder(settings, dropout=dropout)
         return run(material, folder, measured, model=model, **values)
 
     expected_model, expected = go(tmp_path / "whole")

@@ -32,7 +32,7 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 from adaptive_margins.data.stored import COLUMNS, seeded_order
 from adaptive_margins.encoder.embed import embed_chunks, length_chunks
 from adaptive_margins.encoder.load import quiet
-from adaptive_margins.encoder.packing import packs
+from adaptive_margins.encoder.speed import batcher
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation.measures import Evaluation
@@ -77,18 +77,21 @@ class TrainingResult:
 class TripleCollator:
     """Rows of pre-tokenised texts → a step's features: its distinct texts sorted by length, in ``chunks`` parts.
 
-    Each part is packed, its texts end to end, if ``first_position`` (`encoder.packing.packs`) is a number; else padded. All of it
-    is made on the host, so that a step need not ask the device for lengths. ``rows`` (3, B) says where the texts of the
-    three columns are among those of all chunks (`embed_chunks`).
+    ``batch`` makes features of a part (`encoder.speed.batcher`). All of it happens on the host, so that a step need not ask
+    the device for lengths. ``rows`` (3, B) are the places of the texts of the three columns among those of all chunks
+    (`embed_chunks`).
     """
 
     valid_label_columns: tuple[str, ...] = ()
 
     def __init__(
-        self, queries: Tokens, passages: Tokens, chunks: int, first_position: int | None
+        self,
+        queries: Tokens,
+        passages: Tokens,
+        chunks: int,
+        batch: Callable[[Tokens, np.ndarray], dict[str, Tensor]],
     ) -> None:
-        self.queries, self.passages, self.chunks = queries, passages, chunks
-        self.first_position = first_position
+        self.queries, self.passages, self.chunks, self.batch = queries, passages, chunks, batch
 
     def __call__(self, rows: list[dict[str, int]]) -> dict[str, Any]:
         """One row a triple: the row of its query among the queries, those of its passages among the passages."""
@@ -99,9 +102,8 @@ class TripleCollator:
         parts = length_chunks(texts.lengths, self.chunks)
         place = np.argsort(np.concatenate(parts))
         at = np.vstack([query_at, len(queries) + passage_at.reshape(2, -1)])
-        first = self.first_position
         return {
-            "chunks": [texts.batch(p) if first is None else texts.packed(p, first) for p in parts],
+            "chunks": [self.batch(texts, part) for part in parts],
             "rows": torch.from_numpy(place[at]),
         }
 
@@ -452,7 +454,7 @@ def train(
         train_dataset=triples,
         loss=loss,
         evaluator=_Evaluator(watch),
-        data_collator=TripleCollator(queries, passages, config.chunks, packs(model)),
+        data_collator=TripleCollator(queries, passages, config.chunks, batcher(model)),
         callbacks=[*reporters, watch],
     )
     trainer.remove_callback(PrinterCallback)

@@ -1,43 +1,34 @@
-"""Token files and shards of embeddings: the same numbers as in memory, whole or not at all, resumed after a kill."""
+"""Embeddings: batches, precision and chunks against single texts; shards on disk, resumed after a kill."""
 
 from __future__ import annotations
 
+import itertools
 import json
-import multiprocessing
 import os
-import resource
-import shutil
-import signal
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from adaptive_margins.encoder import embed as encoder_embed
-from adaptive_margins.encoder import tokens as encoder_tokens
 from adaptive_margins.encoder.checks import EncoderError
-from adaptive_margins.encoder.embed import Shards, embed, embed_shards
-from adaptive_margins.encoder.load import load_encoder
-from adaptive_margins.encoder.tokens import _token_ids, stored_tokens, tokenize
+from adaptive_margins.encoder.embed import Shards, embed, embed_shards, length_chunks
+from adaptive_margins.encoder.load import open_encoder
+from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.profiles.config import EncoderSettings
-from conftest import WORDS, in_child
+from conftest import TEXTS as SENTENCES
+from conftest import WORDS, die, in_child
 
 LENGTH = 9
-
-
-def some_texts(n: int) -> list[str]:
-    rng = np.random.default_rng(5)
-    return [" ".join(rng.choice(WORDS[5:], size=rng.integers(0, 12))) for _ in range(n)]
-
-
-TEXTS = some_texts(230)
+RNG = np.random.default_rng(5)
+TEXTS = [" ".join(RNG.choice(WORDS[5:], size=RNG.integers(0, 12))) for _ in range(230)]
 
 
 @pytest.fixture(scope="module")
 def bert(tiny_folder):
-    return load_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=0.0)
+    return open_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -45,184 +36,93 @@ def tokens(bert):
     return tokenize(bert, TEXTS, LENGTH)
 
 
-def refuse():
-    raise AssertionError("the tokenizer was loaded")
+def refuse(*_, **__):
+    raise AssertionError("something was embedded")
 
 
-def killed(work) -> None:
-    """Run ``work`` in a forked process, which it must not survive."""
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join(30)
-    assert process.exitcode == -signal.SIGKILL
+# ---- in memory
 
 
-def kill_at(call: int, function):
-    """``function``, but its ``call``-th call (from 1) is the end of the process, as kill -9 is."""
-    calls = 0
-
-    def counted(*arguments, **keywords):
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **keywords)
-
-    return counted
-
-
-# ---- tokens ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 230, 100_000])
-def test_stored_tokens_are_those_of_tokenize(bert, tokens, tmp_path, chunk):
-    stored = stored_tokens(lambda: bert.tokenizer, TEXTS, LENGTH, tmp_path / "tokens", chunk=chunk)
-    assert len(stored) == len(TEXTS) and stored.pad == tokens.pad
-    assert np.array_equal(stored.ids, tokens.ids)
-    assert np.array_equal(stored.offsets, tokens.offsets)
-    assert stored.ids.dtype == np.uint8  # 17 words
-    rows = [3, 0, 229, 3]
-    for key, value in tokens.batch(rows).items():
-        assert stored.batch(rows)[key].equal(value)
-    assert np.array_equal(embed(bert, stored, rows), embed(bert, tokens, rows))
-    assert [p.name for p in tmp_path.iterdir()] == ["tokens"]
-    again = stored_tokens(refuse, TEXTS, LENGTH, tmp_path / "tokens")
-    assert np.array_equal(again.ids, tokens.ids)
+@pytest.mark.parametrize("chunks", [1, 2, 3, 4, 99])
+def test_chunks_have_the_least_padding_of_all_cuts(chunks):
+    rng = np.random.default_rng(3)
+    for lengths in (rng.integers(1, 40, size=9), np.array([5, 5, 5, 2, 9]), np.array([4])):
+        parts = length_chunks(lengths, chunks)
+        assert sorted(np.concatenate(parts).tolist()) == list(range(len(lengths)))
+        assert len(parts) == min(chunks, len(set(lengths.tolist())))
+        ascending = np.sort(lengths)
+        assert lengths[np.concatenate(parts)].tolist() == ascending.tolist()
+        everything = (
+            sum(len(part) * part.max() for part in np.split(ascending, cuts))
+            for cuts in itertools.combinations(range(1, len(lengths)), len(parts) - 1)
+        )
+        assert sum(len(p) * lengths[p].max() for p in parts) == min(everything)
 
 
-def test_ids_take_the_smallest_type_that_holds_the_vocabulary(bert, tmp_path):
-    class Large:
-        """The tokenizer, its last ids moved to the end of a larger vocabulary."""
-
-        pad_token_id = 0
-
-        def __init__(self, size):
-            self.size = size
-
-        def __len__(self):
-            return self.size
-
-        def __call__(self, texts, **keywords):
-            found = bert.tokenizer(texts, **keywords)["input_ids"]
-            return {"input_ids": [[self.size - 1 - t for t in ids] for ids in found]}
-
-    for size, dtype in ((256, np.uint8), (257, np.uint16), (30_522, np.uint16), (65_537, np.uint32)):  # fmt: skip
-        stored = stored_tokens(lambda size=size: Large(size), TEXTS[:9], LENGTH, tmp_path / str(size))  # fmt: skip
-        assert stored.ids.dtype == dtype
-        plain = tokenize(bert, TEXTS[:9], LENGTH)
-        assert np.array_equal(size - 1 - stored.ids.astype(np.int64), plain.ids)
-        assert stored.batch([1])["input_ids"][0].tolist() == [
-            size - 1 - t for t in plain.batch([1])["input_ids"][0].tolist()
-        ]
+@pytest.mark.parametrize(("count", "chunks"), [(0, 1), (3, 0), (3, -1)])
+def test_chunks_that_cannot_be(count, chunks):
+    with pytest.raises(ValueError, match=rf"{count} texts cannot be cut into {chunks} chunks"):
+        length_chunks(np.ones(count, int), chunks)
 
 
-def test_no_text_at_all(bert, tmp_path):
-    stored = stored_tokens(lambda: bert.tokenizer, [], LENGTH, tmp_path / "tokens")
-    assert len(stored) == 0
-    assert len(embed_shards(bert, stored, tmp_path / "shards")) == 0
+@pytest.mark.parametrize("batch_tokens", [1, 20, 2048])
+def test_embeddings_do_not_depend_on_the_batch(bert, batch_tokens):
+    tokens = tokenize(bert, SENTENCES, 12)
+    one_by_one = np.concatenate([embed(bert, tokens, [r]) for r in range(len(SENTENCES))])
+    np.testing.assert_allclose(
+        embed(bert, tokens, batch_tokens=batch_tokens), one_by_one, atol=1e-5
+    )
+    rows = [4, 0, 0, 2]
+    np.testing.assert_allclose(
+        embed(bert, tokens, rows, batch_tokens=batch_tokens), one_by_one[rows], atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("call", [1, 2, 5])
-def test_tokenising_goes_on_after_a_kill(bert, tokens, tmp_path, monkeypatch, call):
-    folder = tmp_path / "tokens"
-    real = _token_ids
-
-    def work():
-        encoder_tokens._token_ids = kill_at(call, real)
-        stored_tokens(lambda: bert.tokenizer, TEXTS, LENGTH, folder, chunk=50)
-
-    killed(work)
-    assert not folder.exists()
-    partial = tmp_path / "tokens.partial"
-    assert (partial / "offsets.bin").stat().st_size == 8 * (1 + 50 * (call - 1))
-    with (partial / "ids.bin").open("ab") as file:  # half a chunk
-        file.write(b"\7" * 11)
-    with (partial / "offsets.bin").open("ab") as file:  # half a number
-        file.write(b"\7" * 3)
-    seen = []
-
-    def counting(tokenizer, texts, length):
-        seen.append(len(texts))
-        return real(tokenizer, texts, length)
-
-    monkeypatch.setattr(encoder_tokens, "_token_ids", counting)
-    stored = stored_tokens(lambda: bert.tokenizer, TEXTS, LENGTH, folder, chunk=50)
-    assert sum(seen) == 230 - 50 * (call - 1)
-    assert np.array_equal(stored.ids, tokens.ids)
-    assert np.array_equal(stored.offsets, tokens.offsets)
+@pytest.mark.parametrize(("precision", "digits"), [("bf16", 8), ("fp16", 11)])
+def test_mixed_precision_is_close_to_full_and_rounds_as_its_type_does(bert, precision, digits):
+    tokens = tokenize(bert, SENTENCES, 12)
+    full, mixed = embed(bert, tokens), embed(bert, tokens, precision=precision)
+    assert mixed.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(mixed, axis=1), 1, atol=1e-6)
+    error = np.abs(mixed - full).max()
+    assert 2.0**-24 < error < 16 * 2.0**-digits
+    assert np.array_equal(embed(bert, tokens, precision="fp32"), full)
+    with torch.autocast("cpu", torch.bfloat16):  # what surrounds a call does not reach into it
+        assert np.array_equal(embed(bert, tokens), full)
 
 
-def test_an_interrupted_folder_of_other_texts_is_refused(bert, tmp_path):
-    folder = tmp_path / "tokens"
-
-    def work():
-        encoder_tokens._token_ids = kill_at(2, encoder_tokens._token_ids)
-        stored_tokens(lambda: bert.tokenizer, TEXTS, LENGTH, folder, chunk=50)
-
-    killed(work)
-    with pytest.raises(EncoderError, match=r"tokens\.partial/tokens\.json says max_length 9, expected 8; delete"):  # fmt: skip
-        stored_tokens(lambda: bert.tokenizer, TEXTS, 8, folder)
+def test_an_unknown_precision(bert):
+    with pytest.raises(EncoderError, match="precision must be one of fp32, bf16, fp16, not 'int8'"):
+        embed(bert, tokenize(bert, SENTENCES, 12), precision="int8")
 
 
-def test_token_files_that_are_not_the_expected_ones(bert, tmp_path):
-    folder = tmp_path / "tokens"
-    stored_tokens(lambda: bert.tokenizer, TEXTS, LENGTH, folder)
-    with pytest.raises(EncoderError, match=r"tokens\.json says texts 230, expected 229; delete"):
-        stored_tokens(refuse, TEXTS[1:], LENGTH, folder)
-    for name, change, message in (
-        ("ids.bin", lambda p: os.truncate(p, 100), r"ids\.bin has 100 bytes, expected \d+; delete"),
-        ("offsets.bin", lambda p: os.truncate(p, 0), r"offsets\.bin has 0 bytes, expected 1848"),
-        ("ids.bin", Path.unlink, r"ids\.bin is missing; delete"),
-        ("tokens.json", lambda p: p.write_text("{"), r"tokens\.json cannot be read .*delete"),
-        ("tokens.json", lambda p: p.write_text("[]"), r"tokens\.json cannot be read \(not an obj"),
-    ):
-        copy = tmp_path / "copy"
-        shutil.copytree(folder, copy)
-        change(copy / name)
-        with pytest.raises(EncoderError, match=message):
-            stored_tokens(refuse, TEXTS, LENGTH, copy)
-        shutil.rmtree(copy)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="not run here: needs a CUDA device")
+def test_mixed_precision_on_a_gpu_is_close_to_full_on_the_cpu(tiny_folder):
+    model = open_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=0.0)
+    tokens = tokenize(model, SENTENCES, 12)
+    full = embed(model, tokens)
+    model.to("cuda")
+    np.testing.assert_allclose(embed(model, tokens), full, atol=1e-4)
+    for precision in ("bf16", "fp16"):
+        np.testing.assert_allclose(embed(model, tokens, precision=precision), full, atol=0.06)
 
 
-def test_a_disk_that_fills_while_tokenising(bert, tokens, tmp_path):
-    folder = tmp_path / "tokens"
-
-    def fill():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-        stored_tokens(lambda: bert.tokenizer, TEXTS, LENGTH, folder, chunk=50)
-
-    told = in_child(fill)
-    assert told.startswith(f"EncoderError: {folder}.partial could not be written")
-    assert "run it again: what is whole there is kept" in told
-    assert not folder.exists()
-    stored = stored_tokens(lambda: bert.tokenizer, TEXTS, LENGTH, folder, chunk=50)
-    assert np.array_equal(stored.ids, tokens.ids)
+def test_embed_leaves_the_model_as_it_was(bert):
+    tokens = tokenize(bert, SENTENCES, 12)
+    for training in (True, False):
+        bert.train(training)
+        embed(bert, tokens, [0])
+        assert bert.training is training
+    assert embed(bert, tokens, []).shape == (0, 16)
 
 
-def test_two_processes_do_not_write_the_same_folder(bert, tokens, tmp_path):
-    folder, real = tmp_path / "tokens", _token_ids
-
-    def work(name):
-        def slow(*arguments):
-            with (tmp_path / name).open("a") as file:
-                file.write("x")
-            time.sleep(0.05)
-            return real(*arguments)
-
-        encoder_tokens._token_ids = slow
-        stored_tokens(lambda: bert.tokenizer, TEXTS, LENGTH, folder, chunk=50)
-
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(name,)) for name in "ab"]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(30)
-        assert process.exitcode == 0
-    written = [(tmp_path / n).read_text() for n in "ab" if (tmp_path / n).exists()]
-    assert sum(map(len, written)) == 5  # each chunk once, by whichever process
-    assert np.array_equal(stored_tokens(refuse, TEXTS, LENGTH, folder).ids, tokens.ids)
-    assert not (tmp_path / "tokens.partial").exists()
+def test_a_zero_embedding_stays_zero(tiny_folder):
+    model = open_encoder(
+        EncoderSettings(base=str(tiny_folder("bert")), pooling="cls+linear"), dropout=0.0
+    )
+    torch.nn.init.zeros_(model[2].linear.weight)
+    torch.nn.init.zeros_(model[2].linear.bias)
+    assert not embed(model, tokenize(model, SENTENCES, 12)).any()
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------
@@ -298,7 +198,7 @@ def test_embedding_goes_on_after_a_kill(bert, tokens, in_memory, tmp_path, monke
         def half(file, header):
             write(file, header)
             file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
 
         def third(*arguments, **keywords):
             if (folder / "00001.npy").exists():
@@ -308,7 +208,7 @@ def test_embedding_goes_on_after_a_kill(bert, tokens, in_memory, tmp_path, monke
         encoder_embed.embed = third
         embed_shards(bert, tokens, folder, shard=50)
 
-    killed(work)
+    assert in_child(work) == "died"
     assert sorted(p.name for p in folder.iterdir()) == [
         "00000.npy", "00001.npy", "00002.npy.partial", "shards.json",
     ]  # fmt: skip
@@ -333,8 +233,8 @@ def test_embedding_goes_on_after_a_kill(bert, tokens, in_memory, tmp_path, monke
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shard": 60}, "says shard 50, expected 60; delete"),
-        ({"dtype": "float16"}, "says dtype 'float32', expected 'float16'; delete"),
+        ({"shard": 60}, "has shard 50, expected 60; delete"),
+        ({"dtype": "float16"}, "has dtype 'float32', expected 'float16'; delete"),
         ({"dtype": "int8"}, "float32 or float16"),
         ({"shard": 0}, "at least 1 row"),
         ({"devices": ()}, "at least 1 device"),
@@ -376,6 +276,8 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_embedded(
 @pytest.mark.parametrize("devices", [("cpu",), ("cpu", "cpu")])
 def test_a_disk_that_fills_leaves_whole_shards_only(bert, tokens, in_memory, tmp_path, devices):
     folder = tmp_path / "e"
+
+    import resource
 
     def fill():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))  # the last shard, of 30 rows, fits

@@ -23,7 +23,6 @@ from adaptive_margins.encoder.load import (
     open_encoder,
     save_encoder,
     weights_folder,
-    weights_identity,
 )
 from adaptive_margins.files import WriteError, alone
 from adaptive_margins.profiles.config import EncoderSettings
@@ -446,7 +445,7 @@ def test_an_index_by_the_shipped_encoder(tmp_path):
     built = DenseIndex.build(retriever, "Two", "minilm", tmp_path / "index")
     assert built.about["lengths"] == {"query": 256, "passage": 256}
     settings = EncoderSettings(base="minilm")
-    assert built.identity == weights_identity(settings)
+    assert built.identity == encoder_identity(settings)
     plain = SentenceTransformer(str(weights_folder(settings)), device="cpu")
     asked = plain.encode_query(["stock market"], normalize_embeddings=True)
     index = faiss.read_index(os.fspath(built.folder / "passages.faiss"))

@@ -52,7 +52,7 @@ from adaptive_margins.encoder.load import (
     open_encoder,
     save_encoder,
 )
-from adaptive_margins.encoder.packing import packs
+from adaptive_margins.encoder.speed import default_chunks
 from adaptive_margins.evaluation.measures import evaluate
 from adaptive_margins.files import whole_folder, working_folder
 from adaptive_margins.progress import bar, say
@@ -200,7 +200,7 @@ def _config(
         target=job.target,
         in_batch=False,
         batch_size=batch_size,
-        chunks=4 if packs(encoder) is None else 1,
+        chunks=default_chunks(encoder),
         triples=prepared.count,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,

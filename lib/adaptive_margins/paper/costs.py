@@ -19,8 +19,8 @@ from transformers.utils import cached_file
 from adaptive_margins.data import ir_datasets
 from adaptive_margins.data.stored import COLUMNS
 from adaptive_margins.encoder.embed import embed, embed_chunks
-from adaptive_margins.encoder.load import load_encoder, weights_folder
-from adaptive_margins.encoder.packing import packs
+from adaptive_margins.encoder.load import open_encoder, weights_folder
+from adaptive_margins.encoder.speed import batcher
 from adaptive_margins.encoder.tokens import Tokens, tokenize
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import folder_bytes
@@ -131,7 +131,7 @@ class Costs(Resources):
             columns = [np.array(rows[c]) for c in COLUMNS]
             sample = np.arange(count)
         else:  # only a sample is tokenised: a plan must not wait for millions of texts
-            model = load_encoder(
+            model = open_encoder(
                 settings, dropout=self.profile.training.dropout, device=self.profile.device
             )
             some = list(self.collection.triples[: _CALIBRATION_STEPS * size])
@@ -163,7 +163,7 @@ class Costs(Resources):
     ) -> float:
         """Collating, forward and backward as in training; the optimiser's step is small beside them."""
         step = max(1, min(size, len(columns[0]) // _CALIBRATION_STEPS))
-        collate = TripleCollator(queries, passages, self.profile.training.chunks, packs(model))
+        collate = TripleCollator(queries, passages, self.profile.training.chunks, batcher(model))
         times = []
         for start in range(0, len(columns[0]) - step + 1, step):
             since = time.perf_counter()

@@ -20,13 +20,13 @@ from adaptive_margins.data import pydocs, stored
 from adaptive_margins.data import triples as data_triples
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.trec import Run, read_run, top, write_run
-from adaptive_margins.encoder.frozen import cached_states, put_back, upper_layers
 from adaptive_margins.encoder.load import (
-    load_config,
-    load_encoder,
+    encoder_identity,
+    layer_count,
+    open_encoder,
     weights_folder,
-    weights_identity,
 )
+from adaptive_margins.encoder.speed import cached_states, put_back, upper_layers
 from adaptive_margins.encoder.tokens import Tokens, stored_tokens
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
 from adaptive_margins.files import file_sha256, write_text
@@ -256,7 +256,7 @@ class Resources:
         """Encoder ``name`` of the profile, loaded once per process and kept untouched; see `LoadedEncoder`."""
         settings = self.settings(name)
         dropout, device = self.profile.training.dropout, self.profile.device
-        whole = load_encoder(settings, dropout=dropout, device=device)
+        whole = open_encoder(settings, dropout=dropout, device=device)
         queries, passages = self._tokens(settings, whole)
         if settings.trained_layers is None:
             return LoadedEncoder(whole, whole, queries, passages)
@@ -269,9 +269,9 @@ class Resources:
         frozen = sorted({_frozen(e) for e in alike if e.trained_layers})
         merged = queries + passages
         texts = hashlib.sha256(merged.ids.tobytes() + merged.offsets.tobytes()).hexdigest()
-        key = _digest([weights_identity(settings), texts])
+        key = _digest([encoder_identity(settings), texts])
         tables = cached_states(
-            lambda: load_encoder(uncut, dropout=0.0, device=device),
+            lambda: open_encoder(uncut, dropout=0.0, device=device),
             merged,
             frozen,
             self.home / "cache" / "states" / key,
@@ -308,7 +308,7 @@ class Resources:
 
 @functools.cache
 def _weights(settings: EncoderSettings) -> str:
-    return weights_identity(settings)
+    return encoder_identity(settings)
 
 
 @functools.cache
@@ -324,8 +324,7 @@ def _tokenizer(settings: EncoderSettings) -> list[str]:
 def _frozen(settings: EncoderSettings) -> int:
     """How many layers stay as they are."""
     assert settings.trained_layers is not None
-    layers = settings.layers or int(load_config(settings).num_hidden_layers)
-    return layers - settings.trained_layers
+    return layer_count(settings) - settings.trained_layers
 
 
 @dataclasses.dataclass(frozen=True)

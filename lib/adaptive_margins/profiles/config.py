@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from adaptive_margins.device import default_device
 from adaptive_margins.errors import AdaptiveMarginsError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -377,7 +378,9 @@ class Profile(_Settings):
     differences: DifferencesSettings = DifferencesSettings()
     seed: int = 1
     workers: Positive = 2
-    device: str = "cpu"
+    device: str = Field(
+        "auto", validate_default=True, description="as torch names it; auto: cuda, mps or cpu"
+    )
 
     @field_validator("collection", mode="before")
     @classmethod
@@ -387,6 +390,11 @@ class Profile(_Settings):
                 f"collection.kind: expected {' or '.join(map(repr, _KINDS))}, got {kind!r}"
             )
         return values
+
+    @field_validator("device")
+    @classmethod
+    def _device_is_named(cls, value: str) -> str:
+        return default_device() if value == "auto" else value
 
     @model_validator(mode="after")
     def _names_exist(self) -> Profile:

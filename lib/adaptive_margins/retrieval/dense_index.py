@@ -184,7 +184,9 @@ class DenseIndex:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} does not describe an index; build it again") from error
 
-    def open_encoder(self, name: str | None = None, *, device: str = "cpu") -> SentenceTransformer:
+    def open_encoder(
+        self, name: str | None = None, *, device: str | None = None
+    ) -> SentenceTransformer:
         """The encoder that the index was built with; ``name``, if its folder has another name now.
 
         Raises:

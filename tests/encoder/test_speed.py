@@ -1,0 +1,289 @@
+"""Packed texts, fast dropout and cached frozen layers, each against the plain way."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from adaptive_margins.encoder import speed
+from adaptive_margins.encoder.checks import EncoderError
+from adaptive_margins.encoder.embed import embed
+from adaptive_margins.encoder.load import open_encoder, save_encoder
+from adaptive_margins.encoder.speed import (
+    batcher,
+    cached_states,
+    hidden_states,
+    packs,
+    put_back,
+    upper_layers,
+)
+from adaptive_margins.encoder.tokens import Tokens, tokenize
+from adaptive_margins.profiles.config import EncoderSettings
+from conftest import TEXTS, in_child, plain_embeddings
+
+
+@pytest.fixture(scope="module")
+def bert(tiny_folder):
+    return open_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=0.0)
+
+
+# ---- packed texts
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "cls+linear"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "mpnet"])
+def test_packed_texts_have_the_embeddings_of_padded_ones(tiny_folder, tmp_path, kind, pooling):
+    settings = EncoderSettings(base=str(tiny_folder(kind)), pooling=pooling)
+    model = open_encoder(settings, dropout=0.0).double()
+    tokens = tokenize(model, TEXTS, 12)
+    save_encoder(model, tmp_path / "model")
+    assert "packed" not in (tmp_path / "model" / "config.json").read_text()
+    assert packs(model) == (kind != "mpnet")
+    layout = batcher(model)
+    padded = model(tokens.batch(range(len(tokens))))["sentence_embedding"]
+    for rows in (
+        range(len(tokens)),
+        np.argsort(tokens.lengths),
+        [2],
+    ):  # equal lengths need not be neighbours
+        features = layout(tokens, rows)
+        if packs(model):
+            assert features["input_ids"].shape == (1, tokens.lengths[list(rows)].sum())
+        found = model(features)["sentence_embedding"]
+        np.testing.assert_allclose(found.detach(), padded[list(rows)].detach(), rtol=0, atol=1e-12)
+
+
+def test_dropout_of_packed_texts_keeps_the_mean(bert):
+    """Attention weights are dropped, and scaled, as in the padded forward: averages over many draws agree."""
+    model = copy.deepcopy(bert)
+    for layer in model[0].model.encoder.layer:
+        layer.attention.self.dropout.p = 0.5
+    tokens = tokenize(model, TEXTS[:1], 12)
+    copies = [0] * 4000
+    model.train()
+    with torch.no_grad():
+        states = [
+            model(features)["sentence_embedding"]
+            for features in (tokens.batch(copies), batcher(model)(tokens, copies))
+        ]
+    plain = model.eval()(tokens.batch([0]))["sentence_embedding"][0]
+    for found in states:
+        assert (found - plain).abs().max() > 0.1
+    scale = states[0].std(0)
+    assert ((states[0].mean(0) - states[1].mean(0)).abs() < 0.1 * scale).all()
+    assert ((states[1].std(0) / scale - 1).abs() < 0.1).all()
+
+
+@pytest.mark.parametrize("scaling", [None, 0.2])
+def test_attention_of_packed_texts_with_dropout_is_that_of_a_loop(scaling):
+    heads, width, lengths = 2, 4, [3, 3, 4, 1]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, heads, offsets[-1], width, dtype=torch.float64)
+    torch.manual_seed(1)
+    found, _ = speed._packed_attention(
+        torch.nn.Module(), query, key, value, None, dropout=0.3, scaling=scaling, cu_seq_lens_q=torch.tensor(offsets),
+    )  # fmt: skip
+    torch.manual_seed(1)
+    masks = [  # drawn for neighbours of equal length together
+        mask
+        for count, length in ((2, 3), (1, 4), (1, 1))
+        for mask in speed._drop(torch.ones(count, heads, length, length, dtype=torch.float64), 0.3)
+    ]
+    assert any((mask == 0).any() for mask in masks)
+    for text, mask in enumerate(masks):
+        rows = range(offsets[text], offsets[text + 1])
+        for h in range(heads):
+            for i, row in enumerate(rows):
+                scores = [
+                    (query[0, h, row] @ key[0, h, other]).item() * (scaling or width**-0.5)
+                    for other in rows
+                ]
+                whole = sum(math.exp(score) for score in scores)
+                expected = sum(
+                    math.exp(score) / whole * mask[h, i, j] * value[0, h, other]
+                    for j, (score, other) in enumerate(zip(scores, rows, strict=True))
+                )
+                torch.testing.assert_close(found[0, row, h], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.25, 0.5])
+def test_dropout_drops_as_many_and_scales_the_rest(tiny_folder, p, dtype):
+    model = open_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=p)
+    layer = model[0].model.embeddings.dropout
+    x = torch.ones(301, 999, dtype=dtype, requires_grad=True)
+    torch.manual_seed(1)
+    found = layer.train()(x)
+    found.sum().backward()
+    assert torch.equal(x.grad, found.detach())
+    kept = found != 0
+    np.testing.assert_allclose(
+        found[kept].detach().float(), 1 / (1 - p), rtol=1e-4 if dtype != torch.bfloat16 else 4e-3
+    )
+    # Within five standard deviations: of all, of each of the four elements of a random number, and of neighbours.
+    for part in (kept, *(kept.flatten()[i::4] for i in range(4))):
+        assert abs((~part).double().mean() - p) < 5 * (p * (1 - p) / part.numel()) ** 0.5
+    for apart in (1, 2, 3, 4, 8):
+        a, b = (~kept).flatten()[:-apart].double(), (~kept).flatten()[apart:].double()
+        assert abs(((a - p) * (b - p)).mean()) < 5 * p * (1 - p) / len(a) ** 0.5
+    torch.manual_seed(1)
+    assert torch.equal(layer(x), found)  # torch's seed decides
+    assert not torch.equal(layer(x), found)
+    assert layer.eval()(x) is x
+
+
+@pytest.mark.parametrize(("p", "kept"), [(0.0, 1), (1e-6, 1), (1.0, 0)])
+def test_dropout_of_nothing_and_of_all(tiny_folder, p, kept):
+    model = open_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=p)
+    layer = model[0].model.embeddings.dropout
+    torch.manual_seed(1)
+    torch.testing.assert_close(layer.train()(torch.ones(7)), torch.full((7,), float(kept)))
+
+
+# ---- frozen layers
+
+
+def states_of(model, tokens, layers):
+    out = {k: np.zeros((tokens.offsets[-1], 16), np.float32) for k in layers}
+    hidden_states(model, tokens, layers, out, batch_tokens=40)
+    return out
+
+
+def test_cached_layers_of_a_tiny_model_equal_the_plain_forward(bert):
+    tokens = tokenize(bert, TEXTS, 12)
+    tables = states_of(bert, tokens, [0, 1, 2, 3])
+    model = bert[0].model.eval()
+    for row in range(len(TEXTS)):
+        with torch.no_grad():
+            states = model(tokens.batch([row])["input_ids"], output_hidden_states=True)
+        for k, table in tables.items():
+            np.testing.assert_allclose(
+                table[tokens.offsets[row] : tokens.offsets[row + 1]],
+                states.hidden_states[k][0].numpy(),
+                atol=1e-5,
+            )
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls+linear"])
+@pytest.mark.parametrize("trained", [1, 2, 3])
+def test_put_back_gives_an_ordinary_model(tiny_folder, tmp_path, trained, pooling):
+    settings = EncoderSettings(base=str(tiny_folder("bert")), pooling=pooling)
+    whole = open_encoder(settings, dropout=0.0)
+    before = {k: v.clone() for k, v in whole.state_dict().items()}
+    tokens = tokenize(whole, TEXTS, 12)
+    table = states_of(whole, tokens, [3 - trained])[3 - trained]
+    upper = upper_layers(whole, trained, table)
+    numbers = Tokens(np.arange(len(table)), tokens.offsets, 0)
+    np.testing.assert_allclose(embed(upper, numbers), embed(whole, tokens), atol=1e-5)
+
+    with torch.no_grad():  # stands for training
+        for parameter in upper.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    trained_model = put_back(whole, upper)
+    assert np.abs(embed(trained_model, tokens) - embed(whole, tokens)).max() > 0.01
+    np.testing.assert_allclose(embed(trained_model, tokens), embed(upper, numbers), atol=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in whole.state_dict().items())
+
+    save_encoder(trained_model, tmp_path / "model")
+    loaded = SentenceTransformer(str(tmp_path / "model"))
+    np.testing.assert_allclose(
+        plain_embeddings(loaded, TEXTS, 12), embed(upper, numbers), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["minilm-3", "minilm-4"])
+def test_cached_layers_equal_the_plain_forward_for_every_text(smoke, name):
+    loaded = smoke.encoder(name)
+    profile = smoke.profile
+    for cached, texts, length in (
+        (loaded.queries, smoke.queries.texts, profile.lengths.query),
+        (loaded.passages, smoke.collection.passages.texts, profile.lengths.passage),
+    ):
+        tokens = tokenize(loaded.whole, texts, length)
+        assert len(cached) == len(texts)
+        whole = embed(loaded.whole, tokens)
+        np.testing.assert_allclose(embed(loaded.model, cached), whole, atol=1e-5)
+        some = [0, len(texts) // 2, len(texts) - 1]
+        plain = plain_embeddings(loaded.whole, [texts[i] for i in some], length)
+        np.testing.assert_allclose(whole[some], plain, atol=1e-5)
+
+
+@pytest.fixture
+def cache(bert, tmp_path):
+    tokens = tokenize(bert, TEXTS, 12)
+    folder = tmp_path / "states"
+    cached_states(lambda: bert, tokens, [1, 2], folder)
+    return tokens, folder
+
+
+def refuse():
+    raise AssertionError("the encoder was loaded")
+
+
+def test_the_cache_is_computed_once_and_only_what_is_missing(bert, cache):
+    tokens, folder = cache
+    tables = cached_states(refuse, tokens, [1, 2], folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["layer1.npy", "layer2.npy"]
+    expected = states_of(bert, tokens, [1, 2])
+    for k in (1, 2):
+        np.testing.assert_allclose(tables[k], expected[k], atol=1e-5)
+    before = (folder / "layer1.npy").stat().st_mtime_ns
+    cached_states(lambda: bert, tokens, [1, 0], folder)
+    assert (folder / "layer1.npy").stat().st_mtime_ns == before
+    assert (folder / "layer0.npy").is_file()
+
+
+@pytest.mark.parametrize("size", [0, 3, 100, 200, -1])
+def test_a_truncated_cache_says_what_to_do(cache, size):
+    tokens, folder = cache
+    path = folder / "layer1.npy"
+    os.truncate(path, path.stat().st_size - 1 if size < 0 else size)
+    with pytest.raises(EncoderError, match=r"layer1\.npy .*delete it to compute it again"):
+        cached_states(refuse, tokens, [1, 2], folder)
+
+
+def test_a_cache_of_other_texts_or_another_type_is_refused(cache):
+    tokens, folder = cache
+    shorter = Tokens(tokens.ids[:-1], np.append(tokens.offsets[:-1], tokens.offsets[-1] - 1), 0)
+    with pytest.raises(
+        EncoderError,
+        match=rf"layer1\.npy holds float32 of shape \({tokens.offsets[-1]}, 16\), expected",
+    ):
+        cached_states(refuse, shorter, [1], folder)
+    np.save(folder / "layer2.npy", np.zeros((tokens.offsets[-1], 16)))
+    with pytest.raises(EncoderError, match=r"layer2\.npy .*float64.*delete it"):
+        cached_states(refuse, tokens, [2], folder)
+
+
+def test_an_error_in_the_middle_leaves_no_cache(bert, tmp_path, monkeypatch):
+    tokens = tokenize(bert, TEXTS, 12)
+
+    def fail(*_, **__):
+        raise MemoryError("in the middle")
+
+    monkeypatch.setattr(speed, "hidden_states", fail)
+    with pytest.raises(MemoryError):
+        cached_states(lambda: bert, tokens, [1], tmp_path / "states")
+    assert not list((tmp_path / "states").iterdir())
+
+
+def test_a_full_disk_is_an_error_that_says_so(bert, tmp_path):
+    tokens = tokenize(bert, TEXTS * 20, 12)
+
+    import resource
+
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        cached_states(lambda: bert, tokens, [1], tmp_path / "states")
+
+    told = in_child(fill)
+    assert told.startswith(f"EncoderError: {tmp_path / 'states'} could not be filled with")
+    assert "File too large" in told
+    assert not list((tmp_path / "states").iterdir())
