@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -17,10 +18,11 @@ from bs4 import BeautifulSoup
 
 from adaptive_margins.book import build as build_module
 from adaptive_margins.book import pages
-from adaptive_margins.book.build import BuildError, Progress, Site, build, select
+from adaptive_margins.book.build import BuildError, Site, build, select
 from adaptive_margins.book.execute import NotebookError, execute, parameter_defaults
-from adaptive_margins.files import WriteError, alone, write_text
+from adaptive_margins.files import WriteError, alone
 from adaptive_margins.profiles.config import load_profile
+from conftest import run_config
 
 PARAMETERS = 'profile = "laptop"\ndata_folder = ""'
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,10 +66,6 @@ def test_a_finished_notebook_is_left_alone_until_something_changes(site, tmp_pat
     first = write_notebook(tmp_path / "notebooks" / "01_data.ipynb", WRITES_DATA)
     second = write_notebook(tmp_path / "notebooks" / "02_plain.ipynb", "1 + 1")
     site.execute([first, second])
-    told = capsys.readouterr().err
-    assert "[notebooks 0/2] 01_data: started" in told
-    assert "[notebooks 2/2]" in told
-    assert "left" in told
 
     page = (site.pages / "01_data.ipynb").read_text()
     assert "smoke book/_executed/data" in page  # the parameters that were passed
@@ -132,9 +130,8 @@ def test_other_code_or_versions_make_a_notebook_stale(site, tmp_path, monkeypatc
 def test_failed_and_killed_notebooks_are_kept_and_named(site, tmp_path):
     error = write_notebook(tmp_path / "n" / "01_error.ipynb", "print('so far')", "1 / 0")
     killed = write_notebook(tmp_path / "n" / "02_killed.ipynb", "import os; os._exit(9)", "2")
-    never = write_notebook(tmp_path / "n" / "03_never.ipynb", "3")
     with pytest.raises(BuildError) as caught:
-        site.execute([error, killed, never])
+        site.execute([error, killed])
     message = str(caught.value)
     assert "ZeroDivisionError" in message
     for notebook in (error, killed):
@@ -142,12 +139,11 @@ def test_failed_and_killed_notebooks_are_kept_and_named(site, tmp_path):
         assert kept.is_file()
         assert str(kept) in message
     assert "so far" in (site.pages / "01_error.failed.ipynb").read_text()
-    for notebook in (error, killed, never):
+    for notebook in (error, killed):
         assert site.finished(notebook) is None
         assert not (site.pages / notebook.name).exists()
         assert not site.receipt(notebook).exists()
     assert not list(site.pages.glob("*.running.ipynb"))
-    assert not (site.pages / "03_never.failed.ipynb").exists()  # nothing starts after a failure
 
 
 SLEEPS = """
@@ -289,29 +285,12 @@ def test_the_notebook_on_ones_own_collection_is_no_page(tmp_path):
         build("smoke", home=tmp_path, source=tmp_path, notebooks=["10"])
 
 
-def test_progress_estimates_from_last_time_then_from_this_time():
-    a, b, c = Path("a"), Path("b"), Path("c")
-    progress = Progress({a: None, b: 30.0, c: None}, workers=2)
-    assert progress.left() == (30 + 30 + 30) / 2
-    progress.done(a, 10.0)
-    assert progress.left() == (30 + 10) / 2
-    assert Progress({a: None}, workers=1).left() is None
-
-
-STUBS = {
-    "cover.md": "Stub.", "datasheet.md": "# Data sheet", "provenance.md": "# Provenance",
-}  # fmt: skip
-
-
-def stub_pages(home, profile, receipts):
-    for name, text in STUBS.items():
-        write_text(home / "book" / "_executed" / name, text + "\n")
-    pages.write_images(home / "book" / "_executed" / "images")
+STUBS = {"cover.md": "Stub.\n", "datasheet.md": "# Data sheet\n", "provenance.md": "# Provenance\n"}
 
 
 def test_the_book_is_built_strictly_and_only_when_something_changed(tmp_path, monkeypatch, capsys):
     """The real prose pages, with empty notebooks in the place of the real ones."""
-    monkeypatch.setattr(pages, "write", stub_pages)
+    monkeypatch.setattr(pages, "texts", lambda home, profile, receipts: STUBS)
     source, home = tmp_path / "checkout", tmp_path / "home"
     contents = (ROOT / "book" / "_toc.yml").read_text().split()
     names = [word.removeprefix("_executed/") for word in contents if word.startswith("_executed/0")]
@@ -383,23 +362,30 @@ def table4() -> pd.DataFrame:
     )
 
 
-def test_the_cover_tells_where_bm25_and_softmax_stand(tmp_path):
+def markdown_rows(text: str) -> dict[str, list[str]]:
+    """First cell of each row of Markdown tables → the others, without escapes."""
+    lines = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    rows = [[c.strip().replace("\\", "") for c in re.split(r"(?<!\\)\|", x)[1:-1]] for x in lines]
+    return {first: others for first, *others in rows}
+
+
+def test_the_cover_has_the_scores_of_table4(tmp_path):
     profile = load_profile("smoke")
     path = tmp_path / "table4.csv"
     table4().to_csv(path, index=False)
     text = pages.cover(profile, path)
-    assert "| Loss | nDCG@10, test1 | R@20, test1 | nDCG@10, test2 | R@20, test2 |" in text
-    assert "| Adaptive, in-batch | 0.450 | 0.450 | 0.460 | 0.460 |" in text
+    cells = markdown_rows(text)
+    assert cells["Loss"] == ["nDCG@10, test1", "R@20, test1", "nDCG@10, test2", "R@20, test2"]
+    assert cells["Adaptive, in-batch"] == ["0.450", "0.450", "0.460", "0.460"]
+    assert list(cells)[-1] == "Softmax (MNRL), in-batch"
     assert "0.712" not in text  # published numbers are not ours
-    assert "among the margin losses is 0.550 (Distributed)" in text
-    assert "BM25's own order reaches 0.500 (+0.050)" in text
-    assert "the softmax loss reaches 0.560 (−0.010)" in text
+    assert cells["BM25"] == ["0.500", "0.500", "0.510", "0.510"]
     assert "has not been computed" in pages.cover(profile, None)
 
 
 def test_machine_and_versions_name_no_machine():
     facts = pages.machine()
-    assert facts["cores"] >= 1
+    assert int(facts["cores"]) >= 1
     assert str(facts["memory"]).endswith("GiB")
     assert os.uname().nodename not in json.dumps(facts)
     found = pages.versions()
@@ -408,19 +394,19 @@ def test_machine_and_versions_name_no_machine():
 
 
 def test_provenance_lists_machine_notebooks_runs_and_fingerprints():
-    config = SimpleNamespace(
-        encoder="minilm-1", weights="sha256:53aa", collection="c0ffee", loss="margin", target=0.2,
-        in_batch=True, batch_size=32, triples=64, patience=0, seed=7,
+    config = run_config(
+        encoder="minilm-1", weights="sha256:53aa", collection="c0ffee", target=0.2, in_batch=True, batch_size=32, triples=64, seed=7,
     )  # fmt: skip
     result = {"train_seconds": 61.25, "eval_seconds": 2.0, "peak_bytes": 3 << 29}
     run = SimpleNamespace(run_id="aa11", config=config, result=result)
     machine = {"processor": "P | Q", "cores": 2}
     receipt = {"machine": machine, "finished": "2026-01-01T00:00:00Z", "seconds": 12.5}
     text = pages.provenance(load_profile("smoke"), {"01_x": receipt, "02_y": receipt}, [run])
-    assert "| `aa11` | minilm-1 | static ε = 0.2, in-batch, B 32, 64 triples | 7 | 61.2 |" in text
-    assert "| 2.0 | 1.50 |" in text
+    cells = markdown_rows(text)
+    what = "static ε = 0.2, in-batch, B 32, 64 triples"
+    assert cells["aa11"] == ["minilm-1", what, "7", "61.2", "2.0", "1.50"]
     assert "1:01 of training" in text
-    assert "| collection | `c0ffee` |" in text
-    assert "| 02_y | 2026-01-01T00:00:00Z | 12.5 |" in text
-    assert text.count("| Processor | P \\| Q |") == 1
+    assert cells["collection"] == ["c0ffee"] and cells["encoder minilm-1"] == ["sha256:53aa"]
+    assert cells["02_y"] == ["2026-01-01T00:00:00Z", "12.5"]
+    assert cells["Processor"] == ["P | Q"] and text.count("Processor") == 1
     assert "name: smoke" in text

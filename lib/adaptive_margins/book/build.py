@@ -1,6 +1,6 @@
-"""`make book`: runs → executed notebooks → book, leaving alone everything that is finished.
+"""`make book`: runs → executed notebooks → book. What is finished is not repeated.
 
-An executed notebook is finished if its receipt says so: written last, it holds the hashes of what
+An executed notebook is finished if its receipt matches: written last, it holds the hashes of what
 went in (notebook, parameters, library, package versions, results read) and of what came out. The
 book is finished if ``_build/`` holds the hash of all pages. Whatever is interrupted has no receipt.
 """
@@ -15,17 +15,16 @@ import shutil
 import subprocess
 import sysconfig
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from adaptive_margins.book import pages
+from adaptive_margins.book import pages, schematics
 from adaptive_margins.book.execute import (
     NotebookError,
     Scalar,
@@ -36,10 +35,10 @@ from adaptive_margins.book.execute import (
     worker_settings,
 )
 from adaptive_margins.errors import AdaptiveMarginsError
-from adaptive_margins.files import alone, file_sha256, read_object, write_text
-from adaptive_margins.paper import store
+from adaptive_margins.files import HOME_VARIABLE, alone, file_sha256, read_object, write_text
+from adaptive_margins.files import home as default_home
 from adaptive_margins.profiles.config import Profile, load_profile
-from adaptive_margins.progress import clock, say
+from adaptive_margins.progress import bar, clock, say
 
 WORKERS = 2
 """Notebooks executed at a time. They read results rather than compute, so memory sets the limit."""
@@ -49,7 +48,7 @@ _UNFINISHED = ("*.running.ipynb", "*.failed.ipynb")
 
 
 class BuildError(AdaptiveMarginsError, RuntimeError):
-    """The book was not built; the message says at which notebook or page, and what to look at."""
+    """The book was not built; the message names the notebook or page, and what to look at."""
 
 
 def build(
@@ -64,16 +63,21 @@ def build(
 ) -> Path:
     """Execute the notebooks of a checkout on ``profile`` and build the book; returns the page to open.
 
-    ``home`` is where results, pages and book go (default: `files.home`). ``notebooks`` selects some
-    by number or name (``["02"]``): then only they are executed, no book is built, and the folder of
-    the pages is returned. ``every`` includes the long one (`pages.LONG`), which else is shown as far as it has been executed
-    before, or as its committed summary. ``force`` executes notebooks that are finished, too. ``run`` is called
-    once, after all cheap checks and before the first notebook, to make the runs that are missing.
-    ``source`` is the checkout with ``notebooks/``, ``book/`` and ``_config.yml``.
+    Args:
+        profile: name of a profile, or a YAML file.
+        home: where results, pages and book go (default: `files.home`).
+        notebooks: some by number or name (``["02"]``): then only they are executed, no book is
+            built, and the folder of the pages is returned.
+        every: includes the long one (`pages.LONG`); without, its page is what was executed before,
+            or its committed summary.
+        force: execute notebooks that are finished, too.
+        run: computes the runs that are missing; called once, after all cheap checks and before the
+            first notebook.
+        source: the checkout with ``notebooks/``, ``book/`` and ``_config.yml``.
 
     Raises BuildError, NotebookError or ProfileError.
     """
-    home, source = (home or store.home()).resolve(), (source or _PACKAGE.parents[1]).resolve()
+    home, source = (home or default_home()).resolve(), (source or _PACKAGE.parents[1]).resolve()
     if profile.endswith((".yaml", ".yml")):
         profile = str(Path(profile).resolve())  # notebooks run in another folder
     settings = load_profile(profile)
@@ -97,19 +101,7 @@ def build(
         site.execute(chosen, force=force)
         if notebooks is not None:
             return site.pages
-        if home != source:
-            shutil.copy(source / "_config.yml", home)
-            for folder in ("book", "lib"):  # pages quote from the library
-                shutil.copytree(
-                    source / folder,
-                    home / folder,
-                    ignore=shutil.ignore_patterns("_executed", "__pycache__", "*.egg-info"),
-                    dirs_exist_ok=True,
-                )
-        for page in set(site.pages.glob("[0-9][0-9]_*.ipynb")) - {
-            site.pages / n.name for n in chosen
-        }:
-            page.unlink()  # outdated
+        site.copy_sources(source)
         site.write_pages(chosen, settings)
         return site.build_book()
 
@@ -145,7 +137,7 @@ class Site:
         return self.pages / "receipts" / f"{notebook.stem}.json"
 
     def _workplace(self, notebook: Path) -> Path:
-        # A folder of its own: what a notebook writes counts only once it has finished.
+        # A separate folder: what a notebook writes counts only once it has finished.
         return self.pages / f".data-{notebook.stem}"
 
     def parameters(self, notebook: Path) -> dict[str, Scalar]:
@@ -155,7 +147,7 @@ class Site:
         return {"profile": self.profile, "data_folder": str(self._workplace(notebook))}
 
     def key(self, notebook: Path) -> dict[str, Any]:
-        """What determines an executed notebook, results of runs aside."""
+        """What determines an executed notebook, apart from results of runs."""
         own = Path(self.profile)  # the profiles that come with the library are part of its hash
         return {
             "notebook": file_sha256(notebook),
@@ -170,57 +162,51 @@ class Site:
         return {run_id: file_sha256(p) if p.is_file() else "" for run_id, p in files.items()}
 
     def finished(self, notebook: Path) -> dict[str, Any] | None:
-        """The notebook's receipt if it matches what lies there now, else None."""
+        """The notebook's receipt if it matches what is on disk, else None."""
         receipt = read_object(self.receipt(notebook))
         try:
-            whole = (
+            matches = (
                 receipt["key"] == self.key(notebook)
                 and receipt["results"] == self.results(list(receipt["results"]))
                 and all(file_sha256(self.pages / p) == h for p, h in receipt["outputs"].items())
             )
         except (KeyError, OSError, AttributeError):
             return None
-        return receipt if whole else None
+        return receipt if matches else None
 
     def execute(self, notebooks: Sequence[Path], *, force: bool = False) -> None:
-        """Execute what is not finished, at most `WORKERS` at a time; stop at the first failure."""
+        """Execute what is not finished, at most `WORKERS` at a time; a failure cancels those that wait."""
         pending = [n for n in notebooks if force or self.finished(n) is None]
         if len(pending) < len(notebooks):
             say(f"[notebooks] {len(notebooks) - len(pending)} of {len(notebooks)} are finished")
         if not pending:
             return
-        # Durations of last time, finished or outdated, are the best estimate there is.
-        before = {n: read_object(self.receipt(n)).get("seconds") for n in pending}
-        progress = Progress(before, min(WORKERS, len(pending)))
         failures: list[str] = []
-        running: dict[Future[float], Path] = {}
-        waiting = list(pending)
-        with ProcessPoolExecutor(
-            max_workers=progress.workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=worker_settings,
-            initargs=({store.HOME_VARIABLE: str(self.home)},),
-        ) as pool:
-            while running or (waiting and not failures):
-                while waiting and not failures and len(running) < progress.workers:
-                    notebook = waiting.pop(0)
-                    running[self._submit(pool, notebook)] = notebook
-                    progress.say(f"{notebook.stem}: started")
-                finished, _ = wait(running, timeout=30, return_when=FIRST_COMPLETED)
-                if not finished:
-                    progress.say(f"running: {', '.join(n.stem for n in running.values())}")
-                for future in finished:
-                    notebook = running.pop(future)
-                    try:
-                        seconds = future.result()
-                        self._sign(notebook, seconds)
-                        progress.done(notebook, seconds)
-                    except NotebookError as error:
-                        failures.append(str(error))
-                    except BrokenProcessPool:
-                        failures.append(f"{notebook.name}: the process executing it was killed")
-                    except (OSError, ValueError) as error:
-                        failures.append(f"{notebook.name}: its results could not be kept: {error}")
+        with (
+            ProcessPoolExecutor(
+                min(WORKERS, len(pending)),
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=worker_settings,
+                initargs=({HOME_VARIABLE: str(self.home)},),
+            ) as pool,
+            bar("executing notebooks", total=len(pending), unit="notebooks") as progress,
+        ):
+            futures = {self._submit(pool, notebook): notebook for notebook in pending}
+            for future in as_completed(futures):
+                if future.cancelled():
+                    continue
+                notebook = futures[future]
+                try:
+                    self._sign(notebook, future.result())
+                    progress.update()
+                except NotebookError as error:
+                    failures.append(str(error))
+                except BrokenProcessPool:
+                    failures.append(f"{notebook.name}: the process executing it was killed")
+                except (OSError, ValueError) as error:
+                    failures.append(f"{notebook.name}: its results could not be kept: {error}")
+                if failures:
+                    pool.shutdown(wait=False, cancel_futures=True)
         if failures:
             raise BuildError("\n\n".join(failures))
 
@@ -229,23 +215,21 @@ class Site:
         shutil.rmtree(workplace, ignore_errors=True)
         workplace.mkdir(parents=True)
         self.receipt(notebook).unlink(missing_ok=True)
-        places = {
-            "book/_executed/data": workplace,
-            "HOME": self.home,
-            "CHECKOUT": _PACKAGE.parents[1],
-        }
-        work = partial(
+        hidden = {
+            "book/_executed/data": workplace, "HOME": self.home, "CHECKOUT": _PACKAGE.parents[1],
+        }  # fmt: skip
+        return pool.submit(
             execute,
             notebook,
             self.pages / notebook.name,
             self.parameters(notebook),
             cwd=notebook.parent,
             # Links that hold in notebooks/ must hold in book/_executed/, where the page lies.
-            replacements={**paths_to_hide(**places), "(../book/": "(../"},
+            replacements={**paths_to_hide(**hidden), "(../book/": "(../"},
         )
-        return pool.submit(work)
 
     def _sign(self, notebook: Path, seconds: float) -> None:
+        """Move what a notebook wrote to its place, and write its receipt."""
         workplace = self._workplace(notebook)
         data = self.pages / "data"
         data.mkdir(exist_ok=True)
@@ -266,35 +250,48 @@ class Site:
         }
         write_text(self.receipt(notebook), json.dumps(receipt, indent=1) + "\n")
 
+    def copy_sources(self, source: Path) -> None:
+        """Copy the pages written by hand, and the code that they quote, to a home that is no checkout."""
+        if self.home == source:
+            return
+        shutil.copy(source / "_config.yml", self.home)
+        ignored = shutil.ignore_patterns("_executed", "__pycache__", "*.egg-info")
+        for folder in ("book", "lib"):
+            shutil.copytree(source / folder, self.home / folder, ignore=ignored, dirs_exist_ok=True)
+
     def write_pages(self, notebooks: Sequence[Path], profile: Profile) -> None:
-        """Write what the book shows besides notebooks: cover, data sheet, provenance, drawings."""
+        """Write what the book shows besides notebooks, and remove what no notebook writes any more."""
         receipts = {n.stem: read_object(self.receipt(n)) for n in notebooks}
-        named = {self.pages / path for r in receipts.values() for path in r.get("outputs", ())}
-        for file in (self.pages / "data").glob("*"):
-            if file not in named:
-                file.unlink()  # left by a notebook that no longer writes it
-        pages.write(self.home, profile, receipts)
+        texts = pages.texts(self.home, profile, receipts)
+        for name, text in texts.items():
+            write_text(self.pages / name, text)
+        images = self.pages / "images"
+        images.mkdir(exist_ok=True)
+        schematics.targets().savefig(images / "targets.png", dpi=200)
+        current = {self.pages / path for r in receipts.values() for path in r.get("outputs", ())}
+        current |= {self.pages / name for name in [*texts, *(n.name for n in notebooks)]}
+        found = [*(self.pages / "data").glob("*"), *self.pages.glob("[0-9][0-9]_*")]
+        for file in set(found) - current:
+            if not any(file.match(pattern) for pattern in _UNFINISHED):
+                file.unlink()
 
     def book_inputs(self) -> str:
         """Hash of everything the book is built from."""
         skipped = {self.pages / "receipts", self.pages / "book.log"}
         digest = hashlib.sha256(json.dumps([library_hash(), pages.versions()]).encode())
         for file in [self.home / "_config.yml", *sorted((self.home / "book").rglob("*"))]:
-            if (
-                file.is_dir()
-                or skipped & {file, file.parent}
-                or any(file.match(pattern) for pattern in _UNFINISHED)
-            ):
-                continue
-            digest.update(f"{file.relative_to(self.home)} {file_sha256(file)}\n".encode())
+            unfinished = any(file.match(pattern) for pattern in _UNFINISHED)
+            if file.is_file() and not unfinished and not skipped & {file, file.parent}:
+                digest.update(f"{file.relative_to(self.home)} {file_sha256(file)}\n".encode())
         return digest.hexdigest()
 
     def build_book(self) -> Path:
         """Build the book strictly, unless it is built; returns its first page.
 
-        Sphinx repeats no warning of a page it does not read again, so a strict build starts afresh.
+        Sphinx repeats no warning of a page that it does not read again, so it starts from scratch, in a
+        folder that replaces the last book once it is complete.
         """
-        built, partial_folder = self.home / "_build", self.home / ".book.partial"
+        built, partial = self.home / "_build", self.home / ".book.partial"
         index = built / "html" / "index.html"
         inputs = self.book_inputs()
         if read_object(built / "receipt.json").get("inputs") == inputs and index.is_file():
@@ -302,68 +299,35 @@ class Site:
             return index
         say("[book] building")
         started = time.monotonic()
-        shutil.rmtree(partial_folder, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         command = [str(Path(sysconfig.get_path("scripts")) / "jupyter-book"), "build", "book"]
         command += ["-n", "-W", "--keep-going", "--config", "_config.yml"]
-        command += ["--path-output", partial_folder.name]
+        command += ["--path-output", partial.name]
         log = self.pages / "book.log"
         with log.open("w") as file:
-            code = subprocess.run(
+            done = subprocess.run(
                 command, cwd=self.home, stdout=file, stderr=subprocess.STDOUT, check=False
-            ).returncode
-        if code or not (partial_folder / "_build" / "html" / "index.html").is_file():
-            lines = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text()).splitlines()
-            shutil.rmtree(partial_folder, ignore_errors=True)
-            told = [line for line in lines if re.search("WARNING|ERROR|rror:", line)] or lines[-20:]
-            raise BuildError(
-                "\n".join(["the book did not build:", *told[:40], f"all of it: {log}"])
             )
-        write_text(
-            partial_folder / "_build" / "receipt.json", json.dumps({"inputs": inputs}) + "\n"
-        )
+        if done.returncode or not (partial / "_build" / "html" / "index.html").is_file():
+            shutil.rmtree(partial, ignore_errors=True)
+            lines = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text()).splitlines()
+            found = [x for x in lines if re.search("WARNING|ERROR|rror:", x)] or lines[-20:]
+            message = ["the book did not build:", *found[:40], f"all of it: {log}"]
+            raise BuildError("\n".join(message))
+        receipt = json.dumps({"inputs": inputs}) + "\n"
+        write_text(partial / "_build" / "receipt.json", receipt)
         shutil.rmtree(built, ignore_errors=True)
-        (partial_folder / "_build").replace(built)
-        shutil.rmtree(partial_folder)
+        (partial / "_build").replace(built)
+        shutil.rmtree(partial)
         say(f"[book] built in {clock(time.monotonic() - started)}. Open {index}")
         return index
 
 
-class Progress:
-    """Lines of text: which notebook, time elapsed, an estimate of the time left."""
-
-    def __init__(self, expected: Mapping[Path, float | None], workers: int) -> None:
-        """``expected``: seconds each pending notebook took last time, None if unknown."""
-        self.expected, self.workers = dict(expected), workers
-        self.total, self.seconds, self.started = len(expected), list[float](), time.monotonic()
-
-    def left(self) -> float | None:
-        """Seconds left, from last time's durations and the mean of this time's; None if neither."""
-        known = self.seconds or [s for s in self.expected.values() if s is not None]
-        if not known:
-            return None
-        mean = sum(known) / len(known)
-        return sum(mean if s is None else s for s in self.expected.values()) / self.workers
-
-    def say(self, what: str) -> None:
-        """One line."""
-        left = self.left()
-        estimate = "" if left is None or not self.expected else f", about {clock(left)} left"
-        elapsed = clock(time.monotonic() - self.started)
-        done = f"{self.total - len(self.expected)}/{self.total}"
-        say(f"[notebooks {done}] {what} | {elapsed} elapsed{estimate}")
-
-    def done(self, notebook: Path, seconds: float) -> None:
-        """Say that a notebook has finished."""
-        del self.expected[notebook]
-        self.seconds.append(seconds)
-        self.say(f"{notebook.stem}: finished in {clock(seconds)}")
-
-
 def library_hash() -> str:
-    """Hash of the library's own files, as far as they can change a page."""
+    """Hash of the library's files, as far as they can change a page."""
     digest = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*")):
-        if file.suffix in (".py", ".yaml"):
+        if file.suffix in (".py", ".yaml", ".csv", ".md", ".html", ".j2"):
             digest.update(f"{file.relative_to(_PACKAGE)} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
 

@@ -1,8 +1,8 @@
 """One notebook → papermill → one page of the book.
 
-A notebook that died with its kernel looks finished by its own metadata (papermill 2.7), so
-nothing here trusts that: the page appears only after papermill has returned, every code cell has
-an execution count and the page is written whole.
+A notebook whose kernel was killed looks finished in its metadata (papermill 2.7), so they are not read: a
+page appears only after papermill has returned, every code cell has an execution count, and the file is
+complete.
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ import time
 from collections.abc import Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import papermill
 
 from adaptive_margins.errors import AdaptiveMarginsError
+from adaptive_margins.files import write_text
 
 START_TIMEOUT = 300
 """Seconds a kernel may take to start; on a busy machine importing torch alone takes ten."""
+
+SKIPPED = "skip-execution"
+"""The tag of cells that are for readers to run, e.g. because they train."""
 
 Scalar = str | int | float | bool | None
 _WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -34,7 +37,7 @@ _KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language"
 
 
 class NotebookError(AdaptiveMarginsError, RuntimeError):
-    """A notebook that cannot be executed, or failed; the message names it and the copy kept."""
+    """A notebook that cannot be executed, or failed; the message names it and the copy of its state."""
 
 
 def parameter_defaults(notebook: Path) -> dict[str, Scalar]:
@@ -95,16 +98,14 @@ def execute(
 ) -> float:
     """Run ``notebook`` and write it, executed and tidied, to ``page``; returns the seconds it took.
 
-    While it runs the copy is ``NAME.running.ipynb``; if it fails that becomes
-    ``NAME.failed.ipynb``, which the NotebookError names. ``page`` appears whole or not at all.
-    ``replacements`` are texts to replace throughout the page. The same by hand:
+    While it runs the copy is ``NAME.running.ipynb``; if it fails that becomes ``NAME.failed.ipynb``, which
+    the NotebookError names. ``page`` is written atomically. ``replacements`` are texts to replace
+    throughout the page. The same by hand:
     ``papermill NOTEBOOK OUT.ipynb -k python3 --start-timeout 300 -p NAME VALUE``.
     """
     check_parameters(notebook, parameters)
     page.parent.mkdir(parents=True, exist_ok=True)
-    running, failed = (
-        page.with_name(f"{page.stem}.{state}.ipynb") for state in ("running", "failed")
-    )
+    running, failed = (page.with_name(f"{page.stem}.{s}.ipynb") for s in ("running", "failed"))
     for old in (running, failed):
         old.unlink(missing_ok=True)
     started = time.monotonic()
@@ -120,41 +121,42 @@ def execute(
             # It warns of its own local sockets, and now and then calls the end of a kernel an error.
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
-        idle = [
-            number
-            for number, cell in enumerate(executed.cells, 1)
-            if cell.cell_type == "code" and cell.source.strip() and cell.execution_count is None
-        ]
-        if idle:
+        if idle := _not_executed(executed):
             raise RuntimeError(f"cells {idle} were not executed")
         text = json.dumps(tidied(executed), indent=1, ensure_ascii=False) + "\n"
         for old_text, new_text in (replacements or {}).items():
             text = text.replace(old_text, new_text)
-        with running.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        running.replace(page)
+        write_text(page, text)
+        running.unlink()
     except Exception as error:
-        kept = "no copy could be kept"
+        state = "no copy could be kept"
         if running.is_file():
             running.replace(failed)
-            kept = f"its state is in {failed}"
+            state = f"its state is in {failed}"
         reason = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip() or type(error).__name__
-        raise NotebookError(f"{notebook.name} failed; {kept}\n{reason}") from None
+        raise NotebookError(f"{notebook.name} failed; {state}\n{reason}") from None
     return time.monotonic() - started
+
+
+def _not_executed(executed: nbformat.NotebookNode) -> list[int]:
+    """Numbers of code cells without an execution count, from 1."""
+    return [
+        number
+        for number, cell in enumerate(executed.cells, 1)
+        if cell.cell_type == "code"
+        and cell.source.strip()
+        and cell.execution_count is None
+        and SKIPPED not in cell.metadata.get("tags", [])
+    ]
 
 
 def tidied(executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """The executed notebook as a page, without what papermill, kernel and widgets add."""
     page = nbformat.from_dict(executed)
-    page.metadata = nbformat.from_dict(
-        {"kernelspec": _KERNEL, "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
-    )
+    language = {"name": "python", "pygments_lexer": "ipython3"}
+    page.metadata = nbformat.from_dict({"kernelspec": _KERNEL, "language_info": language})
     for cell in page.cells:
-        tags: list[str] = [
-            tag for tag in cell.metadata.get("tags", []) if not tag.startswith("papermill-")
-        ]
+        tags = [t for t in cell.metadata.get("tags", []) if not t.startswith("papermill-")]
         if "injected-parameters" in tags and "remove-cell" not in tags:
             tags.append("remove-cell")  # the values are on the provenance page
         if tags:
@@ -165,7 +167,7 @@ def tidied(executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
             if "text" in output:
                 output["text"] = re.sub(r"\S*/ipykernel_\d+/\d+\.py", "notebook", output["text"])
         if "outputs" in cell:
-            # The text that stands in for a widget, a progress bar mostly, is of no use on a page.
+            # The text in place of a widget, mostly a progress bar, is of no use on a page.
             cell["outputs"] = [o for o in cell["outputs"] if _WIDGET not in o.get("data", {})]
     nbformat.validate(page)
     return page
@@ -186,8 +188,7 @@ def worker_settings(environment: Mapping[str, str]) -> None:
 
 def paths_to_hide(**places: Path) -> dict[str, str]:
     """Replacements that take paths out of a page, longest first: ``places``, Python, the home."""
-    found: dict[str, Any] = {str(path): name for name, path in places.items()}
-    found.setdefault(sys.prefix, ".venv")
-    found.setdefault(sys.base_prefix, "python")
-    found.setdefault(str(Path.home()), "~")
+    found = {str(path): name for name, path in places.items()}
+    for path, name in ((sys.prefix, ".venv"), (sys.base_prefix, "python"), (str(Path.home()), "~")):
+        found.setdefault(path, name)
     return {path: found[path] for path in sorted(found, key=len, reverse=True) if len(path) > 4}

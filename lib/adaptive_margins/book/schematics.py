@@ -1,6 +1,6 @@
-"""The ideas of the paper's Figures 1 and 2, drawn anew: `regimes` and `targets`.
+"""The idea of the paper's Figure 2: `targets` on a circle, with the shifts that the loss induces.
 
-The arrows of `targets` are computed: they are the negative gradient of `margin_loss` on the circle.
+The arrows are computed: they are the negative gradient of `margin_loss` on the circle.
 """
 
 from __future__ import annotations
@@ -12,106 +12,15 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle, FancyBboxPatch, Patch
+from matplotlib.patches import Circle
 
 from adaptive_margins.losses import margin_loss
 
-BLACK, _, _, GREEN, _, BLUE, RED, PURPLE = matplotlib.color_sequences["okabe_ito"]
+BLACK, _, _, GREEN, _, _, RED, _ = matplotlib.color_sequences["okabe_ito"]
 GREY = "#595959"
 _CENTRED: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 11}
 WIDTH = 7.0  # inches, the width of the book's text column at 100 dpi
-
-
-def regimes() -> Figure:
-    """Draw teacher distillation beside self-distillation: who scores what (paper, Figure 1).
-
-    Data are blue, the bi-encoder green, the cross-encoder purple. 7 × 4.4 inches, white background.
-    """
-    figure = Figure(figsize=(WIDTH, 4.4), facecolor="white")
-    left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.04})
-    figure.subplots_adjust(left=0.01, right=0.99, top=0.93, bottom=0.1)
-    for axes, title in ((left, "Teacher distillation"), (right, "Self-distillation")):
-        axes.set(xlim=(0, 10), ylim=(0, 10.4))
-        axes.set_axis_off()
-        axes.set_title(title, fontsize=11, fontweight="bold")
-
-    triples = _box(left, 5, 9.5, 9.2, "Triples: query, positive, negative", BLUE)
-    teacher = _box(left, 7.4, 7.3, 4.4, "Cross-encoder\n(teacher)", PURPLE)
-    margins = _box(left, 7.4, 5.1, 4.4, "Teacher's margin\nof every triple", BLUE)
-    batches = _box(left, 2.6, 5.1, 4.4, "Batches sampled\nby margin", BLUE)
-    student = _box(left, 2.6, 2.9, 4.4, "Bi-encoder\n(student)", GREEN)
-    loss = _box(left, 5, 0.7, 9.2, "Loss: relevance margin − target", GREY)
-    _arrow(left, triples, teacher)
-    _arrow(left, teacher, margins)
-    _arrow(left, margins, batches)
-    _arrow(left, triples, batches)
-    _arrow(left, batches, student)
-    _arrow(left, student, loss, "margin")
-    _arrow(left, margins, loss, "target")
-
-    triples = _box(right, 5, 9.5, 9.2, "Triples: query, positive, negative", BLUE)
-    batches = _box(right, 5, 7.3, 9.2, "Batches in random order", BLUE)
-    encoder = _box(right, 5, 5.1, 9.2, "Bi-encoder (student and teacher)", GREEN)
-    margin = _box(right, 2.6, 2.9, 4.4, r"$\varphi(q, d^+) - \varphi(q, d^-)$", BLUE)
-    target = _box(right, 7.4, 2.9, 4.4, r"$(1 + \varphi(d^+\!, d^-))\,/\,2$", BLUE)
-    loss = _box(right, 5, 0.7, 9.2, "Loss: relevance margin − target", GREY)
-    _arrow(right, triples, batches)
-    _arrow(right, batches, encoder)
-    _arrow(right, encoder, margin)
-    _arrow(right, encoder, target)
-    _arrow(right, margin, loss, "margin")
-    _arrow(right, target, loss, "target")
-
-    keys = {"data": BLUE, "bi-encoder": GREEN, "cross-encoder": PURPLE}
-    handles = [Patch(facecolor=_tint(c), edgecolor=c, label=name) for name, c in keys.items()]
-    figure.legend(handles=handles, loc="lower center", ncols=3, frameon=False, fontsize=9)
-    return figure
-
-
-def _tint(color: str | tuple[float, ...]) -> tuple[float, ...]:
-    """The colour mixed with white, so that black text stays legible on it."""
-    return tuple(0.18 * part + 0.82 for part in to_rgb(color))
-
-
-def _box(
-    axes: Axes, x: float, y: float, width: float, text: str, color: str | tuple[float, ...]
-) -> FancyBboxPatch:
-    """A labelled box around (x, y)."""
-    height = 1.35
-    box = FancyBboxPatch(
-        (x - width / 2, y - height / 2),
-        width,
-        height,
-        boxstyle="round,pad=0,rounding_size=0.2",
-        facecolor=_tint(color),
-        edgecolor=color,
-        linewidth=1.5,
-    )
-    axes.add_patch(box)
-    axes.text(x, y, text, ha="center", va="center", fontsize=9, color=BLACK, linespacing=1.15)
-    return box
-
-
-def _arrow(axes: Axes, start: FancyBboxPatch, end: FancyBboxPatch, label: str = "") -> None:
-    """An arrow between the facing edges of two boxes: horizontal if side by side, else vertical."""
-    (x0, y0), (x1, y1) = (
-        (box.get_x() + box.get_width() / 2, box.get_y() + box.get_height() / 2)
-        for box in (start, end)
-    )
-    if abs(y0 - y1) < 1:  # side by side
-        x0, x1 = start.get_x(), end.get_x() + end.get_width()
-    else:
-        if start.get_width() < end.get_width():
-            x1 = x0
-        elif start.get_width() > end.get_width():
-            x0 = x1
-        y0, y1 = start.get_y(), end.get_y() + end.get_height()
-    style = {"arrowstyle": "-|>", "color": GREY, "linewidth": 1.3, "shrinkA": 0, "shrinkB": 0}
-    axes.annotate("", (x1, y1), (x0, y0), arrowprops=style)
-    if label:
-        axes.text(x0 + 0.2, (y0 + y1) / 2, label, va="center", fontsize=8.5, color=GREY)
 
 
 @dataclass(frozen=True)
