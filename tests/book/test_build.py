@@ -395,7 +395,8 @@ def test_machine_and_versions_name_no_machine():
 
 def test_provenance_lists_machine_notebooks_runs_and_fingerprints():
     config = run_config(
-        encoder="minilm-1", weights="sha256:53aa", collection="c0ffee", target=0.2, in_batch=True, batch_size=32, triples=64, seed=7,
+        encoder="minilm-1", weights="sha256:53aa", collection="c0ffee", target=0.2, in_batch=True,
+        batch_size=32, triples=64, seed=7,
     )  # fmt: skip
     result = {"train_seconds": 61.25, "eval_seconds": 2.0, "peak_bytes": 3 << 29}
     run = SimpleNamespace(run_id="aa11", config=config, result=result)
