@@ -25,7 +25,7 @@ from adaptive_margins.data.pseudo_queries import about, pseudo_collection
 from adaptive_margins.data.sources import MOST_TEST, MOST_VALIDATION, open_collection, split_queries
 from adaptive_margins.data.stored import seeded_order
 from adaptive_margins.data.trec import Run
-from adaptive_margins.encoder.load import prompts
+from adaptive_margins.encoder.load import default_device, prompts
 from adaptive_margins.encoder.tokens import Tokens, count_truncated, tokenize
 from adaptive_margins.evaluation.measures import evaluate, relevant
 from adaptive_margins.files import whole_file
@@ -51,12 +51,12 @@ class SplitCollection:
     pseudo: dict[str, Any] | None
 
 
-def open_split(source: str, triples: int, seed: int) -> SplitCollection:
+def open_split(source: str, triples: int | None, seed: int) -> SplitCollection:
     """Open a collection and split its queries; pseudo-queries are made if it has none.
 
     Args:
         source: a folder, "pydocs" or an ir_datasets id (`open_collection`).
-        triples: pseudo-queries to train on, at most.
+        triples: pseudo-queries to train on, at most; None for the default of `Settings`.
         seed: of the split and of the pseudo-queries.
 
     Raises:
@@ -71,7 +71,7 @@ def open_split(source: str, triples: int, seed: int) -> SplitCollection:
         collection.name,
         collection.sources,
         collection.titles,
-        count=triples,
+        count=triples or Settings.for_device(default_device()).triples,
         test=MOST_TEST,
         validation=MOST_VALIDATION,
         seed=seed,
