@@ -21,7 +21,7 @@ ORDER = [
 ]  # fmt: skip
 DATA = [
     "words", "text", "trec", "collection", "stored", "triples", "mining", "pseudo_queries", "pydocs",
-    "ir_datasets", "folder", "sources",
+    "folder", "ir_datasets", "converted", "splits", "sources",
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from adaptive_margins import cli, progress
 from adaptive_margins.corpus import finetune as finetuning
 from adaptive_margins.data import sources
 from adaptive_margins.data.folder import read_folder
-from adaptive_margins.data.sources import split_queries
+from adaptive_margins.data.splits import split_queries
 from adaptive_margins.data.trec import read_qrels, read_run, top, write_run
 from adaptive_margins.encoder.load import open_encoder
 from adaptive_margins.evaluation.comparison import compare_runs

@@ -121,14 +121,20 @@ def test_an_id_that_a_line_cannot_hold_is_not_saved(tmp_path: Path, identifier: 
         ({"qrels": {"train": {"q9": {}}, "test1": {}}}, "unknown query 'q9'"),
         ({"qrels": {"train": {"q2": {}}, "test1": {}}}, "unknown query 'q2'"),
         ({"qrels": {"train": {"q1": {"d9": 1}}, "test1": {}}}, "unknown passage 'd9'"),
-        ({"qrels": {"train": {"q1": {"d1": 1.5}}, "test1": {}}}, "must be an integer, not 1.5"),
+        (
+            {"qrels": {"train": {"q1": {"d1": 1.5}}, "test1": {}}},
+            "must be an integer within ±1,000, not 1.5",
+        ),
         ({"qrels": {"train": {"q1": {"d1": 1001}}, "test1": {}}}, "within ±1,000, not 1001"),
         (
             {"qrels": {"train": {"q1": {"d1": -(10**9)}}, "test1": {}}},
             "within ±1,000, not -1000000000",
         ),
-        ({"qrels": {"train": {"q1": {"d1": True}}, "test1": {}}}, "must be an integer, not True"),
-        ({"triples": [("q2", "d1", "d2")]}, "'q2', which is not in the set 'train'"),
+        (
+            {"qrels": {"train": {"q1": {"d1": True}}, "test1": {}}},
+            "must be an integer within ±1,000, not True",
+        ),
+        ({"triples": [("q2", "d1", "d2")]}, "unknown training query 'q2'"),
         ({"triples": [("q1", "d1", "d9")]}, "unknown passage 'd9'"),
     ],
 )
@@ -193,12 +199,12 @@ def test_all_problems_are_reported_at_once_but_each_kind_once(saved: Path) -> No
 def test_a_changed_text_does_not_fit_the_fingerprint(saved: Path) -> None:
     path = saved / "collection.tsv"
     path.write_text(path.read_text().replace("third", "fourth"))
-    with pytest.raises(DataError, match=r"sources\.json says .* changed after"):
+    with pytest.raises(DataError, match=r"sources\.json has .* changed after"):
         Collection.load(saved)
     about = json.loads((saved / "sources.json").read_text())
     (saved / "sources.json").write_text(json.dumps(about | {"fingerprint": ""}))
     Collection.load(saved)  # without a fingerprint nothing is compared, unless the folder has one
-    with pytest.raises(DataError, match="the folder's name says 0123456789abcdef"):
+    with pytest.raises(DataError, match="the folder's name has 0123456789abcdef"):
         Collection.load(saved.rename(saved.parent / "0123456789abcdef"))
 
 

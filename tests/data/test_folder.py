@@ -13,13 +13,7 @@ from pathlib import Path
 import pytest
 
 from adaptive_margins.data.collection import Collection, Texts
-from adaptive_margins.data.folder import (
-    _TEXT_TRIPLES,
-    read_dataset,
-    read_folder,
-    read_runs,
-    run_files,
-)
+from adaptive_margins.data.folder import read_dataset, read_folder, read_runs, run_files
 from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.text import MAX_LINE, DataError, Problems
 
@@ -331,7 +325,8 @@ def test_unknown_ids_that_look_like_known_ones_are_shown_escaped(
         ({"triples.tsv": "qid\tpos\tneg\nt1\td1\td2\n", **TRAIN},
          ["triples.tsv:1: unknown ids 'qid', 'pos', 'neg'; if this is a header, remove it: sed -i 1d FILE"]),
         ({"triples.tsv": "how to\tso\tand so\nwhy\tas it is\tno\n", **TRAIN},
-         [f"triples.tsv:1: {_TEXT_TRIPLES} (and 1 more line like it)"]),
+         ["triples.tsv:1: expected the ids of a query and of two passages, found texts; a Hugging Face dataset on disk"
+          " (columns query, positive, negative) may have texts (and 1 more line like it)"]),
         ({"triples.tsv": "t9\td1\td2\n"}, ["triples.tsv:1: unknown query 't9'"]),
         ({"queries_validation.tsv": "v1\tx\n"},
          ["qrels_validation.txt: file not found; it judges queries_validation.tsv"]),
@@ -381,7 +376,7 @@ D = '{"_id": "d1", "text": "x"}\n'
         ({"corpus.jsonl": "{\n" + D[1:]}, "corpus.jsonl:1: JSON lines expected, found JSON over several lines"),
         ({"corpus.jsonl": D + "\n" + D}, "corpus.jsonl:2: not valid JSON (a blank line"),
         ({"corpus.jsonl": D.replace('"d1"', "1")}, 
-         "corpus.jsonl:1: '_id' must be a text, not 1; convert: jq -c '._id |= tostring' corpus.jsonl > NEW"),
+         "corpus.jsonl:1: '_id' must be a text, not 1; convert: jq -c '._id |= tostring' FILE > NEW"),
         ({"corpus.jsonl": D.replace("_id", "docid")}, "corpus.jsonl:1: '_id' is missing; found 'docid', 'text'"),
         ({"corpus.jsonl": D + D}, "corpus.jsonl:2: id 'd1' occurs already in line 1"),
         ({"corpus.jsonl": D + '["d2", "x"]\n'}, 'corpus.jsonl:2: expected {"_id": text, "text": text}'),

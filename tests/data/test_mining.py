@@ -7,16 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from adaptive_margins.data.collection import Collection, Texts
-from adaptive_margins.data.mining import (
-    SAME_PASSAGE,
-    Checked,
-    Guarded,
-    check_sample,
-    check_triples,
-    guard,
-    mine_triples,
-)
+from adaptive_margins.data.collection import Texts
+from adaptive_margins.data.mining import SAME_PASSAGE, Guarded, guard
 
 
 def words(first: int, count: int) -> str:
@@ -181,65 +173,9 @@ def test_unknown_passages_are_named() -> None:
         guard({"q1": {"nowhere": 1.0}}, QRELS, TEXTS, similarity=None)
 
 
-def test_triples_are_a_positive_with_text_and_a_guarded_candidate() -> None:
-    qrels = {"q1": {"pos": 1, "empty": 1, "judged": 0}, "q2": {"other": 1}}
-    kept, _ = guard(RUN, qrels, TEXTS, similarity=None)
-    triples = mine_triples(qrels, kept, TEXTS, count=40, seed=1)
-    assert {t for t in triples if t[0] == "q1"} == {("q1", "pos", d) for d in ("other", "far", "close", "clear")}  # fmt: skip
-    assert {t[1] for t in triples if t[0] == "q2"} == {"other"}
-    assert [t[0] for t in triples[:2]] in (["q1", "q2"], ["q2", "q1"])  # one a query and pass
-    assert mine_triples(qrels, kept, TEXTS, count=7, seed=1) == triples[:7]
-    assert mine_triples(qrels, kept, TEXTS, count=40, seed=2) != triples
-    first = mine_triples(qrels, kept, TEXTS, count=9, seed=1, ranks=(1, 2))
-    assert {t[2] for t in first if t[0] == "q1"} == {"other"}  # the best that passed the guards
-
-
 def test_near_duplicates_of_text_without_spaces_are_found() -> None:
     one = "春天的时候企鹅常常在河边喝水生活在南极的海边主要捕食磷虾和小鱼身上有厚厚的羽毛研究者观察了很久"
     texts = Texts(["pos", "near", "other"], [one, one + "吧", "大熊猫住在四川的竹林里"])
     run = {"q": {"near": 2.0, "other": 1.0}}
     kept, guarded = guard(run, {"q": {"pos": 1}}, texts, similarity=None)
     assert kept == {"q": {"other": 1.0}} and guarded.near_duplicate == 1
-
-
-GIVEN = Texts(
-    ["p", "n", "twin", "bad", "empty"], ["The  otter", "A badger", "the OTTER ", "A heron", " "]
-)
-TRIPLES = [
-    ("q", "p", "n"), ("q", "p", "twin"), ("q", "p", "bad"), ("q", "bad", "p"), ("q", "p", "p"), ("q", "p", "empty"),
-    ("q", "n", "p"), ("q", "p", "n"), ("r", "bad", "n"), ("q", "p", "zero"),
-]  # fmt: skip
-
-
-def test_given_triples_are_checked_and_counted() -> None:
-    passages = Texts([*GIVEN.ids, "zero"], [*GIVEN.texts, "A quokka"])
-    qrels = {"q": {"p": 2, "bad": 1, "n": -1, "zero": 0}}
-    queries = Texts(["q", "r"], ["what", "who"])
-    found, checked = check_triples(TRIPLES, queries, qrels, passages)
-    # A negative judged not relevant stays, and so does a positive that nobody judged.
-    assert found == [("q", "p", "n"), ("r", "bad", "n"), ("q", "p", "zero")]
-    assert dataclasses.asdict(checked) == {
-        "checked": 10, "without_text": 1, "same_passage": 1, "negative_relevant": 3, "positive_not_relevant": 0,
-        "same_text": 1, "repeated": 1,
-    }  # fmt: skip
-    assert checked.reasons.startswith("1 with an empty text, ") and ", 3 whose" in checked.reasons
-    contradicted = check_triples([("q", "n", "zero")], queries, qrels, passages)[1]
-    assert contradicted.positive_not_relevant == 1
-    assert Checked(checked=9).reasons == ""
-
-
-def test_checking_stops_when_enough_triples_are_found() -> None:
-    found, checked = check_triples(iter(TRIPLES[:5]), Texts(["q"], ["what"]), {}, GIVEN, wanted=1)
-    assert found == TRIPLES[:1] and checked.checked == 1
-    everything, checked = check_triples(TRIPLES[:5], Texts(["q"], ["what"]), {}, GIVEN, wanted=9)
-    assert len(everything) == 3 and checked.checked == 5
-
-
-def test_the_triples_of_a_collection_are_checked_at_even_distances() -> None:
-    queries = {"train": Texts(["q"], ["what"])}
-    made = Collection(
-        "c", GIVEN, queries, {"train": {"q": {"p": 1}}}, triples=[("q", "p", "twin")] * 9
-    )
-    assert check_sample(made) == Checked(checked=9, same_text=9)
-    assert check_sample(made, most=4) == Checked(checked=3, same_text=3)
-    assert check_sample(dataclasses.replace(made, triples=[])) == Checked()

@@ -5,7 +5,9 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,10 +17,24 @@ from adaptive_margins.data.pseudo_queries import (
     KINDS,
     about,
     pseudo_collection,
-    pseudo_queries,
     sentences,
 )
 from adaptive_margins.data.text import DataError
+
+
+class Made:
+    """`pseudo_queries`, by query id."""
+
+    def __init__(self, *passages: Any, kinds: Sequence[str] = KINDS, **options: Any) -> None:
+        self.made = pseudo.pseudo_queries(*passages, kinds=kinds, **options)
+        self.ids = [one.qid for one in self.made]
+        self.queries = {one.qid: one.query for one in self.made}
+        self.positives = [(one.qid, one.docid) for one in self.made]
+        self.texts = {one.qid: one.whole if one.keeps_query else one.rest for one in self.made}
+        self.kinds = {k: sum(one.kind == k for one in self.made) for k in KINDS if k in kinds}
+
+
+pseudo_queries = Made
 
 
 @pytest.mark.parametrize(
@@ -117,14 +133,14 @@ def test_kinds_share_equally_and_fewer_are_a_prefix_of_more() -> None:
     few = pseudo_queries(PASSAGES, TITLES, count=31, seed=1)
     assert few.kinds == {"title": 11, "first sentence": 10, "inverse cloze": 10}
     assert few.positives == made.positives[:31]
-    assert few.queries.texts == made.queries.texts[:31]
+    assert list(few.queries.values()) == list(made.queries.values())[:31]
     assert few.texts.items() <= made.texts.items()
     assert pseudo_queries(PASSAGES, TITLES, count=31, seed=2).positives != few.positives
-    assert pseudo_queries(PASSAGES, TITLES, kinds=KINDS[::-1], count=31, seed=1) == few
+    assert pseudo_queries(PASSAGES, TITLES, kinds=KINDS[::-1], count=31, seed=1).made == few.made
 
 
 def test_the_same_in_another_process() -> None:
-    program = "from test_pseudo_queries import *; print(pseudo_queries(PASSAGES, TITLES, count=90, seed=1).queries.texts)"
+    program = "from test_pseudo_queries import *; print(pseudo_queries(PASSAGES, TITLES, count=90, seed=1).queries)"
     done = [
         subprocess.run(
             [sys.executable, "-c", program], cwd=Path(__file__).parent,
@@ -132,7 +148,7 @@ def test_the_same_in_another_process() -> None:
         ).stdout
         for seed in ("1", "2")
     ]  # fmt: skip
-    expected = pseudo_queries(PASSAGES, TITLES, count=90, seed=1).queries.texts
+    expected = pseudo_queries(PASSAGES, TITLES, count=90, seed=1).queries
     assert done == [f"{expected}\n"] * 2
 
 
@@ -144,8 +160,8 @@ def test_what_several_passages_have_is_no_query() -> None:
     passages = Texts([str(n) for n in range(40)], texts)
     made = pseudo_queries(passages, titles, count=1000, seed=1)
     assert made.kinds == {"title": 20, "first sentence": 0, "inverse cloze": 38}
-    assert boiler.rstrip(".") not in made.queries.texts
-    assert {"inverse-cloze:7", "inverse-cloze:8"}.isdisjoint(made.queries.ids)
+    assert boiler.rstrip(".") not in list(made.queries.values())
+    assert {"inverse-cloze:7", "inverse-cloze:8"}.isdisjoint(made.ids)
     # Capitals, punctuation and white space do not make another sentence.
     passages = Texts(
         ["a", "b"],
@@ -356,7 +372,7 @@ def test_the_time_grows_with_the_length_and_not_with_its_square(form: str) -> No
     def seconds(size: int) -> float:
         texts = Texts([f"d{i}" for i in range(31)], [*ordinary, form * (size // len(form))])
         since = time.process_time()
-        assert pseudo_queries(texts, None, count=40, seed=1).queries.ids
+        assert pseudo_queries(texts, None, count=40, seed=1).ids
         return time.process_time() - since
 
     long = min(seconds(800_000) for _ in range(2))

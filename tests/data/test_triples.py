@@ -1,8 +1,16 @@
+import dataclasses
 import logging
 
 import pytest
 
-from adaptive_margins.data.triples import sample_triples
+from adaptive_margins.data.collection import Collection, Texts
+from adaptive_margins.data.triples import (
+    Checked,
+    check_sample,
+    check_triples,
+    mine_triples,
+    sample_triples,
+)
 
 
 def run_of(*docids: str) -> dict[str, float]:
@@ -89,3 +97,63 @@ def test_queries_without_a_negative_are_skipped_and_counted(
 def test_what_cannot_be_sampled_is_an_error(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sample_triples(QRELS, RUN, **{"count": 10, "ranks": (1, 9), "seed": 1, **change})
+
+
+def test_mined_triples_have_a_positive_with_text_and_a_candidate() -> None:
+    passages = Texts(["p", "empty", "n1", "n2", "n3"], ["one", " ", "two", "three", "four"])
+    qrels = {"q1": {"p": 1, "empty": 1}, "q2": {"p": 1}}
+    run = {"q1": run_of("n1", "n2", "n3"), "q2": run_of("n3")}
+    triples = mine_triples(qrels, run, passages, count=40, seed=1)
+    assert set(triples) == {
+        ("q1", "p", "n1"),
+        ("q1", "p", "n2"),
+        ("q1", "p", "n3"),
+        ("q2", "p", "n3"),
+    }
+    assert {t[0] for t in triples[:2]} == {"q1", "q2"}  # one a query and pass
+    assert mine_triples(qrels, run, passages, count=7, seed=1) == triples[:7]
+    best = mine_triples(qrels, run, passages, count=9, seed=1, ranks=(1, 2))
+    assert {t[2] for t in best if t[0] == "q1"} == {"n1"}
+
+
+GIVEN = Texts(
+    ["p", "n", "twin", "bad", "empty"], ["The  otter", "A badger", "the OTTER ", "A heron", " "]
+)
+TRIPLES = [
+    ("q", "p", "n"), ("q", "p", "twin"), ("q", "p", "bad"), ("q", "bad", "p"), ("q", "p", "p"), ("q", "p", "empty"),
+    ("q", "n", "p"), ("q", "p", "n"), ("r", "bad", "n"), ("q", "p", "zero"),
+]  # fmt: skip
+
+
+def test_given_triples_are_checked_and_counted() -> None:
+    passages = Texts([*GIVEN.ids, "zero"], [*GIVEN.texts, "A quokka"])
+    qrels = {"q": {"p": 2, "bad": 1, "n": -1, "zero": 0}}
+    queries = Texts(["q", "r"], ["what", "who"])
+    found, checked = check_triples(TRIPLES, queries, qrels, passages)
+    # A negative judged not relevant stays, and so does a positive that nobody judged.
+    assert found == [("q", "p", "n"), ("r", "bad", "n"), ("q", "p", "zero")]
+    assert dataclasses.asdict(checked) == {
+        "checked": 10, "without_text": 1, "same_passage": 1, "negative_relevant": 3, "positive_not_relevant": 0,
+        "same_text": 1, "repeated": 1,
+    }  # fmt: skip
+    assert checked.reasons.startswith("1 with an empty text, ") and ", 3 whose" in checked.reasons
+    contradicted = check_triples([("q", "n", "zero")], queries, qrels, passages)[1]
+    assert contradicted.positive_not_relevant == 1
+    assert Checked(checked=9).reasons == ""
+
+
+def test_checking_stops_when_enough_triples_are_found() -> None:
+    found, checked = check_triples(iter(TRIPLES[:5]), Texts(["q"], ["what"]), {}, GIVEN, wanted=1)
+    assert found == TRIPLES[:1] and checked.checked == 1
+    everything, checked = check_triples(TRIPLES[:5], Texts(["q"], ["what"]), {}, GIVEN, wanted=9)
+    assert len(everything) == 3 and checked.checked == 5
+
+
+def test_the_triples_of_a_collection_are_checked_at_even_distances() -> None:
+    queries = {"train": Texts(["q"], ["what"])}
+    made = Collection(
+        "c", GIVEN, queries, {"train": {"q": {"p": 1}}}, triples=[("q", "p", "twin")] * 9
+    )
+    assert check_sample(made) == Checked(checked=9, same_text=9)
+    assert check_sample(made, most=4) == Checked(checked=3, same_text=3)
+    assert check_sample(dataclasses.replace(made, triples=[])) == Checked()

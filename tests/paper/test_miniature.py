@@ -22,7 +22,7 @@ from sentence_transformers import SentenceTransformer
 from adaptive_margins.book import context as show
 from adaptive_margins.book.comparison import comparison
 from adaptive_margins.book.published import load
-from adaptive_margins.data.ir_datasets import StoredCollection
+from adaptive_margins.data.converted import StoredCollection
 from adaptive_margins.data.trec import top, write_run
 from adaptive_margins.encoder.embed import Shards
 from adaptive_margins.paper.experiments import Reproduction

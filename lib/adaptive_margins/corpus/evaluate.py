@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from adaptive_margins.corpus.finetuned import Finetuned
 from adaptive_margins.data.collection import Collection, Texts
-from adaptive_margins.data.sources import open_collection, split_queries
+from adaptive_margins.data.sources import open_collection
+from adaptive_margins.data.splits import split_queries
 from adaptive_margins.data.text import DataError, alike
 from adaptive_margins.data.trec import Qrels, Run, read_marked_run, run_tag, top, write_run
 from adaptive_margins.encoder.load import default_device, encoder_identity, open_encoder

@@ -30,9 +30,10 @@ from adaptive_margins.corpus.finetuned import RUNS, Finetuned, compared
 from adaptive_margins.corpus.settings import FinetuneError, Settings, Target
 from adaptive_margins.corpus.validation import SELECTION
 from adaptive_margins.data.collection import Collection
-from adaptive_margins.data.mining import guard, mine_triples
+from adaptive_margins.data.mining import guard
 from adaptive_margins.data.stored import seeded_order
 from adaptive_margins.data.trec import top
+from adaptive_margins.data.triples import mine_triples
 from adaptive_margins.encoder.load import default_device, encoder_identity, open_encoder
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.losses import margin_loss, margins_and_targets

@@ -6,13 +6,19 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from adaptive_margins.data.text import DataError, Problems, alike, read_columns
-from adaptive_margins.data.trec import MAX_GRADE, Qrels, qrels_text, read_judgements
+from adaptive_margins.data.text import DataError, Problems, read_columns
+from adaptive_margins.data.trec import (
+    MAX_GRADE,
+    Judgements,
+    Qrels,
+    qrels_text,
+    read_judgements,
+)
 from adaptive_margins.files import whole_folder
 
 Triple = tuple[str, str, str]
@@ -71,12 +77,12 @@ class Collection:
         qrels: the same set names → query id → docid → grade (an integer).
         sources: where the texts come from: distribution → version.
         triples: what encoders are trained on, in order; may be empty.
-        titles: docid → title, of passages that have one. The passages hold them, too; they are neither saved nor part of
-            the fingerprint.
+        titles: docid → title, of passages that have one. The passages hold them, too; they are neither
+            saved nor part of the fingerprint.
 
     Raises:
-        DataError: queries and qrels have different sets, or qrels or triples name an unknown
-            query or passage, or a grade is not an integer.
+        DataError: queries and qrels have different sets, qrels or triples name an unknown query or passage,
+            or a grade is not an integer within ±`MAX_GRADE`.
     """
 
     name: str
@@ -92,35 +98,26 @@ class Collection:
             raise DataError(
                 f"queries have the sets {sorted(self.queries)}, qrels {sorted(self.qrels)}"
             )
+        problems = Problems()
         for name, qrels in self.qrels.items():
+            where, queries = Path(f"qrels of {name!r}"), self.queries[name]
             for qid, judged in qrels.items():
-                if qid not in self.queries[name]:
-                    hint = alike([qid], self.queries[name].ids)
-                    raise DataError(
-                        f"qrels of {name!r} judge the unknown query {qid!r}; {hint}".rstrip("; ")
-                    )
+                if qid not in queries:
+                    problems.unknown(where, 0, "query", qid, queries.ids)
                 for docid, grade in judged.items():
                     if docid not in self.passages:
-                        hint = alike([docid], self.passages.ids)
-                        raise DataError(
-                            f"qrels of {name!r} judge the unknown passage {docid!r}; {hint}".rstrip(
-                                "; "
-                            )
-                        )
-                    if type(grade) is not int:
-                        raise DataError(
-                            f"grade of {qid!r}, {docid!r} must be an integer, not {grade!r}"
-                        )
-                    if abs(grade) > MAX_GRADE:
-                        raise DataError(
-                            f"grade of {qid!r}, {docid!r} must lie within ±{MAX_GRADE:,}, not {grade}"
-                        )
+                        problems.unknown(where, 0, "passage", docid, self.passages.ids)
+                    if type(grade) is not int or abs(grade) > MAX_GRADE:
+                        expected = f"an integer within ±{MAX_GRADE:,}, not {grade!r}"
+                        problems.add(where, 0, f"grade of {qid!r}, {docid!r} must be {expected}")
         train = self.queries.get("train", Texts([], []))
         for qid, *docids in self.triples:
             if qid not in train:
-                raise DataError(f"a triple has the query {qid!r}, which is not in the set 'train'")
-            if unknown := [docid for docid in docids if docid not in self.passages]:
-                raise DataError(f"a triple has the unknown passage {unknown[0]!r}")
+                problems.unknown(Path("triples"), 0, "training query", qid, train.ids)
+            for docid in docids:
+                if docid not in self.passages:
+                    problems.unknown(Path("triples"), 0, "passage", docid, self.passages.ids)
+        problems.check()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -142,8 +139,7 @@ class Collection:
 
         ``collection.tsv`` (docid, passage), ``queries.SET.tsv`` (query id, query),
         ``qrels.SET.txt`` (TREC: query id, 0, docid, grade), ``triples.tsv`` and ``sources.json``.
-        The files are written into a temporary folder beside ``folder``, which is renamed when it
-        is whole. A folder that already holds this collection is left as it is.
+        The folder is written atomically; one that already holds this collection is left unchanged.
 
         Raises:
             DataError: an id or text that a line of a file cannot hold.
@@ -178,10 +174,10 @@ class Collection:
         """Read and validate what `save` wrote.
 
         Raises:
-            DataError: lists each malformed line as ``file:line`` (at most 20): wrong number of
-                columns, bad UTF-8, duplicate id, empty text, unknown id in qrels, a grade that is
-                not an integer; or the texts do not have the recorded fingerprint, or not the one
-                that the folder is named by.
+            FileNotFoundError: there is no such folder.
+            DataError: names the first line of each kind of fault in a file (`Problems`): wrong number of
+                columns, bad UTF-8, duplicate id, empty text, unknown id, a grade that is not an integer; or
+                the texts do not have the recorded fingerprint, or not the one that the folder is named by.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -194,32 +190,21 @@ class Collection:
         for path in sorted(folder.glob("queries.*.tsv")):
             name = path.name.removeprefix("queries.").removesuffix(".tsv")
             queries[name] = read_texts(path, problems, empty=True)
-            qrels[name] = _read_qrels(
-                folder / f"qrels.{name}.txt", queries[name], passages, problems
+            rows = read_judgements(folder / f"qrels.{name}.txt", problems, empty=True)
+            qrels[name] = known_judgements(
+                folder / f"qrels.{name}.txt", rows, queries[name], passages, problems
             )
         if not queries:
             problems.add(folder, 0, "no file queries.SET.tsv")
         train = queries.get("train", Texts([], []))
-        triples: list[Triple] = []
-        for number, (qid, positive, negative) in read_columns(
-            folder / "triples.tsv", 3, problems, empty=True
-        ):
-            if qid not in train:
-                problems.unknown(folder / "triples.tsv", number, "training query", qid, train.ids)
-            for docid in (positive, negative):
-                if docid not in passages:
-                    problems.unknown(folder / "triples.tsv", number, "passage", docid, passages.ids)
-            triples.append((qid, positive, negative))
+        triples = read_triples(folder / "triples.tsv", train, passages, problems, empty=True)
         problems.check()
-
         collection = cls(about["name"], passages, queries, qrels, about["sources"], triples)
-        for expected, origin in (
-            (about["fingerprint"], "sources.json"),
-            (folder.name, "the folder's name"),
-        ):
+        recorded = {"sources.json": about["fingerprint"], "the folder's name": folder.name}
+        for origin, expected in recorded.items():
             if _FINGERPRINT.fullmatch(expected) and expected != collection.fingerprint:
                 raise DataError(
-                    f"{folder}: fingerprint {collection.fingerprint}, but {origin} says {expected};"
+                    f"{folder}: fingerprint {collection.fingerprint}, but {origin} has {expected};"
                     " a file was changed after the collection was saved"
                 )
         return collection
@@ -227,37 +212,35 @@ class Collection:
 
 def tsv(texts: Texts) -> str:
     """Ids and texts, a line each with a tab between them."""
+    lines = []
     for identifier, text in zip(texts.ids, texts.texts, strict=True):
-        if not re.fullmatch(r"\S+", identifier):
+        if identifier.split() != [identifier]:
             raise DataError(f"an id must be non-empty and without white space, not {identifier!r}")
         if not text.strip() or re.search(r"[\t\n\r]", text):
             raise DataError(
                 f"text of {identifier!r} must be non-empty and without tabs or line breaks,"
                 f" not {text[:60]!r}"
             )
-    return "".join(f"{i}\t{text}\n" for i, text in zip(texts.ids, texts.texts, strict=True))
+        lines.append(f"{identifier}\t{text}\n")
+    return "".join(lines)
 
 
 def read_about(path: Path, problems: Problems) -> dict:
-    """What ``sources.json`` says of a saved collection; what is wrong is noted in ``problems``."""
-    empty = {"name": "", "fingerprint": "", "sources": {}}
+    """The content of a saved collection's ``sources.json``; what is wrong is noted in ``problems``."""
+    fault = 'expected {"name": text, "fingerprint": text, "sources": {text: text}}'
     try:
         about = json.loads(path.read_bytes())
+        texts = [about["name"], about["fingerprint"], *about["sources"].values()]
+        if all(isinstance(value, str) for value in texts):
+            return dict(about)
     except FileNotFoundError:
-        problems.add(path, 0, "file not found")
-        return empty
+        fault = "file not found"
     except ValueError as error:
-        problems.add(path, 0, f"not valid JSON ({error})")
-        return empty
-    if not isinstance(about, dict) or not isinstance(about.get("sources"), dict):
-        about = {}
-    texts = [about.get("name"), about.get("fingerprint"), *about.get("sources", {}).values()]
-    if not all(isinstance(value, str) for value in texts):
-        problems.add(
-            path, 0, 'expected {"name": text, "fingerprint": text, "sources": {text: text}}'
-        )
-        return empty
-    return about
+        fault = f"not valid JSON ({error})"
+    except (LookupError, TypeError, AttributeError):
+        pass
+    problems.add(path, 0, fault)
+    return {"name": "", "fingerprint": "", "sources": {}}
 
 
 def read_queries(path: Path, *, own: bool = False) -> Texts:
@@ -274,34 +257,117 @@ def read_queries(path: Path, *, own: bool = False) -> Texts:
     return queries
 
 
-def read_texts(path: Path, problems: Problems, *, empty: bool = False) -> Texts:
-    """Ids and texts, a line each with a tab between them; what is wrong is noted in ``problems``.
+# ---- checked rows of files; what is wrong is noted in ``problems`` ----------------------------------
 
-    ``empty``: whether there may be none.
+Rows = Iterator[tuple[int, str, str]]
+"""Line number (from 1), id, text."""
+Lines = dict[Path, dict[str, int]]
+"""File → id → line number."""
+
+
+def read_texts(
+    path: Path,
+    problems: Problems,
+    rows: Rows | None = None,
+    *,
+    empty: bool = False,
+    blank: bool = False,
+    lines: Lines | None = None,
+) -> Texts:
+    """Ids and texts of a file: of ``rows``, by default a line each with a tab between them.
+
+    ``empty``: whether there may be none; ``blank``: whether a text may be empty. ``lines``: the ids of all
+    files whose ids must differ; this one's are added.
     """
-    found: dict[str, str] = {}
-    first: dict[str, int] = {}
-    for number, (identifier, text) in read_columns(path, 2, problems, empty=empty):
-        if not re.fullmatch(r"\S+", identifier):
+    if rows is None:
+        columns = read_columns(path, 2, problems, empty=empty)
+        rows = ((number, identifier, text) for number, (identifier, text) in columns)
+    lines = {} if lines is None else lines
+    own = lines.setdefault(path, {})
+    texts: dict[str, str] = {}
+    for number, identifier, text in rows:
+        before = next((file for file, known in lines.items() if identifier in known), None)
+        if identifier.split() != [identifier]:
             problems.add(path, number, f"id {identifier!r} is empty or has white space")
-        elif identifier in found:
-            problems.add(
-                path, number, f"id {identifier!r} occurs already in line {first[identifier]}"
-            )
-        elif not text.strip():
-            problems.add(path, number, f"the text of {identifier!r} is empty")
+        elif before is not None:
+            line = lines[before][identifier]
+            at = f"line {line}" if before == path else f"{before.name}:{line}"
+            problems.add(path, number, f"id {identifier!r} occurs already in {at}")
         else:
-            found[identifier], first[identifier] = text, number
-    return Texts(list(found), list(found.values()))
+            own[identifier] = number
+            texts[identifier] = text
+            if not text.strip() and not blank:
+                problems.add(path, number, f"the text of {identifier!r} is empty")
+    return Texts(list(texts), list(texts.values()))
 
 
-def _read_qrels(path: Path, queries: Texts, passages: Texts, problems: Problems) -> Qrels:
+def known_judgements(
+    path: Path,
+    rows: Judgements,
+    queries: Texts | None,
+    passages: Texts,
+    problems: Problems,
+    judged: dict[str, Path] | None = None,
+) -> Qrels:
+    """The judgements of a file whose query and passage are known; ``queries`` None are not checked.
+
+    ``judged``: query id → file, of all sets, which must not share queries; this one's are added.
+    """
+    judged = {} if judged is None else judged
     qrels: Qrels = {}
-    for number, qid, docid, grade in read_judgements(path, problems, empty=True):
-        if qid not in queries:
+    for number, qid, docid, grade in rows:
+        other = judged.setdefault(qid, path)
+        if queries is not None and qid not in queries:
             problems.unknown(path, number, "query", qid, queries.ids)
+        elif other != path:
+            what = f"query {qid!r} is judged in {other.name}, too; sets must not share queries"
+            problems.add(path, number, what)
         elif docid not in passages:
             problems.unknown(path, number, "passage", docid, passages.ids)
         else:
             qrels.setdefault(qid, {})[docid] = grade
     return qrels
+
+
+def read_triples(
+    path: Path,
+    queries: Texts | None,
+    passages: Texts,
+    problems: Problems,
+    *,
+    empty: bool = False,
+    judged: Mapping[str, Path] | None = None,
+) -> list[Triple]:
+    """Training triples of a file: query id, docid of the positive, docid of the negative.
+
+    ``queries`` are the training queries; None are not checked. ``judged`` (query id → file), if given:
+    there are no training queries yet, and a triple's query becomes one unless it is judged.
+    """
+    triples: list[Triple] = []
+    for number, (qid, *docids) in read_columns(path, 3, problems, empty=empty):
+        known = [qid in (queries or [qid]), *(docid in passages for docid in docids)]
+        if not any(known) and " " in qid + "".join(docids):
+            problems.add(path, number, _TEXT_TRIPLES)
+            continue
+        if not any(known) and number == 1:
+            named = ", ".join(map(repr, (qid, *docids)))
+            hint = "if this is a header, remove it: sed -i 1d FILE"
+            problems.add(path, 1, f"unknown ids {named}; {hint}")
+            continue
+        if queries is not None and qid not in queries:
+            what = "training query" if judged is None else "query"
+            problems.unknown(path, number, what, qid, queries.ids)
+        elif judged is not None and qid in judged:
+            what = f"query {qid!r} is judged in {judged[qid].name}; training must not use it"
+            problems.add(path, number, what)
+        for docid in docids:
+            if docid not in passages:
+                problems.unknown(path, number, "passage", docid, passages.ids)
+        triples.append((qid, docids[0], docids[1]))
+    return triples
+
+
+_TEXT_TRIPLES = (
+    "expected the ids of a query and of two passages, found texts; a Hugging Face dataset on disk"
+    " (columns query, positive, negative) may have texts"
+)

@@ -1,7 +1,7 @@
-"""Collections in folders of the usual layouts: BEIR, TREC/TSV, a Hugging Face dataset, or what `Collection.save` wrote.
+"""Collections in folders: BEIR, TREC/TSV, a Hugging Face dataset, or what `Collection.save` wrote.
 
-Nothing is guessed: a line that does not fit is reported with its file and number, and all of them at once. Sets are called
-"train", "validation" and "test"; any of them may be missing.
+A line that does not fit is reported with its file and number, and all of them at once. Sets are called "train",
+"validation" and "test"; any of them may be missing.
 """
 
 from __future__ import annotations
@@ -14,19 +14,31 @@ import warnings
 from collections.abc import Collection as Container
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
-from adaptive_margins.data.collection import Collection, Texts, Triple
-from adaptive_margins.data.text import DataError, Problems, read_columns, read_lines
-from adaptive_margins.data.trec import Judgements, Qrels, Run, read_judgements, read_run
-from adaptive_margins.progress import Countdown
+from adaptive_margins.data.collection import (
+    Collection,
+    Lines,
+    Rows,
+    Texts,
+    Triple,
+    known_judgements,
+    read_texts,
+    read_triples,
+)
+from adaptive_margins.data.text import DataError, Problems, read_lines
+from adaptive_margins.data.trec import Qrels, Run, read_judgements, read_run
+from adaptive_margins.progress import bar
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SETS = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
 """Name of a set → what files and splits of that set may be called."""
 _STANDARD = {called: name for name, names in SETS.items() for called in names}
 _ENDS = {"test": ("",), "train": ("_train",), "validation": ("_validation", "_dev")}
 QUERY_COLUMNS = ("query", "anchor", "question")
-"""What the column of the queries may be called in a Hugging Face dataset, as Sentence Transformers calls them."""
+"""Names of the column of queries in a Hugging Face dataset, as in Sentence Transformers."""
 _EXAMPLES = 5  # ids named in a warning
 _RUN = re.compile(r"(.+)\.(run|trec)(\.gz)?")
 
@@ -39,26 +51,24 @@ EXPECTED = """\
 Passages alone (corpus.jsonl or collection.tsv) are enough. A text file may be gzipped (NAME.gz)."""
 """The layouts, for an error."""
 
-Rows = Iterator[tuple[int, str, str]]
-"""Line number (from 1), id, text."""
-
 
 def read_folder(folder: Path) -> Collection:
     """Read a collection; its layout is known by its files.
 
-    - **BEIR**: ``corpus.jsonl`` (``_id``, ``text``, perhaps ``title``; a passage is title, space, text), ``queries.jsonl``
-      (``_id``, ``text``) and ``qrels/train.tsv``, ``dev.tsv``, ``test.tsv`` under the header ``query-id corpus-id score``. A
-      set's queries are those that its qrels judge; others in ``queries.jsonl`` are left out.
-    - **TREC**: ``collection.tsv`` (docid, passage), ``queries.tsv`` (query id, query) and ``qrels.txt`` (query id, 0, docid,
-      grade) are the passages and the test set. ``queries_SET.tsv`` and ``qrels_SET.txt`` are further sets, SET being
-      ``train`` or ``validation`` (or ``dev``). ``triples.tsv`` has a training query's id, and the docids of a positive and a
-      negative. Without ``queries_SET.tsv``, the set's queries are those of ``queries.tsv`` that its qrels (or triples) name,
-      and are none of the test set. Without ``qrels_train.txt``, the positives of the triples are its judgements, of grade 1.
+    - **BEIR**: ``corpus.jsonl`` (``_id``, ``text``, perhaps ``title``; a passage is title, space, text),
+      ``queries.jsonl`` (``_id``, ``text``) and ``qrels/train.tsv``, ``dev.tsv``, ``test.tsv`` under the
+      header ``query-id corpus-id score``. A set's queries are those that its qrels judge.
+    - **TREC**: ``collection.tsv`` (docid, passage), ``queries.tsv`` (query id, query) and ``qrels.txt``
+      (query id, 0, docid, grade) are the passages and the test set. ``queries_SET.tsv`` and
+      ``qrels_SET.txt`` are further sets, SET being ``train`` or ``validation`` (or ``dev``).
+      ``triples.tsv`` has a training query's id, and the docids of a positive and a negative. Without
+      ``queries_SET.tsv``, the set's queries are those of ``queries.tsv`` that its qrels (or triples) name,
+      and are not in the test set. Without ``qrels_train.txt``, the positives of the triples have grade 1.
     - A Hugging Face dataset: see `read_dataset`.
     - What `Collection.save` wrote; sets that are neither "train" nor "validation" are joined as "test".
 
-    Passages without queries are a collection, too. In texts, tabs and line breaks (which JSON may hold) become spaces.
-    An empty passage is kept, with a UserWarning; so are queries of two sets that have the same text.
+    Passages without queries are a collection, too. In texts, tabs and line breaks become spaces. A
+    UserWarning names empty passages, and queries of two sets that have the same text.
 
     Raises:
         DataError: the folder has none of these layouts, or two of them; or names the first line of each
@@ -74,9 +84,8 @@ def read_folder(folder: Path) -> Collection:
         raise DataError(f"{folder} {what}. A collection is a folder:\n{EXPECTED}")
     beir, trec = (_variants(folder, name) for name in ("corpus.jsonl", "collection.tsv"))
     if (folder / "passages.arrow").exists():
-        raise DataError(
-            f"{folder} is a converted collection, which `reproduce` uses; name its ir_datasets id instead"
-        )
+        what = "is a converted collection, which `reproduce` uses; name its ir_datasets id instead"
+        raise DataError(f"{folder} {what}")
     if (folder / "sources.json").exists() and trec:
         return standard_sets(Collection.load(folder), str(folder / "collection.tsv"))
     if beir and trec:
@@ -141,72 +150,61 @@ def _holds(folder: Path) -> str:
 def _read_beir(folder: Path, problems: Problems) -> Collection:
     path = cast(Path, _only(folder, "corpus.jsonl", problems=problems))
     titles: dict[str, str] = {}
-    passages = _texts(path, _beir_passages(path, problems, titles), problems, {}, empty=True)
+    passages = read_texts(path, problems, _beir_passages(path, problems, titles), blank=True)
     if not len(passages):  # what else is wrong follows from it
         problems.check()
     queries_path = _only(folder, "queries.jsonl", problems=problems)
     asked = Texts([], [])
     if queries_path:
         rows = ((n, i, text) for n, (i, _, text) in _json_rows(queries_path, problems))
-        asked = _texts(queries_path, rows, problems, {})
+        asked = read_texts(queries_path, problems, rows)
     judged: dict[str, Path] = {}
     queries, qrels = {}, {}
     for name, called in SETS.items():
-        if path_of_set := _only(folder, *(f"qrels/{c}.tsv" for c in called), problems=problems):
-            rows_of_set = read_judgements(path_of_set, problems)
+        if found := _only(folder, *(f"qrels/{c}.tsv" for c in called), problems=problems):
+            judgements = read_judgements(found, problems)
             # Without any queries, that they are missing is the only problem.
             known = asked if queries_path else None
-            qrels[name] = _qrels(path_of_set, rows_of_set, known, passages, judged, problems)
+            qrels[name] = known_judgements(found, judgements, known, passages, problems, judged)
             queries[name] = _some(asked, qrels[name])
     if qrels and not queries_path:
         problems.add(folder / "queries.jsonl", 0, "file not found")
     if queries_path and not qrels:
-        problems.add(
-            folder / "qrels",
-            0,
-            f"none of train.tsv, dev.tsv, test.tsv to judge queries.jsonl, found {_holds(folder / 'qrels')}"
-            " (without queries.jsonl, the passages are read alone)",
+        what = (
+            "none of train.tsv, dev.tsv, test.tsv to judge queries.jsonl, found"
+            f" {_holds(folder / 'qrels')} (without queries.jsonl, the passages are read alone)"
         )
+        problems.add(folder / "qrels", 0, what)
     for extra in visible(folder / "qrels") if qrels else ():
         if ".tsv" in extra.name and extra.name.split(".tsv")[0] not in _STANDARD:
             warnings.warn(f"{extra} is not read; known are train, dev and test", stacklevel=3)
-    found = _finish(folder, "BEIR", path, passages, queries, qrels, [], problems)
-    return dataclasses.replace(found, titles=titles)
+    found_collection = _finish(folder, "BEIR", path, passages, queries, qrels, [], problems)
+    return dataclasses.replace(found_collection, titles=titles)
 
 
 def _read_trec(folder: Path, problems: Problems) -> Collection:
     path = cast(Path, _only(folder, "collection.tsv", problems=problems))
-    passages = _texts(path, _tsv_rows(path, problems), problems, {}, empty=True)
+    passages = read_texts(path, problems, blank=True)
     if not len(passages):  # what else is wrong follows from it
         problems.check()
-    lines: dict[Path, dict[str, int]] = {}  # where each query id was read, for all sets together
+    lines: Lines = {}  # of the query ids of all sets together
     judged: dict[str, Path] = {}
-    own: dict[str, Texts] = {}  # set → queries of a file of its own
+    own: dict[str, Texts] = {}  # set → queries of its own file
     queries: dict[str, Texts] = {}
     qrels: dict[str, Qrels] = {}
     for name, ends in _ENDS.items():
-        own_path = _only(folder, *(f"queries{end}.tsv" for end in ends), problems=problems)
-        if own_path:
-            own[name] = _texts(own_path, _tsv_rows(own_path, problems), problems, lines)
+        if own_path := _only(folder, *(f"queries{end}.tsv" for end in ends), problems=problems):
+            own[name] = read_texts(own_path, problems, lines=lines)
         asked = own.get(name, own.get("test"))
         if judging := _only(folder, *(f"qrels{end}.txt" for end in ends), problems=problems):
             if asked is None:
                 problems.add(judging, 0, f"there is no queries{ends[0]}.tsv, which it judges")
             rows = read_judgements(judging, problems)
-            qrels[name] = _qrels(judging, rows, asked, passages, judged, problems)
+            qrels[name] = known_judgements(judging, rows, asked, passages, problems, judged)
             queries[name] = own[name] if name in own else _some(asked, qrels[name])
     triples: list[Triple] = []
     if triples_path := _only(folder, "triples.tsv", problems=problems):
-        known = queries.get("train", own.get("train"))
-        asked = own.get("test") if known is None else known
-        if asked is None:
-            problems.add(triples_path, 0, "there is no queries_train.tsv, which it refers to")
-        triples = _triples(triples_path, asked, passages, judged, known is not None, problems)
-        positives: Qrels = {}
-        for qid, positive, _ in triples:
-            positives.setdefault(qid, {})[positive] = 1
-        queries.setdefault("train", _some(asked, positives) if known is None else known)
-        qrels.setdefault("train", positives)
+        triples = _train_on(triples_path, own, queries, qrels, passages, judged, problems)
     shared = {qid for name in queries.keys() - own.keys() for qid in queries[name].ids}
     if "test" in queries and shared:
         queries["test"] = _some(queries["test"], set(queries["test"].ids) - shared)
@@ -217,18 +215,42 @@ def _read_trec(folder: Path, problems: Problems) -> Collection:
     return _finish(folder, "TREC", path, passages, queries, qrels, triples, problems)
 
 
-def read_dataset(folder: Path) -> Collection:
-    """Read pairs or triples from a Hugging Face ``Dataset`` or ``DatasetDict`` that was saved with ``save_to_disk``.
+def _train_on(
+    path: Path,
+    own: Mapping[str, Texts],
+    queries: dict[str, Texts],
+    qrels: dict[str, Qrels],
+    passages: Texts,
+    judged: Mapping[str, Path],
+    problems: Problems,
+) -> list[Triple]:
+    """Read ``triples.tsv``; without training queries or judgements, they follow from the triples."""
+    known = queries.get("train", own.get("train"))
+    asked = own.get("test") if known is None else known
+    if asked is None:
+        problems.add(path, 0, "there is no queries_train.tsv, which it refers to")
+    others = judged if known is None else None
+    triples = read_triples(path, asked, passages, problems, judged=others)
+    positives: Qrels = {}
+    for qid, positive, _ in triples:
+        positives.setdefault(qid, {})[positive] = 1
+    queries.setdefault("train", _some(asked, positives) if known is None else known)
+    qrels.setdefault("train", positives)
+    return triples
 
-    Columns: ``query`` (or ``anchor``, ``question``), ``positive``, and perhaps ``negative``. A Dataset is the training set;
-    the splits of a DatasetDict are ``train``, ``validation`` (or ``dev``) and ``test``. Each different text is a passage (d1,
-    d2, … in the order of their first occurrence) or a query of its set (q1, q2, …). A query's positives have grade 1.
-    If there are negatives, the rows of the training set are its triples; those of other sets are passages like any other.
-    Tabs and line breaks become spaces.
+
+def read_dataset(folder: Path) -> Collection:
+    """Read pairs or triples of texts from a Hugging Face ``Dataset`` or ``DatasetDict`` on disk.
+
+    Columns: ``query`` (or ``anchor``, ``question``), ``positive``, and perhaps ``negative``. A Dataset is
+    the training set; the splits of a DatasetDict are ``train``, ``validation`` (or ``dev``) and ``test``.
+    Each different text is a passage (d1, d2, … in the order of their first occurrence) or a query of its
+    set (q1, q2, …). A query's positives have grade 1. If there are negatives, the rows of the training
+    set are its triples; those of other sets are passages. Tabs and line breaks become spaces.
 
     Raises:
-        DataError: other columns or splits, or lists each row (from 1) with a value that is not a text or is empty; or the
-            files cannot be read.
+        DataError: other columns or splits, a row (from 1) with a value that is not a text or is empty; or
+            the files cannot be read.
     """
     import datasets
 
@@ -240,47 +262,52 @@ def read_dataset(folder: Path) -> Collection:
     splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
     problems = Problems()
     docids: dict[str, str] = {}
-    qids: dict[str, dict[str, str]] = {name: {} for name in SETS}
+    queries: dict[str, Texts] = {}
     qrels: dict[str, Qrels] = {}
     triples: list[Triple] = []
-    count = 0
     order = [*_STANDARD, *sorted(splits)]
-    for split, rows in sorted(splits.items(), key=lambda item: order.index(item[0])):
+    for split in sorted(splits, key=order.index):
         name = _STANDARD.get(split, "")
         if not name or name in qrels:
-            problems.add(folder, 0, f"split {split!r}: expected train, validation or dev, and test, each once")  # fmt: skip
+            what = f"split {split!r}: expected train, validation or dev, and test, each once"
+            problems.add(folder, 0, what)
             continue
-        qrels[name] = {}
+        rows, where = splits[split], folder if splits[split] is loaded else folder / split
         columns = _dataset_columns(rows.column_names)
         if columns is None:
             problems.add(folder, 0, f"split {split!r} {_other_columns(rows.column_names)}")
             continue
-        where = folder if rows is loaded else folder / split
-        countdown = Countdown(f"reading {split}", len(rows), "rows")
-        values = zip(*(rows[column][:] for column in columns), strict=True)
-        for number, row in enumerate(values, start=1):
-            countdown.update(number)
-            wrong = [
-                f"{column!r} must be a text that is not empty, not {value!r:.60}"
-                for column, value in zip(columns, row, strict=True)
-                if not isinstance(value, str) or not value.strip()
-            ]
-            if wrong:
-                problems.add(where, number, "; ".join(wrong))
-                continue
-            query, *texts = map(one_line, row)
-            if query not in qids[name]:
-                count += 1
-                qids[name][query] = f"q{count}"
-            qid = qids[name][query]
+        first = 1 + sum(map(len, queries.values()))
+        qids: dict[str, str] = {}  # query → id
+        judged: Qrels = {}
+        for query, *texts in _dataset_rows(rows, columns, where, problems):
+            qid = qids.setdefault(query, f"q{first + len(qids)}")
             named = [docids.setdefault(text, f"d{len(docids) + 1}") for text in texts]
-            qrels[name].setdefault(qid, {})[named[0]] = 1
+            judged.setdefault(qid, {})[named[0]] = 1
             if name == "train" and len(named) == 2:
                 triples.append((qid, named[0], named[1]))
+        queries[name], qrels[name] = Texts(list(qids.values()), list(qids)), judged
     passages = Texts(list(docids.values()), list(docids))
-    queries = {name: Texts(list(qids[name].values()), list(qids[name])) for name in qrels}
     layout = "Hugging Face dataset"
     return _finish(folder, layout, folder, passages, queries, qrels, triples, problems)
+
+
+def _dataset_rows(
+    rows: Dataset, columns: list[str], where: Path, problems: Problems
+) -> Iterator[list[str]]:
+    """Query, positive and perhaps negative of each row; what is wrong is noted in ``problems``."""
+    values = zip(*(rows[column][:] for column in columns), strict=True)
+    listed = bar(f"reading {where.name}", values, total=len(rows), unit="rows")
+    for number, row in enumerate(listed, start=1):
+        wrong = [
+            f"{column!r} must be a text that is not empty, not {value!r:.60}"
+            for column, value in zip(columns, row, strict=True)
+            if not isinstance(value, str) or not value.strip()
+        ]
+        if wrong:
+            problems.add(where, number, "; ".join(wrong))
+        else:
+            yield list(map(one_line, row))
 
 
 def _dataset_columns(found: Iterable[str]) -> list[str] | None:
@@ -349,16 +376,17 @@ def _finish(
 
 
 def warn(passages: Texts, queries: Mapping[str, Texts], where: str, unit: str = "line") -> None:
-    """UserWarnings about what is kept but should be known: empty passages, and one query's text in two sets.
+    """Give UserWarnings for empty passages, and for queries of two sets that have the same text.
 
-    ``where`` says in the warnings what the texts were read from, one passage a ``unit``.
+    ``where``: what the texts were read from, one passage a ``unit``.
     """
     empty = [row for row, text in enumerate(passages.texts) if not text.strip()]
     if empty:
         first = ", ".join(f"{passages.ids[row]!r} ({unit} {row + 1})" for row in empty[:_EXAMPLES])
         more = ", …" if len(empty) > _EXAMPLES else ""
         warnings.warn(
-            f"{where}: passages without text are kept, and never returned by a search: {len(empty)}, {first}{more}",
+            f"{where}: passages without text are kept, and never returned by a search:"
+            f" {len(empty)}, {first}{more}",
             stacklevel=4,
         )
     names = [name for name in SETS if name in queries]
@@ -369,9 +397,10 @@ def warn(passages: Texts, queries: Mapping[str, Texts], where: str, unit: str = 
             twice = [(texts[text], qid) for qid, text in theirs if text in texts]
             if twice:
                 pairs = ", ".join(f"{a!r} and {b!r}" for a, b in twice[:_EXAMPLES])
+                more = ", …" if len(twice) > _EXAMPLES else ""
                 warnings.warn(
-                    f"{where}: queries of {name} and {other} with the same text: {len(twice)}, {pairs}"
-                    f"{', …' if len(twice) > _EXAMPLES else ''}; measures on {other} may be too high",
+                    f"{where}: queries of {name} and {other} with the same text: {len(twice)},"
+                    f" {pairs}{more}; measures on {other} may be too high",
                     stacklevel=4,
                 )
 
@@ -382,9 +411,7 @@ def warn(passages: Texts, queries: Mapping[str, Texts], where: str, unit: str = 
 def _variants(folder: Path, *names: str) -> list[Path]:
     """Those of the files that are there, gzipped or not, dangling links included."""
     paths = [folder / (name + end) for name in names for end in ("", ".gz")]
-    return [
-        path for path in paths if os.path.lexists(path)
-    ]  # what cannot be read is told when it is
+    return [path for path in paths if os.path.lexists(path)]
 
 
 def _only(folder: Path, *names: str, problems: Problems) -> Path | None:
@@ -395,106 +422,10 @@ def _only(folder: Path, *names: str, problems: Problems) -> Path | None:
     return found[0] if found else None
 
 
-def _texts(
-    path: Path,
-    rows: Rows,
-    problems: Problems,
-    lines: dict[Path, dict[str, int]],
-    *,
-    empty: bool = False,
-) -> Texts:
-    """Ids and texts of a file. ``lines``: file → id → line, of all files whose ids must differ; this one is added.
-
-    ``empty``: whether a text may be empty.
-    """
-    own = lines.setdefault(path, {})
-    ids, texts = [], []
-    for number, identifier, text in rows:
-        before = [(file.name, known[identifier]) for file, known in lines.items() if identifier in known]  # fmt: skip
-        if identifier.split() != [identifier]:
-            problems.add(path, number, f"id {identifier!r} is empty or has white space")
-        elif before:
-            at = f"line {before[0][1]}" if before[0][0] == path.name else "{}:{}".format(*before[0])
-            problems.add(path, number, f"id {identifier!r} occurs already in {at}")
-        else:
-            own[identifier] = number
-            ids.append(identifier)
-            texts.append(text)
-            if not text.strip() and not empty:
-                problems.add(path, number, f"the text of {identifier!r} is empty")
-    return Texts(ids, texts)
-
-
 def _some(texts: Texts | None, wanted: Container[str]) -> Texts:
     pairs = zip(texts.ids, texts.texts, strict=True) if texts else []
     kept = [(i, text) for i, text in pairs if i in wanted]
     return Texts([i for i, _ in kept], [text for _, text in kept])
-
-
-def _qrels(
-    path: Path,
-    rows: Judgements,
-    queries: Texts | None,
-    passages: Texts,
-    judged: dict[str, Path],
-    problems: Problems,
-) -> Qrels:
-    """Judgements of a file. ``judged``: query id → file, of all sets; this one's are added. Queries None: not checked."""
-    qrels: Qrels = {}
-    for number, qid, docid, grade in rows:
-        other = judged.setdefault(qid, path)
-        if queries is not None and qid not in queries:
-            problems.unknown(path, number, "query", qid, queries.ids)
-        elif other != path:
-            problems.add(path, number, f"query {qid!r} is judged in {other.name}, too; sets must not share queries")  # fmt: skip
-        elif docid not in passages:
-            problems.unknown(path, number, "passage", docid, passages.ids)
-        else:
-            qrels.setdefault(qid, {})[docid] = grade
-    return qrels
-
-
-_TEXT_TRIPLES = (
-    "expected the ids of a query and of two passages, found texts; a Hugging Face dataset on disk"
-    " (columns query, positive, negative) may have texts"
-)
-
-
-def _triples(
-    path: Path,
-    queries: Texts | None,
-    passages: Texts,
-    judged: Mapping[str, Path],
-    train: bool,
-    problems: Problems,
-) -> list[Triple]:
-    """Triples of a file. ``train``: whether ``queries`` are training queries; else those that the file names become them."""
-    triples: list[Triple] = []
-    for number, (qid, *docids) in read_columns(path, 3, problems):
-        known = [qid in (queries or [qid]), *(docid in passages for docid in docids)]
-        if not any(known) and " " in qid + "".join(docids):
-            problems.add(path, number, _TEXT_TRIPLES)
-            continue
-        if not any(known) and number == 1:
-            named = ", ".join(map(repr, (qid, *docids)))
-            hint = "if this is a header, remove it: sed -i 1d FILE"
-            problems.add(path, 1, f"unknown ids {named}; {hint}")
-            continue
-        if queries is not None and qid not in queries:
-            what = "training query" if train else "query"
-            problems.unknown(path, number, what, qid, queries.ids)
-        elif not train and qid in judged:
-            problems.add(path, number, f"query {qid!r} is judged in {judged[qid].name}; training must not use it")  # fmt: skip
-        for docid in docids:
-            if docid not in passages:
-                problems.unknown(path, number, "passage", docid, passages.ids)
-        triples.append((qid, docids[0], docids[1]))
-    return triples
-
-
-def _tsv_rows(path: Path, problems: Problems) -> Rows:
-    for number, (identifier, text) in read_columns(path, 2, problems):
-        yield number, identifier, text
 
 
 def _beir_passages(path: Path, problems: Problems, titles: dict[str, str]) -> Rows:
@@ -507,49 +438,54 @@ def _beir_passages(path: Path, problems: Problems, titles: dict[str, str]) -> Ro
 def _json_rows(path: Path, problems: Problems) -> Iterator[tuple[int, tuple[str, str, str]]]:
     """Line number, and ``_id``, ``title`` ("" if there is none) and ``text`` of a line."""
     for number, line in read_lines(path, problems):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == 1 and line.strip() in ("[", "{"):
-                way = "jq -c '.[]'" if line.strip() == "[" else "jq -c ."
-                found = f"JSON over several lines; convert it: {way} {path.name} > NEW"
-                problems.add(path, 1, f"JSON lines expected, found {found}")
-                return
-            reason = getattr(error, "msg", "nested too deep")
-            if not line.strip():
-                reason = r"a blank line; remove such lines: sed -i '/^\s*$/d' FILE"
-            problems.add(path, number, f"not valid JSON ({reason})")
-            continue
-        if number == 1 and isinstance(record, list):
-            found = f"an array; convert it: jq -c '.[]' {path.name} > NEW"
-            problems.add(path, 1, f"JSON lines expected, found {found}")
+        if number == 1 and (found := _other_json(line.strip())):
+            problems.add(path, 1, f"JSON lines expected, found {found} {path.name} > NEW")
             return
-        if not isinstance(record, dict):
-            problems.add(path, number, 'expected {"_id": text, "text": text}')
-            continue
-        title = record.get("title")
-        values = (record.get("_id"), "" if title is None else title, record.get("text"))
-        wrong = [
-            f"{key!r} is missing" if key not in record else f"{key!r} must be a text, not {value!r:.60}"
-            for key, value in zip(("_id", "title", "text"), values, strict=True)
-            if not isinstance(value, str)
-        ]  # fmt: skip
-        if wrong:
-            if "_id" not in record or "text" not in record:
-                wrong.append(f"found {', '.join(map(repr, record)) or 'no keys'}")
-            elif isinstance(record["_id"], int):
-                wrong.append(f"""convert: jq -c '._id |= tostring' {path.name} > NEW""")
-            problems.add(path, number, "; ".join(wrong))
-            continue
-        identifier, title, text = cast(tuple[str, str, str], values)
-        try:
-            (identifier + title + text).encode("utf-8")
-        except UnicodeEncodeError:
-            problems.add(path, number, "an escape in the JSON is half of a character (\\ud800 to \\udfff)")  # fmt: skip
-            continue
-        yield number, (identifier, one_line(title), one_line(text))
+        fields = _json_fields(line)
+        if isinstance(fields, str):
+            problems.add(path, number, fields)
+        else:
+            yield number, fields
+
+
+def _other_json(first: str) -> str:
+    """What a file is whose first line begins something else than JSON lines, and the way out."""
+    if first in ("[", "{"):
+        way = "jq -c '.[]'" if first == "[" else "jq -c ."
+        return f"JSON over several lines; convert it: {way}"
+    return "an array; convert it: jq -c '.[]'" if first.startswith("[") else ""
+
+
+def _json_fields(line: str) -> tuple[str, str, str] | str:
+    """``_id``, ``title`` and ``text`` of a line, or what is wrong with it."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        blank = r"a blank line; remove such lines: sed -i '/^\s*$/d' FILE"
+        return f"not valid JSON ({getattr(error, 'msg', 'nested too deep') if line.strip() else blank})"
+    if not isinstance(record, dict):
+        return 'expected {"_id": text, "text": text}'
+    fields: dict[str, Any] = {key: record.get(key) for key in ("_id", "title", "text")}
+    if fields["title"] is None:
+        fields["title"] = ""
+    wrong = [
+        f"{key!r} must be a text, not {value!r:.60}" if key in record else f"{key!r} is missing"
+        for key, value in fields.items()
+        if not isinstance(value, str)
+    ]
+    if wrong and not {"_id", "text"} <= record.keys():
+        wrong.append(f"found {', '.join(map(repr, record)) or 'no keys'}")
+    elif wrong and isinstance(record["_id"], int):
+        wrong.append("convert: jq -c '._id |= tostring' FILE > NEW")
+    if wrong:
+        return "; ".join(wrong)
+    try:
+        "".join(fields.values()).encode("utf-8")
+    except UnicodeEncodeError:
+        return "an escape in the JSON is half of a character (\\ud800 to \\udfff)"
+    return fields["_id"], one_line(fields["title"]), one_line(fields["text"])
 
 
 def one_line(text: str) -> str:
-    """The text with spaces in the place of tabs and line breaks, as the files of a collection hold it."""
+    """The text with spaces in the place of tabs and line breaks, as the files of a collection have it."""
     return re.sub(r"[\t\r\n]", " ", text)

@@ -1,433 +1,233 @@
-"""Collections from ir_datasets, such as MS MARCO: fetched, checked, and converted once into memory-mapped files."""
+"""Collections from ir_datasets, read into memory; its files, downloads and licences."""
 
 from __future__ import annotations
 
 import difflib
-import errno
-import gzip
-import hashlib
-import json
-import math
 import os
-import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from adaptive_margins.data.collection import Collection, Texts, read_about, read_queries, tsv
-from adaptive_margins.data.stored import (
-    StoredTexts,
-    StoredTriples,
-    check_count,
-    first_per_query,
-    select_triples,
-    write_texts,
-    write_triples,
-)
+from adaptive_margins.data.collection import Collection, Texts, Triple
+from adaptive_margins.data.folder import one_line, warn
 from adaptive_margins.data.text import DataError, Problems
-from adaptive_margins.data.trec import (
-    MAX_GRADE,
-    Qrels,
-    Run,
-    qrels_text,
-    read_qrels,
-    read_run,
-    run_text,
-)
-from adaptive_margins.files import alone, file_sha256, whole_file, whole_folder, write_text
-from adaptive_margins.profiles.config import IrDatasetsSettings
-from adaptive_margins.progress import Countdown
+from adaptive_margins.data.trec import MAX_GRADE, Qrels
+from adaptive_margins.progress import bar
 
 ACCEPT_VARIABLE = "ADAPTIVE_MARGINS_ACCEPT_LICENCE"
-FORMAT = 1
-"""Raised by hand whenever a conversion would come out differently; what was converted before is then converted anew."""
-_HASHED = 10_000  # texts hashed at once
+MAX_TRIPLES = 1_000_000
+"""Most triples that `read_collection` takes, at even distances; MS MARCO has 270 million."""
+_SETS = {
+    "train": ("train",), "validation": ("dev", "validation", "valid", "val"), "test": ("test",),
+}  # fmt: skip
+_T = TypeVar("_T")
 
 
 class DownloadError(DataError):
-    """Something could not be fetched. The message says what, why, and where to put it to go on without a network."""
+    """Something could not be fetched. The message names it, the reason, and where to put the file by hand."""
 
 
 class LicenceError(DataError):
-    """The terms of a collection have not been accepted. The message says whose they are and how to accept them."""
+    """The terms of a collection have not been accepted. The message names them and how to accept them."""
 
 
-# ---- the collection as stored --------------------------------------------------------------------------------------
+# ---- into memory -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class StoredCollection(Collection):
-    """A `Collection` whose passages and triples stay on disk, as `convert` leaves it.
+def read_collection(source: str) -> Collection:
+    """Read an ir_datasets id into memory; its sets are "train", "validation" and "test", as far as it has them.
 
-    ``passages`` are `StoredTexts`, ``triples`` are `StoredTriples` (none: an empty sequence); queries and qrels are in
-    memory.
-
-    Attributes:
-        candidates: set name → the lists that come with the collection, for those sets that have some. Scores are those of
-            ir_datasets, which are all 0 where the official lists have none (TREC DL): then they are a pool, not a ranking.
-        folder: where it lies.
-        fingerprint: 16 hex digits, see `fingerprint_of`.
-    """
-
-    candidates: dict[str, Run] = field(default_factory=dict)
-    folder: Path = Path()
-    fingerprint: str = ""
-
-    def __post_init__(self) -> None:
-        """Nothing: `convert` checked every id, and doing it again for 40 million triples would take minutes."""
-
-    def save(self, folder: Path) -> None:
-        """Copy the files to ``folder``, whole or not at all; a folder that holds this collection is left as it is."""
-        folder = Path(folder)
-        if not self._is_in(folder):
-            with whole_folder(folder, same=self._is_in) as partial:
-                shutil.copytree(self.folder, partial, dirs_exist_ok=True)
-
-    @classmethod
-    def load(cls, folder: Path) -> StoredCollection:
-        """Open what `convert` made.
-
-        The sizes of all files are checked, and the SHA-256 of those that are not memory-mapped.
-
-        Raises:
-            FileNotFoundError: there is no such folder.
-            DataError: files that are missing or are not as they were written.
-        """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no collection at {folder}: the folder does not exist")
-        problems = Problems()
-        about = read_about(folder / "sources.json", problems)
-        problems.check()
-        for name, size in about.get("files", {}).items():
-            path = folder / name
-            if not path.is_file():
-                problems.add(path, 0, "file not found")
-            elif path.stat().st_size != size:
-                problems.add(path, 0, f"{size} bytes expected, {path.stat().st_size} found")
-            elif _sha256(path) != about.get("sha256", {}).get(name):
-                problems.add(path, 0, "was changed after the collection was converted")
-        if re.fullmatch(r"[0-9a-f]{16}", folder.name) and folder.name != about["fingerprint"]:
-            problems.add(folder / "sources.json", 0, f"is of the collection {about['fingerprint']}")
-        problems.check()
-        return cls._open(folder, about["name"], about["sources"], about["fingerprint"])
-
-    @classmethod
-    def _open(
-        cls, folder: Path, name: str, sources: dict[str, str], fingerprint: str
-    ) -> StoredCollection:
-        passages = StoredTexts(folder / "passages.arrow")
-        queries = {
-            path.name.split(".")[1]: read_queries(path, own=True)
-            for path in sorted(folder.glob("queries.*.tsv"))
-        }
-        qrels = {
-            set_name: read_qrels(folder / f"qrels.{set_name}.txt", own=True) for set_name in queries
-        }
-        train = queries.get("train", Texts([], []))
-        triples: Any = StoredTriples(folder / "triples.arrow", train, passages)
-        candidates = {
-            path.name.split(".")[1]: read_run(path, own=True)
-            for path in sorted(folder.glob("candidates.*.run.gz"))
-        }
-        return cls(
-            name,
-            passages,
-            queries,
-            qrels,
-            sources,
-            triples,
-            candidates=candidates,
-            folder=folder,
-            fingerprint=fingerprint,
-        )
-
-
-def fingerprint_of(collection: Collection, candidates: dict[str, Run]) -> str:
-    """16 hex digits of a SHA-256 over all content, read once from start to end.
-
-    In this order, everything as UTF-8 lines: the name; the number of passages, then docid, length in characters and text of
-    each; for every set, by name: its name and number of queries, its queries like the passages, its judgements (query id, docid,
-    grade) sorted by ids, its candidates (query id, docid, score) sorted by ids; the number of triples, then their rows as
-    little-endian 32-bit integers. It depends neither on the sizes of any batches nor on the order of qrels or candidates.
-    """
-    digest = hashlib.sha256(f"{collection.name}\n".encode())
-
-    def add_texts(name: str, texts: Texts) -> None:
-        digest.update(f"{name} {len(texts)}\n".encode())
-        countdown = Countdown(f"fingerprint of {name}", len(texts), "texts")
-        for start in range(0, len(texts), _HASHED):
-            part = slice(start, start + _HASHED)
-            pairs = zip(texts.ids[part], texts.texts[part], strict=True)
-            digest.update("".join(f"{i}\t{len(text)}\t{text}\n" for i, text in pairs).encode())
-            countdown.update(start)
-
-    add_texts("passages", collection.passages)
-    for name, queries in sorted(collection.queries.items()):
-        add_texts(name, queries)
-        tables: dict[str, Any] = {"qrels": collection.qrels[name], "candidates": candidates.get(name, {})}  # fmt: skip
-        for kind, table in tables.items():
-            digest.update(f"{kind} {len(table)}\n".encode())
-            for qid, row in sorted(table.items()):
-                lines = (f"{qid}\t{docid}\t{value!r}\n" for docid, value in sorted(row.items()))
-                digest.update("".join(lines).encode())
-    digest.update(f"triples {len(collection.triples)}\n".encode())
-    assert isinstance(collection.triples, StoredTriples)
-    for rows in collection.triples.chunks():
-        digest.update(rows.astype("<i4").tobytes())
-    return digest.hexdigest()[:16]
-
-
-# ---- conversion ----------------------------------------------------------------------------------------------------
-
-
-def convert(settings: IrDatasetsSettings, work: Path, collections: Path) -> StoredCollection:
-    """Fetch a collection through ir_datasets, convert it in ``work``, and move it to ``collections/FINGERPRINT/``.
-
-    What it consists of (passages, training queries, triples, queries, qrels and candidates of each set) is written file by
-    file, each whole or not at all: after an error or a kill the next call goes on with the first one missing. ``work`` must
-    belong to these settings alone; afterwards it holds only the fingerprint, and a further call opens the finished collection.
-    A second process that converts the same waits for the first.
+    If the id ends in ``/train``, ``/dev`` or ``/test``, its siblings over the same passages are the other
+    sets; if it has children of these names, they are the sets; otherwise it is the test set (the training
+    set, if it has triples), or, without judgements, passages alone. Of more than `MAX_TRIPLES` triples,
+    some at even distances. What does not fit (`read_set`) is left out with a warning.
 
     Raises:
-        LicenceError: ``settings.licence`` names terms that were not accepted.
+        DataError: there are no passages; an id of a text is not one word or repeats; files are damaged.
+        LicenceError: something would have to be fetched, and its terms have not been accepted.
         DownloadError: something could not be fetched.
-        DataError: an unknown ir_datasets id, or one without what is needed from it; malformed, unknown or repeated ids; a
-            number that differs from ``settings.counts``.
     """
-    with alone(work):
-        work.mkdir(exist_ok=True)
-        receipt = work / "fingerprint"
-        if receipt.is_file():
-            finished = collections / receipt.read_text().strip()
-            if finished.is_dir():
-                return StoredCollection.load(finished)
-            receipt.unlink()
-        _check_ids(settings)
-        check_licence(settings)
-        for partial in work.glob(".*.partial"):  # of a killed process
-            partial.unlink()
-        target = collections / _write(settings, work)
-        if target.is_dir():  # other settings, same content
-            shutil.rmtree(work)
-        else:
-            _move(work, target)
-        write_text(receipt, target.name + "\n")
-        return StoredCollection.load(target)
-
-
-def _write(settings: IrDatasetsSettings, work: Path) -> str:
-    """Write the files of the collection that ``work`` does not have yet; the fingerprint of all."""
-    counts = settings.counts
-
-    path = work / "passages.arrow"
-    if not path.is_file():
-        docs = read_records("passages", settings.passages, "docs")
-        pairs = ((doc.doc_id, doc.default_text()) for doc in docs)
-        write_texts(path, pairs, what="passages", expected=counts.get("passages"))
-    passages = StoredTexts(path)
-    check_count("passages", len(passages), counts.get("passages"))
-
-    queries: dict[str, Texts] = {}
-    for name, identifier in _sets(settings).items():
-        place = (_key(name), identifier)
-        path = work / f"queries.{name}.tsv"
-        _make(path, _queries, *place)
-        queries[name] = read_queries(path, own=True)
-        check_count(f"queries of {name}", len(queries[name]), counts.get(name))
-        ids = (queries[name], passages)
-        _make(work / f"qrels.{name}.txt", _qrels, *place, *ids)
-        if name != "train" and find_dataset(*place).has("scoreddocs"):
-            _make(work / f"candidates.{name}.run.gz", _candidates, *place, *ids)
-    _write_triples(settings, work / "triples.arrow", queries.get("train", Texts([], [])), passages)
-
     import ir_datasets
 
-    sources = {
-        "ir_datasets": ir_datasets.__version__,
-        "passages": settings.passages,
-        **_sets(settings),
-    }
-    collection = StoredCollection._open(work, settings.name, sources, "")
-    fingerprint = fingerprint_of(collection, collection.candidates)
-    files = [path for path in sorted(work.iterdir()) if path.name != "sources.json"]
-    about = {
-        "name": settings.name,
-        "fingerprint": fingerprint,
-        "sources": sources,
-        "counts": {
-            "passages": len(passages),
-            "triples": len(collection.triples),
-            **{name: len(texts) for name, texts in queries.items()},
-        },
-        "files": {path.name: path.stat().st_size for path in files},
-        "sha256": {path.name: digest for path in files if (digest := _sha256(path))},
-    }
-    write_text(work / "sources.json", json.dumps(about, indent=2, sort_keys=True) + "\n")
-    return fingerprint
+    sets = _sets_around(source)
+    if not find_dataset("passages", source).has("docs"):
+        raise DataError(f"{source!r} of ir_datasets has no passages; expected an id that has")
+    uses = [(source, "docs"), *((i, kind) for i in sets.values() for kind in ("queries", "qrels"))]
+    has_triples = "train" in sets and find_dataset("triples", sets["train"]).has("docpairs")
+    if has_triples:
+        uses.append((sets["train"], "docpairs"))
+    _check_fetching(source, uses)
+
+    titles: dict[str, str] = {}
+    left_out = Problems()
+    passages = _texts("passages", source, "docs", titles)
+    read = {name: read_set(name, i, passages, left_out) for name, i in sets.items()}
+    queries = {name: texts for name, (texts, _) in read.items()}
+    qrels = {name: judged for name, (_, judged) in read.items()}
+    triples: list[Triple] = []
+    if has_triples:
+        known = _known_triples(sets["train"], queries["train"], passages, left_out)
+        triples = thinned(known, MAX_TRIPLES)
+    if found := left_out.text():
+        warnings.warn(f"{source}: left out\n{found}", stacklevel=3)
+    warn(passages, queries, source, "number")
+    sources = {"ir_datasets": ir_datasets.__version__, "passages": source, **sets}
+    return Collection(source, passages, queries, qrels, sources, triples, titles)
 
 
-def _sets(settings: IrDatasetsSettings) -> dict[str, str]:
-    """Set name → ir_datasets id, the training queries included."""
-    return {**({"train": settings.triples} if settings.triples else {}), **settings.sets}
+def _sets_around(source: str) -> dict[str, str]:
+    """Set → ir_datasets id."""
+    base, _, last = source.rpartition("/")
+    if not any(last in members for members in _SETS.values()):
+        base = source
+    passages = handler_of(find_dataset("passages", source), "docs_handler")
+    sets: dict[str, str] = {}
+    for name, members in _SETS.items():
+        for identifier in (f"{base}/{member}" for member in members):
+            if name not in sets and _is_judged(identifier):
+                # Siblings may have other passages with the same docids (those of LoTTE do).
+                theirs = handler_of(find_dataset("passages", identifier), "docs_handler")
+                if theirs is passages:
+                    sets[name] = identifier
+    if not sets and _is_judged(source):
+        sets["train" if find_dataset("triples", source).has("docpairs") else "test"] = source
+    return sets
 
 
-def _make(path: Path, content: Callable[..., bytes], *arguments: Any) -> None:
-    if not path.is_file():
-        with whole_file(path) as partial:
-            partial.write_bytes(content(*arguments))
+def _is_judged(identifier: str) -> bool:
+    if not is_known(identifier):
+        return False
+    dataset = find_dataset("queries", identifier)
+    return dataset.has("queries") and dataset.has("qrels")
 
 
-def _queries(key: str, identifier: str) -> bytes:
-    records = list(read_records(key, identifier, "queries"))
-    # Lines of a tab-separated file hold them, so tabs and line breaks become spaces.
-    texts = [re.sub(r"[\t\n\r]", " ", record.default_text()) for record in records]
-    try:
-        return tsv(Texts([record.query_id for record in records], texts)).encode("utf-8")
-    except ValueError as error:
-        raise DataError(f"collection.{key}: queries of {identifier!r}: {error}") from error
+def _check_fetching(source: str, uses: Iterable[tuple[str, str]]) -> None:
+    """Raise LicenceError if something would be fetched that the user did not accept."""
+    files = [f for i, kind in uses for f in files_behind(find_dataset(kind, i), kind)]
+    missing = {file.url: file for file in files if file.url and not file.here}
+    if missing:
+        listed = "".join(f"\n    {file.url} ({file.size_text})" for file in missing.values())
+        page = f"https://ir-datasets.com/{source.split('/')[0]}.html"
+        terms = f"those of its publishers, see {page}. To be fetched:{listed}"
+        check_licence(source, source, terms)
 
 
-def _qrels(key: str, identifier: str, queries: Texts, passages: Texts) -> bytes:
+def _texts(name: str, identifier: str, kind: str, titles: dict[str, str]) -> Texts:
+    """Passages (``kind`` "docs") or queries of an id; titles are added to ``titles``."""
+    found: dict[str, str] = {}
+    records = bar(
+        f"reading {kind} of {identifier}", read_records(name, identifier, kind), unit="texts"
+    )
+    for number, record in enumerate(records, start=1):
+        where = f"{kind} of {identifier!r}, number {number}"
+        if not hasattr(record, "default_text"):
+            raise DataError(f"{where}: {type(record).__name__} has no plain text")
+        key = record.doc_id if kind == "docs" else record.query_id
+        if key.split() != [key]:
+            raise DataError(f"{where}: id {key!r} is empty or has white space")
+        if key in found:
+            raise DataError(f"{where}: id {key!r} occurs twice")
+        found[key] = one_line(record.default_text() or "")
+        if title := one_line(getattr(record, "title", None) or "").strip():
+            titles[key] = title
+    return Texts(list(found), list(found.values()))
+
+
+def read_set(key: str, identifier: str, passages: Texts, problems: Problems) -> tuple[Texts, Qrels]:
+    """Read the queries and judgements of an ir_datasets id.
+
+    Queries without text, judgements of unknown queries or passages or beyond `MAX_GRADE`, and repeated
+    ones are left out and noted in ``problems``.
+    """
+    texts = _texts(key, identifier, "queries", {})
+    asked: dict[str, str] = {}
+    where = Path(f"{identifier} queries")
+    for number, (qid, text) in enumerate(zip(texts.ids, texts.texts, strict=True), start=1):
+        if text.strip():
+            asked[qid] = text
+        else:
+            problems.add(where, number, f"the text of {qid!r} is empty")
+    queries = Texts(list(asked), list(asked.values()))
     qrels: Qrels = {}
-    problems = Problems()
     where = Path(f"{identifier} qrels")
     for number, record in enumerate(read_records(key, identifier, "qrels"), start=1):
-        if _known(record, queries, passages, where, number, problems):
-            judged = qrels.setdefault(record.query_id, {})
-            if record.doc_id in judged:
-                problems.add(where, number, f"{record.query_id!r} judges {record.doc_id!r} twice")
-            if abs(record.relevance) > MAX_GRADE:
-                problems.add(where, number, f"grade '{record.relevance}' is beyond ±{MAX_GRADE:,}")
-            judged[record.doc_id] = record.relevance
-    problems.check()
-    return qrels_text(qrels).encode("utf-8")
+        qid, docid, grade = record.query_id, record.doc_id, int(record.relevance)
+        if not check_known(where, number, record, queries, passages, problems):
+            continue
+        if docid in qrels.get(qid, {}):
+            problems.add(where, number, f"{qid!r} judges {docid!r} twice")
+        elif abs(grade) > MAX_GRADE:
+            problems.add(where, number, f"grade '{grade}' is beyond ±{MAX_GRADE:,}")
+        else:
+            qrels.setdefault(qid, {})[docid] = grade
+    return queries, qrels
 
 
-def _candidates(key: str, identifier: str, queries: Texts, passages: Texts) -> bytes:
-    """A TREC run: queries by id, passages by score and then docid, both descending, as trec_eval orders them."""
-    run: Run = {}
-    problems = Problems()
-    where = Path(f"{identifier} scoreddocs")
-    for number, record in enumerate(read_records(key, identifier, "scoreddocs"), start=1):
-        if _known(record, queries, passages, where, number, problems):
-            hits = run.setdefault(record.query_id, {})
-            if record.doc_id in hits:
-                problems.add(where, number, f"{record.query_id} has {record.doc_id} twice")
-            if not math.isfinite(record.score):
-                problems.add(where, number, f"score {record.score!r} is not finite")
-            hits[record.doc_id] = record.score
-    problems.check()
-    tag = identifier.replace(" ", "-")
-    return gzip.compress(run_text(run, tag).encode("utf-8"), mtime=0)
-
-
-def _sha256(path: Path) -> str | None:
-    """Of a file that is read whole; None for one that is memory-mapped, which may have gigabytes."""
-    if path.suffix in (".arrow", ".npy"):
-        return None
-    return file_sha256(path)
-
-
-def _known(
-    record: Any, queries: Texts, passages: Texts, where: Path, number: int, problems: Problems
+def check_known(
+    where: Path, number: int, record: Any, queries: Texts, passages: Texts, problems: Problems
 ) -> bool:
-    known = record.query_id in queries
-    if not known:
+    """Whether a record's query and passage are known; unknown ones are noted in ``problems``."""
+    if record.query_id not in queries:
         problems.unknown(where, number, "query", record.query_id, queries.ids)
-    if record.doc_id not in passages:
+    elif record.doc_id not in passages:
         problems.unknown(where, number, "passage", record.doc_id, passages.ids)
-        known = False
-    return known
+    else:
+        return True
+    return False
 
 
-def _write_triples(
-    settings: IrDatasetsSettings, path: Path, queries: Texts, passages: Texts
-) -> None:
-    expected, per_query = settings.counts.get("triples"), settings.triples_per_query
-    every = path if per_query is None else path.with_name(".every-triple.arrow")
-    if not path.is_file() and not every.is_file():
-        triples = read_records("triples", settings.triples, "docpairs") if settings.triples else []
-        what = f"{settings.triples} docpairs"
-        write_triples(every, triples, queries, passages, what=what, expected=expected)
-    if per_query is None:
-        check_count("triples", len(StoredTriples(path, queries, passages)), expected)
-        return
-    if not path.is_file():
-        stored = StoredTriples(every, queries, passages)
-        chosen = first_per_query(stored.column("query"), per_query)
-        if not len(chosen):
-            raise DataError(
-                f"{settings.triples}: no query has triples_per_query = {per_query} triples"
-            )
-        select_triples(path, stored, chosen)
-    every.unlink(missing_ok=True)
+def _known_triples(
+    identifier: str, queries: Texts, passages: Texts, problems: Problems
+) -> Iterator[Triple]:
+    where = Path(f"{identifier} docpairs")
+    for number, pair in enumerate(read_records("triples", identifier, "docpairs"), start=1):
+        triple = pair.query_id, pair.doc_id_a, pair.doc_id_b
+        if triple[0] in queries and triple[1] in passages and triple[2] in passages:
+            yield triple
+        else:
+            problems.add(where, number, "the triple has an unknown query or passage")
 
 
-def _move(work: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+def thinned(items: Iterable[_T], most: int) -> list[_T]:
+    """Return all items, or, of more than ``most``, every 2nd, 4th, 8th, …: at least ``most`` / 2."""
+    kept: list[_T] = []
+    step = 1
+    for number, item in enumerate(items):
+        if number % step == 0:
+            kept.append(item)
+        if len(kept) > most:
+            kept, step = kept[::2], 2 * step
+    return kept
+
+
+# ---- ir_datasets -----------------------------------------------------------------------------------
+
+
+def known_ids() -> list[str]:
+    """The registered ids of ir_datasets."""
+    import ir_datasets
+
+    return list(ir_datasets.registry)
+
+
+def is_known(identifier: str) -> bool:
+    """Whether ir_datasets has an id, those made from patterns included."""
+    import ir_datasets
+
     try:
-        work.rename(target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:  # another file system
-            raise
-        with whole_folder(target) as partial:
-            shutil.copytree(work, partial, dirs_exist_ok=True)
-        shutil.rmtree(work)
-
-
-# ---- ir_datasets ---------------------------------------------------------------------------------------------------
-
-
-def downloads(settings: IrDatasetsSettings) -> list[tuple[str, int]]:
-    """What ir_datasets would still fetch for a collection: (URL, bytes); 0 bytes where it does not know.
-
-    Reads ir_datasets' own list and looks which files are there; opens neither a connection nor data.
-
-    Raises:
-        DataError: an unknown ir_datasets id, or one without what is needed from it.
-    """
-    _check_ids(settings)
-    wanted = [
-        files_behind(find_dataset(*place), kind)
-        for place, kinds in _uses(settings)
-        for kind in kinds
-    ]
-    missing = {file.url: file.size for files in wanted for file in files if not file.here}
-    return list(missing.items())
-
-
-class _File(NamedTuple):
-    """A file that ir_datasets reads: fetched from ``url``, or ("" for it) made from another or given by the user."""
-
-    url: str
-    size: int
-    md5: str
-    path: Path
-    here: bool
-    note: str = ""
-
-
-def _uses(settings: IrDatasetsSettings) -> Iterator[tuple[tuple[str, str], list[str]]]:
-    """((key of the settings, ir_datasets id), what is read from it)."""
-    yield ("passages", settings.passages), ["docs"]
-    for name, identifier in _sets(settings).items():
-        kinds = ["queries", "qrels"]
-        if name == "train":
-            kinds.append("docpairs")
-        elif find_dataset(_key(name), identifier).has("scoreddocs"):
-            kinds.append("scoreddocs")
-        yield (_key(name), identifier), kinds
-
-
-def _key(name: str) -> str:
-    return "triples" if name == "train" else f"sets.{name}"
+        ir_datasets.registry[identifier]
+    except KeyError:
+        return False
+    return True
 
 
 def find_dataset(key: str, identifier: str) -> Any:
-    """The data set of an id of ir_datasets; DataError names ``key``, the setting it came from, and ids like it."""
+    """Return the data set of an ir_datasets id.
+
+    Raises:
+        DataError: there is none; names ``key``, the setting it came from, and ids like it.
+    """
     import ir_datasets
 
     try:
@@ -440,42 +240,34 @@ def find_dataset(key: str, identifier: str) -> Any:
         ) from None
 
 
-def _check_ids(settings: IrDatasetsSettings) -> None:
-    for (key, identifier), kinds in _uses(settings):
-        dataset = find_dataset(key, identifier)
-        if lacking := [kind for kind in kinds if not dataset.has(kind)]:
-            raise DataError(
-                f"collection.{key}: {identifier!r} of ir_datasets has no {' and no '.join(lacking)};"
-                f" expected an id with {', '.join(kinds)}"
-            )
-
-
-def check_licence(settings: IrDatasetsSettings) -> None:
-    """Raise LicenceError unless the terms of use of the data were accepted."""
+def check_licence(name: str, identifier: str, terms: str) -> None:
+    """Raise LicenceError unless the terms of an ir_datasets id (or "all") were accepted."""
     accepted = os.environ.get(ACCEPT_VARIABLE, "")
-    if settings.licence and accepted not in (settings.passages, "all"):
+    if accepted not in (identifier, "all"):
         given = f" (it is {accepted!r})" if accepted else ""
         raise LicenceError(
-            f"{settings.name} has terms of use, and nothing is fetched or converted before you accept them:\n"
-            f"  {settings.licence.strip()}\n"
-            f"To accept, set {ACCEPT_VARIABLE}={settings.passages}{given} and run the same command again."
+            f"{name} has terms of use, and nothing is fetched or converted before you accept them:\n"
+            f"  {terms.strip()}\n"
+            f"To accept, set {ACCEPT_VARIABLE}={identifier}{given} and run the same command again."
         )
 
 
 def read_records(key: str, identifier: str, kind: str) -> Iterator[Any]:
-    """What ir_datasets reads, with errors that say what to do."""
+    """Yield the records of an id; an error names the setting ``key``, the files and the way out."""
     dataset = find_dataset(key, identifier)
     try:
         yield from getattr(dataset, f"{kind}_iter")()
     except Exception as error:  # whatever the readers, the archives and the network raise
         files = files_behind(dataset, kind)
         missing = list({file.url: file for file in files if file.url and not file.here}.values())
-        message = f"collection.{key}: the {kind} of {identifier!r} could not be read: {type(error).__name__}: {error}"
+        message = (
+            f"collection.{key}: the {kind} of {identifier!r} could not be read:"
+            f" {type(error).__name__}: {error}"
+        )
         if missing:
             message += "\nNot here yet:"
             for file in missing:
-                size = f"{file.size:,} bytes" if file.size else "size not known"
-                message += f"\n  {file.url} ({size}, MD5 {file.md5 or 'not known'})"
+                message += f"\n  {file.url} ({file.size_text}, MD5 {file.md5 or 'not known'})"
                 message += f"\n    without a network, put it at {file.path}{file.note}"
         if here := sorted({str(file.path) for file in files if file.here}):
             message += "\nRead from (remove a damaged file, and it is fetched or made again):"
@@ -484,8 +276,23 @@ def read_records(key: str, identifier: str, kind: str) -> Iterator[Any]:
         raise (DownloadError if missing else DataError)(message) from error
 
 
+class _File(NamedTuple):
+    """A file that ir_datasets reads: fetched from ``url``, or ("" for it) made from another or given."""
+
+    url: str
+    size: int
+    md5: str
+    path: Path
+    here: bool
+    note: str = ""
+
+    @property
+    def size_text(self) -> str:
+        return f"{self.size:,} bytes" if self.size else "size not known"
+
+
 def files_behind(dataset: Any, kind: str) -> list[_File]:
-    """The files behind what a dataset offers, found by going through the parts that ir_datasets built it from."""
+    """The files behind what a data set offers, found in the parts that ir_datasets built it from."""
     found: list[_File] = []
     handler = handler_of(dataset, f"{kind}_handler")
     _collect(handler, found, set())

@@ -1,12 +1,13 @@
-"""Pseudo-queries, for a corpus without any queries: titles, first sentences, and sentences cut out (inverse cloze task).
+"""Pseudo-queries for a corpus without queries: titles, first sentences, sentences cut out (inverse cloze task).
 
-They are weaker than real queries. A part of a passage uses its author's words, which a searcher does not know; it states
-where a searcher asks; and only the passage it came from counts as relevant, though others may answer it as well. An encoder
-can adapt to a corpus with them, and two rankings can be compared with care. How well users are served they do not tell.
+They are weaker than real queries. A part of a passage uses its author's words, which a searcher does not know; it is
+a statement, no question; and only its passage counts as relevant, though others may answer it as well. An encoder can
+adapt to a corpus with them, and two rankings can be compared with care; they do not measure how well users are served.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from array import array
@@ -20,7 +21,7 @@ from bm25s.stopwords import STOPWORDS_EN
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.text import DataError
 from adaptive_margins.data.words import without_spaces
-from adaptive_margins.progress import Countdown
+from adaptive_margins.progress import bar
 
 KINDS = ("title", "first sentence", "inverse cloze")
 QUERY_WORDS = (4, 32)
@@ -38,20 +39,30 @@ _STOP_WORDS = frozenset(STOPWORDS_EN)
 
 
 @dataclass(frozen=True)
-class PseudoQueries:
-    """Queries made from passages.
+class PseudoQuery:
+    """A query made from a passage.
 
     Attributes:
-        queries: ids such as "inverse-cloze:DOCID", and texts.
-        positives: (query id, docid of the passage that the query was made from), in the order of ``queries``.
-        texts: query id → text of the positive to train on: the passage without the query.
-        kinds: kind → number of queries.
+        kind: one of `KINDS`.
+        row, docid: the passage.
+        query: its text.
+        rest: the passage without the query.
+        whole: the passage.
+        keeps_query: whether an encoder is trained with the complete passage.
     """
 
-    queries: Texts
-    positives: list[tuple[str, str]]
-    texts: dict[str, str]
-    kinds: dict[str, int]
+    kind: str
+    row: int
+    docid: str
+    query: str
+    rest: str
+    whole: str
+    keeps_query: bool
+
+    @property
+    def qid(self) -> str:
+        """An id such as "inverse-cloze:DOCID"."""
+        return f"{self.kind.replace(' ', '-')}:{self.docid}"
 
 
 def pseudo_queries(
@@ -61,22 +72,23 @@ def pseudo_queries(
     kinds: Sequence[str] = KINDS,
     count: int,
     seed: int,
-) -> PseudoQueries:
-    """Make up to ``count`` queries, at most one a passage and kind, in equal shares of the kinds as far as they go.
+    once: bool = False,
+) -> list[PseudoQuery]:
+    """Make up to ``count`` queries, at most one a passage and kind, in equal shares of the kinds if possible.
 
-    - "title": a passage's title. The text to train on is the passage, without the title if it begins with it.
-    - "first sentence": the first sentence after the title. The text is the rest.
-    - "inverse cloze": any sentence after the title, at random. The text is the rest, in 9 of 10 cases; in the tenth it is
-      the whole passage, so that the encoder does not unlearn to match words (Lee, Chang & Toutanova, Latent Retrieval for
-      Weakly Supervised Open Domain Question Answering, ACL 2019, Section 4). In text without any sentence end (lower-case
-      abstracts, say), 6 to 14 consecutive words stand in for the sentence.
+    - "title": a passage's title. The rest is the passage, without the title if it begins with it.
+    - "first sentence": the first sentence after the title.
+    - "inverse cloze": any sentence after the title, at random. In 1 of 10 cases the text to train on is the
+      complete passage, so that the encoder does not unlearn to match words (Lee, Chang & Toutanova, Latent
+      Retrieval for Weakly Supervised Open Domain Question Answering, ACL 2019, Section 4). In text without
+      any sentence end (lower-case abstracts, say), 6 to 14 consecutive words replace the sentence.
 
-    A title or sentence that another passage has too is no query, so that each has one positive. Words are what white space
-    separates, so text written without spaces gives none. Limits: `QUERY_WORDS`, `TITLE_WORDS`, `MIN_CONTENT`,
-    `MIN_TEXT_WORDS`.
+    A title or sentence that another passage has too is no query, so that each has one positive. Words are
+    what white space separates, so text written without spaces gives none. Limits: `QUERY_WORDS`,
+    `TITLE_WORDS`, `MIN_CONTENT`, `MIN_TEXT_WORDS`.
 
-    The result depends on passages, titles, kinds and ``seed`` alone; fewer queries are a prefix of more. All passages are
-    read twice at most; a number of 8 bytes is held of each sentence.
+    The result depends on passages, titles, kinds and ``seed`` alone; fewer queries are a prefix of more. All
+    passages are read twice at most; 8 bytes are held of each sentence.
 
     Args:
         passages: docids and texts.
@@ -84,6 +96,7 @@ def pseudo_queries(
         kinds: a choice of `KINDS`, in any order.
         count: queries wanted; fewer if the passages do not give as many.
         seed: of the choice of passages and sentences.
+        once: at most one query a passage, whatever the kind.
 
     Raises:
         ValueError: ``count`` below 1, no kind, or an unknown one.
@@ -91,17 +104,46 @@ def pseudo_queries(
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
-    made = list(_draw(passages, titles or {}, kinds, count, seed, once=False))
-    ids = [one.qid for one in made]
-    texts = {one.qid: one.whole if one.keeps_query else one.rest for one in made}
-    positives = [(one.qid, one.docid) for one in made]
-    found = Counter(one.kind for one in made)
-    return PseudoQueries(
-        Texts(ids, [one.query for one in made]),
-        positives,
-        texts,
-        {kind: found[kind] for kind in KINDS if kind in kinds},
-    )
+    if isinstance(kinds, str) or not kinds or set(kinds) - set(KINDS):
+        raise ValueError(f"kinds must be some of {', '.join(KINDS)}, not {kinds!r}")
+    titles = titles or {}
+    repeated = _repeated(passages, titles)
+    taken: set[int] = set()
+
+    def made(kind: str) -> Iterator[PseudoQuery]:
+        order = list(range(len(passages)))
+        random.Random(f"{seed} {kind}").shuffle(order)
+        for row in order:
+            if once and row in taken:
+                continue
+            docid, whole = passages.ids[row], passages.texts[row]
+            # A generator per passage: its draws do not depend on which other passages there are.
+            rng = random.Random(f"{seed} {kind} {docid}")
+            found = _MAKERS[kind](*_parts(whole, titles.get(docid, "")), rng, repeated)
+            if found is not None:
+                taken.add(row)
+                keeps_query = kind == "inverse cloze" and rng.random() >= CUT
+                yield PseudoQuery(kind, row, docid, *found, whole, keeps_query)
+
+    queries = list(itertools.islice(_in_turn([made(k) for k in KINDS if k in kinds]), count))
+    if not queries:
+        raise DataError(
+            f"none of {len(passages)} passages gives a pseudo-query ({', '.join(kinds)}): a query needs"
+            f" {QUERY_WORDS[0]} to {QUERY_WORDS[1]} words (a title {TITLE_WORDS[0]}) that no other passage has in"
+            f" this order, and {MIN_TEXT_WORDS} more words in its passage{_without_spaces(passages)}"
+        )
+    return queries
+
+
+def _in_turn(iterators: list[Iterator[PseudoQuery]]) -> Iterator[PseudoQuery]:
+    """An item of each iterator, again and again, as long as any has one."""
+    while iterators:
+        for iterator in list(iterators):
+            item = next(iterator, None)
+            if item is None:
+                iterators.remove(iterator)
+            else:
+                yield item
 
 
 def pseudo_collection(
@@ -116,16 +158,15 @@ def pseudo_collection(
     validation: int,
     seed: int,
 ) -> Collection:
-    """A collection with pseudo-queries to train on ("train"), to stop by ("validation") and to measure with ("test").
+    """Return a collection with pseudo-queries in the sets "train", "validation" and "test".
 
-    Every passage that a query was made from stands in it without that query, as PyDocs has docstrings without their
-    summaries; its grade is 1. Were the sentence still in its passage, matching words alone would find it (measured on 300 test
-    queries of Cranfield, nDCG@10 of first sentences and inverse cloze: BM25 .98 and .99, MiniLM .93 and .70; cut, BM25 .74
-    and .47, MiniLM .71 and .45). Were only the test queries' passages cut, they would differ from all others. In "train"
-    alone a tenth of the passages of inverse cloze queries stay whole, as `pseudo_queries` says. A passage gives at most one
-    query, so the sets share no positive.
+    The passage of a query does not contain it, as PyDocs has docstrings without their summaries; its grade
+    is 1. With the sentence in its passage, matching words alone would find it (300 test queries of Cranfield,
+    nDCG@10 of first sentences and inverse cloze: BM25 .98 and .99, MiniLM .93 and .70; cut, BM25 .74 and .47,
+    MiniLM .71 and .45). In "train" alone, a tenth of the passages of inverse cloze queries stay complete
+    (`pseudo_queries`). A passage gives at most one query, so the sets share no positive.
 
-    For searching, index the passages as they were: only training and measuring need this collection.
+    For searching, index the original passages: only training and measuring need this collection.
 
     Args:
         passages: docids and texts; unchanged.
@@ -136,8 +177,8 @@ def pseudo_collection(
         count: queries to train on, at most.
         test: queries to measure with; at most a quarter of all.
         validation: queries to stop by; at most an eighth of all.
-        seed: of the queries and of the split. More queries to train on leave the other sets as they are, unless a
-            quarter or an eighth of all limits those.
+        seed: of the queries and of the split. More queries to train on leave the other sets unchanged,
+            unless a quarter or an eighth of all limits those.
 
     Raises:
         ValueError: a number below 1, no kind, or an unknown one.
@@ -147,11 +188,12 @@ def pseudo_collection(
     for what, number in wanted.items():
         if number < 1:
             raise ValueError(f"{what} must be at least 1, not {number}")
-    made = list(_draw(passages, titles or {}, kinds, sum(wanted.values()), seed, once=True))
+    total = sum(wanted.values())
+    made = pseudo_queries(passages, titles, kinds=kinds, count=total, seed=seed, once=True)
     if len(made) < 8:
         raise DataError(
-            f"{name}: its {len(passages)} passages give {len(made)} pseudo-queries; at least 8 are needed to train, to"
-            f" stop and to measure with{_without_spaces(passages)}"
+            f"{name}: its {len(passages)} passages give {len(made)} pseudo-queries; at least 8 are needed"
+            f" to train, to stop and to measure with{_without_spaces(passages)}"
         )
     texts = list(passages.texts)
     queries: dict[str, Texts] = {}
@@ -177,7 +219,7 @@ def pseudo_collection(
 
 
 def about(collection: Collection) -> str:
-    """What a report says of a collection by `pseudo_collection`: how many queries of which kind, and why they are weaker."""
+    """Describe the pseudo-queries of a `pseudo_collection`: numbers by kind, and why they are weaker."""
     kinds = Counter(
         qid.partition(":")[0].replace("-", " ")
         for queries in collection.queries.values()
@@ -185,77 +227,15 @@ def about(collection: Collection) -> str:
     )
     numbers = ", ".join(f"{kind}: {kinds[kind]:,}" for kind in KINDS if kinds[kind])
     return (
-        f"There are no real queries: {kinds.total():,} pseudo-queries were made from the passages ({numbers}). They are"
-        " weaker than real queries: they use the words of the passage's author, they state rather than ask, and only"
-        " the passage they come from counts as relevant. The measures say how well a passage is found by a part of it that"
-        " was cut out, not how well the queries of users are answered."
+        f"There are no real queries: {kinds.total():,} pseudo-queries were made from the passages"
+        f" ({numbers}). They are weaker than real queries: they use the words of the passage's author, they"
+        " state rather than ask, and only the passage they come from counts as relevant. The measures show"
+        " how well a passage is found by a part of it that was cut out, not how well the queries of users"
+        " are answered."
     )
 
 
 # ---- from a passage to a query -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Made:
-    kind: str
-    row: int
-    docid: str
-    query: str
-    rest: str  # the passage without the query
-    whole: str
-    keeps_query: bool  # to be trained on with the whole passage
-
-    @property
-    def qid(self) -> str:
-        return f"{self.kind.replace(' ', '-')}:{self.docid}"
-
-
-def _draw(
-    passages: Texts,
-    titles: Mapping[str, str],
-    kinds: Sequence[str],
-    count: int,
-    seed: int,
-    *,
-    once: bool,
-) -> Iterator[_Made]:
-    """Up to ``count`` queries, the kinds taking turns; ``once``: at most one a passage, whatever the kind."""
-    if isinstance(kinds, str) or not kinds or set(kinds) - set(KINDS):
-        raise ValueError(f"kinds must be some of {', '.join(KINDS)}, not {kinds!r}")
-    repeated = _repeated(passages, titles)
-    taken: set[int] = set()
-
-    def made(kind: str) -> Iterator[_Made]:
-        order = list(range(len(passages)))
-        random.Random(f"{seed} {kind}").shuffle(order)
-        for row in order:
-            if once and row in taken:
-                continue
-            docid, whole = passages.ids[row], passages.texts[row]
-            # A generator per passage: its draws do not depend on which other passages there are.
-            rng = random.Random(f"{seed} {kind} {docid}")
-            found = _MAKERS[kind](*_parts(whole, titles.get(docid, "")), rng, repeated)
-            if found is not None:
-                taken.add(row)
-                keeps_query = kind == "inverse cloze" and rng.random() >= CUT
-                yield _Made(kind, row, docid, *found, whole, keeps_query)
-
-    turns = [made(kind) for kind in KINDS if kind in kinds]
-    number = 0
-    while turns and number < count:
-        for turn in list(turns):
-            one = next(turn, None)
-            if one is None:
-                turns.remove(turn)
-            elif number < count:
-                number += 1
-                yield one
-    if not number:
-        raise DataError(
-            f"none of {len(passages)} passages gives a pseudo-query ({', '.join(kinds)}): a query needs"
-            f" {QUERY_WORDS[0]} to {QUERY_WORDS[1]} words (a title {TITLE_WORDS[0]}) that no other passage has in this"
-            f" order, and {MIN_TEXT_WORDS} more words in its passage{_without_spaces(passages)}"
-        )
 
 
 def _without_spaces(passages: Texts) -> str:
@@ -264,16 +244,17 @@ def _without_spaces(passages: Texts) -> str:
         return ""
     return (
         f"; {count:,} of them are written without spaces between words, and such text gives no"
-        " pseudo-queries: add queries and judgements (queries.jsonl and qrels/test.tsv, or queries.tsv and qrels.txt)"
+        " pseudo-queries: add queries and judgements (queries.jsonl and qrels/test.tsv, or queries.tsv and"
+        " qrels.txt)"
     )
 
 
 def _repeated(passages: Texts, titles: Mapping[str, str]) -> set[int]:
     """The hashes of all titles and sentences that more than one passage has."""
     hashes = array("q")
-    countdown = Countdown("pseudo-queries: reading passages", len(passages), "passages")
-    for row, (docid, text) in enumerate(zip(passages.ids, passages.texts, strict=True)):
-        countdown.update(row)
+    pairs = zip(passages.ids, passages.texts, strict=True)
+    listed = bar("reading passages", pairs, total=len(passages), unit="passages")
+    for docid, text in listed:
         title, body = _parts(text, titles.get(docid, ""))
         hashes.extend({hash(_form(part)) for part in (title, *sentences(body))})
     ordered = np.sort(np.frombuffer(hashes, dtype=np.int64)) if hashes else np.zeros(0, np.int64)
@@ -281,7 +262,7 @@ def _repeated(passages: Texts, titles: Mapping[str, str]) -> set[int]:
 
 
 def _parts(text: str, title: str) -> tuple[str, str]:
-    """The title and the text after it, where the text begins with it; white space is made single."""
+    """The title and the text after it, if the text begins with it; with single spaces."""
     text, title = " ".join(text.split()), " ".join(title.split())
     end = len(title)
     if text[:end].casefold() == title.casefold() and not text[end : end + 1].isalnum():
@@ -290,9 +271,8 @@ def _parts(text: str, title: str) -> tuple[str, str]:
 
 
 def _title(title: str, body: str, rng: random.Random, repeated: set[int]) -> tuple[str, str] | None:
-    if not _asks("title", title, _count(body), repeated):
-        return None
-    return _trimmed(title), body
+    asks = _asks("title", title, _count(body), repeated)
+    return (_trimmed(title), body) if asks else None
 
 
 def _first_sentence(
@@ -300,27 +280,23 @@ def _first_sentence(
 ) -> tuple[str, str] | None:
     first = next(_sentences(body), "")
     rest = body[len(first) :].strip()
-    if not _asks("first sentence", first, _count(rest), repeated):
-        return None
-    return _trimmed(first), rest
+    asks = _asks("first sentence", first, _count(rest), repeated)
+    return (_trimmed(first), rest) if asks else None
 
 
 def _inverse_cloze(
     title: str, body: str, rng: random.Random, repeated: set[int]
 ) -> tuple[str, str] | None:
     parts = sentences(body)
+    choices = list(range(len(parts)))
     if len(parts) == 1 and not _MARK.search(body):
-        if hash(_form(body)) in repeated:
-            return None
         words = body.split()
-        length = rng.randint(*_SPAN)
-        if len(words) < length:
+        if hash(_form(body)) in repeated or len(words) < (length := rng.randint(*_SPAN)):
             return None
         at = rng.randrange(len(words) - length + 1)
-        parts = [" ".join(words[:at]), " ".join(words[at : at + length]), " ".join(words[at + length :])]  # fmt: skip
-        choices = [1]
+        cut = words[:at], words[at : at + length], words[at + length :]
+        parts, choices = [" ".join(part) for part in cut], [1]
     else:
-        choices = list(range(len(parts)))
         rng.shuffle(choices)
     counts = [_count(part) for part in parts]
     total = sum(counts)
@@ -338,7 +314,7 @@ _MAKERS: dict[str, Callable[[str, str, random.Random, set[int]], tuple[str, str]
 
 
 def _asks(kind: str, query: str, left: int, repeated: set[int]) -> bool:
-    """Whether it is a query: long enough, as ``left``, the other words of its passage, are; not too long, not repeated."""
+    """Whether it is a query: neither too short nor too long nor repeated; ``left``: other words of its passage."""
     form = _form(query)
     words = form.split()
     low, high = TITLE_WORDS if kind == "title" else QUERY_WORDS
@@ -370,9 +346,9 @@ _WORDS = re.compile(r"[^\W_]+")
 def sentences(text: str) -> list[str]:
     """Split a text at its sentence ends; nothing is lost but white space around them.
 
-    A sentence ends at ".", "!", "?" or "…" (and closing quotes or brackets) before white space, unless a lower-case letter
-    follows, or a full stop belongs to a common English abbreviation, an initial, or a number. A mark between white space
-    ends one, too, whatever follows, as in text that was split into tokens.
+    A sentence ends at ".", "!", "?" or "…" (and closing quotes or brackets) before white space, unless a
+    lower-case letter follows, or a full stop belongs to a common English abbreviation, an initial, or a
+    number. A mark between white space ends one, too, whatever follows, as in tokenised text.
     """
     return list(_sentences(text))
 

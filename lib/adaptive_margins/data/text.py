@@ -1,9 +1,10 @@
-"""The one reader of text files: whatever a user names is decoded here, or told in one line."""
+"""The reader of all text files that a user names, and the collector of what is wrong in them."""
 
 from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import os
 import re
 import unicodedata
@@ -11,19 +12,19 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from adaptive_margins.errors import AdaptiveMarginsError
-from adaptive_margins.progress import Countdown
+from adaptive_margins.progress import bar
 
 MAX_LINE = 1 << 20
-"""Most bytes of a line. A longer one is hardly a passage; more likely, line feeds were lost."""
+"""Most bytes of a line. In a longer one, line feeds were probably lost."""
 _SHOWN = 20  # kinds of faults listed in one error
 _HEAD = 4096  # bytes by which a file's kind is known
 _BOM = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
 # The longer marks first: UTF-32's little-endian one begins as UTF-16's does.
-_ENCODINGS = [
+_MARKS = [
     (b"\xff\xfe\0\0", "UTF-32"),
     (b"\0\0\xfe\xff", "UTF-32"),
     (b"\xff\xfe", "UTF-16"),
@@ -46,20 +47,21 @@ _KINDS = [
     (rb"\x7fELF", "a program"),
     (rb"#!", "a script"),
     (rb"%PDF-", "a PDF"),
-    (rb"\x00\x05\x16[\x00\x07]", "what macOS keeps beside a file; name the file itself"),
+    (rb"\x00\x05\x16[\x00\x07]", "metadata that macOS writes next to a file; name the file itself"),
     (rb"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it: git lfs pull"),
     (rb"(?i)\s*<(!doctype|html)", "a web page, not the file itself; download it again"),
 ]
 
 
 class DataError(AdaptiveMarginsError, ValueError):
-    """Malformed data. The message says what is wrong as ``file:line: what``, once for each kind of fault in a file."""
+    """Malformed data. The message has ``file:line: what`` for each kind of fault in a file."""
 
 
 class Problems:
     """Collects what is wrong with some files, so that one error can report all of it.
 
-    Faults of one kind in one file, which differ in quoted values and numbers only, are told once: the first, and how many more.
+    Faults of one kind in one file differ in quoted values and numbers only: the first is named, the others
+    are counted.
     """
 
     def __init__(self) -> None:
@@ -76,32 +78,36 @@ class Problems:
     def unknown(
         self, path: Path, line: int, what: str, identifier: str, known: Iterable[str]
     ) -> None:
-        """Note that a line names an id (of a ``what``: "query", "passage") that is not known; known ids alike are told."""
+        """Note that a line names an unknown query or passage (``what``); similar known ids are named."""
         self.add(path, line, f"unknown {what} {identifier!r}")
         self._unknown.setdefault((path, f"unknown {what} "), ({}, known))[0][identifier] = None
 
-    def check(self) -> None:
-        """Raise `DataError` if anything was noted."""
+    def text(self) -> str:
+        """Return a line for each kind of fault, at most 20; "" if nothing was noted."""
         lines = []
         for kind, first in self._first.items():
             more = self._count[kind] - 1
             like = f" (and {more:,} more line{'s' * (more > 1)} like it)" if more else ""
             hint = alike(*self._unknown[kind]) if kind in self._unknown else ""
             lines.append(first + like + (f"; {hint}" if hint else ""))
-        if len(lines) > 1:
-            left = len(lines) - _SHOWN
-            rest = [f"… and {left} more kinds of faults"] if left > 0 else []
-            lines = ["malformed data", *(f"  {line}" for line in lines[:_SHOWN] + rest)]
-        if lines:
-            raise DataError("\n".join(lines))
+        left = len(lines) - _SHOWN
+        if left > 0:
+            lines[_SHOWN:] = [f"… and {left} more kinds of faults"]
+        return "\n".join(f"  {line}" for line in lines) if len(lines) > 1 else "".join(lines)
+
+    def check(self) -> None:
+        """Raise `DataError` if anything was noted."""
+        if text := self.text():
+            raise DataError(f"malformed data\n{text}" if "\n" in text else text)
 
 
 def read_lines(path: Path, problems: Problems, *, empty: bool = False) -> Iterator[tuple[int, str]]:
     """Yield number (from 1) and text of each line of a UTF-8 file, gzipped or not, which is opened once.
 
-    A byte order mark is dropped and Windows line ends are read, with a UserWarning each. Lines end at line feeds only: other
-    Unicode line separators may occur inside a text. What cannot be read is noted in ``problems`` and left out: a file that is
-    missing, a folder, of another encoding or no text at all; a line that is not UTF-8 or longer than `MAX_LINE`.
+    A byte order mark is dropped and Windows line ends are read, with a UserWarning each. Lines end at line
+    feeds only: other Unicode line separators may occur inside a text. What cannot be read is noted in
+    ``problems`` and left out: a file that is missing, a folder, of another encoding or no text at all; a
+    line that is not UTF-8 or longer than `MAX_LINE`.
 
     Args:
         path: a file, or a pipe, which is read to its end.
@@ -112,67 +118,54 @@ def read_lines(path: Path, problems: Problems, *, empty: bool = False) -> Iterat
     try:
         with path.open("rb") as opened:
             # A pipe cannot be rewound, so that it is kept in memory.
-            file = cast(BinaryIO, opened if opened.seekable() else io.BytesIO(opened.read()))
+            file: Any = opened if opened.seekable() else io.BytesIO(opened.read())
             while (head := _head(file)).startswith(_GZIP):
                 zipped = True
-                file = cast(
-                    BinaryIO,
-                    io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=file, mode="rb"))),
-                )
+                file = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=file, mode="rb")))
             if wrong := _not_text(head, path):
                 problems.add(path, 0, wrong)
-                return
-            if not head and not empty:
+            elif not head and not empty:
                 problems.add(path, 0, "the file is empty")
-            yield from _decoded(file, path, problems, None if zipped else _size(path))
+            else:
+                yield from _decoded(file, path, problems, zipped)
     except FileNotFoundError:
-        what = "file not found"
-        if path.is_symlink():
-            what = f"is a link to {os.readlink(path)}, which does not exist"
-        problems.add(path, 0, what)
+        link = (
+            f"is a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else ""
+        )
+        problems.add(path, 0, link or "file not found")
     except IsADirectoryError:
         problems.add(path, 0, "is a folder; expected a file")
     except (OSError, EOFError, zlib.error) as error:
-        if zipped:
-            problems.add(path, 0, f"truncated or damaged gzip file ({error})")
-        else:
-            problems.add(path, 0, f"cannot be read ({getattr(error, 'strerror', '') or error})")
+        reason = f"cannot be read ({getattr(error, 'strerror', '') or error})"
+        problems.add(path, 0, f"truncated or damaged gzip file ({error})" if zipped else reason)
 
 
 def read_columns(
-    path: Path,
-    columns: int,
-    problems: Problems,
-    *,
-    separator: str | None = "\t",
-    empty: bool = False,
+    path: Path, columns: int, problems: Problems, *, empty: bool = False
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield line number (from 1) and cells of a file whose lines have ``columns`` cells; others are noted in ``problems``.
+    """Yield line number (from 1) and cells of a file whose lines have ``columns`` tab-separated cells.
 
-    ``separator`` None splits at white space. The rest is as in `read_lines`.
+    Other lines are noted in ``problems``. The rest is as in `read_lines`.
     """
-    kind = "tab-separated" if separator == "\t" else "white-space separated"
     for number, line in read_lines(path, problems, empty=empty):
-        cells = line.split(separator)
+        cells = line.split("\t")
         if len(cells) == columns:
             yield number, cells
             continue
-        expected = f"{columns} {kind} columns expected"
+        expected = f"{columns} tab-separated columns expected"
         if number == 1 and line.lstrip()[:1] in ("{", "["):
-            way = (
-                f"; convert: jq -r '[._id, .text] | @tsv' {path.name} > NEW"
-                if '"_id"' in line
-                else ""
-            )
-            problems.add(path, 1, f"{expected}, found JSON: {line[:60]!r}{way}")
+            found = f"JSON: {line[:60]!r}"
+            if '"_id"' in line:
+                found += f"; convert: jq -r '[._id, .text] | @tsv' {path.name} > NEW"
+            problems.add(path, 1, f"{expected}, found {found}")
             return
         problems.add(path, number, f"{expected}, {len(cells)} found")
 
 
 def alike(unknown: Iterable[str], known: Iterable[str]) -> str:
-    """Say which unknown id looks like a known one and in what the two differ, both escaped; "" if none does.
+    """Name an unknown id that looks like a known one, and in what the two differ; "" if none does.
 
-    They may differ in Unicode normalisation, case, characters around them, or a prefix. One pair is told.
+    They may differ in Unicode normalisation, case, characters around them, or a prefix; both are escaped.
     """
     left, there = dict.fromkeys(unknown), dict.fromkeys(known)
     for what, form in _FORMS:
@@ -184,8 +177,8 @@ def alike(unknown: Iterable[str], known: Iterable[str]) -> str:
     ends = {_end(identifier): identifier for identifier in there}
     for identifier in left:
         other = ends.get(identifier, _end(identifier))
-        end, whole = sorted([identifier, other], key=len)
-        named = re.search(r"[^\W\d_]", whole.removesuffix(end))  # of 1.0 and 0, "1." is no prefix
+        end, longer = sorted([identifier, other], key=len)
+        named = re.search(r"[^\W\d_]", longer.removesuffix(end))  # of 1.0 and 0, "1." is no prefix
         if named and other in there:
             return f"{identifier!a} and the known {other!a} differ in a prefix only"
     return ""
@@ -203,7 +196,7 @@ def _surrounded(identifier: str) -> str:
 
 
 def _number(identifier: str) -> str:
-    """Digits without zeros before them and .0 behind them, as they become where ids are read as numbers."""
+    """Without leading zeros and a final .0, which ids lose or get where they are read as numbers."""
     found = re.fullmatch(r"(.*?)0*([0-9]+?)(\.0*)?", identifier)
     return f"{found[1]}{found[2]}" if found else identifier
 
@@ -223,34 +216,27 @@ def _head(file: BinaryIO) -> bytes:
     return head
 
 
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
-
-
 def _not_text(head: bytes, path: Path) -> str:
-    """What a file is, by its first bytes, and the way out; "" if it is text."""
-    for mark, encoding in _ENCODINGS:
-        if head.startswith(mark):
-            return _converted(encoding, path)
-    for pattern, what in _KINDS:
-        if re.match(pattern, head):
-            return f"UTF-8 text expected, found {what.format(path=path.name)}"
-    if nuls := head.count(0):
+    """What a file is, by its first bytes, and the way out; "" if it is UTF-8 text."""
+    encoding = next((name for mark, name in _MARKS if head.startswith(mark)), "")
+    nuls = head.count(0)
+    if not encoding:
+        for pattern, what in _KINDS:
+            if re.match(pattern, head):
+                return f"UTF-8 text expected, found {what.format(path=path.name)}"
         # Half or more of ASCII's bytes are 0 in these encodings.
         if nuls > len(head) * 0.6:
-            return _converted("UTF-32LE" if head[:1] != b"\0" else "UTF-32BE", path)
-        if head[1::2].count(0) > len(head) * 0.3:
-            return _converted("UTF-16LE", path)
-        if head[0::2].count(0) > len(head) * 0.3:
-            return _converted("UTF-16BE", path)
-        if nuls > len(head) * 0.02 or not _is_utf8(head):
-            return "UTF-8 text expected, found a binary file"
+            encoding = "UTF-32LE" if head[:1] != b"\0" else "UTF-32BE"
+        elif head[1::2].count(0) > len(head) * 0.3:
+            encoding = "UTF-16LE"
+        elif head[0::2].count(0) > len(head) * 0.3:
+            encoding = "UTF-16BE"
+    if encoding:
+        how = f"iconv -f {encoding} -t UTF-8 {path.name} > NEW"
+        return f"UTF-8 expected, found {encoding}; convert the file: {how}"
+    if nuls > len(head) * 0.02 or (nuls and not _is_utf8(head)):
+        return "UTF-8 text expected, found a binary file"
     return ""
-
-
-def _converted(encoding: str, path: Path) -> str:
-    how = f"iconv -f {encoding} -t UTF-8 {path.name} > NEW"
-    return f"UTF-8 expected, found {encoding}; convert the file: {how}"
 
 
 def _is_utf8(head: bytes) -> bool:
@@ -262,44 +248,44 @@ def _is_utf8(head: bytes) -> bool:
 
 
 def _decoded(
-    file: BinaryIO, path: Path, problems: Problems, size: int | None
+    file: BinaryIO, path: Path, problems: Problems, zipped: bool
 ) -> Iterator[tuple[int, str]]:
-    number = 0
-    told: set[str] = set()
-    countdown = Countdown(f"reading {path.name}", size, "bytes")
-    while raw := file.readline(MAX_LINE + 2):
-        number += 1
-        if number % 10_000 == 0:
-            countdown.update(file.tell())
-        if len(raw) > MAX_LINE and not raw.endswith(b"\n"):
-            found = f"the line is longer than {MAX_LINE:,} bytes"
-            problems.add(path, number, _MAC if b"\r" in raw[:-1] else found)
-            while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
-                pass
-            continue
-        raw = raw.removesuffix(b"\n")
-        if raw.startswith(_BOM):
-            _once(told, f"{path}: a byte order mark (BOM) in line {number} is left out", "BOM")
-            raw = raw.removeprefix(_BOM)
-        if b"\r" in raw:
+    warned: set[str] = set()
+    total = path.stat().st_size if path.is_file() and not zipped else None
+    with bar(f"reading {path.name}", total=total, unit="bytes") as progress:
+        for number in itertools.count(1):
+            if not (raw := file.readline(MAX_LINE + 2)):
+                return
+            if number % 10_000 == 0:
+                progress.update(file.tell() - progress.n)
+            if len(raw) > MAX_LINE and not raw.endswith(b"\n"):
+                found = f"the line is longer than {MAX_LINE:,} bytes"
+                problems.add(path, number, _MAC if b"\r" in raw[:-1] else found)
+                while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+                    pass
+                continue
+            raw = raw.removesuffix(b"\n")
+            if raw.startswith(_BOM):
+                _once(warned, path, f"a byte order mark (BOM) in line {number} is left out")
+                raw = raw.removeprefix(_BOM)
             if raw.endswith(b"\r"):
-                what = f"Windows line ends (CRLF), first in line {number}, are read"
-                _once(told, f"{path}: {what}", "CR")
+                _once(warned, path, f"Windows line ends (CRLF), first in line {number}, are read")
                 raw = raw.removesuffix(b"\r")
             if b"\r" in raw:
                 problems.add(path, number, _MAC)
                 continue
-        try:
-            yield number, raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            what = f"not valid UTF-8 (byte {error.start + 1} of the line)"
-            problems.add(path, number, f"{what}; if it is Latin-1: iconv -f LATIN1 -t UTF-8")
+            try:
+                yield number, raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                what = f"not valid UTF-8 (byte {error.start + 1} of the line)"
+                problems.add(path, number, f"{what}; if it is Latin-1: iconv -f LATIN1 -t UTF-8")
 
 
 _MAC = r"a carriage return (CR) within the line; if lines end with it: tr '\r' '\n'"
 
 
-def _once(told: set[str], text: str, kind: str) -> None:
-    if kind not in told:
-        told.add(kind)
-        warnings.warn(text, stacklevel=4)
+def _once(warned: set[str], path: Path, what: str) -> None:
+    """Warn once of each kind, which is the first word."""
+    if (kind := what.split()[0]) not in warned:
+        warned.add(kind)
+        warnings.warn(f"{path}: {what}", stacklevel=4)

@@ -1,6 +1,6 @@
-"""TREC's files: runs (rankings) and qrels (judgements), read, written and ordered as trec_eval does.
+"""TREC's files, runs (rankings) and qrels (judgements): read, written and ordered as trec_eval does.
 
-Wherever scores tie, the order is trec_eval's: docids descending. A run lists its hits in that order.
+Where scores tie, the order is trec_eval's: docids descending. A run lists its hits in that order.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _HEX = re.compile(r"[+-]?0[xX]")
 
 
 def top(scores: Mapping[str, float], depth: int | None = None) -> list[tuple[str, float]]:
-    """The ``depth`` best (docid, score) in trec_eval's order: score descending, ties by docid descending.
+    """Return the ``depth`` best (docid, score): score descending, ties by docid descending, as trec_eval.
 
-    Scores are compared as 32-bit floats, as trec_eval does, and returned as they were: those beyond 32 bits are infinite, and
-    tie. ``depth`` None returns all.
+    Scores are compared as 32-bit floats, as trec_eval does, and returned unchanged: those beyond 32 bits
+    are infinite, and tie. ``depth`` None returns all.
 
     Raises:
         ValueError: ``depth`` is below 1, or a score is not a finite number.
@@ -70,10 +70,10 @@ def _single(values: np.ndarray) -> np.ndarray:
 
 
 def run_text(run: Run, tag: str) -> str:
-    """A run in TREC's six columns: query id, Q0, docid, rank from 1, score, tag.
+    """Return a run in TREC's six columns: query id, Q0, docid, rank from 1, score, tag.
 
-    Queries are sorted by id, hits in the order of `top`, scores in full precision. A query without hits leaves no line (the
-    format has none for it).
+    Queries are sorted by id, hits in the order of `top`, scores in full precision. A query without hits has
+    no line.
 
     Raises:
         DataError: an id or the tag is empty or has white space.
@@ -92,9 +92,7 @@ def run_text(run: Run, tag: str) -> str:
 
 
 def write_run(run: Run, path: Path, tag: str) -> None:
-    """Write a run as `run_text` has it, gzipped if the name ends in ``.gz``; the same run gives the same bytes.
-
-    The file appears whole or not at all.
+    """Write `run_text` atomically, gzipped if the name ends in ``.gz``; the same run gives the same bytes.
 
     Raises:
         DataError, ValueError: as `run_text`.
@@ -110,8 +108,8 @@ def write_run(run: Run, path: Path, tag: str) -> None:
 def run_tag(name: str, run: Run, depth: int, passages: int) -> str:
     """Return the tag of a run: ``name``, with a mark if the run is complete.
 
-    It is complete if no query has ``depth`` hits, to which it was ranked, or one has all ``passages``: more hits could not
-    be found. The mark holds the most hits of a query, so that a part of the file does not pass for complete.
+    It is complete if no query has ``depth`` hits, to which it was ranked, or one has all ``passages``. The
+    mark holds the most hits of a query, so that a part of the file is not taken for complete.
     """
     most = max(map(len, run.values()), default=0)
     return f"{name}+complete{most}" if most < depth or most >= passages else name
@@ -125,17 +123,16 @@ def read_run(path: Path, *, own: bool = False) -> Run:
 def read_marked_run(path: Path, *, own: bool = False) -> tuple[Run, bool]:
     """Read a TREC run, gzipped or not, and whether it is marked as complete (`run_tag`).
 
-    Ranks are ignored, as trec_eval does; so is the order of lines.
-
-    A UserWarning says if ranks contradict scores, or all scores of a query tie.
+    Ranks and the order of lines are ignored, as in trec_eval; a UserWarning is given if ranks contradict
+    scores, or all scores of a query tie.
 
     Args:
         path: a file, or a pipe.
         own: whether this library wrote it: then it may be empty, and there are no warnings.
 
     Raises:
-        DataError: the file is of another kind; or names the first line of each kind of fault: not six columns, a score that is
-            not a finite number as C reads it, a docid twice for a query; or the file is empty.
+        DataError: the file is empty or of another kind; or names the first line of each kind of fault: not
+            six columns, a score that is not a finite number as C reads it, a docid twice for a query.
     """
     path = Path(path)
     problems = Problems()
@@ -146,7 +143,7 @@ def read_marked_run(path: Path, *, own: bool = False) -> tuple[Run, bool]:
         cells = line.split()
         if len(cells) != 6 or cells[0] == "#":
             problems.add(path, number, _no_run(line, cells))
-            if number == 1 and line.strip():  # another kind of file: the other lines say the same
+            if number == 1 and line.strip():  # another kind of file: all lines would be named
                 break
             continue
         qid, _, docid, rank, score, tag = cells
@@ -174,11 +171,7 @@ def _number(text: str) -> float:
     if "_" in text or not text.isascii():
         return math.nan
     try:
-        return float(text)
-    except ValueError:
-        pass
-    try:
-        return float.fromhex(text) if _HEX.match(text) else math.nan
+        return float.fromhex(text) if _HEX.match(text) else float(text)
     except (ValueError, OverflowError):
         return math.nan
 
@@ -193,36 +186,33 @@ def _check_order(path: Path, run: Run, ranks: Mapping[str, array[float]]) -> Non
         order = np.lexsort((-scores, places))  # NaN, which is no rank, last
         higher = scores[order][1:] > scores[order][:-1]
         contradicting += bool((higher & (places[order][1:] > places[order][:-1])).any())
-    for count, what in (
-        (contradicting, "ranks contradict scores; scores count, as in trec_eval"),
-        (
-            tied,
-            "all scores of a query are equal; the order is by docid, descending, as in trec_eval",
-        ),
-    ):
+    equal = "all scores of a query are equal; the order is by docid, descending, as in trec_eval"
+    contradict = "ranks contradict scores; scores count, as in trec_eval"
+    for count, what in ((contradicting, contradict), (tied, equal)):
         if count:
             warnings.warn(f"{path}: {what} ({count:,} of {len(ranks):,} queries)", stacklevel=3)
 
 
 def _no_run(line: str, cells: list[str]) -> str:
-    """What a line is that has not the six columns of a run, and the way out."""
+    """What a line is that does not have the six columns of a run, and the way out."""
     expected = f"6 columns expected ({_RUN_COLUMNS})"
     if common := _no_columns(line):
         return f"{expected}, found {common}"
     if cells[:3] == _BEIR_HEADER or (len(cells) == 4 and _INTEGER.fullmatch(cells[3])):
         return f"{expected}, found judgements (qrels)"
     if len(tabs := line.split("\t")) == 4 and " " in tabs[3].strip():
-        how = """awk -F '\\t' '{print $1, "Q0", $2, 1, 1, "top1000"}'"""
-        what = "MS MARCO's top1000 (query id, docid, query, passage), which has no order"
-        return f"{expected}, found {what}; as candidates: {how}"
+        what = "MS MARCO's top1000 (query id, docid, query, passage), which has no order; as candidates"
+        return (
+            f"""{expected}, found {what}: awk -F '\\t' '{{print $1, "Q0", $2, 1, 1, "top1000"}}'"""
+        )
     if len(cells) == 3 and _INTEGER.fullmatch(cells[2]):
-        how = """awk '{print $1, "Q0", $2, $3, -$3, "run"}'"""
-        return f"{expected}, found MS MARCO's three (query id, docid, rank); convert: {how}"
+        what = "MS MARCO's three (query id, docid, rank); convert"
+        return f"""{expected}, found {what}: awk '{{print $1, "Q0", $2, $3, -$3, "run"}}'"""
     return f"{expected}, {len(cells)} found"
 
 
 def _header(number: int, text: str) -> str:
-    """The way out if a word stands in the first line where a number is expected."""
+    """The way out if the first line has a word where a number is expected."""
     word = text.isalpha() and text.lower() not in ("nan", "inf", "infinity")
     return "; if this is a header, remove it: sed -i 1d FILE" if number == 1 and word else ""
 
@@ -259,8 +249,9 @@ def read_qrels(path: Path, *, own: bool = False) -> Qrels:
     ``own``: whether this library wrote the file: then it may be empty.
 
     Raises:
-        DataError: the file is of another kind; or names the first line of each kind of fault: a wrong number of columns, a
-            grade that is not an integer or beyond `MAX_GRADE`, a passage judged twice for a query; or there are no judgements.
+        DataError: there are no judgements, or the file is of another kind; or names the first line of each
+            kind of fault: a wrong number of columns, a grade that is not an integer or beyond `MAX_GRADE`,
+            a passage judged twice for a query.
     """
     problems = Problems()
     qrels: Qrels = {}
@@ -275,33 +266,30 @@ def read_judgements(path: Path, problems: Problems, *, empty: bool = False) -> J
 
     What is wrong is noted in ``problems`` and left out. ``empty``: whether there may be no judgement.
     """
-    beir = False
-    wrong = found = 0
+    beir, count = False, 0
     seen: dict[tuple[str, str], str] = {}
     for number, line in read_lines(path, problems, empty=empty):
         cells = line.split()
         if number == 1 and cells == _BEIR_HEADER:
             beir = True
             continue
+        count += 1
         if len(cells) != (3 if beir else 4) or cells[0] == "#":
-            wrong += 1
             problems.add(path, number, _no_judgement(line, cells, beir))
             if number == 1 and line.strip()[:1] not in ("", "#"):
-                return  # another kind of file: the other lines say the same
+                return  # another kind of file: all lines would be named
             continue
-        qid, docid, text = (cells[0], cells[-2], cells[-1])
+        qid, docid, text = cells[0], cells[-2], cells[-1]
         if fault := _wrong_grade(text):
-            wrong += 1
             problems.add(path, number, fault + _header(number, text))
         elif (qid, docid) in seen:
-            other = {seen[qid, docid], cells[1]}
-            hint = " (diversity judgements, by subtopic?)" if len(other) > 1 and not beir else ""
+            subtopics = not beir and seen[qid, docid] != cells[1]
+            hint = " (diversity judgements, by subtopic?)" if subtopics else ""
             problems.add(path, number, f"{qid!r} judges {docid!r} twice{hint}")
         else:
             seen[qid, docid] = cells[1]
-            found += 1
             yield number, qid, docid, int(text)
-    if beir and not found and not wrong and not empty:
+    if beir and not count and not empty:
         problems.add(path, 0, "no judgement found")
 
 
@@ -316,7 +304,7 @@ def _wrong_grade(text: str) -> str:
 
 
 def _no_judgement(line: str, cells: list[str], beir: bool) -> str:
-    """What a line is that has not the columns of a judgement, and the way out."""
+    """What a line is that does not have the columns of a judgement, and the way out."""
     columns = ", ".join(_BEIR_HEADER) if beir else _QRELS_COLUMNS
     expected = f"{3 if beir else 4} columns expected ({columns})"
     if common := _no_columns(line):

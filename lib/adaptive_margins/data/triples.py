@@ -1,12 +1,15 @@
-"""Training triples: a query, a relevant passage, and a negative from the BM25 candidates."""
+"""Training triples (query, relevant passage, negative): drawn from candidates, or given and checked."""
 
 from __future__ import annotations
 
 import logging
 import random
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from adaptive_margins.data.collection import Triple
-from adaptive_margins.data.trec import Qrels, Run
+from adaptive_margins.data.collection import Collection, Texts, Triple
+from adaptive_margins.data.trec import Qrels, Run, top
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +44,8 @@ def sample_triples(
         raise ValueError(f"ranks must be (low, high) with 1 ≤ low < high, not {ranks}")
     choices: dict[str, tuple[list[str], list[str]]] = {}
     for qid, judged in sorted(qrels.items()):
-        scores = candidates.get(qid, {})
-        ranked = sorted(sorted(scores, reverse=True), key=lambda docid: -scores[docid])
-        negatives = [docid for docid in ranked[low - 1 : high - 1] if docid not in judged]
+        ranked = [docid for docid, _ in top(candidates.get(qid, {}), high - 1)[low - 1 :]]
+        negatives = [docid for docid in ranked if docid not in judged]
         positives = sorted(docid for docid, grade in judged.items() if grade >= min_grade)
         if positives and negatives:
             # A generator per query: its draws do not depend on which other queries there are.
@@ -71,3 +73,126 @@ def sample_triples(
                 (qid, positives[number % len(positives)], negatives[number % len(negatives)])
             )
     return triples[:count]
+
+
+def mine_triples(
+    qrels: Qrels,
+    candidates: Run,
+    passages: Texts,
+    *,
+    count: int,
+    seed: int,
+    ranks: tuple[int, int] = (1, 101),
+    min_grade: int = 1,
+) -> list[Triple]:
+    """Draw ``count`` triples of candidates from `mining.guard`, as `sample_triples` does.
+
+    ``ranks`` (from 1, the second exclusive) count what passed the filters. Positives without text are left
+    out.
+
+    Raises:
+        ValueError: ``count`` or ``ranks`` out of range, or no query has a positive and a negative.
+    """
+    asked = {
+        qid: {d: grade for d, grade in judged.items() if grade < min_grade or passages[d].strip()}
+        for qid, judged in qrels.items()
+    }
+    return sample_triples(
+        asked, candidates, count=count, ranks=ranks, seed=seed, min_grade=min_grade
+    )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check_triples` examined and left out. Each triple left out is counted once, by the first reason.
+
+    Attributes:
+        checked: triples examined.
+        without_text: the query, the positive or the negative is empty.
+        same_passage: the positive is the negative.
+        negative_relevant: the negative is judged relevant to the query.
+        positive_not_relevant: the positive is judged not relevant to the query.
+        same_text: the negative has the positive's text, case and white space aside.
+        repeated: the triple occurred before.
+    """
+
+    checked: int = 0
+    without_text: int = 0
+    same_passage: int = 0
+    negative_relevant: int = 0
+    positive_not_relevant: int = 0
+    same_text: int = 0
+    repeated: int = 0
+
+    @property
+    def reasons(self) -> str:
+        """The counts in words, those above 0."""
+        counts = ((getattr(self, name), what) for name, what in _REASONS.items())
+        return ", ".join(f"{count:,} {what}" for count, what in counts if count)
+
+
+_REASONS = {
+    "without_text": "with an empty text",
+    "same_passage": "whose positive is the negative",
+    "negative_relevant": "whose negative is judged relevant",
+    "positive_not_relevant": "whose positive is judged not relevant",
+    "same_text": "whose negative has the positive's text",
+    "repeated": "that occur more than once",
+}
+
+
+def check_triples(
+    triples: Iterable[Triple],
+    queries: Texts,
+    qrels: Qrels,
+    passages: Texts,
+    *,
+    wanted: int | None = None,
+) -> tuple[list[Triple], Checked]:
+    """Leave out triples that contradict the judgements or teach nothing (`Checked`).
+
+    Args:
+        triples: what is checked, in this order.
+        queries, qrels: those of the triples' set; a passage is relevant from grade 1 on.
+        passages: all passages.
+        wanted: stop when so many triples are found; None checks all.
+    """
+    counts: Counter[str] = Counter()
+    found: dict[Triple, None] = {}
+    for triple in triples:
+        if len(found) == wanted:
+            break
+        counts["checked"] += 1
+        if reason := _wrong(triple, queries, qrels, passages):
+            counts[reason] += 1
+        elif triple in found:
+            counts["repeated"] += 1
+        else:
+            found[triple] = None
+    return list(found), Checked(**counts)
+
+
+def check_sample(collection: Collection, most: int = 100_000) -> Checked:
+    """`check_triples` of a collection's triples, of at most about ``most`` at even distances."""
+    own = collection.triples
+    if not len(own):
+        return Checked()
+    some = (own[row] for row in range(0, len(own), max(1, -(-len(own) // most))))
+    queries, qrels = collection.queries["train"], collection.qrels["train"]
+    return check_triples(some, queries, qrels, collection.passages)[1]
+
+
+def _wrong(triple: Triple, queries: Texts, qrels: Qrels, passages: Texts) -> str:
+    """Why a triple is left out, as `Checked` names it; empty if it is not."""
+    qid, positive, negative = triple
+    judged = qrels.get(qid, {})
+    one, other = passages[positive].lower().split(), passages[negative].lower().split()
+    if not (queries[qid].strip() and one and other):
+        return "without_text"
+    if positive == negative:
+        return "same_passage"
+    if judged.get(negative, 0) > 0:
+        return "negative_relevant"
+    if judged.get(positive, 1) < 1:
+        return "positive_not_relevant"
+    return "same_text" if one == other else ""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers.utils import cached_file
 
-from adaptive_margins.data import ir_datasets
+from adaptive_margins.data import converted
 from adaptive_margins.data.stored import COLUMNS
 from adaptive_margins.encoder.embed import embed, embed_chunks
 from adaptive_margins.encoder.load import open_encoder, weights_folder
@@ -277,7 +277,7 @@ class Costs(Resources):
         """(what, bytes) that the profile would fetch and that is not here yet."""
         settings, found = self.profile.collection, []
         if isinstance(settings, IrDatasetsSettings) and not self.is_made:
-            found += ir_datasets.downloads(settings)
+            found += converted.downloads(settings)
         for name in [*self.profile.encoders, *self.profile.untrained]:
             encoder = self.settings(name)
             if not _are_here(encoder):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from adaptive_margins.data import ir_datasets as msmarco
+from adaptive_margins.data import converted as msmarco
 from adaptive_margins.data import pydocs, stored
 from adaptive_margins.data import triples as data_triples
 from adaptive_margins.data.collection import Collection, Texts

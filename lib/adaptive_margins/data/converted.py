@@ -1,0 +1,354 @@
+"""Large collections of ir_datasets, such as MS MARCO: converted once into memory-mapped files."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adaptive_margins.data.collection import Collection, Texts, read_about, read_queries, tsv
+from adaptive_margins.data.ir_datasets import (
+    check_known,
+    check_licence,
+    files_behind,
+    find_dataset,
+    read_records,
+    read_set,
+)
+from adaptive_margins.data.stored import (
+    StoredTexts,
+    StoredTriples,
+    check_count,
+    first_per_query,
+    select_triples,
+    write_texts,
+    write_triples,
+)
+from adaptive_margins.data.text import DataError, Problems
+from adaptive_margins.data.trec import Run, qrels_text, read_qrels, read_run, run_text
+from adaptive_margins.files import alone, file_sha256, whole_file, whole_folder, write_text
+from adaptive_margins.profiles.config import IrDatasetsSettings
+from adaptive_margins.progress import bar
+
+FORMAT = 1
+"""Raised by hand whenever a conversion would come out differently; collections are then converted again."""
+_HASHED = 10_000  # texts hashed at once
+
+
+@dataclass(frozen=True)
+class StoredCollection(Collection):
+    """A `Collection` that `convert` wrote; passages and triples stay on disk.
+
+    ``passages`` are `StoredTexts`, ``triples`` are `StoredTriples`; queries and qrels are in memory.
+
+    Attributes:
+        candidates: set name → the lists that come with the collection, for those sets that have some.
+            Scores are those of ir_datasets, all 0 where the official lists have none (TREC DL).
+        folder: its files.
+        fingerprint: 16 hex digits, see `fingerprint_of`.
+    """
+
+    candidates: dict[str, Run] = field(default_factory=dict)
+    folder: Path = Path()
+    fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        """Nothing: `convert` checked every id; again, for 40 million triples, would take minutes."""
+
+    @classmethod
+    def load(cls, folder: Path) -> StoredCollection:
+        """Open what `convert` wrote.
+
+        The sizes of all files are checked, and the SHA-256 of those that are not memory-mapped.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            DataError: files that are missing or have changed.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no collection at {folder}: the folder does not exist")
+        problems = Problems()
+        about = read_about(folder / "sources.json", problems)
+        problems.check()
+        for name, size in about.get("files", {}).items():
+            path = folder / name
+            if not path.is_file():
+                problems.add(path, 0, "file not found")
+            elif path.stat().st_size != size:
+                problems.add(path, 0, f"{size} bytes expected, {path.stat().st_size} found")
+            elif _unmapped_sha256(path) != about.get("sha256", {}).get(name):
+                problems.add(path, 0, "was changed after the collection was converted")
+        if re.fullmatch(r"[0-9a-f]{16}", folder.name) and folder.name != about["fingerprint"]:
+            problems.add(folder / "sources.json", 0, f"is of the collection {about['fingerprint']}")
+        problems.check()
+        return _open(folder, about["name"], about["sources"], about["fingerprint"])
+
+
+def _open(folder: Path, name: str, sources: dict[str, str], fingerprint: str) -> StoredCollection:
+    passages = StoredTexts(folder / "passages.arrow")
+    queries = {
+        path.name.split(".")[1]: read_queries(path, own=True)
+        for path in sorted(folder.glob("queries.*.tsv"))
+    }
+    qrels = {part: read_qrels(folder / f"qrels.{part}.txt", own=True) for part in queries}
+    candidates = {
+        path.name.split(".")[1]: read_run(path, own=True)
+        for path in sorted(folder.glob("candidates.*.run.gz"))
+    }
+    train = queries.get("train", Texts([], []))
+    triples = StoredTriples(folder / "triples.arrow", train, passages)
+    return StoredCollection(
+        name, passages, queries, qrels, sources, triples,
+        candidates=candidates, folder=folder, fingerprint=fingerprint,
+    )  # fmt: skip
+
+
+def _unmapped_sha256(path: Path) -> str | None:
+    """SHA-256 of a file; None for one that is memory-mapped, which may have gigabytes."""
+    return None if path.suffix in (".arrow", ".npy") else file_sha256(path)
+
+
+def fingerprint_of(collection: Collection, candidates: dict[str, Run]) -> str:
+    """16 hex digits of a SHA-256 over all content, read once from start to end.
+
+    In this order, everything as UTF-8 lines: the name; the number of passages, then docid, length in
+    characters and text of each; for every set, by name: its name and number of queries, its queries like
+    the passages, its judgements (query id, docid, grade) sorted by ids, its candidates (query id, docid,
+    score) sorted by ids; the number of triples, then their rows as little-endian 32-bit integers. It
+    depends neither on the sizes of any batches nor on the order of qrels or candidates.
+    """
+    digest = hashlib.sha256(f"{collection.name}\n".encode())
+
+    def add_texts(name: str, texts: Texts) -> None:
+        digest.update(f"{name} {len(texts)}\n".encode())
+        with bar(f"fingerprint of {name}", total=len(texts), unit="texts") as progress:
+            for start in range(0, len(texts), _HASHED):
+                part = slice(start, start + _HASHED)
+                pairs = list(zip(texts.ids[part], texts.texts[part], strict=True))
+                digest.update("".join(f"{i}\t{len(text)}\t{text}\n" for i, text in pairs).encode())
+                progress.update(len(pairs))
+
+    add_texts("passages", collection.passages)
+    for name, queries in sorted(collection.queries.items()):
+        add_texts(name, queries)
+        tables: dict[str, Any] = {"qrels": collection.qrels[name], "candidates": candidates.get(name, {})}  # fmt: skip
+        for kind, table in tables.items():
+            digest.update(f"{kind} {len(table)}\n".encode())
+            for qid, row in sorted(table.items()):
+                lines = (f"{qid}\t{docid}\t{value!r}\n" for docid, value in sorted(row.items()))
+                digest.update("".join(lines).encode())
+    digest.update(f"triples {len(collection.triples)}\n".encode())
+    assert isinstance(collection.triples, StoredTriples)
+    for rows in collection.triples.chunks():
+        digest.update(rows.astype("<i4").tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---- conversion ------------------------------------------------------------------------------------
+
+
+def convert(settings: IrDatasetsSettings, work: Path, collections: Path) -> StoredCollection:
+    """Fetch a collection through ir_datasets and convert it to ``collections/FINGERPRINT/``.
+
+    Passages and triples are written atomically to ``work``: after an error or a kill, the next call
+    continues with what is missing. ``work`` must belong to these settings alone; afterwards it holds only the
+    fingerprint, and a further call opens the finished collection. A second process that converts the
+    same waits for the first.
+
+    Raises:
+        LicenceError: ``settings.licence`` names terms that were not accepted.
+        DownloadError: something could not be fetched.
+        DataError: an unknown ir_datasets id, or one without what is needed from it; malformed, unknown or
+            repeated ids; a number that differs from ``settings.counts``.
+    """
+    with alone(work):
+        work.mkdir(exist_ok=True)
+        receipt = work / "fingerprint"
+        if receipt.is_file():
+            finished = collections / receipt.read_text().strip()
+            if finished.is_dir():
+                return StoredCollection.load(finished)
+            receipt.unlink()
+        _check_ids(settings)
+        if settings.licence:
+            check_licence(settings.name, settings.passages, settings.licence)
+        for partial in work.glob(".*.partial"):  # of a killed process
+            partial.unlink()
+        target = collections / _write(settings, work)
+        if target.is_dir():  # other settings, same content
+            shutil.rmtree(work)
+        else:
+            _move(work, target)
+        write_text(receipt, target.name + "\n")
+        return StoredCollection.load(target)
+
+
+def _write(settings: IrDatasetsSettings, work: Path) -> str:
+    """Write the files of the collection to ``work``, the large ones if it lacks them; the fingerprint."""
+    counts = settings.counts
+    path = work / "passages.arrow"
+    if not path.is_file():
+        docs = read_records("passages", settings.passages, "docs")
+        pairs = ((doc.doc_id, doc.default_text()) for doc in docs)
+        write_texts(path, pairs, what="passages", expected=counts.get("passages"))
+    passages = StoredTexts(path)
+    check_count("passages", len(passages), counts.get("passages"))
+
+    problems = Problems()
+    queries: dict[str, Texts] = {}
+    files: dict[str, str] = {}
+    for name, identifier in _sets(settings).items():
+        key = _key(name)
+        queries[name], qrels = read_set(key, identifier, passages, problems)
+        problems.check()
+        check_count(f"queries of {name}", len(queries[name]), counts.get(name))
+        files[f"queries.{name}.tsv"] = tsv(queries[name])
+        files[f"qrels.{name}.txt"] = qrels_text(qrels)
+        if name != "train" and find_dataset(key, identifier).has("scoreddocs"):
+            run = _candidates(key, identifier, queries[name], passages)
+            files[f"candidates.{name}.run.gz"] = run_text(run, identifier.replace(" ", "-"))
+    for name, text in files.items():
+        data = text.encode("utf-8")
+        with whole_file(work / name) as partial:
+            partial.write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
+    _write_triples(settings, work / "triples.arrow", queries.get("train", Texts([], [])), passages)
+    return _write_about(settings, work)
+
+
+def _write_about(settings: IrDatasetsSettings, work: Path) -> str:
+    """Write ``sources.json``; return the fingerprint."""
+    import ir_datasets
+
+    sources = {
+        "ir_datasets": ir_datasets.__version__, "passages": settings.passages, **_sets(settings),
+    }  # fmt: skip
+    collection = _open(work, settings.name, sources, "")
+    fingerprint = fingerprint_of(collection, collection.candidates)
+    files = [path for path in sorted(work.iterdir()) if path.name != "sources.json"]
+    about = {
+        "name": settings.name,
+        "fingerprint": fingerprint,
+        "sources": sources,
+        "counts": {
+            "passages": len(collection.passages),
+            "triples": len(collection.triples),
+            **{name: len(texts) for name, texts in collection.queries.items()},
+        },
+        "files": {path.name: path.stat().st_size for path in files},
+        "sha256": {path.name: digest for path in files if (digest := _unmapped_sha256(path))},
+    }
+    write_text(work / "sources.json", json.dumps(about, indent=2, sort_keys=True) + "\n")
+    return fingerprint
+
+
+def _sets(settings: IrDatasetsSettings) -> dict[str, str]:
+    """Set → ir_datasets id, the training queries included."""
+    return {**({"train": settings.triples} if settings.triples else {}), **settings.sets}
+
+
+def _candidates(key: str, identifier: str, queries: Texts, passages: Texts) -> Run:
+    run: Run = {}
+    problems = Problems()
+    where = Path(f"{identifier} scoreddocs")
+    for number, record in enumerate(read_records(key, identifier, "scoreddocs"), start=1):
+        hits = run.setdefault(record.query_id, {})
+        check_known(where, number, record, queries, passages, problems)
+        if record.doc_id in hits:
+            problems.add(where, number, f"{record.query_id!r} has {record.doc_id!r} twice")
+        if not math.isfinite(record.score):
+            problems.add(where, number, f"score {record.score!r} is not finite")
+        hits[record.doc_id] = record.score
+    problems.check()
+    return run
+
+
+def _write_triples(
+    settings: IrDatasetsSettings, path: Path, queries: Texts, passages: Texts
+) -> None:
+    expected, per_query = settings.counts.get("triples"), settings.triples_per_query
+    every = path if per_query is None else path.with_name(".every-triple.arrow")
+    if not path.is_file() and not every.is_file():
+        records = read_records("triples", settings.triples, "docpairs") if settings.triples else ()
+        what = f"{settings.triples} docpairs"
+        write_triples(every, records, queries, passages, what=what, expected=expected)
+    if per_query is None:
+        check_count("triples", len(StoredTriples(path, queries, passages)), expected)
+        return
+    if not path.is_file():
+        stored = StoredTriples(every, queries, passages)
+        chosen = first_per_query(stored.column("query"), per_query)
+        if not len(chosen):
+            raise DataError(
+                f"{settings.triples}: no query has triples_per_query = {per_query} triples"
+            )
+        select_triples(path, stored, chosen)
+    every.unlink(missing_ok=True)
+
+
+def _move(work: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        work.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:  # another file system
+            raise
+        with whole_folder(target) as partial:
+            shutil.copytree(work, partial, dirs_exist_ok=True)
+        shutil.rmtree(work)
+
+
+# ---- what is read ----------------------------------------------------------------------------------
+
+
+def downloads(settings: IrDatasetsSettings) -> list[tuple[str, int]]:
+    """What ir_datasets would still fetch for a collection: (URL, bytes); 0 bytes where unknown.
+
+    Reads ir_datasets' list and looks which files exist; opens neither a connection nor data.
+
+    Raises:
+        DataError: an unknown ir_datasets id, or one without what is needed from it.
+    """
+    _check_ids(settings)
+    missing = {
+        file.url: file.size
+        for place, kinds in _uses(settings)
+        for kind in kinds
+        for file in files_behind(find_dataset(*place), kind)
+        if not file.here
+    }
+    return list(missing.items())
+
+
+def _uses(settings: IrDatasetsSettings) -> Iterator[tuple[tuple[str, str], list[str]]]:
+    """((key of the settings, ir_datasets id), what is read from it)."""
+    yield ("passages", settings.passages), ["docs"]
+    for name, identifier in _sets(settings).items():
+        kinds = ["queries", "qrels"]
+        if name == "train":
+            kinds.append("docpairs")
+        elif find_dataset(_key(name), identifier).has("scoreddocs"):
+            kinds.append("scoreddocs")
+        yield (_key(name), identifier), kinds
+
+
+def _key(name: str) -> str:
+    return "triples" if name == "train" else f"sets.{name}"
+
+
+def _check_ids(settings: IrDatasetsSettings) -> None:
+    for (key, identifier), kinds in _uses(settings):
+        dataset = find_dataset(key, identifier)
+        if lacking := [kind for kind in kinds if not dataset.has(kind)]:
+            raise DataError(
+                f"collection.{key}: {identifier!r} of ir_datasets has no {' and no '.join(lacking)};"
+                f" expected an id with {', '.join(kinds)}"
+            )

@@ -1,0 +1,132 @@
+"""Query sets for training: "train", "validation" and "test", split by seed where some are missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections import Counter
+
+from adaptive_margins.data.collection import Collection, Texts
+from adaptive_margins.data.text import DataError
+from adaptive_margins.data.trec import Qrels
+
+SETS = ("train", "validation", "test")
+MOST_VALIDATION = 300
+"""Most queries that `split_queries` takes for "validation"."""
+MOST_TEST = 1000
+"""Most queries that `split_queries` takes for "test"."""
+FEW = 20
+"""With fewer validation queries, `split_queries` warns that their measures are uncertain."""
+
+
+def split_queries(collection: Collection, *, seed: int) -> tuple[Collection, str]:
+    """Return the collection with all three sets, and a sentence on how it was split ("" if it was not).
+
+    Only queries with a passage of grade 1 or more are taken, and queries of the same text stay together.
+
+    - All three sets exist: nothing changes.
+    - "train" and "test": a fifth of "train", at most `MOST_VALIDATION` queries, becomes "validation".
+    - "train" and "validation": the given "validation" becomes "test"; then as above.
+    - "validation" and "test": "validation" becomes "train"; then as above.
+    - One set: 40 % become "test" (at most `MOST_TEST`), 20 % "validation" (at most
+      `MOST_VALIDATION`), the rest "train".
+
+    Triples of queries that leave "train" are dropped.
+
+    Raises:
+        DataError: no query has a relevant passage; or there are too few for all sets.
+    """
+    judged = {name: _judged(collection.qrels.get(name, {})) for name in SETS}
+    given = {name: qids for name, qids in judged.items() if qids}
+    if not given:
+        raise DataError(
+            f"{collection.name}: no query has a relevant passage (grade 1 or more), so there is"
+            " nothing to train or evaluate with; pseudo-queries can be made from the passages"
+            " (adaptive_margins.data.pseudo_queries)"
+        )
+    if len(given) == len(SETS):
+        return collection, ""
+    source, *others = given
+    count = len(given[source])
+    if others:
+        sizes = {"validation": min(max(count // 5, 1), MOST_VALIDATION)}
+    else:
+        sizes = {
+            "test": min(round(0.4 * count), MOST_TEST),
+            "validation": min(round(0.2 * count), MOST_VALIDATION),
+        }
+    parts = _dealt(collection, source, given[source], sizes, seed)
+    sentence = _sentence(parts, source, others, seed)
+    members = {part: (source, qids) for part, qids in parts.items()}
+    if others:
+        held_out = set(parts["validation"])
+        # Queries without judgements may still be in triples.
+        train = [qid for qid in collection.queries[source].ids if qid not in held_out]
+        members["train"] = source, train
+        members["test"] = others[0], list(collection.queries[others[0]].ids)
+    return _with_sets(collection, members), sentence
+
+
+def _judged(qrels: Qrels) -> list[str]:
+    return [qid for qid, grades in qrels.items() if any(grade >= 1 for grade in grades.values())]
+
+
+def _dealt(
+    collection: Collection, name: str, qids: list[str], sizes: dict[str, int], seed: int
+) -> dict[str, list[str]]:
+    """Deal queries in random order, those of one text together: first to ``sizes``, the rest to "train"."""
+    same: dict[str, list[str]] = {}
+    texts = collection.queries[name]
+    for qid in qids:
+        same.setdefault(" ".join(texts[qid].casefold().split()), []).append(qid)
+    order = sorted(same)
+    random.Random(f"{seed} split").shuffle(order)
+    part_of: dict[str, str] = {}
+    counts = Counter[str]()
+    for text in order:
+        part = next((part for part, size in sizes.items() if counts[part] < size), "train")
+        counts[part] += len(same[text])
+        part_of |= dict.fromkeys(same[text], part)
+    names = [*sizes, "train"]
+    parts = {part: [qid for qid in texts.ids if part_of.get(qid) == part] for part in names}
+    if not all(parts.values()):
+        raise DataError(
+            f"{collection.name}: {len(qids)} judged queries of the set {name}, of {len(same)} different"
+            f" texts, are too few to split into {', '.join(parts)}; at least {len(parts)} of different"
+            " text are needed, and hundreds make sense"
+        )
+    return parts
+
+
+def _sentence(parts: dict[str, list[str]], source: str, others: list[str], seed: int) -> str:
+    counts = {part: len(qids) for part, qids in parts.items()}
+    total = f"{sum(counts.values()):,}"
+    if others:
+        (missing,) = {*SETS} - {source, *others}
+        sentence = (
+            f"There is no set {missing}: {counts['validation']:,} of the {total} judged queries of"
+            f" {source} are for validation (drawn with seed {seed}), the others are trained on, and"
+            f" {others[0]} is the test set."
+        )
+    else:
+        sentence = (
+            f"Of the {total} judged queries of the only set ({source}), {counts['train']:,} are trained"
+            f" on, {counts['validation']:,} are for validation and {counts['test']:,} for the test (drawn"
+            f" with seed {seed})."
+        )
+    if counts["validation"] < FEW:
+        sentence += (
+            f" With {counts['validation']} validation queries, their measures are uncertain."
+        )
+    return sentence
+
+
+def _with_sets(collection: Collection, members: dict[str, tuple[str, list[str]]]) -> Collection:
+    """The collection with these sets: name → (set that its queries come from, their ids)."""
+    queries, qrels = {}, {}
+    for name, (source, qids) in members.items():
+        texts, judged = collection.queries[source], collection.qrels[source]
+        queries[name] = Texts(qids, [texts[qid] for qid in qids])
+        qrels[name] = {qid: judged[qid] for qid in qids if qid in judged}
+    triples = [triple for triple in collection.triples if triple[0] in queries["train"]]
+    return dataclasses.replace(collection, queries=queries, qrels=qrels, triples=triples)
