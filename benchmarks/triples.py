@@ -28,7 +28,7 @@ from adaptive_margins.data.stored import (
     write_texts,
     write_triples,
 )
-from adaptive_margins.progress import Countdown
+from adaptive_margins.progress import bar
 
 # As in msmarco-passage/train/triples-small.
 PASSAGES, QUERIES, TRIPLES = 8_841_823, 808_731, 39_780_811
@@ -95,15 +95,14 @@ def read(folder: Path, count: int, batch_size: int) -> None:
     rows = StoredTriples(folder / "triples.arrow", queries, passages).rows
     batches = BatchSampler(seeded_order(count, 1), batch_size, drop_last=True)
     seen = np.zeros(count, dtype=bool)
-    countdown = Countdown("read", len(batches), "batches", every=60)
     total = done = 0
     started = time.perf_counter()
     loader = DataLoader(rows, batch_sampler=batches, collate_fn=list)  # as the trainer's
-    for step, (batch, numbers) in enumerate(zip(loader, batches, strict=True)):
+    pairs = bar("read", zip(loader, batches, strict=True), total=len(batches), unit="batches")
+    for batch, numbers in pairs:
         seen[numbers] = True
         total += sum(row["positive"] for row in batch)
         done += len(batch)
-        countdown.update(step)
     report(f"one pass in batches of {batch_size}", time.perf_counter() - started, done)
     print(f"{seen.sum():,} different rows, mean passage {total / seen.sum():,.0f} of {PASSAGES:,}")
 

@@ -20,7 +20,7 @@ ORDER = [
     "retrieval", "evaluation", "runs", "training", "paper", "book", "corpus", "terminal", "cli_corpus", "cli",
 ]  # fmt: skip
 DATA = [
-    "words", "text", "trec", "collection", "stored", "triples", "mining", "pseudo_queries", "pydocs",
+    "words", "text", "trec", "collection", "stored", "triples", "mining", "pseudo_queries", "docstrings", "pydocs",
     "folder", "ir_datasets", "converted", "splits", "sources",
 ]  # fmt: skip
 

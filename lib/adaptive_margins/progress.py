@@ -83,9 +83,6 @@ class _Lines:
         """Nothing is buffered."""
 
 
-# Names of before `bar`; they go when nothing calls them.
-
-
 def clear() -> None:
     """Close all bars."""
     if "tqdm" in sys.modules:
@@ -93,20 +90,3 @@ def clear() -> None:
 
         for one in list(getattr(tqdm, "_instances", ())):
             one.close()
-
-
-class Countdown:
-    """A bar that is told how many are done, those of an earlier call included."""
-
-    def __init__(self, what: str, total: int | None, unit: str, *, every: float = 0.0) -> None:
-        self._new = lambda done: bar(what, total=total, unit=unit, done=done)
-        self._total = total
-        self._bar: Any = None
-
-    def update(self, done: int) -> None:
-        """``done`` of all are done."""
-        if self._bar is None:
-            self._bar = self._new(done)
-        self._bar.update(done - self._bar.n)
-        if done == self._total:
-            self._bar.close()

@@ -20,7 +20,7 @@ from bs4 import BeautifulSoup
 from adaptive_margins.book import describe
 from adaptive_margins.book.describe import collection_facts, collection_page, datasheet, facts_text
 from adaptive_margins.data.collection import Collection, Texts
-from adaptive_margins.data.mining import Checked
+from adaptive_margins.data.triples import Checked
 from adaptive_margins.evaluation.measures import evaluate
 from adaptive_margins.retrieval.bm25 import BM25
 

@@ -20,8 +20,8 @@ from adaptive_margins.book.style import measure_label
 from adaptive_margins.book.tables import shorten
 from adaptive_margins.data import pydocs
 from adaptive_margins.data.collection import Collection, Texts
-from adaptive_margins.data.mining import Checked, check_sample
 from adaptive_margins.data.trec import Qrels, Run
+from adaptive_margins.data.triples import Checked, check_sample
 from adaptive_margins.data.words import without_spaces
 from adaptive_margins.evaluation.measures import evaluate
 from adaptive_margins.retrieval.bm25 import BM25

@@ -20,11 +20,13 @@ import numpy as np
 from adaptive_margins.corpus.settings import FinetuneError, Job, Settings
 from adaptive_margins.corpus.validation import Validation, with_positive
 from adaptive_margins.data.collection import Collection, Texts, Triple
-from adaptive_margins.data.mining import check_triples, guard, mine_triples
+from adaptive_margins.data.mining import guard
 from adaptive_margins.data.pseudo_queries import about, pseudo_collection
-from adaptive_margins.data.sources import MOST_TEST, MOST_VALIDATION, open_collection, split_queries
+from adaptive_margins.data.sources import open_collection
+from adaptive_margins.data.splits import MOST_TEST, MOST_VALIDATION, split_queries
 from adaptive_margins.data.stored import seeded_order
 from adaptive_margins.data.trec import Run
+from adaptive_margins.data.triples import check_triples, mine_triples
 from adaptive_margins.encoder.load import default_device, prompts
 from adaptive_margins.encoder.tokens import Tokens, count_truncated, tokenize
 from adaptive_margins.evaluation.measures import evaluate, relevant

@@ -1,4 +1,4 @@
-"""A collection: passages, query sets, graded qrels and training triples; its files and fingerprint."""
+"""A collection: passages, query sets, graded qrels, training triples; its files and fingerprint."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ class Collection:
         qrels: the same set names → query id → docid → grade (an integer).
         sources: where the texts come from: distribution → version.
         triples: what encoders are trained on, in order; may be empty.
-        titles: docid → title, of passages that have one. The passages hold them, too; they are neither
-            saved nor part of the fingerprint.
+        titles: docid → title, of passages that have one. The passages hold them, too; they are
+            neither saved nor part of the fingerprint.
 
     Raises:
-        DataError: queries and qrels have different sets, qrels or triples name an unknown query or passage,
-            or a grade is not an integer within ±`MAX_GRADE`.
+        DataError: queries and qrels have different sets, qrels or triples name an unknown query or
+            passage, or a grade is not an integer within ±`MAX_GRADE`.
     """
 
     name: str
@@ -175,9 +175,10 @@ class Collection:
 
         Raises:
             FileNotFoundError: there is no such folder.
-            DataError: names the first line of each kind of fault in a file (`Problems`): wrong number of
-                columns, bad UTF-8, duplicate id, empty text, unknown id, a grade that is not an integer; or
-                the texts do not have the recorded fingerprint, or not the one that the folder is named by.
+            DataError: names the first line of each kind of fault in a file (`Problems`): wrong
+                number of columns, bad UTF-8, duplicate id, empty text, unknown id, a grade that is
+                not an integer; or the texts do not have the recorded fingerprint, or not the one
+                that the folder is named by.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -226,7 +227,7 @@ def tsv(texts: Texts) -> str:
 
 
 def read_about(path: Path, problems: Problems) -> dict:
-    """The content of a saved collection's ``sources.json``; what is wrong is noted in ``problems``."""
+    """The content of ``sources.json``; what is wrong is noted in ``problems``."""
     fault = 'expected {"name": text, "fingerprint": text, "sources": {text: text}}'
     try:
         about = json.loads(path.read_bytes())
@@ -257,7 +258,7 @@ def read_queries(path: Path, *, own: bool = False) -> Texts:
     return queries
 
 
-# ---- checked rows of files; what is wrong is noted in ``problems`` ----------------------------------
+# ---- checked rows of files; what is wrong is noted in ``problems`` -------------------------------
 
 Rows = Iterator[tuple[int, str, str]]
 """Line number (from 1), id, text."""
@@ -276,8 +277,8 @@ def read_texts(
 ) -> Texts:
     """Ids and texts of a file: of ``rows``, by default a line each with a tab between them.
 
-    ``empty``: whether there may be none; ``blank``: whether a text may be empty. ``lines``: the ids of all
-    files whose ids must differ; this one's are added.
+    ``empty``: whether there may be none; ``blank``: whether a text may be empty. ``lines``: the ids
+    of all files whose ids must differ; this one's are added.
     """
     if rows is None:
         columns = read_columns(path, 2, problems, empty=empty)
@@ -340,8 +341,8 @@ def read_triples(
 ) -> list[Triple]:
     """Training triples of a file: query id, docid of the positive, docid of the negative.
 
-    ``queries`` are the training queries; None are not checked. ``judged`` (query id → file), if given:
-    there are no training queries yet, and a triple's query becomes one unless it is judged.
+    ``queries`` are the training queries; None are not checked. ``judged`` (query id → file), if
+    given: there are no training queries yet, and a triple's query becomes one unless it is judged.
     """
     triples: list[Triple] = []
     for number, (qid, *docids) in read_columns(path, 3, problems, empty=empty):

@@ -39,7 +39,7 @@ from adaptive_margins.profiles.config import IrDatasetsSettings
 from adaptive_margins.progress import bar
 
 FORMAT = 1
-"""Raised by hand whenever a conversion would come out differently; collections are then converted again."""
+"""Raised by hand whenever a conversion would give other files; collections are then converted again."""
 _HASHED = 10_000  # texts hashed at once
 
 
@@ -47,11 +47,13 @@ _HASHED = 10_000  # texts hashed at once
 class StoredCollection(Collection):
     """A `Collection` that `convert` wrote; passages and triples stay on disk.
 
-    ``passages`` are `StoredTexts`, ``triples`` are `StoredTriples`; queries and qrels are in memory.
+    ``passages`` are `StoredTexts`, ``triples`` are `StoredTriples`; queries and qrels are in
+    memory.
 
     Attributes:
-        candidates: set name → the lists that come with the collection, for those sets that have some.
-            Scores are those of ir_datasets, all 0 where the official lists have none (TREC DL).
+        candidates: set name → the lists that come with the collection, for those sets that have
+            some. Scores are those of ir_datasets, all 0 where the official lists have none (TREC
+            DL).
         folder: its files.
         fingerprint: 16 hex digits, see `fingerprint_of`.
     """
@@ -61,7 +63,7 @@ class StoredCollection(Collection):
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
-        """Nothing: `convert` checked every id; again, for 40 million triples, would take minutes."""
+        """Nothing: `convert` checked the ids, which takes minutes for 40 million triples."""
 
     @classmethod
     def load(cls, folder: Path) -> StoredCollection:
@@ -120,11 +122,12 @@ def _unmapped_sha256(path: Path) -> str | None:
 def fingerprint_of(collection: Collection, candidates: dict[str, Run]) -> str:
     """16 hex digits of a SHA-256 over all content, read once from start to end.
 
-    In this order, everything as UTF-8 lines: the name; the number of passages, then docid, length in
-    characters and text of each; for every set, by name: its name and number of queries, its queries like
-    the passages, its judgements (query id, docid, grade) sorted by ids, its candidates (query id, docid,
-    score) sorted by ids; the number of triples, then their rows as little-endian 32-bit integers. It
-    depends neither on the sizes of any batches nor on the order of qrels or candidates.
+    In this order, everything as UTF-8 lines: the name; the number of passages, then docid, length
+    in characters and text of each; for every set, by name: its name and number of queries, its
+    queries like the passages, its judgements (query id, docid, grade) sorted by ids, its candidates
+    (query id, docid, score) sorted by ids; the number of triples, then their rows as little-endian
+    32-bit integers. It depends neither on the sizes of any batches nor on the order of qrels or
+    candidates.
     """
     digest = hashlib.sha256(f"{collection.name}\n".encode())
 
@@ -140,8 +143,9 @@ def fingerprint_of(collection: Collection, candidates: dict[str, Run]) -> str:
     add_texts("passages", collection.passages)
     for name, queries in sorted(collection.queries.items()):
         add_texts(name, queries)
-        tables: dict[str, Any] = {"qrels": collection.qrels[name], "candidates": candidates.get(name, {})}  # fmt: skip
-        for kind, table in tables.items():
+        tables: list[tuple[str, Any]] = [("qrels", collection.qrels[name])]
+        tables.append(("candidates", candidates.get(name, {})))
+        for kind, table in tables:
             digest.update(f"{kind} {len(table)}\n".encode())
             for qid, row in sorted(table.items()):
                 lines = (f"{qid}\t{docid}\t{value!r}\n" for docid, value in sorted(row.items()))
@@ -153,22 +157,22 @@ def fingerprint_of(collection: Collection, candidates: dict[str, Run]) -> str:
     return digest.hexdigest()[:16]
 
 
-# ---- conversion ------------------------------------------------------------------------------------
+# ---- conversion ----------------------------------------------------------------------------------
 
 
 def convert(settings: IrDatasetsSettings, work: Path, collections: Path) -> StoredCollection:
     """Fetch a collection through ir_datasets and convert it to ``collections/FINGERPRINT/``.
 
     Passages and triples are written atomically to ``work``: after an error or a kill, the next call
-    continues with what is missing. ``work`` must belong to these settings alone; afterwards it holds only the
-    fingerprint, and a further call opens the finished collection. A second process that converts the
-    same waits for the first.
+    continues with what is missing. ``work`` must belong to these settings alone; afterwards it
+    holds only the fingerprint, and a further call opens the finished collection. A second process
+    that converts the same waits for the first.
 
     Raises:
         LicenceError: ``settings.licence`` names terms that were not accepted.
         DownloadError: something could not be fetched.
-        DataError: an unknown ir_datasets id, or one without what is needed from it; malformed, unknown or
-            repeated ids; a number that differs from ``settings.counts``.
+        DataError: an unknown ir_datasets id, or one without what is needed from it; malformed,
+            unknown or repeated ids; a number that differs from ``settings.counts``.
     """
     with alone(work):
         work.mkdir(exist_ok=True)
@@ -193,7 +197,7 @@ def convert(settings: IrDatasetsSettings, work: Path, collections: Path) -> Stor
 
 
 def _write(settings: IrDatasetsSettings, work: Path) -> str:
-    """Write the files of the collection to ``work``, the large ones if it lacks them; the fingerprint."""
+    """Write the files to ``work``, the large ones if it lacks them; return the fingerprint."""
     counts = settings.counts
     path = work / "passages.arrow"
     if not path.is_file():
@@ -306,7 +310,7 @@ def _move(work: Path, target: Path) -> None:
         shutil.rmtree(work)
 
 
-# ---- what is read ----------------------------------------------------------------------------------
+# ---- what is read --------------------------------------------------------------------------------
 
 
 def downloads(settings: IrDatasetsSettings) -> list[tuple[str, int]]:
@@ -349,6 +353,6 @@ def _check_ids(settings: IrDatasetsSettings) -> None:
         dataset = find_dataset(key, identifier)
         if lacking := [kind for kind in kinds if not dataset.has(kind)]:
             raise DataError(
-                f"collection.{key}: {identifier!r} of ir_datasets has no {' and no '.join(lacking)};"
-                f" expected an id with {', '.join(kinds)}"
+                f"collection.{key}: {identifier!r} of ir_datasets has no"
+                f" {' and no '.join(lacking)}; expected an id with {', '.join(kinds)}"
             )

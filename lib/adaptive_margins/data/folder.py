@@ -1,7 +1,7 @@
 """Collections in folders: BEIR, TREC/TSV, a Hugging Face dataset, or what `Collection.save` wrote.
 
-A line that does not fit is reported with its file and number, and all of them at once. Sets are called "train",
-"validation" and "test"; any of them may be missing.
+A line that does not fit is reported with its file and number, and all of them at once. Sets are
+called "train", "validation" and "test"; any of them may be missing.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ EXPECTED = """\
   TREC: collection.tsv; queries.tsv and qrels.txt; also queries_train.tsv, qrels_train.txt,
         queries_validation.tsv, qrels_validation.txt, triples.tsv, NAME.run
   a Hugging Face dataset saved with save_to_disk: query, positive and perhaps negative
-  a collection saved by this library: sources.json, collection.tsv, queries.SET.tsv, qrels.SET.txt, triples.tsv
+  a collection saved by this library: sources.json, collection.tsv, queries.SET.tsv, qrels.SET.txt,
+        triples.tsv
 Passages alone (corpus.jsonl or collection.tsv) are enough. A text file may be gzipped (NAME.gz)."""
 """The layouts, for an error."""
 
@@ -55,26 +56,30 @@ Passages alone (corpus.jsonl or collection.tsv) are enough. A text file may be g
 def read_folder(folder: Path) -> Collection:
     """Read a collection; its layout is known by its files.
 
-    - **BEIR**: ``corpus.jsonl`` (``_id``, ``text``, perhaps ``title``; a passage is title, space, text),
-      ``queries.jsonl`` (``_id``, ``text``) and ``qrels/train.tsv``, ``dev.tsv``, ``test.tsv`` under the
-      header ``query-id corpus-id score``. A set's queries are those that its qrels judge.
-    - **TREC**: ``collection.tsv`` (docid, passage), ``queries.tsv`` (query id, query) and ``qrels.txt``
-      (query id, 0, docid, grade) are the passages and the test set. ``queries_SET.tsv`` and
-      ``qrels_SET.txt`` are further sets, SET being ``train`` or ``validation`` (or ``dev``).
-      ``triples.tsv`` has a training query's id, and the docids of a positive and a negative. Without
-      ``queries_SET.tsv``, the set's queries are those of ``queries.tsv`` that its qrels (or triples) name,
-      and are not in the test set. Without ``qrels_train.txt``, the positives of the triples have grade 1.
+    - **BEIR**: ``corpus.jsonl`` (``_id``, ``text``, perhaps ``title``; a passage is title, space,
+      text), ``queries.jsonl`` (``_id``, ``text``) and ``qrels/train.tsv``, ``dev.tsv``,
+      ``test.tsv`` under the header ``query-id corpus-id score``. A set's queries are those that its
+      qrels judge.
+    - **TREC**: ``collection.tsv`` (docid, passage), ``queries.tsv`` (query id, query) and
+      ``qrels.txt`` (query id, 0, docid, grade) are the passages and the test set.
+      ``queries_SET.tsv`` and ``qrels_SET.txt`` are further sets, SET being ``train`` or
+      ``validation`` (or ``dev``). ``triples.tsv`` has a training query's id, and the docids of a
+      positive and a negative. Without ``queries_SET.tsv``, the set's queries are those of
+      ``queries.tsv`` that its qrels (or triples) name, and are not in the test set. Without
+      ``qrels_train.txt``, the positives of the triples have grade 1.
     - A Hugging Face dataset: see `read_dataset`.
-    - What `Collection.save` wrote; sets that are neither "train" nor "validation" are joined as "test".
+    - What `Collection.save` wrote; sets that are neither "train" nor "validation" are joined as
+      "test".
 
     Passages without queries are a collection, too. In texts, tabs and line breaks become spaces. A
     UserWarning names empty passages, and queries of two sets that have the same text.
 
     Raises:
-        DataError: the folder has none of these layouts, or two of them; or names the first line of each
-            kind of fault in a file: columns or keys that are missing, ids that repeat or have white space,
-            empty queries, judgements of unknown queries or passages, grades that are not integers, a pair
-            judged twice, a query in two sets, bad UTF-8, a line longer than `text.MAX_LINE`.
+        DataError: the folder has none of these layouts, or two of them; or names the first line of
+            each kind of fault in a file: columns or keys that are missing, ids that repeat or have
+                white space,
+            empty queries, judgements of unknown queries or passages, grades that are not integers,
+            a pair judged twice, a query in two sets, bad UTF-8, a line longer than `text.MAX_LINE`.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -101,7 +106,8 @@ def read_folder(folder: Path) -> Collection:
 
 
 def run_files(folder: Path) -> dict[str, Path]:
-    """Name → TREC run file in a folder: NAME.run or NAME.trec, each with ``.gz`` or without, sorted by name.
+    """Name → TREC run file in a folder: NAME.run or NAME.trec, each with ``.gz`` or without, sorted
+    by name.
 
     Raises:
         DataError: two files have one name.
@@ -144,7 +150,7 @@ def _holds(folder: Path) -> str:
     return ", ".join(names[:10]) + (" …" if len(names) > 10 else "") if names else "nothing"
 
 
-# ---- layouts -------------------------------------------------------------------------------------------------------
+# ---- layouts -------------------------------------------------------------------------------------
 
 
 def _read_beir(folder: Path, problems: Problems) -> Collection:
@@ -224,7 +230,7 @@ def _train_on(
     judged: Mapping[str, Path],
     problems: Problems,
 ) -> list[Triple]:
-    """Read ``triples.tsv``; without training queries or judgements, they follow from the triples."""
+    """Read ``triples.tsv``; training queries or judgements that are missing follow from it."""
     known = queries.get("train", own.get("train"))
     asked = own.get("test") if known is None else known
     if asked is None:
@@ -242,15 +248,16 @@ def _train_on(
 def read_dataset(folder: Path) -> Collection:
     """Read pairs or triples of texts from a Hugging Face ``Dataset`` or ``DatasetDict`` on disk.
 
-    Columns: ``query`` (or ``anchor``, ``question``), ``positive``, and perhaps ``negative``. A Dataset is
-    the training set; the splits of a DatasetDict are ``train``, ``validation`` (or ``dev``) and ``test``.
-    Each different text is a passage (d1, d2, … in the order of their first occurrence) or a query of its
-    set (q1, q2, …). A query's positives have grade 1. If there are negatives, the rows of the training
-    set are its triples; those of other sets are passages. Tabs and line breaks become spaces.
+    Columns: ``query`` (or ``anchor``, ``question``), ``positive``, and perhaps ``negative``. A
+    Dataset is the training set; the splits of a DatasetDict are ``train``, ``validation`` (or
+    ``dev``) and ``test``. Each different text is a passage (d1, d2, … in the order of their first
+    occurrence) or a query of its set (q1, q2, …). A query's positives have grade 1. If there are
+    negatives, the rows of the training set are its triples; those of other sets are passages. Tabs
+    and line breaks become spaces.
 
     Raises:
-        DataError: other columns or splits, a row (from 1) with a value that is not a text or is empty; or
-            the files cannot be read.
+        DataError: other columns or splits, a row (from 1) with a value that is not a text or is
+            empty; or the files cannot be read.
     """
     import datasets
 
@@ -334,10 +341,11 @@ def _other_columns(found: list[str]) -> str:
 
 
 def standard_sets(collection: Collection, where: str) -> Collection:
-    """The same collection with the sets "train", "validation" and "test"; those of any other name are joined as "test".
+    """The same collection with the sets "train", "validation" and "test"; those of any other name
+    are joined as "test".
 
     Raises:
-        DataError: sets that are joined share a query id. ``where`` says what they were read from.
+        DataError: sets that are joined share a query id. ``where`` names what they were read from.
     """
     parts: dict[str, list[str]] = {}
     for name in sorted(collection.queries):
@@ -405,7 +413,7 @@ def warn(passages: Texts, queries: Mapping[str, Texts], where: str, unit: str = 
                 )
 
 
-# ---- files ---------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def _variants(folder: Path, *names: str) -> list[Path]:
@@ -415,7 +423,7 @@ def _variants(folder: Path, *names: str) -> list[Path]:
 
 
 def _only(folder: Path, *names: str, problems: Problems) -> Path | None:
-    """The file with one of these names, gzipped or not; None if there is none. Several are a problem."""
+    """The file with one of these names, gzipped or not, if any. Several are a problem."""
     found = _variants(folder, *names)
     for other in found[1:]:
         problems.add(other, 0, f"{found[0].name} is there, too; keep one of them")
@@ -461,8 +469,9 @@ def _json_fields(line: str) -> tuple[str, str, str] | str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "nested too deep")
         blank = r"a blank line; remove such lines: sed -i '/^\s*$/d' FILE"
-        return f"not valid JSON ({getattr(error, 'msg', 'nested too deep') if line.strip() else blank})"
+        return f"not valid JSON ({reason if line.strip() else blank})"
     if not isinstance(record, dict):
         return 'expected {"_id": text, "text": text}'
     fields: dict[str, Any] = {key: record.get(key) for key in ("_id", "title", "text")}
@@ -487,5 +496,5 @@ def _json_fields(line: str) -> tuple[str, str, str] | str:
 
 
 def one_line(text: str) -> str:
-    """The text with spaces in the place of tabs and line breaks, as the files of a collection have it."""
+    """The text with spaces instead of tabs and line breaks, as the files of a collection have it."""
     return re.sub(r"[\t\r\n]", " ", text)

@@ -25,26 +25,29 @@ _T = TypeVar("_T")
 
 
 class DownloadError(DataError):
-    """Something could not be fetched. The message names it, the reason, and where to put the file by hand."""
+    """Something could not be fetched. The message names it, the reason and where to put the file."""
 
 
 class LicenceError(DataError):
-    """The terms of a collection have not been accepted. The message names them and how to accept them."""
+    """The terms of a collection were not accepted. The message names them and how to accept them."""
 
 
-# ---- into memory -----------------------------------------------------------------------------------
+# ---- into memory ---------------------------------------------------------------------------------
 
 
 def read_collection(source: str) -> Collection:
-    """Read an ir_datasets id into memory; its sets are "train", "validation" and "test", as far as it has them.
+    """Read an ir_datasets id into memory; its sets are "train", "validation" and "test", as far as
+    it has them.
 
-    If the id ends in ``/train``, ``/dev`` or ``/test``, its siblings over the same passages are the other
-    sets; if it has children of these names, they are the sets; otherwise it is the test set (the training
-    set, if it has triples), or, without judgements, passages alone. Of more than `MAX_TRIPLES` triples,
-    some at even distances. What does not fit (`read_set`) is left out with a warning.
+    If the id ends in ``/train``, ``/dev`` or ``/test``, its siblings over the same passages are the
+    other sets; if it has children of these names, they are the sets; otherwise it is the test set
+    (the training set, if it has triples), or, without judgements, passages alone. Of more than
+    `MAX_TRIPLES` triples, some at even distances. What does not fit (`read_set`) is left out with a
+    warning.
 
     Raises:
-        DataError: there are no passages; an id of a text is not one word or repeats; files are damaged.
+        DataError: there are no passages; an id of a text is not one word or repeats; files are
+            damaged.
         LicenceError: something would have to be fetched, and its terms have not been accepted.
         DownloadError: something could not be fetched.
     """
@@ -137,8 +140,8 @@ def _texts(name: str, identifier: str, kind: str, titles: dict[str, str]) -> Tex
 def read_set(key: str, identifier: str, passages: Texts, problems: Problems) -> tuple[Texts, Qrels]:
     """Read the queries and judgements of an ir_datasets id.
 
-    Queries without text, judgements of unknown queries or passages or beyond `MAX_GRADE`, and repeated
-    ones are left out and noted in ``problems``.
+    Queries without text, judgements of unknown queries or passages or beyond `MAX_GRADE`, and
+    repeated ones are left out and noted in ``problems``.
     """
     texts = _texts(key, identifier, "queries", {})
     asked: dict[str, str] = {}
@@ -190,7 +193,7 @@ def _known_triples(
 
 
 def thinned(items: Iterable[_T], most: int) -> list[_T]:
-    """Return all items, or, of more than ``most``, every 2nd, 4th, 8th, …: at least ``most`` / 2."""
+    """Return all items, or of more than ``most`` every 2nd, 4th, 8th, …: at least ``most`` / 2."""
     kept: list[_T] = []
     step = 1
     for number, item in enumerate(items):
@@ -201,7 +204,7 @@ def thinned(items: Iterable[_T], most: int) -> list[_T]:
     return kept
 
 
-# ---- ir_datasets -----------------------------------------------------------------------------------
+# ---- ir_datasets ---------------------------------------------------------------------------------
 
 
 def known_ids() -> list[str]:
@@ -212,7 +215,7 @@ def known_ids() -> list[str]:
 
 
 def is_known(identifier: str) -> bool:
-    """Whether ir_datasets has an id, those made from patterns included."""
+    """Whether ir_datasets has an id, including those that follow a pattern."""
     import ir_datasets
 
     try:
@@ -246,7 +249,7 @@ def check_licence(name: str, identifier: str, terms: str) -> None:
     if accepted not in (identifier, "all"):
         given = f" (it is {accepted!r})" if accepted else ""
         raise LicenceError(
-            f"{name} has terms of use, and nothing is fetched or converted before you accept them:\n"
+            f"{name} has terms of use; nothing is fetched or converted before you accept them:\n"
             f"  {terms.strip()}\n"
             f"To accept, set {ACCEPT_VARIABLE}={identifier}{given} and run the same command again."
         )
@@ -277,7 +280,7 @@ def read_records(key: str, identifier: str, kind: str) -> Iterator[Any]:
 
 
 class _File(NamedTuple):
-    """A file that ir_datasets reads: fetched from ``url``, or ("" for it) made from another or given."""
+    """A file that ir_datasets reads; its ``url`` is empty if it is derived or provided by the user."""
 
     url: str
     size: int
@@ -292,7 +295,7 @@ class _File(NamedTuple):
 
 
 def files_behind(dataset: Any, kind: str) -> list[_File]:
-    """The files behind what a data set offers, found in the parts that ir_datasets built it from."""
+    """The files that a data set reads, found in the parts that ir_datasets built it from."""
     found: list[_File] = []
     handler = handler_of(dataset, f"{kind}_handler")
     _collect(handler, found, set())

@@ -1,4 +1,4 @@
-"""Hard negatives: candidates of a ranking, without those that may well be relevant (false negatives)."""
+"""Hard negatives: candidates of a ranking without those that may be relevant (false negatives)."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ from adaptive_margins.progress import bar
 Similarity = Callable[[str, list[str]], np.ndarray]
 """Cosines of a query (by id) and passages (by docid), shape (number of docids,), in [-1, 1]."""
 SAME_PASSAGE = 0.9
-"""Jaccard similarity of two passages' sets of words from which on they count as near duplicates: of 100
-different words each, 95 are then the same. Passages on one topic stay below: some 400 abstracts of Cranfield
-and of Vaswani each, compared with the 20 that BM25 finds most similar, reach .71 unless they are the same text."""
+"""Jaccard similarity of two passages' sets of words from which on they count as near duplicates: of
+100 different words each, 95 are then the same. Passages on one topic stay below: some 400 abstracts
+of Cranfield and of Vaswani each, compared with the 20 that BM25 finds most similar, reach .71
+unless they are the same text."""
 _RANDOM = 10  # random passages that a query without any other negative may get
 
 
 @dataclass(frozen=True)
 class Guarded:
-    """What `guard` examined and dropped. Each dropped candidate is counted once, by the first filter.
+    """What `guard` examined and dropped. Each dropped candidate is counted once, by the first
+    filter.
 
     Attributes:
         queries: queries with a positive that has a text.
         candidates: their candidates.
-        judged: candidates that the query's qrels judge, whatever the grade; the positives are among them.
+        judged: candidates that the query's qrels judge, whatever the grade; the positives are among
+            them.
         without_text: candidates that are empty.
         same_text: candidates whose text is a positive's, case and white space aside.
         near_duplicate: candidates that share `SAME_PASSAGE` of their words with a positive.
@@ -64,8 +67,8 @@ class Guarded:
         found = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
         return (
             f"no negative is left for any of the {self.queries:,} training queries that have a"
-            f" relevant passage with text: their {self.candidates:,} candidates are {found or 'none'},"
-            " and random passages are no better. Add passages, another encoder (--model) or triples"
+            f" relevant passage with text: their {self.candidates:,} candidates are"
+            f" {found or 'none'}, and random passages are no better. Add passages, another encoder (--model) or triples"
             " (triples.tsv)"
         )
 
@@ -80,37 +83,42 @@ def guard(
     min_grade: int = 1,
     seed: int = 1,
 ) -> tuple[Run, Guarded]:
-    """Drop the candidates that are, or may be, relevant although they are not judged so (false negatives).
+    """Drop the candidates that are, or may be, relevant although they are not judged so (false
+    negatives).
 
-    In this order: judged passages, passages without text, passages with a positive's text, near duplicates
-    of a positive (`SAME_PASSAGE`), and those that the encoder scores above ``margin`` × the score of the
-    query's positive. The last is TopK-PercPos of NV-Retriever (Moreira et al., arXiv 2407.15831, 2024),
-    which found .95 best. Two things that the paper leaves open are done as in `mine_hard_negatives` of
-    Sentence Transformers: of several positives the lowest score counts, which is the safe side; and the
-    threshold is p − (1 − margin) · |p|, so that it lies below a negative score p, too. Measured on Cranfield
-    with MiniLM, half of each query's positives hidden: among BM25's best 100, the filters drop .90 of the
-    hidden positives and .44 of the others (.38 and .11 by the highest score instead).
+    In this order: judged passages, passages without text, passages with a positive's text, near
+    duplicates of a positive (`SAME_PASSAGE`), and those that the encoder scores above ``margin`` ×
+    the score of the query's positive. The last is TopK-PercPos of NV-Retriever (Moreira et al.,
+    arXiv 2407.15831, 2024), which found .95 best. Two things that the paper leaves open are done as
+    in `mine_hard_negatives` of Sentence Transformers: of several positives the lowest score counts,
+    which is the safe side; and the threshold is p − (1 − margin) · |p|, so that it lies below a
+    negative score p, too. Measured on Cranfield with MiniLM, half of each query's positives hidden:
+    among BM25's best 100, the filters drop .90 of the hidden positives and .44 of the others (.38
+    and .11 by the highest score instead).
 
-    A query with no candidate left gets up to 10 random passages that pass the same filters, drawn by
-    ``seed`` and the query id: easy negatives, without which a small corpus would lose the query.
+    A query with no candidate left gets up to 10 random passages that pass the same filters, drawn
+    by ``seed`` and the query id: easy negatives, without which a small corpus would lose the query.
 
     Args:
         candidates: query id → docid → score, of BM25 or of the encoder itself.
         qrels: query id → docid → grade. Queries that it does not have are left out.
         passages: all passages.
-        similarity: by the encoder that training starts from, called at least once a query. None: no such
-            filter.
+        similarity: by the encoder that training starts from, called at least once a query. None: no
+            such filter.
         margin: in (0, 1].
         min_grade: a positive has at least this grade.
         seed: of the random passages.
 
     Returns:
-        Query id → docid → score of the candidates left, in their order; random passages score 0. Queries
-        without a positive that has a text, or without any negative, are not in it. And the counts.
+        Query id → docid → score of the candidates left, in their order; random passages score 0.
+        Queries without a positive that has a text, or without any negative, are not in it. And the
+        counts.
 
     Raises:
-        ValueError: ``margin`` is out of range, or ``similarity`` gave another shape or is not finite.
-        KeyError: a candidate or a judged passage that ``passages`` does not have; the message names it.
+        ValueError: ``margin`` is out of range, or ``similarity`` gave another shape or is not
+            finite.
+        KeyError: a candidate or a judged passage that ``passages`` does not have; the message names
+            it.
     """
     if not 0 < margin <= 1:
         raise ValueError(f"margin must be above 0 and at most 1, not {margin}")
@@ -178,7 +186,7 @@ def _guarded(
 
 
 class _Form(NamedTuple):
-    """A text's hash, case and white space aside (None: it is empty), and the sorted hashes of its words."""
+    """A text's hash, case and white space aside (None: it is empty), and its words' sorted hashes."""
 
     text: int | None
     words: np.ndarray

@@ -1,8 +1,10 @@
-"""Pseudo-queries for a corpus without queries: titles, first sentences, sentences cut out (inverse cloze task).
+"""Pseudo-queries for a corpus without queries: titles, first sentences, sentences cut out (inverse
+cloze task).
 
-They are weaker than real queries. A part of a passage uses its author's words, which a searcher does not know; it is
-a statement, no question; and only its passage counts as relevant, though others may answer it as well. An encoder can
-adapt to a corpus with them, and two rankings can be compared with care; they do not measure how well users are served.
+They are weaker than real queries. A part of a passage uses its author's words, which a searcher
+does not know; it is a statement, no question; and only its passage counts as relevant, though
+others may answer it as well. An encoder can adapt to a corpus with them, and two rankings can be
+compared with care; they do not measure how well users are served.
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ QUERY_WORDS = (4, 32)
 TITLE_WORDS = (2, 32)
 """Fewest and most words of a title that is a query."""
 MIN_CONTENT = {"title": 2, "first sentence": 3, "inverse cloze": 3}
-"""Fewest different words other than English stop words and numbers that a query has: "It is as follows" asks nothing."""
+"""Fewest different words of a query, without English stop words and numbers."""
 MIN_TEXT_WORDS = 10
 """Fewest words that a passage has left without its query."""
 CUT = 0.9
-"""Share of inverse cloze queries whose sentence is cut out of the text to train on (Lee et al. 2019, Section 4)."""
+"""Share of inverse cloze queries whose sentence is cut out of its passage (Lee et al. 2019, Section 4)."""
 _SPAN = (6, 14)  # words of a query from text without sentence ends
 _STOP_WORDS = frozenset(STOPWORDS_EN)
 
@@ -74,21 +76,23 @@ def pseudo_queries(
     seed: int,
     once: bool = False,
 ) -> list[PseudoQuery]:
-    """Make up to ``count`` queries, at most one a passage and kind, in equal shares of the kinds if possible.
+    """Make up to ``count`` queries, at most one a passage and kind, in equal shares of the kinds if
+    possible.
 
     - "title": a passage's title. The rest is the passage, without the title if it begins with it.
     - "first sentence": the first sentence after the title.
-    - "inverse cloze": any sentence after the title, at random. In 1 of 10 cases the text to train on is the
-      complete passage, so that the encoder does not unlearn to match words (Lee, Chang & Toutanova, Latent
-      Retrieval for Weakly Supervised Open Domain Question Answering, ACL 2019, Section 4). In text without
-      any sentence end (lower-case abstracts, say), 6 to 14 consecutive words replace the sentence.
+    - "inverse cloze": any sentence after the title, at random. In 1 of 10 cases the text to train
+      on is the complete passage, so that the encoder does not unlearn to match words (Lee, Chang &
+      Toutanova, Latent Retrieval for Weakly Supervised Open Domain Question Answering, ACL 2019,
+      Section 4). In text without any sentence end (lower-case abstracts, say), 6 to 14 consecutive
+      words replace the sentence.
 
-    A title or sentence that another passage has too is no query, so that each has one positive. Words are
-    what white space separates, so text written without spaces gives none. Limits: `QUERY_WORDS`,
-    `TITLE_WORDS`, `MIN_CONTENT`, `MIN_TEXT_WORDS`.
+    A title or sentence that another passage has too is no query, so that each has one positive.
+    Words are what white space separates, so text written without spaces gives none. Limits:
+    `QUERY_WORDS`, `TITLE_WORDS`, `MIN_CONTENT`, `MIN_TEXT_WORDS`.
 
-    The result depends on passages, titles, kinds and ``seed`` alone; fewer queries are a prefix of more. All
-    passages are read twice at most; 8 bytes are held of each sentence.
+    The result depends on passages, titles, kinds and ``seed`` alone; fewer queries are a prefix of
+    more. All passages are read twice at most; 8 bytes are held of each sentence.
 
     Args:
         passages: docids and texts.
@@ -128,9 +132,10 @@ def pseudo_queries(
     queries = list(itertools.islice(_in_turn([made(k) for k in KINDS if k in kinds]), count))
     if not queries:
         raise DataError(
-            f"none of {len(passages)} passages gives a pseudo-query ({', '.join(kinds)}): a query needs"
-            f" {QUERY_WORDS[0]} to {QUERY_WORDS[1]} words (a title {TITLE_WORDS[0]}) that no other passage has in"
-            f" this order, and {MIN_TEXT_WORDS} more words in its passage{_without_spaces(passages)}"
+            f"none of {len(passages)} passages gives a pseudo-query ({', '.join(kinds)}): a query"
+            f" needs {QUERY_WORDS[0]} to {QUERY_WORDS[1]} words (a title {TITLE_WORDS[0]}) that no other"
+            f" passage has in this order, and {MIN_TEXT_WORDS} more words in its passage"
+            f"{_without_spaces(passages)}"
         )
     return queries
 
@@ -160,11 +165,12 @@ def pseudo_collection(
 ) -> Collection:
     """Return a collection with pseudo-queries in the sets "train", "validation" and "test".
 
-    The passage of a query does not contain it, as PyDocs has docstrings without their summaries; its grade
-    is 1. With the sentence in its passage, matching words alone would find it (300 test queries of Cranfield,
-    nDCG@10 of first sentences and inverse cloze: BM25 .98 and .99, MiniLM .93 and .70; cut, BM25 .74 and .47,
-    MiniLM .71 and .45). In "train" alone, a tenth of the passages of inverse cloze queries stay complete
-    (`pseudo_queries`). A passage gives at most one query, so the sets share no positive.
+    The passage of a query does not contain it, as PyDocs has docstrings without their summaries;
+    its grade is 1. With the sentence in its passage, matching words alone would find it (300 test
+    queries of Cranfield, nDCG@10 of first sentences and inverse cloze: BM25 .98 and .99, MiniLM .93
+    and .70; cut, BM25 .74 and .47, MiniLM .71 and .45). In "train" alone, a tenth of the passages
+    of inverse cloze queries stay complete (`pseudo_queries`). A passage gives at most one query, so
+    the sets share no positive.
 
     For searching, index the original passages: only training and measuring need this collection.
 
@@ -177,8 +183,8 @@ def pseudo_collection(
         count: queries to train on, at most.
         test: queries to measure with; at most a quarter of all.
         validation: queries to stop by; at most an eighth of all.
-        seed: of the queries and of the split. More queries to train on leave the other sets unchanged,
-            unless a quarter or an eighth of all limits those.
+        seed: of the queries and of the split. More queries to train on leave the other sets
+            unchanged, unless a quarter or an eighth of all limits those.
 
     Raises:
         ValueError: a number below 1, no kind, or an unknown one.
@@ -192,8 +198,8 @@ def pseudo_collection(
     made = pseudo_queries(passages, titles, kinds=kinds, count=total, seed=seed, once=True)
     if len(made) < 8:
         raise DataError(
-            f"{name}: its {len(passages)} passages give {len(made)} pseudo-queries; at least 8 are needed"
-            f" to train, to stop and to measure with{_without_spaces(passages)}"
+            f"{name}: its {len(passages)} passages give {len(made)} pseudo-queries; at least 8 are"
+            f" needed to train, to stop and to measure with{_without_spaces(passages)}"
         )
     texts = list(passages.texts)
     queries: dict[str, Texts] = {}
@@ -219,7 +225,7 @@ def pseudo_collection(
 
 
 def about(collection: Collection) -> str:
-    """Describe the pseudo-queries of a `pseudo_collection`: numbers by kind, and why they are weaker."""
+    """Describe the pseudo-queries of a `pseudo_collection`: numbers by kind, and their weakness."""
     kinds = Counter(
         qid.partition(":")[0].replace("-", " ")
         for queries in collection.queries.values()
@@ -228,14 +234,14 @@ def about(collection: Collection) -> str:
     numbers = ", ".join(f"{kind}: {kinds[kind]:,}" for kind in KINDS if kinds[kind])
     return (
         f"There are no real queries: {kinds.total():,} pseudo-queries were made from the passages"
-        f" ({numbers}). They are weaker than real queries: they use the words of the passage's author, they"
-        " state rather than ask, and only the passage they come from counts as relevant. The measures show"
-        " how well a passage is found by a part of it that was cut out, not how well the queries of users"
-        " are answered."
+        f" ({numbers}). They are weaker than real queries: they use the words of the passage's author,"
+        " they state rather than ask, and only the passage they come from counts as relevant. The"
+        " measures show how well a passage is found by a part of it that was cut out, not how well the"
+        " queries of users are answered."
     )
 
 
-# ---- from a passage to a query -------------------------------------------------------------------------------------
+# ---- from a passage to a query -------------------------------------------------------------------
 
 
 def _without_spaces(passages: Texts) -> str:
@@ -244,8 +250,8 @@ def _without_spaces(passages: Texts) -> str:
         return ""
     return (
         f"; {count:,} of them are written without spaces between words, and such text gives no"
-        " pseudo-queries: add queries and judgements (queries.jsonl and qrels/test.tsv, or queries.tsv and"
-        " qrels.txt)"
+        " pseudo-queries: add queries and judgements (queries.jsonl and qrels/test.tsv, or queries.tsv"
+        " and qrels.txt)"
     )
 
 
@@ -314,7 +320,7 @@ _MAKERS: dict[str, Callable[[str, str, random.Random, set[int]], tuple[str, str]
 
 
 def _asks(kind: str, query: str, left: int, repeated: set[int]) -> bool:
-    """Whether it is a query: neither too short nor too long nor repeated; ``left``: other words of its passage."""
+    """Whether it is a query: not too short, too long or repeated; ``left``: its passage's other words."""
     form = _form(query)
     words = form.split()
     low, high = TITLE_WORDS if kind == "title" else QUERY_WORDS
@@ -331,12 +337,13 @@ def _trimmed(query: str) -> str:
     return query.strip(" .,:;–—*•-")
 
 
-# ---- sentences -----------------------------------------------------------------------------------------------------
+# ---- sentences -----------------------------------------------------------------------------------
 
 _MARK = re.compile(r"(?:[.!?]|…)['\"’”)\]]*(?=\s|$)")
 _ABBREVIATION = re.compile(
-    r"(?:e\.g|i\.e|cf|vs|viz|etc|al|approx|resp|incl|ca|figs?|eqs?|nos?|vols?|pp?|refs?|secs?|chs?|eds?|dept|univ|inc|ltd"
-    r"|dr|mrs?|ms|prof|st|jr|sr|gen|col|lt|hon|rev|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|(?:[a-z]\.)*[a-z])\Z",
+    r"(?:e\.g|i\.e|cf|vs|viz|etc|al|approx|resp|incl|ca|figs?|eqs?|nos?|vols?|pp?|refs?|secs?|chs?|eds?"
+    r"|dept|univ|inc|ltd|dr|mrs?|ms|prof|st|jr|sr|gen|col|lt|hon|rev"
+    r"|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|(?:[a-z]\.)*[a-z])\Z",
     re.IGNORECASE,
 )  # the last: initials, and "U.S."
 _SOLID = re.compile(r"\S")
@@ -346,9 +353,10 @@ _WORDS = re.compile(r"[^\W_]+")
 def sentences(text: str) -> list[str]:
     """Split a text at its sentence ends; nothing is lost but white space around them.
 
-    A sentence ends at ".", "!", "?" or "…" (and closing quotes or brackets) before white space, unless a
-    lower-case letter follows, or a full stop belongs to a common English abbreviation, an initial, or a
-    number. A mark between white space ends one, too, whatever follows, as in tokenised text.
+    A sentence ends at ".", "!", "?" or "…" (and closing quotes or brackets) before white space,
+    unless a lower-case letter follows, or a full stop belongs to a common English abbreviation, an
+    initial, or a number. A mark between white space ends one, too, whatever follows, as in
+    tokenised text.
     """
     return list(_sentences(text))
 
@@ -368,7 +376,7 @@ def _sentences(text: str) -> Iterator[str]:
 
 
 def _ends(text: str, start: int, mark: int, end: int) -> bool:
-    """Whether a mark ends a sentence that has a letter; only its word and the next character are looked at."""
+    """Whether a mark ends a sentence that has a letter, by its word and the next character alone."""
     at = mark
     while at > start and not text[at - 1].isspace():
         at -= 1

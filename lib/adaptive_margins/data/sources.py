@@ -25,14 +25,15 @@ an id of ir_datasets (https://ir-datasets.com), e.g. beir/scifact"""
 
 
 def open_collection(source: str | Path) -> Collection:
-    """Read a collection; its sets are "train", "validation" and "test", any of which may be missing.
+    """Read a collection; its sets are "train", "validation" and "test", any of which may be
+    missing.
 
     ``source`` is, in this order:
 
     - a folder: see `folder.read_folder`;
-    - ``pydocs``, or ``pydocs:numpy,scipy``: built from the docstrings of installed packages, by default
-      those of the profile "laptop". "validation" gets 150 queries and "test" 600, or of a small
-      collection a tenth and two fifths;
+    - ``pydocs``, or ``pydocs:numpy,scipy``: built from the docstrings of installed packages, by
+      default those of the profile "laptop". "validation" gets 150 queries and "test" 600, or of a
+      small collection a tenth and two fifths;
     - an ir_datasets id: see `ir_datasets.read_collection`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Query sets for training: "train", "validation" and "test", split by seed where some are missing."""
+"""Query sets "train", "validation" and "test", split by seed where some are missing."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ FEW = 20
 
 
 def split_queries(collection: Collection, *, seed: int) -> tuple[Collection, str]:
-    """Return the collection with all three sets, and a sentence on how it was split ("" if it was not).
+    """Return the collection with all three sets, and a sentence on how it was split ("" if it was
+    not).
 
-    Only queries with a passage of grade 1 or more are taken, and queries of the same text stay together.
+    Only queries with a passage of grade 1 or more are taken, and queries of the same text stay
+    together.
 
     - All three sets exist: nothing changes.
-    - "train" and "test": a fifth of "train", at most `MOST_VALIDATION` queries, becomes "validation".
+    - "train" and "test": a fifth of "train", at most `MOST_VALIDATION` queries, becomes
+      "validation".
     - "train" and "validation": the given "validation" becomes "test"; then as above.
     - "validation" and "test": "validation" becomes "train"; then as above.
     - One set: 40 % become "test" (at most `MOST_TEST`), 20 % "validation" (at most
@@ -74,7 +77,7 @@ def _judged(qrels: Qrels) -> list[str]:
 def _dealt(
     collection: Collection, name: str, qids: list[str], sizes: dict[str, int], seed: int
 ) -> dict[str, list[str]]:
-    """Deal queries in random order, those of one text together: first to ``sizes``, the rest to "train"."""
+    """Deal queries in random order, those of one text together: first to ``sizes``, then to "train"."""
     same: dict[str, list[str]] = {}
     texts = collection.queries[name]
     for qid in qids:
@@ -91,9 +94,9 @@ def _dealt(
     parts = {part: [qid for qid in texts.ids if part_of.get(qid) == part] for part in names}
     if not all(parts.values()):
         raise DataError(
-            f"{collection.name}: {len(qids)} judged queries of the set {name}, of {len(same)} different"
-            f" texts, are too few to split into {', '.join(parts)}; at least {len(parts)} of different"
-            " text are needed, and hundreds make sense"
+            f"{collection.name}: {len(qids)} judged queries of the set {name}, of {len(same)}"
+            f" different texts, are too few to split into {', '.join(parts)}; at least {len(parts)} of"
+            " different text are needed, and hundreds make sense"
         )
     return parts
 
@@ -110,9 +113,9 @@ def _sentence(parts: dict[str, list[str]], source: str, others: list[str], seed:
         )
     else:
         sentence = (
-            f"Of the {total} judged queries of the only set ({source}), {counts['train']:,} are trained"
-            f" on, {counts['validation']:,} are for validation and {counts['test']:,} for the test (drawn"
-            f" with seed {seed})."
+            f"Of the {total} judged queries of the only set ({source}), {counts['train']:,} are"
+            f" trained on, {counts['validation']:,} are for validation and {counts['test']:,} for the"
+            f" test (drawn with seed {seed})."
         )
     if counts["validation"] < FEW:
         sentence += (

@@ -1,4 +1,4 @@
-"""Collections larger than memory: texts and triples in memory-mapped Arrow files, and the order of triples."""
+"""Texts and triples in memory-mapped Arrow files, larger than memory; the order of triples."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ _TRIPLES = pa.schema(dict.fromkeys(COLUMNS, pa.int32()))
 
 
 def seeded_order(n: int, seed: int) -> np.ndarray:
-    """The numbers from 0 to n − 1 in random order: ``numpy.random.default_rng(seed).permutation(n)``.
+    """The numbers from 0 to n − 1 in random order:
+    ``numpy.random.default_rng(seed).permutation(n)``.
 
-    int32, 4 bytes a number (int64 from 2³¹ on). Shorter runs take the beginning of it, so that they see the
-    first triples of longer ones. A run makes at most one pass, so that one seed is one order.
+    int32, 4 bytes a number (int64 from 2³¹ on). Shorter runs take the beginning of it, so that they
+    see the first triples of longer ones. A run makes at most one pass, so that one seed is one
+    order.
     """
     order = np.arange(n, dtype=np.int32 if n < 2**31 else np.int64)
     np.random.default_rng(seed).shuffle(order)
     return order
 
 
-# ---- texts -----------------------------------------------------------------------------------------
+# ---- texts ---------------------------------------------------------------------------------------
 
 
 class _Strings(Sequence[str]):
@@ -88,8 +90,8 @@ class _Counting(Mapping[str, int]):
 class StoredTexts(Texts):
     """`Texts` in a memory-mapped Arrow file that `write_texts` wrote.
 
-    ``ids`` and ``texts`` are read when items are asked for; a slice is a list. The first lookup of an id
-    builds a dictionary of all ids, unless they count the rows.
+    ``ids`` and ``texts`` are read when items are asked for; a slice is a list. The first lookup of
+    an id builds a dictionary of all ids, unless they count the rows.
 
     Raises:
         DataError: the file is missing, damaged, or has other columns.
@@ -133,8 +135,8 @@ def write_texts(
         expected: how many there must be; None for any number.
 
     Raises:
-        DataError: an id that is empty, has white space or occurs twice (with both positions, from 1), or
-            another number of texts than ``expected``.
+        DataError: an id that is empty, has white space or occurs twice (with both positions, from
+            1), or another number of texts than ``expected``.
     """
     path = Path(path)
     written: list[pa.Array] = []
@@ -173,11 +175,12 @@ def _check_unique(what: str, ids: pa.ChunkedArray) -> None:
         )
 
 
-# ---- triples ---------------------------------------------------------------------------------------
+# ---- triples -------------------------------------------------------------------------------------
 
 
 class StoredTriples(Sequence[Triple]):
-    """Triples in a memory-mapped Arrow file that `write_triples` wrote: rows of queries and of passages.
+    """Triples in a memory-mapped Arrow file that `write_triples` wrote: rows of queries and of
+    passages.
 
     As a sequence it gives ids: (query id, docid of the positive, docid of the negative).
 
@@ -231,11 +234,13 @@ def write_triples(
     what: str = "triples",
     expected: int | None = None,
 ) -> StoredTriples:
-    """Write (query id, docid, docid) triples in their order as rows. The file is written atomically.
+    """Write (query id, docid, docid) triples in their order as rows. The file is written
+    atomically.
 
     Raises:
-        DataError: ids that ``queries`` or ``passages`` do not have (with the position of the first of each
-            kind, from 1), or another number of triples than ``expected``. ``what`` names the triples.
+        DataError: ids that ``queries`` or ``passages`` do not have (with the position of the first
+            of each kind, from 1), or another number of triples than ``expected``. ``what`` names
+            the triples.
     """
     problems = Problems()
     sides = tuple(zip(COLUMNS, (queries, passages, passages), strict=True))
@@ -264,17 +269,18 @@ def write_triples(
 
 
 def select_triples(path: Path, triples: StoredTriples, numbers: np.ndarray) -> None:
-    """Write only the triples of these row numbers, in their order. The file is written atomically."""
+    """Write the triples of these row numbers, in their order. The file is written atomically."""
     chosen = pa.table([triples.column(name)[numbers] for name in COLUMNS], schema=_TRIPLES)
     with whole_file(Path(path)) as partial, _stream_writer(partial, _TRIPLES) as writer:
         writer.write_table(chosen, max_chunksize=_BATCH)
 
 
 def first_per_query(queries: np.ndarray, count: int) -> np.ndarray:
-    """Row numbers, ascending, of the first ``count`` rows of each query; queries with fewer rows are dropped.
+    """Row numbers, ascending, of the first ``count`` rows of each query; queries with fewer rows
+    are dropped.
 
-    ``queries`` is the (N,) column of query rows. The authors' released code chooses its triples this way
-    (count 128). Needs about 24 bytes a row while it works.
+    ``queries`` is the (N,) column of query rows. The authors' released code chooses its triples
+    this way (count 128). Needs about 24 bytes a row while it works.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
@@ -284,7 +290,7 @@ def first_per_query(queries: np.ndarray, count: int) -> np.ndarray:
     return np.sort(order[(enough[:, None] + np.arange(count)).ravel()])
 
 
-# ---- files -----------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def _mapped(path: Path, schema: pa.Schema) -> pa.Table:

@@ -60,8 +60,8 @@ class DataError(AdaptiveMarginsError, ValueError):
 class Problems:
     """Collects what is wrong with some files, so that one error can report all of it.
 
-    Faults of one kind in one file differ in quoted values and numbers only: the first is named, the others
-    are counted.
+    Faults of one kind in one file differ in quoted values and numbers only: the first is named, the
+    others are counted.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class Problems:
     def unknown(
         self, path: Path, line: int, what: str, identifier: str, known: Iterable[str]
     ) -> None:
-        """Note that a line names an unknown query or passage (``what``); similar known ids are named."""
+        """Note that a line names an unknown query or passage (``what``); a similar known id is named."""
         self.add(path, line, f"unknown {what} {identifier!r}")
         self._unknown.setdefault((path, f"unknown {what} "), ({}, known))[0][identifier] = None
 
@@ -102,12 +102,13 @@ class Problems:
 
 
 def read_lines(path: Path, problems: Problems, *, empty: bool = False) -> Iterator[tuple[int, str]]:
-    """Yield number (from 1) and text of each line of a UTF-8 file, gzipped or not, which is opened once.
+    """Yield number (from 1) and text of each line of a UTF-8 file, gzipped or not, which is opened
+    once.
 
-    A byte order mark is dropped and Windows line ends are read, with a UserWarning each. Lines end at line
-    feeds only: other Unicode line separators may occur inside a text. What cannot be read is noted in
-    ``problems`` and left out: a file that is missing, a folder, of another encoding or no text at all; a
-    line that is not UTF-8 or longer than `MAX_LINE`.
+    A byte order mark is dropped and Windows line ends are read, with a UserWarning each. Lines end
+    at line feeds only: other Unicode line separators may occur inside a text. What cannot be read
+    is noted in ``problems`` and left out: a file that is missing, a folder, of another encoding or
+    no text at all; a line that is not UTF-8 or longer than `MAX_LINE`.
 
     Args:
         path: a file, or a pipe, which is read to its end.
@@ -143,7 +144,8 @@ def read_lines(path: Path, problems: Problems, *, empty: bool = False) -> Iterat
 def read_columns(
     path: Path, columns: int, problems: Problems, *, empty: bool = False
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield line number (from 1) and cells of a file whose lines have ``columns`` tab-separated cells.
+    """Yield line number (from 1) and cells of a file whose lines have ``columns`` tab-separated
+    cells.
 
     Other lines are noted in ``problems``. The rest is as in `read_lines`.
     """
@@ -165,7 +167,8 @@ def read_columns(
 def alike(unknown: Iterable[str], known: Iterable[str]) -> str:
     """Name an unknown id that looks like a known one, and in what the two differ; "" if none does.
 
-    They may differ in Unicode normalisation, case, characters around them, or a prefix; both are escaped.
+    They may differ in Unicode normalisation, case, characters around them, or a prefix; both are
+    escaped.
     """
     left, there = dict.fromkeys(unknown), dict.fromkeys(known)
     for what, form in _FORMS:
@@ -196,7 +199,7 @@ def _surrounded(identifier: str) -> str:
 
 
 def _number(identifier: str) -> str:
-    """Without leading zeros and a final .0, which ids lose or get where they are read as numbers."""
+    """Without leading zeros and a final .0, which ids lose or get if they are read as numbers."""
     found = re.fullmatch(r"(.*?)0*([0-9]+?)(\.0*)?", identifier)
     return f"{found[1]}{found[2]}" if found else identifier
 

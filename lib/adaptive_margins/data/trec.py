@@ -1,4 +1,5 @@
-"""TREC's files, runs (rankings) and qrels (judgements): read, written and ordered as trec_eval does.
+"""TREC's files, runs (rankings) and qrels (judgements): read, written and ordered as trec_eval
+does.
 
 Where scores tie, the order is trec_eval's: docids descending. A run lists its hits in that order.
 """
@@ -26,7 +27,7 @@ Judgements = Iterator[tuple[int, str, str, int]]
 """Line number (from 1), query id, docid, grade."""
 
 MAX_GRADE = 1_000
-"""The largest absolute value of a grade: trec_eval's gains take memory and time by the largest grade."""
+"""The largest absolute value of a grade, on which time and memory of trec_eval's gains depend."""
 _RUN_COLUMNS = "query id, Q0, docid, rank, score, tag"
 _QRELS_COLUMNS = "query id, 0, docid, grade"
 _BEIR_HEADER = ["query-id", "corpus-id", "score"]
@@ -35,10 +36,11 @@ _HEX = re.compile(r"[+-]?0[xX]")
 
 
 def top(scores: Mapping[str, float], depth: int | None = None) -> list[tuple[str, float]]:
-    """Return the ``depth`` best (docid, score): score descending, ties by docid descending, as trec_eval.
+    """Return the ``depth`` best (docid, score): score descending, ties by docid descending, as
+    trec_eval.
 
-    Scores are compared as 32-bit floats, as trec_eval does, and returned unchanged: those beyond 32 bits
-    are infinite, and tie. ``depth`` None returns all.
+    Scores are compared as 32-bit floats, as trec_eval does, and returned unchanged: those beyond 32
+    bits are infinite, and tie. ``depth`` None returns all.
 
     Raises:
         ValueError: ``depth`` is below 1, or a score is not a finite number.
@@ -66,14 +68,14 @@ def _single(values: np.ndarray) -> np.ndarray:
     return single
 
 
-# ---- runs ----------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 
 def run_text(run: Run, tag: str) -> str:
     """Return a run in TREC's six columns: query id, Q0, docid, rank from 1, score, tag.
 
-    Queries are sorted by id, hits in the order of `top`, scores in full precision. A query without hits has
-    no line.
+    Queries are sorted by id, hits in the order of `top`, scores in full precision. A query without
+    hits has no line.
 
     Raises:
         DataError: an id or the tag is empty or has white space.
@@ -92,7 +94,8 @@ def run_text(run: Run, tag: str) -> str:
 
 
 def write_run(run: Run, path: Path, tag: str) -> None:
-    """Write `run_text` atomically, gzipped if the name ends in ``.gz``; the same run gives the same bytes.
+    """Write `run_text` atomically, gzipped if the name ends in ``.gz``; the same run gives the same
+    bytes.
 
     Raises:
         DataError, ValueError: as `run_text`.
@@ -108,8 +111,9 @@ def write_run(run: Run, path: Path, tag: str) -> None:
 def run_tag(name: str, run: Run, depth: int, passages: int) -> str:
     """Return the tag of a run: ``name``, with a mark if the run is complete.
 
-    It is complete if no query has ``depth`` hits, to which it was ranked, or one has all ``passages``. The
-    mark holds the most hits of a query, so that a part of the file is not taken for complete.
+    It is complete if no query has ``depth`` hits, to which it was ranked, or one has all
+    ``passages``. The mark holds the most hits of a query, so that a part of the file is not taken
+    for complete.
     """
     most = max(map(len, run.values()), default=0)
     return f"{name}+complete{most}" if most < depth or most >= passages else name
@@ -123,16 +127,17 @@ def read_run(path: Path, *, own: bool = False) -> Run:
 def read_marked_run(path: Path, *, own: bool = False) -> tuple[Run, bool]:
     """Read a TREC run, gzipped or not, and whether it is marked as complete (`run_tag`).
 
-    Ranks and the order of lines are ignored, as in trec_eval; a UserWarning is given if ranks contradict
-    scores, or all scores of a query tie.
+    Ranks and the order of lines are ignored, as in trec_eval; a UserWarning is given if ranks
+    contradict scores, or all scores of a query tie.
 
     Args:
         path: a file, or a pipe.
         own: whether this library wrote it: then it may be empty, and there are no warnings.
 
     Raises:
-        DataError: the file is empty or of another kind; or names the first line of each kind of fault: not
-            six columns, a score that is not a finite number as C reads it, a docid twice for a query.
+        DataError: the file is empty or of another kind; or names the first line of each kind of
+            fault: not six columns, a score that is not a finite number as C reads it, a docid twice
+                for a query.
     """
     path = Path(path)
     problems = Problems()
@@ -231,7 +236,7 @@ def _no_columns(line: str) -> str:
     return ""
 
 
-# ---- qrels ---------------------------------------------------------------------------------------------------------
+# ---- qrels ---------------------------------------------------------------------------------------
 
 
 def qrels_text(qrels: Qrels) -> str:
@@ -244,13 +249,15 @@ def qrels_text(qrels: Qrels) -> str:
 
 
 def read_qrels(path: Path, *, own: bool = False) -> Qrels:
-    """Read judgements: TREC's four columns (query id, any, docid, grade), or BEIR's three under their header.
+    """Read judgements: TREC's four columns (query id, any, docid, grade), or BEIR's three under
+    their header.
 
     ``own``: whether this library wrote the file: then it may be empty.
 
     Raises:
-        DataError: there are no judgements, or the file is of another kind; or names the first line of each
-            kind of fault: a wrong number of columns, a grade that is not an integer or beyond `MAX_GRADE`,
+        DataError: there are no judgements, or the file is of another kind; or names the first line
+            of each kind of fault: a wrong number of columns, a grade that is not an integer or
+                beyond `MAX_GRADE`,
             a passage judged twice for a query.
     """
     problems = Problems()
@@ -262,9 +269,11 @@ def read_qrels(path: Path, *, own: bool = False) -> Qrels:
 
 
 def read_judgements(path: Path, problems: Problems, *, empty: bool = False) -> Judgements:
-    """Yield line number (from 1), query id, docid and grade of each judgement in a file, TREC's or BEIR's.
+    """Yield line number (from 1), query id, docid and grade of each judgement in a file, TREC's or
+    BEIR's.
 
-    What is wrong is noted in ``problems`` and left out. ``empty``: whether there may be no judgement.
+    What is wrong is noted in ``problems`` and left out. ``empty``: whether there may be no
+    judgement.
     """
     beir, count = False, 0
     seen: dict[tuple[str, str], str] = {}

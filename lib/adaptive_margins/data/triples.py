@@ -1,4 +1,4 @@
-"""Training triples (query, relevant passage, negative): drawn from candidates, or given and checked."""
+"""Training triples (query, relevant passage, negative): drawn from candidates, or checked."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def mine_triples(
 ) -> list[Triple]:
     """Draw ``count`` triples of candidates from `mining.guard`, as `sample_triples` does.
 
-    ``ranks`` (from 1, the second exclusive) count what passed the filters. Positives without text are left
-    out.
+    ``ranks`` (from 1, the second exclusive) count what passed the filters. Positives without text
+    are left out.
 
     Raises:
         ValueError: ``count`` or ``ranks`` out of range, or no query has a positive and a negative.
@@ -104,7 +104,8 @@ def mine_triples(
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check_triples` examined and left out. Each triple left out is counted once, by the first reason.
+    """What `check_triples` examined and left out. Each triple left out is counted once, by the
+    first reason.
 
     Attributes:
         checked: triples examined.
