@@ -147,3 +147,39 @@ def test_compare_imports_nothing_heavy(tmp_path):
     *told, loaded = done.stdout.splitlines()
     assert json.loads(loaded) == []
     assert told[0].split()[:2] == ["run", "mean"]
+
+
+def test_no_module_needs_what_windows_and_macos_lack(tmp_path):
+    """Every module is imported where the modules of POSIX alone and Linux's names of `os` are missing."""
+    program = """
+        import importlib, os, sys
+        posix = ["fcntl", "resource", "pwd", "grp", "termios", "tty", "pty"]
+        # Packages that have a way without them, on Windows, where `sys.platform` is another.
+        import IPython, filelock, multiprocessing.popen_spawn_posix, psutil, torch, transformers
+        import bm25s, datasets, faiss, ir_datasets, ir_measures, jupyter_client, matplotlib, nbclient
+        import papermill, sentence_transformers
+        for name in posix:
+            sys.modules[name] = None
+        for name in ("fork", "posix_fallocate", "sched_setaffinity", "sched_getaffinity", "getuid", "mkfifo"):
+            if hasattr(os, name):
+                delattr(os, name)
+        for name in sys.argv[1:]:
+            importlib.import_module(name)
+    """
+    names = [f"adaptive_margins.{name}".rstrip(".") for name in MODULES]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), *names],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_posix_is_not_named_at_the_top_of_a_module():
+    posix = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty"}
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not posix & set(names), name
