@@ -14,12 +14,12 @@ import torch
 
 from adaptive_margins.encoder import embed as encoder_embed
 from adaptive_margins.encoder.checks import EncoderError
-from adaptive_margins.encoder.embed import Shards, embed, embed_shards, length_chunks
+from adaptive_margins.encoder.embed import embed, embed_shards, length_chunks
 from adaptive_margins.encoder.load import open_encoder
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.profiles.config import EncoderSettings
 from conftest import TEXTS as SENTENCES
-from conftest import WORDS, die, in_child
+from conftest import WORDS, in_child, kill_in
 
 LENGTH = 9
 RNG = np.random.default_rng(5)
@@ -125,13 +125,7 @@ def test_a_zero_embedding_stays_zero(tiny_folder):
     assert not embed(model, tokenize(model, SENTENCES, 12)).any()
 
 
-# ---- shards ----------------------------------------------------------------------------------------------------------
-
-
-def all_rows(shards: Shards) -> np.ndarray:
-    blocks = list(shards.blocks())
-    assert [first for first, _ in blocks] == np.cumsum([0, *(len(b) for _, b in blocks)]).tolist()[:-1]  # fmt: skip
-    return np.concatenate([block for _, block in blocks])
+# ---- on disk
 
 
 @pytest.fixture
@@ -141,79 +135,48 @@ def in_memory(bert, tokens):
     return np.concatenate(parts)
 
 
-@pytest.mark.parametrize("devices", [("cpu",), ("cpu", "cpu"), ("cpu",) * 9])
-def test_shards_are_the_embeddings_whatever_the_number_of_devices(
+def done(folder):
+    return json.loads((folder / "shards.json").read_text())["done"]
+
+
+@pytest.mark.parametrize("devices", [("cpu",), ("cpu",) * 9])
+def test_embeddings_on_disk_do_not_depend_on_the_number_of_devices(
     bert, tokens, in_memory, tmp_path, devices
 ):
-    shards = embed_shards(bert, tokens, tmp_path / "e", shard=50, devices=devices)
-    assert sorted(p.name for p in (tmp_path / "e").iterdir()) == [
-        *(f"{k:05d}.npy" for k in range(5)),
-        "shards.json",
-    ]
+    found = embed_shards(bert, tokens, tmp_path / "e", shard=50, devices=devices)
+    assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["embeddings.npy", "shards.json"]
     assert json.loads((tmp_path / "e" / "shards.json").read_text()) == {
-        "rows": 230, "dim": 16, "dtype": "float32", "shard": 50,
-    }  # fmt: skip
-    assert (len(shards), shards.dim) == (230, 16)
-    assert np.array_equal(all_rows(shards), in_memory)  # bit for bit
+        "rows": 230,
+        "dim": 16,
+        "dtype": "float32",
+        "shard": 50,
+        "done": [0, 1, 2, 3, 4],
+    }
+    assert np.array_equal(found, in_memory)  # bit for bit
     np.testing.assert_allclose(in_memory, embed(bert, tokens), atol=1e-6)
 
 
-@pytest.mark.parametrize("on_disk", [True, False])
-def test_take_and_blocks(bert, tokens, in_memory, tmp_path, monkeypatch, on_disk):
-    shards = Shards.of(in_memory)
-    if on_disk:
-        embed_shards(bert, tokens, tmp_path / "e", shard=50)
-        shards = Shards.open(tmp_path / "e")
-    rows = np.random.default_rng(0).integers(0, 230, size=400)
-    found = shards.take(rows)
-    assert np.array_equal(found, in_memory[rows]) and found.dtype == np.float32
-    assert shards.take([]).shape == (0, 16)
-    for wrong in ([0, -1], [230]):
-        with pytest.raises(IndexError, match=r"rows .* of 230 embeddings"):
-            shards.take(wrong)
-    for size in (1, 16 * 7, 16 * 1000):
-        monkeypatch.setattr(encoder_embed, "_BLOCK", size)
-        assert max(len(block) for _, block in shards.blocks()) <= max(1, size // 16)
-        assert np.array_equal(all_rows(shards), in_memory)
-    with pytest.raises(ValueError, match=r"shape \(n, D\), not \(5,\)"):
-        Shards.of(np.zeros(5))
+def test_float16_on_disk_is_rounded(bert, tokens, in_memory, tmp_path):
+    found = embed_shards(bert, tokens, tmp_path / "e", shard=50, dtype="float16")
+    assert (tmp_path / "e" / "embeddings.npy").stat().st_size == 128 + 230 * 16 * 2
+    assert np.array_equal(found, in_memory.astype(np.float16))
+    assert 0 < np.abs((found.astype(np.float32) ** 2).sum(1) - 1).max() < 2.0**-10
 
 
-def test_float16_shards_are_the_rounded_embeddings(bert, tokens, in_memory, tmp_path):
-    shards = embed_shards(bert, tokens, tmp_path / "e", shard=50, dtype="float16")
-    assert (tmp_path / "e" / "00000.npy").stat().st_size == 128 + 50 * 16 * 2
-    rounded = in_memory.astype(np.float16).astype(np.float32)
-    assert np.array_equal(all_rows(shards), rounded)
-    assert np.array_equal(shards.take([7, 229]), rounded[[7, 229]])
-    assert shards.take([0]).dtype == np.float32
-    assert 0 < np.abs((rounded**2).sum(1) - 1).max() < 2.0**-10
+def test_no_text_at_all(bert, tokens, tmp_path):
+    assert embed_shards(bert, tokens.take([]), tmp_path / "e").shape == (0, 16)
 
 
 def test_embedding_goes_on_after_a_kill(bert, tokens, in_memory, tmp_path, monkeypatch):
     folder, real = tmp_path / "e", embed
 
     def work():
-        write = np.lib.format.write_array_header_1_0
-
-        def half(file, header):
-            write(file, header)
-            file.flush()
-            die()
-
-        def third(*arguments, **keywords):
-            if (folder / "00001.npy").exists():
-                np.lib.format.write_array_header_1_0 = half
-            return real(*arguments, **keywords)
-
-        encoder_embed.embed = third
+        kill_in(encoder_embed, "write_text", 4)  # the third shard is written, but not listed
         embed_shards(bert, tokens, folder, shard=50)
 
-    assert in_child(work) == "died"
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "00000.npy", "00001.npy", "00002.npy.partial", "shards.json",
-    ]  # fmt: skip
-    with pytest.raises(EncoderError, match=r"00002\.npy is missing: not all texts are embedded"):
-        Shards.open(folder)
+    with monkeypatch.context():
+        assert in_child(work) == "died"
+    assert done(folder) == [0, 1, 2]
     seen = []
 
     def counting(model, tokens, rows, **keywords):
@@ -221,13 +184,10 @@ def test_embedding_goes_on_after_a_kill(bert, tokens, in_memory, tmp_path, monke
         return real(model, tokens, rows, **keywords)
 
     monkeypatch.setattr(encoder_embed, "embed", counting)
-    shards = embed_shards(bert, tokens, folder, shard=50)
-    assert seen == list(range(100, 230))
-    assert np.array_equal(all_rows(shards), in_memory)
-    assert not list(folder.glob("*.partial"))
-    seen.clear()
+    assert np.array_equal(embed_shards(bert, tokens, folder, shard=50), in_memory)
+    assert seen == list(range(150, 230))
     embed_shards(bert, tokens, folder, shard=50)
-    assert seen == []
+    assert len(seen) == 80
 
 
 @pytest.mark.parametrize(
@@ -246,20 +206,20 @@ def test_other_settings_are_refused(bert, tokens, tmp_path, change, message):
         embed_shards(bert, tokens, tmp_path / "e", **{"shard": 50, **change})
 
 
-def test_damaged_shards_are_named(bert, tokens, tmp_path):
+def test_damaged_files_are_named(bert, tokens, tmp_path):
     folder = tmp_path / "e"
     embed_shards(bert, tokens, folder, shard=50)
-    os.truncate(folder / "00003.npy", 200)
-    with pytest.raises(EncoderError, match=r"00003\.npy cannot be read .*delete it"):
-        Shards.open(folder)
-    np.save(folder / "00003.npy", np.zeros((50, 17), np.float32))
-    with pytest.raises(EncoderError, match=r"00003\.npy holds float32 of shape \(50, 17\), expected .* \(50, 16\)"):  # fmt: skip
-        Shards.open(folder)
-    (folder / "shards.json").write_text('{"rows": 1}')
-    with pytest.raises(EncoderError, match=r"shards\.json describes no shards; delete"):
-        Shards.open(folder)
-    with pytest.raises(EncoderError, match=r"shards\.json cannot be read"):
-        Shards.open(tmp_path / "nothing")
+    for change, message in (
+        (lambda: os.truncate(folder / "embeddings.npy", 200), r"embeddings\.npy cannot be read"),
+        (
+            lambda: np.save(folder / "embeddings.npy", np.zeros((50, 17), np.float32)),
+            r"embeddings\.npy holds float32 of shape \(50, 17\), expected .* \(230, 16\)",
+        ),
+        (lambda: (folder / "shards.json").write_text("{"), r"shards\.json cannot be read"),
+    ):
+        change()
+        with pytest.raises(EncoderError, match=message):
+            embed_shards(bert, tokens, folder, shard=50)
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_anything_is_embedded(
@@ -270,24 +230,22 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_embedded(
     monkeypatch.setattr(encoder_embed, "embed", refuse)
     with pytest.raises(EncoderError, match=r"5 shards need 1\.5e-05 GB of disk, only 1\.5e-05 GB"):
         embed_shards(bert, tokens, tmp_path / "e", shard=50)
-    assert [p.name for p in (tmp_path / "e").iterdir()] == ["shards.json"]
+    assert not list((tmp_path / "e").iterdir())
 
 
-@pytest.mark.parametrize("devices", [("cpu",), ("cpu", "cpu")])
-def test_a_disk_that_fills_leaves_whole_shards_only(bert, tokens, in_memory, tmp_path, devices):
-    folder = tmp_path / "e"
-
+def test_a_disk_that_fills_is_an_error_and_the_next_call_goes_on(bert, tokens, in_memory, tmp_path):
     import resource
 
+    folder = tmp_path / "e"
+
     def fill():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))  # the last shard, of 30 rows, fits
-        embed_shards(bert, tokens, folder, shard=50, devices=devices)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))
+        embed_shards(bert, tokens, folder, shard=50)
 
     told = in_child(fill)
     assert told.startswith(f"EncoderError: {folder}: 5 shards need")
     assert "which could not be written" in told
-    assert not list(folder.glob("*.partial"))
-    assert np.array_equal(all_rows(embed_shards(bert, tokens, folder, shard=50)), in_memory)
+    assert np.array_equal(embed_shards(bert, tokens, folder, shard=50), in_memory)
 
 
 def test_each_device_has_its_own_model(bert, tokens, tmp_path, monkeypatch):
@@ -319,5 +277,4 @@ def test_an_error_of_one_device_ends_the_others(bert, tokens, tmp_path, monkeypa
     monkeypatch.setattr(encoder_embed, "embed", fail)
     with pytest.raises(MemoryError, match="in the middle"):
         embed_shards(bert, tokens, tmp_path / "e", shard=10, devices=("cpu", "cpu"))
-    assert not list((tmp_path / "e").glob("*.partial"))
-    assert len(list((tmp_path / "e").glob("*.npy"))) <= 7
+    assert len(done(tmp_path / "e")) <= 7

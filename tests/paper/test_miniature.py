@@ -24,7 +24,6 @@ from adaptive_margins.book.comparison import comparison
 from adaptive_margins.book.published import load
 from adaptive_margins.data.converted import StoredCollection
 from adaptive_margins.data.trec import top, write_run
-from adaptive_margins.encoder.embed import Shards
 from adaptive_margins.paper.experiments import Reproduction
 from adaptive_margins.profiles.config import load_profile
 from adaptive_margins.retrieval.bm25 import BM25
@@ -167,7 +166,9 @@ def test_embedding_goes_on_after_an_interruption(miniature, tmp_path, monkeypatc
 
     def stop(model, tokens, folder, **options):
         real(model, tokens, folder, **options)
-        sorted(folder.glob("*.npy"))[-1].unlink()  # as if killed before the last shard
+        state = json.loads((folder / "shards.json").read_text())
+        state["done"].pop()  # as if killed before the last shard
+        (folder / "shards.json").write_text(json.dumps(state))
         raise Stop
 
     with monkeypatch.context() as patch:
@@ -176,16 +177,14 @@ def test_embedding_goes_on_after_an_interruption(miniature, tmp_path, monkeypatc
             other.execute(config)
     work = tmp_path / "cache" / "work" / config.run_id
     (folder,) = work.glob("passages-*")
-    before = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.npy")}
-    assert len(before) == 2
+    before = json.loads((folder / "shards.json").read_text())
+    assert before["done"] == [0, 1]
 
     def watch(model, tokens, folder, **options):
-        shards = real(model, tokens, folder, **options)
-        after = {p.name: p.stat().st_mtime_ns for p in folder.glob("*.npy")}
-        assert len(after) == 3
-        assert before.items() <= after.items()
-        assert isinstance(shards, Shards)
-        return shards
+        assert json.loads((folder / "shards.json").read_text()) == before
+        found = real(model, tokens, folder, **options)
+        assert json.loads((folder / "shards.json").read_text())["done"] == [0, 1, 2]
+        return found
 
     monkeypatch.setattr(runner, "embed_shards", watch)
     run = other.execute(config)

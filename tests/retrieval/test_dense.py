@@ -397,7 +397,7 @@ def test_damaged_files_are_named(built, name):
         ("{", "does not describe an index"),
         ("[]", "does not describe an index"),
         ('{"format": 1, "files": {}}', "does not describe an index"),
-        ('{"format": 7}', "format 7 is not 1, which this version reads; build the index anew"),
+        ('{"format": 7}', "format 7 is not 1, which this version reads; build the index again"),
     ],
 )
 def test_an_index_json_of_something_else(built, text, message):
@@ -420,7 +420,7 @@ def test_another_encoder_is_refused(built, folder, model, tmp_path):
     assert encoder_identity(str(tmp_path / "changed")) != built.identity
     with pytest.raises(EncoderError, match=rf"built with encoder '{folder}' \({built.identity}\)"):
         built.search(changed, QUERIES, 3)
-    with pytest.raises(EncoderError, match=r"changed' is now \w+; build the index anew"):
+    with pytest.raises(EncoderError, match=r"changed' is now \w+; build the index again"):
         built.open_encoder(str(tmp_path / "changed"))
     minilm = open_encoder("minilm")
     with pytest.raises(EncoderError, match="embeds its passages otherwise"):

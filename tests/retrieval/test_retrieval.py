@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import math
 import os
 import subprocess
@@ -15,8 +14,6 @@ import Stemmer
 
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.trec import top
-from adaptive_margins.encoder import embed as encoder_embed
-from adaptive_margins.encoder.embed import Shards
 from adaptive_margins.retrieval import bm25 as retrieval_bm25
 from adaptive_margins.retrieval import exact as retrieval_exact
 from adaptive_margins.retrieval.bm25 import BM25
@@ -56,15 +53,10 @@ def names(prefix: str, n: int) -> list[str]:
     return [f"{prefix}{i}" for i in range(n)]
 
 
-def on_disk(folder, passages: np.ndarray, dtype: str = "float32", shard: int = 300) -> Shards:
+def on_disk(folder, passages: np.ndarray, dtype: str = "float32") -> np.ndarray:
     """The passages as `embed_shards` leaves them."""
-    folder.mkdir()
-    rows, dim = passages.shape
-    settings = {"rows": rows, "dim": dim, "dtype": dtype, "shard": shard}
-    (folder / "shards.json").write_text(json.dumps(settings))
-    for start in range(0, rows, shard):
-        np.save(folder / f"{start // shard:05d}.npy", passages[start : start + shard].astype(dtype))
-    return Shards.open(folder)
+    np.save(folder / "embeddings.npy", passages.astype(dtype))
+    return np.load(folder / "embeddings.npy", mmap_mode="r")
 
 
 class HitsOnly(Sequence):
@@ -282,13 +274,13 @@ def test_rerank_of_a_zero_embedding_is_zero_and_identical_embeddings_tie():
     assert list(hits) == sorted(hits, reverse=True)
 
 
-def test_rerank_from_shards(tmp_path):
+def test_rerank_from_disk(tmp_path):
     passages, queries = clustered(700, 24, 2), clustered(5, 24, 1)
     docids, qids = names("d", 700), names("q", 5)
     candidates = {q: dict.fromkeys(docids[i::7], 1.0) for i, q in enumerate(qids)}
     run = rerank(candidates, queries, qids, passages, docids)
-    shards = on_disk(tmp_path / "e", passages)
-    assert as_lists(rerank(candidates, queries, qids, shards, docids)) == as_lists(run)
+    stored = on_disk(tmp_path, passages)
+    assert as_lists(rerank(candidates, queries, qids, stored, docids)) == as_lists(run)
 
 
 @pytest.mark.parametrize(
@@ -359,19 +351,18 @@ def test_exact_search_is_exact_where_single_precision_is_not():
 @pytest.fixture(params=[1, 24 * 7, 24 * 100])
 def small_blocks(request, monkeypatch):
     """Passages come in blocks of 1, 7 or 100 rows of 24 numbers, scores in a few of each."""
-    monkeypatch.setattr(encoder_embed, "_BLOCK", request.param)
-    monkeypatch.setattr(retrieval_exact, "_BLOCK", 300)
+    monkeypatch.setattr(retrieval_exact, "_BLOCK", request.param)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_exact_search_of_shards_is_brute_force(tmp_path, small_blocks, dtype):
+def test_exact_search_from_disk_is_brute_force(tmp_path, small_blocks, dtype):
     queries, passages = clustered(30, 24, 1), clustered(330, 24, 2)
     passages[200:260] = passages[:60]  # ties in other blocks
     qids, ids = names("q", 30), names("d", 330)
-    shards = on_disk(tmp_path / "e", passages, dtype, 128)
+    stored = on_disk(tmp_path, passages, dtype)
     rounded = passages.astype(dtype).astype(np.float32)
     for depth in (1, 10, 1000):
-        run = exact_search(queries, shards, qids, ids, depth)
+        run = exact_search(queries, stored, qids, ids, depth)
         assert as_lists(run) == as_lists(brute_force(queries, rounded, qids, ids, depth))
 
 
@@ -386,7 +377,7 @@ def test_exact_search_in_blocks_keeps_what_rounding_hides(small_blocks):
 
 @pytest.mark.parametrize("length", [1, 1e4])
 def test_exact_search_in_blocks_finds_the_better_of_two_that_rounding_swaps(monkeypatch, length):
-    monkeypatch.setattr(encoder_embed, "_BLOCK", 24 * 7)
+    monkeypatch.setattr(retrieval_exact, "_BLOCK", 24 * 7)
     rng = np.random.default_rng(2)
     first = clustered(150, 24, 2) * np.float32(length)
     second = np.nextafter(first, rng.choice([-np.inf, np.inf], size=first.shape), dtype=np.float32)
@@ -399,9 +390,9 @@ def test_exact_search_in_blocks_finds_the_better_of_two_that_rounding_swaps(monk
 def test_exact_search_names_a_passage_that_is_not_finite(tmp_path, small_blocks):
     passages = clustered(330, 24, 2)
     passages[270, 3] = np.nan
-    shards = on_disk(tmp_path / "e", passages, shard=128)
+    stored = on_disk(tmp_path, passages)
     with pytest.raises(ValueError, match=r"passage embedding in row 270 \('d270'\) is not finite"):
-        exact_search(passages[:1], shards, ["q"], names("d", 330), 5)
+        exact_search(passages[:1], stored, ["q"], names("d", 330), 5)
 
 
 def test_docids_are_looked_up_for_hits_only():
@@ -529,19 +520,19 @@ def test_an_index_of_many_lists_has_the_bytes_it_is_said_to_have():
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("n", [300, 2000])
-def test_index_of_shards_is_that_of_the_array(tmp_path, monkeypatch, dtype, n):
+def test_index_from_disk_is_that_of_the_array(tmp_path, monkeypatch, dtype, n):
     queries, passages = clustered(40, 64, 1), clustered(n, 64, 2)
     qids, ids = names("q", 40), names("d", n)
-    shards = on_disk(tmp_path / "e", passages, dtype)
+    stored = on_disk(tmp_path, passages, dtype)
     rounded = passages.astype(dtype).astype(np.float32)
     settings = choose_index(n, 64, depth=20)
     index = build_index(rounded, settings, seed=3)
     run = search_index(index, settings, queries, qids, ids, 20, rounded)
-    monkeypatch.setattr(encoder_embed, "_BLOCK", 64 * 90)
-    from_disk = build_index(shards, settings, seed=3)
+    monkeypatch.setattr(retrieval_exact, "_BLOCK", 64 * 90)
+    from_disk = build_index(stored, settings, seed=3)
     assert np.array_equal(faiss.serialize_index(index), faiss.serialize_index(from_disk))
-    assert as_lists(search_index(from_disk, settings, queries, qids, ids, 20, shards)) == as_lists(run)  # fmt: skip
-    exact = exact_search(queries, shards, qids, ids, 20)
+    assert as_lists(search_index(from_disk, settings, queries, qids, ids, 20, stored)) == as_lists(run)  # fmt: skip
+    exact = exact_search(queries, stored, qids, ids, 20)
     assert approximation_recall(run, exact, 20) > 0.95
     for qid in qids:
         assert all(exact[qid].get(docid, score) == score for docid, score in run[qid].items())
@@ -550,8 +541,21 @@ def test_index_of_shards_is_that_of_the_array(tmp_path, monkeypatch, dtype, n):
 def test_an_index_is_trained_on_a_sample_drawn_by_seed(monkeypatch):
     passages = clustered(2000, 64, 2)
     settings = dataclasses.replace(choose_index(2000, 64, depth=20), train=800)
-    taken, take = [], Shards.take
-    monkeypatch.setattr(Shards, "take", lambda self, rows: taken.append(rows) or take(self, rows))
+    row_of = {row.tobytes(): i for i, row in enumerate(passages)}
+    taken, factory = [], faiss.index_factory
+
+    def watched(*arguments):
+        index = factory(*arguments)
+        train = index.train
+
+        def noting(rows):
+            taken.append(np.array([row_of[row.tobytes()] for row in rows]))
+            train(rows)
+
+        index.train = noting
+        return index
+
+    monkeypatch.setattr(faiss, "index_factory", watched)
     indexes = [build_index(passages, settings, seed=seed) for seed in (1, 1, 2)]
     for rows in taken:
         assert len(rows) == len(set(rows.tolist())) == 800

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adaptive_margins.encoder.checks import EncoderError
-
-_BLOCK = 1 << 25  # numbers in a block of embeddings (128 MB of float32)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -52,10 +50,3 @@ def read_array(path: Path, shape: tuple[int, int | None], dtype: Any) -> np.ndar
             f" shape {(rows, columns)}; delete it to compute it again"
         )
     return array
-
-
-def blocks(matrix: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """A matrix in order: (number of the first row, (rows, D) float32), at most 128 MB a block."""
-    size = max(1, _BLOCK // max(1, matrix.shape[1]))
-    for start in range(0, len(matrix), size):
-        yield start, matrix[start : start + size].astype(np.float32, copy=False)

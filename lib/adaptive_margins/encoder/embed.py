@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -22,9 +23,6 @@ from adaptive_margins.encoder.checks import EmbeddingError, EncoderError, one_li
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.files import alone, write_text
 
-_BLOCK = 1 << 25  # numbers in a block of embeddings (128 MB of float32)
-
-
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -32,7 +30,7 @@ _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def token_batches(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """Consecutive slices of ``order`` (ascending lengths) of at most ``batch_tokens`` padded tokens each."""
+    """Slices of ``order`` (ascending lengths) of at most ``batch_tokens`` padded tokens each."""
     batches, start = [], 0
     for end in range(1, len(order) + 1):
         if end == len(order) or (end + 1 - start) * lengths[order[end]] > batch_tokens:
@@ -49,10 +47,14 @@ def embed(
     batch_tokens: int = 2048,
     precision: Precision = "fp32",
 ) -> np.ndarray:
-    """Unit-length float32 embeddings, (len(rows), D), of the texts in ``rows`` (all if None); a zero embedding stays zero.
+    """Embeddings of the texts in ``rows`` (all if None), of length 1; a zero embedding stays zero.
 
-    Texts are batched by length, so that little is padded. ``precision``: of the model's matrix products (autocast, as in
-    training; Section 4's mixed precision); pooled embeddings are normalised in float32 in any case.
+    Texts are batched by length, so that little is padded. ``precision`` is that of the model's
+    matrix products (autocast, as in training; Section 4's mixed precision); pooled embeddings are
+    normalised in float32 in any case.
+
+    Returns:
+        (len(rows), D) float32.
 
     Raises:
         EncoderError: an unknown precision.
@@ -91,8 +93,8 @@ def embed(
 def length_chunks(lengths: np.ndarray, chunks: int) -> list[np.ndarray]:
     """Positions in ascending order of ``lengths`` (tokens of each text), cut where least is padded.
 
-    Of all ways to make ``chunks`` parts of the sorted texts (fewer, if there are fewer different lengths), each padded to
-    its own longest text, this one has the smallest number of tokens, padding included.
+    Of all ways to make ``chunks`` parts of the sorted texts (fewer, if there are fewer different
+    lengths), each padded to its longest text, this one has the fewest tokens, padding included.
 
     Raises:
         ValueError: no text, or fewer than one chunk.
@@ -117,87 +119,14 @@ def length_chunks(lengths: np.ndarray, chunks: int) -> list[np.ndarray]:
 
 
 def embed_chunks(model: Any, chunks: Sequence[Mapping[str, Tensor]], rows: Tensor) -> Tensor:
-    """Embeddings with gradients, (*rows.shape, D), of texts that go through ``model`` chunk by chunk.
+    """Embeddings with gradients, (*rows.shape, D), of texts that are encoded chunk by chunk.
 
-    ``chunks`` are the features of distinct texts, padded or packed; ``rows`` (int64) counts texts through all
-    chunks, and a text may occur in it any number of times. Without dropout the result is that of any other batching, but
-    for rounding. With dropout all occurrences of a text share its one mask; texts do not, as in any batch.
+    ``chunks`` are the features of distinct texts, padded or packed; ``rows`` (int64) counts texts
+    through all chunks, and a text may occur in it any number of times. Without dropout the result
+    is that of any other batching, but for rounding. With dropout all occurrences of a text share
+    its one mask; texts do not, as in any batch.
     """
     return torch.cat([model(dict(chunk))["sentence_embedding"] for chunk in chunks])[rows]
-
-
-class Shards:
-    """Embeddings in parts of equal size, the last one excepted: files of `embed_shards`, or one array in memory.
-
-    Float16 files hold rows that were of unit length before they were rounded: `take` and `blocks` return the rounded values
-    as float32, and a row's squared length may differ from 1 by up to about 2⁻¹⁰.
-    """
-
-    def __init__(self, parts: Sequence[np.ndarray], dim: int) -> None:
-        self.dim = dim
-        self._parts = list(parts)
-        self._first = np.cumsum([0, *map(len, self._parts)])
-
-    @classmethod
-    def of(cls, array: np.ndarray) -> Shards:
-        """One part: (n, D) embeddings in memory, kept as float32 (not copied if they are).
-
-        Raises:
-            ValueError: another number of dimensions than two.
-        """
-        matrix = np.ascontiguousarray(array, dtype=np.float32)
-        if matrix.ndim != 2:
-            raise ValueError(f"embeddings must have shape (n, D), not {matrix.shape}")
-        return cls([matrix], matrix.shape[1])
-
-    @classmethod
-    def open(cls, folder: Path) -> Shards:
-        """What `embed_shards` wrote to ``folder``, memory-mapped.
-
-        Raises:
-            EncoderError: a file is missing, damaged, or not of the size and type that ``shards.json`` says.
-        """
-        path = Path(folder) / "shards.json"
-        if set(settings := read_settings(path)) != {"rows", "dim", "dtype", "shard"}:
-            raise EncoderError(
-                f"{path} describes no shards; delete {path.parent} to compute it again"
-            )
-        rows, dim, dtype, shard = (settings[k] for k in ("rows", "dim", "dtype", "shard"))
-        parts = []
-        for start in range(0, rows, shard):
-            path = _shard_path(Path(folder), start // shard)
-            if not path.is_file():
-                raise EncoderError(f"{path} is missing: not all texts are embedded yet")
-            parts.append(read_array(path, (min(shard, rows - start), dim), np.dtype(dtype)))
-        return cls(parts, dim)
-
-    def __len__(self) -> int:
-        return int(self._first[-1])
-
-    def take(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The embeddings in ``rows``, in that order: (len(rows), D) float32.
-
-        Raises:
-            IndexError: a row below 0 or above the last.
-        """
-        rows = np.asarray(rows, dtype=np.int64)
-        if len(rows) and not 0 <= rows.min() <= rows.max() < len(self):
-            raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)} embeddings")
-        if len(self._parts) == 1:
-            return self._parts[0][rows].astype(np.float32, copy=False)
-        out = np.empty((len(rows), self.dim), np.float32)
-        part_of = np.searchsorted(self._first, rows, side="right") - 1
-        for part in np.unique(part_of):
-            here = part_of == part
-            out[here] = self._parts[part][rows[here] - self._first[part]]
-        return out
-
-    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        """All embeddings in order: (number of the first row, (rows, D) float32), at most 128 MB a block."""
-        size = max(1, _BLOCK // max(1, self.dim))
-        for first, part in zip(self._first.tolist(), self._parts, strict=False):
-            for start in range(0, len(part), size):
-                yield first + start, part[start : start + size].astype(np.float32, copy=False)
 
 
 def embed_shards(
@@ -210,21 +139,25 @@ def embed_shards(
     devices: Sequence[str] = ("cpu",),
     precision: Precision = "fp32",
     batch_tokens: int = 2048,
-) -> Shards:
-    """Embeddings of all texts, computed by `embed` once and kept in ``folder``, one ``.npy`` file a shard.
+) -> np.ndarray:
+    """Embeddings of all texts, computed by `embed` once and memory-mapped from ``folder``.
 
-    Each file appears when it is whole, and only missing ones are computed: a killed process loses the shards it was at. Memory
-    holds one shard a device. Progress and the time left are said on stderr.
+    ``embeddings.npy`` is written ``shard`` rows at a time, and ``shards.json`` lists the shards that
+    are complete: a killed process loses those it was at. Memory holds one shard a device.
 
     Args:
         model: embeds the texts; moved to the one device, or copied to each of several.
         tokens: of all texts, in order.
-        folder: its name should follow from model, texts and precision: ``shards.json`` holds rows, dim, dtype and shard only.
-        shard: rows of a file.
-        dtype: of the files. Float16 halves them; see `Shards`.
-        devices: of one node, e.g. ("cuda:0", "cuda:1"); each takes the next missing shard, so the files do not depend on
-            their number.
+        folder: its name should follow from model, texts and precision, which are not checked.
+        shard: rows that are embedded at a time.
+        dtype: of the file. Float16 halves it; the squared length of a row may then differ from 1 by
+            up to about 2⁻¹⁰.
+        devices: of one node, e.g. ("cuda:0", "cuda:1"); each takes the next missing shard, so the
+            result does not depend on their number.
         precision, batch_tokens: see `embed`.
+
+    Returns:
+        (n, D) of ``dtype``, memory-mapped.
 
     Raises:
         EncoderError: the folder was begun with other settings, or the disk has not enough room.
@@ -234,83 +167,78 @@ def embed_shards(
     settings = {"rows": rows, "dim": dim, "dtype": dtype, "shard": shard}
     if dtype not in ("float32", "float16") or shard < 1 or not devices:
         raise EncoderError(
-            f"shards are float32 or float16, of at least 1 row, from at least 1 device; not {settings}, {devices!r}"
+            "shards are float32 or float16, of at least 1 row, from at least 1 device; not"
+            f" {settings}, {devices!r}"
         )
+    path, about = folder / "embeddings.npy", folder / "shards.json"
     with alone(folder):
-        folder.mkdir(exist_ok=True)
-        about = folder / "shards.json"
+        done: list[int] = []
         if about.exists():
-            check_same(about, read_settings(about), settings)
-        else:
-            write_text(about, json.dumps(settings) + "\n")
-        missing = [k for k in range(-(-rows // shard)) if not _shard_path(folder, k).is_file()]
-        if missing:
-            _embed_missing(
-                model, tokens, folder, missing, settings, devices, precision, batch_tokens
-            )
-    return Shards.open(folder)
-
-
-def _embed_missing(
-    model: Any,
-    tokens: Tokens,
-    folder: Path,
-    missing: list[int],
-    settings: Mapping[str, Any],
-    devices: Sequence[str],
-    precision: Precision,
-    batch_tokens: int,
-) -> None:
-    rows, shard = settings["rows"], settings["shard"]
-    todo = sum(min(shard, rows - k * shard) for k in missing)
-    size = todo * settings["dim"] * np.dtype(settings["dtype"]).itemsize
-    needed = f"{folder}: {len(missing)} shards need {size / 1e9:.2g} GB of disk"
-    if (free := shutil.disk_usage(folder).free) < size:
-        raise EncoderError(f"{needed}, only {free / 1e9:.2g} GB are free")
-    queue, stop = iter(missing), False  # next() of a list's iterator is atomic
-    lock = threading.Lock()
-
-    def work(device: str) -> None:
-        nonlocal stop
-        its_model = model if len(devices) == 1 else copy.deepcopy(model)
-        its_model.to(device)
-        for k in queue:
-            if stop:
-                return
-            part = np.arange(k * shard, min(rows, (k + 1) * shard))
-            path = _shard_path(folder, k)
-            partial = path.with_name(f"{path.name}.partial")
-            try:
-                array = embed(
-                    its_model, tokens, part, batch_tokens=batch_tokens, precision=precision
-                )
-                array = array.astype(settings["dtype"], copy=False)
-                header = np.lib.format.header_data_from_array_1_0(array)
-                # Not np.save: it does not notice that the last bytes found no room.
-                with partial.open("wb") as file:
-                    np.lib.format.write_array_header_1_0(file, header)
-                    file.write(array.data)
-                partial.replace(path)
-                with lock:
-                    bar.update(len(part))
-            except BaseException:
-                stop = True
-                partial.unlink(missing_ok=True)
-                raise
-
-    what = f"embedding into {folder.name}"
-    with (
-        progress.bar(what, total=rows, unit="texts", done=rows - todo) as bar,
-        ThreadPoolExecutor(len(devices)) as pool,
-    ):
+            found = read_settings(about)
+            check_same(about, found, settings)
+            done = found.get("done", [])
+        missing = sorted(set(range(-(-rows // shard))) - set(done))
+        size = sum(min(shard, rows - k * shard) for k in missing) * dim * np.dtype(dtype).itemsize
+        needed = f"{folder}: {len(missing)} shards need {size / 1e9:.2g} GB of disk"
         try:
-            for done in [pool.submit(work, device) for device in devices]:
-                done.result()
+            folder.mkdir(exist_ok=True)
+            if (free := shutil.disk_usage(folder).free) < size:
+                raise EncoderError(f"{needed}, only {free / 1e9:.2g} GB are free")
+            if not done:
+                np.lib.format.open_memmap(path, "w+", np.dtype(dtype), (rows, dim))
+            if missing:
+                work = functools.partial(
+                    embed, tokens=tokens, batch_tokens=batch_tokens, precision=precision
+                )
+                _write_shards(model, work, devices, path, about, settings, done, missing)
         except OSError as error:
             raise EncoderError(f"{needed}, which could not be written: {error}") from error
+    return read_array(path, (rows, dim), np.dtype(dtype))
+
+
+def _write_shards(
+    model: Any,
+    embed_rows: Callable[..., np.ndarray],
+    devices: Sequence[str],
+    path: Path,
+    about: Path,
+    settings: Mapping[str, Any],
+    done: list[int],
+    missing: Sequence[int],
+) -> None:
+    rows, shard = settings["rows"], settings["shard"]
+    offset = np.load(path, mmap_mode="r").offset
+    queue, lock, stop = iter(missing), threading.Lock(), threading.Event()
+    bar = progress.bar(
+        f"embedding into {path.parent.name}",
+        total=rows,
+        unit="texts",
+        done=rows - sum(min(shard, rows - k * shard) for k in missing),
+    )
+
+    def work(device: str) -> None:
+        its_model = model if len(devices) == 1 else copy.deepcopy(model)
+        its_model.to(device)
+        try:
+            for k in queue:  # next() of a list's iterator is atomic
+                if stop.is_set():
+                    return
+                part = np.arange(k * shard, min(rows, (k + 1) * shard))
+                array = embed_rows(its_model, rows=part).astype(settings["dtype"], copy=False)
+                with path.open("r+b") as file:
+                    file.seek(offset + int(part[0]) * array[0].nbytes)
+                    file.write(array.data)
+                with lock:
+                    done.append(k)
+                    write_text(about, json.dumps({**settings, "done": sorted(done)}) + "\n")
+                    bar.update(len(part))
+        except BaseException:
+            stop.set()
+            raise
+
+    with bar, ThreadPoolExecutor(len(devices)) as pool:
+        try:
+            for finished in [pool.submit(work, device) for device in devices]:
+                finished.result()
         finally:
-            stop = True  # interrupted: the threads finish their shard and end
-
-
-def _shard_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.npy"
+            stop.set()  # interrupted: the threads finish their shard and end

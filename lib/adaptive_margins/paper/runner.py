@@ -288,7 +288,7 @@ class Runs(Costs):
             batch_tokens=ranking.batch_tokens,
         )
         embedded = time.perf_counter() - since
-        settings = choose_index(len(passages), passages.dim, depth=config.full_depth)
+        settings = choose_index(*passages.shape, depth=config.full_depth)
         since = time.perf_counter()
         threads = 1 if settings.quick else os.cpu_count() or 1  # one gives the same index again
         seed = config.seed if isinstance(config, TrainingRun) else 0
@@ -308,7 +308,7 @@ class Runs(Costs):
                 self.top_candidates(name),
                 queries,
                 qids,
-                passages.take(rows),
+                passages[rows],
                 [ids[int(row)] for row in rows],
             )
             approximate = search_index(

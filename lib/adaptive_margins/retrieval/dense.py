@@ -15,7 +15,7 @@ from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.text import DataError, alike
 from adaptive_margins.data.trec import Run, top
 from adaptive_margins.encoder.checks import MOST_LENGTH, EncoderError
-from adaptive_margins.encoder.embed import Precision, Shards, embed, embed_shards
+from adaptive_margins.encoder.embed import Precision, embed, embed_shards
 from adaptive_margins.encoder.load import check_prompt, length_limits, prompts
 from adaptive_margins.encoder.tokens import Tokens, count_truncated, tokenize
 from adaptive_margins.retrieval.exact import exact_search, rerank, without_self
@@ -23,9 +23,8 @@ from adaptive_margins.retrieval.exact import exact_search, rerank, without_self
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-
 _TEXTS = ("queries", "passages")
-_SLICE = 256  # texts embedded between two lines of progress
+_SLICE = 256  # texts embedded between two states of a progress bar
 _SHARD = 4096  # passages whose embeddings a killed build may lose
 _RRF = 60
 
@@ -34,18 +33,19 @@ class DenseRetriever:
     """An encoder and the passages it ranks by cosine similarity.
 
     Args:
-        model: from `open_encoder`, or any other SentenceTransformer that begins with a transformer. Its prompts for
-            queries and passages are used; it is not to be changed afterwards.
+        model: from `open_encoder`, or any other SentenceTransformer that begins with a transformer.
+            Its prompts for queries and passages are used; it must not be changed afterwards.
         passages: may be memory-mapped.
-        passage_length: tokens of a passage at most, special tokens included; None: as many as the model reads.
+        passage_length: maximum length of a passage in tokens, special tokens included; None: as
+            many as the model reads.
         query_length: the same of queries. Neither exceeds the model's max_seq_length.
         precision: of the model's matrix products.
         embeddings: (n, D) float32 of length 1, if they are known, one row a passage in its order.
         warn: of truncated texts, when they are ranked.
 
     Attributes:
-        truncated: of "queries" and of "passages", how many of those embedded so far are longer than their length, and of
-            how many.
+        truncated: of "queries" and of "passages", how many of those embedded so far are longer than
+            their length, and of how many.
 
     Raises:
         EncoderError: a length below 1, a prompt that fills it, or embeddings of another shape.
@@ -62,51 +62,72 @@ class DenseRetriever:
         embeddings: np.ndarray | None = None,
         warn: bool = True,
     ) -> None:
-        self.model, self.passages, self.precision = model, passages, precision
-        self.warn = warn
-        self._prompts = prompts(model)
-        limits = length_limits(model)
+        self.model, self.passages, self.precision, self.warn = model, passages, precision, warn
+        self._prompts, limits = prompts(model), length_limits(model)
         lengths = [
             limit if asked is None else asked
             for asked, limit in zip((query_length, passage_length), limits, strict=True)
         ]
         if not 1 <= min(lengths) <= max(lengths) <= MOST_LENGTH:
             raise EncoderError(
-                f"passages of at most {lengths[1]} tokens, queries of {lengths[0]}: expected 1 to {MOST_LENGTH:,}"
+                f"passages of at most {lengths[1]} tokens, queries of {lengths[0]}: expected 1 to"
+                f" {MOST_LENGTH:,}"
             )
-        self.query_length, self.passage_length = map(min, lengths, limits)
-        for what, prompt, length in zip(
-            _TEXTS, self._prompts, (self.query_length, self.passage_length), strict=True
-        ):
+        self.query_length, self.passage_length = self._lengths = tuple(map(min, lengths, limits))
+        for what, prompt, length in zip(_TEXTS, self._prompts, self._lengths, strict=True):
             check_prompt(model, what, prompt, length)
         self.truncated = {what: (0, 0) for what in _TEXTS}
-        if embeddings is not None:
-            shape = (len(passages), model.get_embedding_dimension())
-            if embeddings.shape != shape:
-                raise EncoderError(f"embeddings have shape {embeddings.shape}, expected {shape}")
-            self.__dict__["embeddings"] = embeddings  # in the place of the computed ones
+        shape = (len(passages), model.get_embedding_dimension())
+        if embeddings is not None and embeddings.shape != shape:
+            raise EncoderError(f"embeddings have shape {embeddings.shape}, expected {shape}")
+        self._embeddings = embeddings
 
     @cached_property
     def rows(self) -> np.ndarray:
         """Rows of the passages that have a text, ascending (int64): those that are searched."""
         return np.flatnonzero([bool(text.strip()) for text in self.passages.texts])
 
-    @cached_property
+    @property
     def embeddings(self) -> np.ndarray:
-        """(n, D) float32 of length 1, one row a passage; 0 where there is no text. Computed on first use."""
-        out = np.zeros((len(self.passages), self.model.get_embedding_dimension()), np.float32)
-        out[self.rows] = self.embed_passages(self.rows)
-        return out
+        """(n, D) float32 of length 1, one row a passage; 0 where there is no text.
+
+        Computed on first use.
+        """
+        if self._embeddings is None:
+            dim = self.model.get_embedding_dimension()
+            found = np.zeros((len(self.passages), dim), np.float32)
+            found[self.rows] = self.embed_passages(self.rows)
+            self._embeddings = found
+        return self._embeddings
 
     def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
         """(len(texts), D) float32 of length 1."""
         return self._embed(self._tokens(texts, "queries"), "queries")
 
-    def search(self, queries: Texts, depth: int, *, exclude_self: bool = False) -> Run:
-        """The ``depth`` passages of highest cosine with each query, none missed; fewer, if there are no more with text.
+    def embed_passages(self, rows: np.ndarray) -> np.ndarray:
+        """(len(rows), D) float32 of length 1, of these passages alone, in that order."""
+        return self._embed(self.passage_tokens(rows), "passages")
 
-        All passages are embedded first, if they are not yet. ``exclude_self`` leaves out the passage whose id is the query's,
-        as BEIR does. A warning says how many texts are truncated.
+    def stored_embeddings(self, folder: Path, dtype: Literal["float32", "float16"]) -> np.ndarray:
+        """Embeddings of the passages in ``rows`` alone; computed in ``folder`` if not known."""
+        if (known := self._embeddings) is not None:
+            return known if len(self.rows) == len(known) else known[self.rows]
+        return embed_shards(
+            self.model,
+            self.passage_tokens(self.rows),
+            folder,
+            shard=_SHARD,
+            dtype=dtype,
+            devices=(str(self.model.device),),
+            precision=self.precision,
+        )
+
+    def search(self, queries: Texts, depth: int, *, exclude_self: bool = False) -> Run:
+        """The ``depth`` passages of highest cosine with each query, none missed.
+
+        There are fewer, if fewer have a text. All passages are embedded first, if they are not yet.
+        ``exclude_self`` leaves out the passage whose id is the query's, as BEIR does. A warning
+        says how many texts are truncated.
         """
         found, ids = self.embeddings, self.passages.ids
         if len(self.rows) < len(self.passages):
@@ -120,7 +141,8 @@ class DenseRetriever:
     def rerank(self, queries: Texts, candidates: Run) -> Run:
         """Each query's candidates by cosine; those without text are left out.
 
-        Only the candidates are embedded, unless all passages are already. A warning says how many texts are truncated.
+        Only the candidates are embedded, unless all passages are already. A warning says how many
+        texts are truncated.
 
         Raises:
             DataError: a candidate or its query is unknown; the message names it.
@@ -129,17 +151,13 @@ class DenseRetriever:
             if qid not in queries:
                 raise DataError(f"candidates are given for the unknown query {qid!r}")
             if unknown := next((docid for docid in hits if docid not in self.passages), None):
+                told = f"a candidate of query {qid!r} is the unknown passage {unknown!r}"
                 hint = alike([unknown], self.passages.ids)
-                raise DataError(
-                    f"a candidate of query {qid!r} is the unknown passage {unknown!r}"
-                    + (f"; {hint}" if hint else "")
-                )
-        wanted = sorted(
-            {self.passages.row(docid) for hits in candidates.values() for docid in hits}
-        )
-        rows = np.array([r for r in wanted if self.passages.texts[r].strip()], np.int64)
-        known = "embeddings" in self.__dict__
-        found = self.embeddings[rows] if known else self.embed_passages(rows)
+                raise DataError(f"{told}; {hint}" if hint else told)
+        wanted = {self.passages.row(docid) for hits in candidates.values() for docid in hits}
+        rows = np.array([r for r in sorted(wanted) if self.passages.texts[r].strip()], np.int64)
+        known = self._embeddings
+        found = self.embed_passages(rows) if known is None else known[rows]
         docids = [self.passages.ids[row] for row in rows.tolist()]
         kept = set(docids)
         candidates = {
@@ -152,32 +170,11 @@ class DenseRetriever:
             self.warn_truncated()
         return rerank(candidates, embedded, qids, found, docids)
 
-    def embed_passages(self, rows: np.ndarray) -> np.ndarray:
-        """(len(rows), D) float32 of length 1, of these passages alone, in that order."""
-        return self._embed(self.passage_tokens(rows), "passages")
-
-    def passage_tokens(self, rows: np.ndarray) -> Tokens:
-        """The passages in ``rows`` as the model reads them: prompt, special tokens, cut at ``passage_length``."""
-        texts = self.passages.texts
-        if not np.array_equal(rows, np.arange(len(texts))):  # all need not be in memory
-            texts = [texts[row] for row in rows.tolist()]
-        return self._tokens(texts, "passages")
-
-    def shards(self, folder: Path, dtype: Literal["float32", "float16"]) -> Shards:
-        """Embeddings of the passages in ``rows`` alone; if they are not known, computed in ``folder`` by `embed_shards`."""
-        if "embeddings" in self.__dict__:
-            known = self.embeddings
-            return Shards.of(known if len(self.rows) == len(known) else known[self.rows])
-        return embed_shards(
-            self.model, self.passage_tokens(self.rows), folder, shard=_SHARD, dtype=dtype,
-            devices=(str(self.model.device),), precision=self.precision,
-        )  # fmt: skip
-
     def warn_truncated(self) -> None:
         """Warn of the texts that were truncated so far, if there are any."""
         told = [
             f"{count:,} of {total:,} {what} are longer than {length} tokens"
-            for what, length in zip(_TEXTS, (self.query_length, self.passage_length), strict=True)
+            for what, length in zip(_TEXTS, self._lengths, strict=True)
             for count, total in [self.truncated[what]]
             if count
         ]
@@ -188,9 +185,16 @@ class DenseRetriever:
                 stacklevel=3,
             )
 
+    def passage_tokens(self, rows: np.ndarray) -> Tokens:
+        """The passages in ``rows`` as the model reads them; truncated ones are counted."""
+        texts = self.passages.texts
+        if not np.array_equal(rows, np.arange(len(texts))):  # all need not be in memory
+            texts = [texts[row] for row in rows.tolist()]
+        return self._tokens(texts, "passages")
+
     def _tokens(self, texts: Sequence[str], what: str) -> Tokens:
-        row = _TEXTS.index(what)
-        prompt, length = self._prompts[row], (self.query_length, self.passage_length)[row]
+        """Texts as the model reads them: prompt, special tokens, truncated; these are counted."""
+        prompt, length = self._prompts[_TEXTS.index(what)], self._lengths[_TEXTS.index(what)]
         if prompt:
             texts = [prompt + text for text in texts]
         tokens = tokenize(self.model, texts, length)
@@ -212,9 +216,10 @@ class DenseRetriever:
 
 
 def hybrid(dense: Run, bm25: Run, depth: int) -> Run:
-    """Two rankings fused by reciprocal rank: Σ 1 / (60 + rank), over those that have the passage (Cormack et al., SIGIR 2009).
+    """Two rankings fused by reciprocal rank (Cormack et al., SIGIR 2009).
 
-    Ranks count from 1, in trec_eval's order; the fused run has the ``depth`` best of each query that either has.
+    A passage's score is Σ 1 / (60 + rank) over the rankings that have it. Ranks count from 1, in
+    trec_eval's order; the fused run has the ``depth`` best of each query that either has.
     """
     run: Run = {}
     for qid in [*dense, *(qid for qid in bm25 if qid not in dense)]:

@@ -18,10 +18,10 @@ from adaptive_margins.data.stored import StoredTexts, write_texts
 from adaptive_margins.data.text import DataError, Problems
 from adaptive_margins.data.trec import Run
 from adaptive_margins.encoder.checks import EncoderError
-from adaptive_margins.encoder.embed import Shards
 from adaptive_margins.encoder.load import encoder_identity, open_encoder
 from adaptive_margins.files import WriteError, file_sha256, whole_folder, working_folder, write_text
 from adaptive_margins.retrieval.dense import DenseRetriever
+from adaptive_margins.retrieval.exact import blocks
 from adaptive_margins.retrieval.faiss_index import (
     IndexSettings,
     build_index,
@@ -32,31 +32,31 @@ from adaptive_margins.retrieval.faiss_index import (
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-
 EXACT_BELOW = 100_000
-"""Passages below which an index searches exactly: at 5,000 a quantised one is no faster, and misses up to 6 % of the top 10."""
+"""Passages below which an index searches exactly.
 
-
+At 5,000 a quantised one is no faster, and misses up to 6 % of the top 10.
+"""
 _FORMAT = 1  # of the index's folder
 
 
 class DenseIndex:
     """Passages, their embeddings and a FAISS index in a folder, ready to be searched.
 
-    ``passages.faiss`` is an ordinary FAISS index (``faiss.read_index``) whose vector i is row i of ``passages.arrow`` (docid,
-    text: only passages with text) and of ``embeddings.npy``; ``index.json`` says what made them, their sizes and SHA-256s.
-    Everything is memory-mapped.
+    ``passages.faiss`` is an ordinary FAISS index (``faiss.read_index``) whose vector i is row i of
+    ``passages.arrow`` (docid, text: only passages with text) and of ``embeddings.npy``;
+    ``index.json`` has what they were made from, their sizes and SHA-256s. All are memory-mapped.
 
     Attributes:
-        folder: where it lies.
-        about: what ``index.json`` says.
+        folder: where the files are.
+        about: the content of ``index.json``.
         passages: docids and texts, in the order of the index's vectors.
         encoder: name of the encoder, as `open_encoder` takes it.
         identity: the encoder's `encoder_identity`.
         settings: the index's kind and sizes.
         index: the FAISS index.
         embeddings: of the passages.
-        truncated: how many queries of the last search were longer than their limit, and of how many.
+        truncated: how many queries of the last search were longer than their limit, of how many.
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
@@ -65,8 +65,7 @@ class DenseIndex:
         self.encoder, self.identity = about["encoder"]["name"], about["encoder"]["identity"]
         self.settings = IndexSettings(**about["index"])
         self.passages = StoredTexts(folder / "passages.arrow")
-        matrix = np.load(folder / "embeddings.npy", mmap_mode="r")
-        self.embeddings = Shards([matrix], matrix.shape[1])
+        self.embeddings = np.load(folder / "embeddings.npy", mmap_mode="r")
         self.index = faiss.read_index(str(folder / "passages.faiss"), faiss.IO_FLAG_MMAP_IFC)
         self.truncated = (0, 0)
         self._checked: SentenceTransformer | None = None
@@ -83,68 +82,58 @@ class DenseIndex:
         dtype: Literal["float32", "float16"] = "float32",
         seed: int = 1,
     ) -> DenseIndex:
-        """Embed the passages, build the index that `choose_index` chooses, and write all of it to a new folder.
+        """Embed the passages, index them as `choose_index` chooses, and write a new folder.
 
-        The folder appears when it is whole. Embeddings are kept in FOLDER.work until then: a killed build goes on where it
-        was, if it is called again. Progress and the time left are said on stderr.
+        The folder appears once it is complete. Embeddings are in FOLDER.work until then: a killed
+        build is resumed by the next call.
 
         Args:
-            retriever: its model, passages, lengths and precision; its embeddings, if it has them.
+            retriever: its model, passages, lengths and precision; its embeddings, if known.
             collection_name: what the collection is called.
             encoder: the name that the retriever's model was opened by.
             folder: does not exist, or is empty.
             fingerprint: the collection's, to be noted.
-            dtype: of ``embeddings.npy``, which hits are ranked again from. Float16 halves it, and moves scores by less than
-                0.001.
+            dtype: of ``embeddings.npy``, which hits are ranked again from. Float16 halves it, and
+                moves scores by less than 0.001.
             seed: of the index's k-means clusterings.
 
         Raises:
             DataError: no passage has a text, or an id is not one word.
             EncoderError: the encoder's name is unknown, or there is no room for embeddings.
             EmbeddingError: an embedding is not finite; nothing is left behind.
-            WriteError: something is in the folder, another process writes to it, or a file could not be written.
+            WriteError: something is in the folder, another process writes to it, or a file could
+                not be written.
         """
-        folder, passages, rows = Path(folder).absolute(), retriever.passages, retriever.rows
+        folder, rows = Path(folder).absolute(), retriever.rows
         if not len(rows):
-            raise DataError(f"{collection_name}: none of the {len(passages)} passages has a text")
+            count = len(retriever.passages)
+            raise DataError(f"{collection_name}: none of the {count} passages has a text")
         if Path(encoder).is_dir():
             encoder = str(Path(encoder).resolve())
         about: dict[str, Any] = {
             "format": _FORMAT,
             "collection": {
-                "name": collection_name, "fingerprint": fingerprint, "passages": len(passages), "indexed": len(rows),
+                "name": collection_name,
+                "fingerprint": fingerprint,
+                "passages": len(retriever.passages),
+                "indexed": len(rows),
             },
             "encoder": {"name": encoder, "identity": encoder_identity(encoder)},
             "lengths": {"query": retriever.query_length, "passage": retriever.passage_length},
             "precision": retriever.precision,
             "dtype": dtype,
             "seed": seed,
-            "versions": {"adaptive-margins": adaptive_margins.__version__, "faiss": faiss.__version__},
-        }  # fmt: skip
+            "versions": {
+                "adaptive-margins": adaptive_margins.__version__,
+                "faiss": faiss.__version__,
+            },
+        }
         try:
             with (
                 working_folder(folder) as work,
                 whole_folder(folder, same=lambda _: False) as partial,
             ):
-                stored = partial / "passages.arrow"
-                with_text = compress(
-                    zip(passages.ids, passages.texts, strict=True),
-                    np.isin(np.arange(len(passages)), rows),
-                )
-                write_texts(stored, with_text, what="passages", expected=len(rows))
-                key = json.dumps([about, file_sha256(stored)]).encode()
-                embeddings = retriever.shards(work / hashlib.sha256(key).hexdigest()[:16], dtype)
-                _write_matrix(partial / "embeddings.npy", embeddings, np.dtype(dtype))
-                settings = _index_settings(len(rows), embeddings.dim)
-                threads = 1 if settings.quick else faiss.omp_get_max_threads()
-                index = build_index(embeddings, settings, seed, threads=threads)
-                _write_index(partial / "passages.faiss", index)
-                files = {
-                    path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-                    for path in sorted(partial.iterdir())
-                }
-                about |= {"index": dataclasses.asdict(settings), "files": files}
-                write_text(partial / "index.json", json.dumps(about, indent=2) + "\n")
+                _write_index_files(retriever, about, work, partial)
         except OSError as error:
             if isinstance(error, WriteError):
                 raise
@@ -157,25 +146,18 @@ class DenseIndex:
         """An index that `build` wrote; all its files are read once, to check their SHA-256.
 
         Raises:
-            DataError: there is no index, or a file is missing, damaged, or not the one that was written.
+            DataError: there is no index, or a file is missing, damaged, or not the one that was
+                written.
         """
         path = Path(folder) / "index.json"
-        problems = Problems()
         try:
             about = json.loads(path.read_bytes())
             if about["format"] != _FORMAT:
                 raise DataError(
-                    f"{path}: format {about['format']!r} is not {_FORMAT}, which this version reads; build the index anew"
+                    f"{path}: format {about['format']!r} is not {_FORMAT}, which this version"
+                    " reads; build the index again"
                 )
-            for name, expected in about["files"].items():
-                file = path.with_name(name)
-                if not file.is_file():
-                    problems.add(file, 0, "file not found")
-                elif (size := file.stat().st_size) != expected["bytes"]:
-                    problems.add(file, 0, f"{size} bytes, expected {expected['bytes']}")
-                elif (found := file_sha256(file)) != expected["sha256"]:
-                    problems.add(file, 0, f"SHA-256 is {found}, expected {expected['sha256']}")
-            problems.check()
+            _check_files(path.parent, about["files"])
             return cls(path.parent, about)
         except DataError:
             raise
@@ -190,45 +172,36 @@ class DenseIndex:
         """The encoder that the index was built with; ``name``, if its folder has another name now.
 
         Raises:
-            EncoderError: as `open_encoder`, or its weights are other ones than the index was built with.
+            EncoderError: as `open_encoder`, or its weights are other ones than the index's.
         """
         name = name or self.encoder
         if (found := encoder_identity(name)) != self.identity:
             raise EncoderError(
-                f"{self.folder} was built with encoder {self.encoder!r} ({self.identity}), but {name!r} is now {found}; "
-                "build the index anew"
+                f"{self.folder} was built with encoder {self.encoder!r} ({self.identity}), but"
+                f" {name!r} is now {found}; build the index again"
             )
         return open_encoder(name, device=device)
 
     def search(self, model: SentenceTransformer, queries: Texts, depth: int) -> Run:
-        """The ``depth`` best passages of each query: found by the index, ordered by their exact cosine.
+        """The ``depth`` best passages of each query: found by the index, ordered by exact cosine.
 
         Args:
             model: the encoder that the index was built with, see `open_encoder`.
-            queries: cut at the query length that the index was built for.
+            queries: truncated at the query length that the index was built for.
             depth: hits wanted.
 
         Raises:
             EncoderError: another encoder: it embeds passages of the index otherwise.
         """
-        lengths = self.about["lengths"]
         retriever = DenseRetriever(
-            model, self.passages, passage_length=lengths["passage"], query_length=lengths["query"],
+            model,
+            self.passages,
+            passage_length=self.about["lengths"]["passage"],
+            query_length=self.about["lengths"]["query"],
             precision=self.about["precision"],
-        )  # fmt: skip
+        )
         if model is not self._checked:
-            some = np.unique([0, len(self.passages) // 2, len(self.passages) - 1])
-            expected, found = self.embeddings.take(some), retriever.embed_passages(some)
-            retriever.truncated["passages"] = (0, 0)  # of these few nothing need be said
-            # Mixed precision moves a unit vector by less than 0.05, training by more.
-            if (
-                found.shape != expected.shape
-                or np.linalg.norm(found - expected, axis=1).max() > 0.1
-            ):
-                raise EncoderError(
-                    f"{self.folder} was built with encoder {self.encoder!r} ({self.identity}); the one given embeds its "
-                    "passages otherwise"
-                )
+            self._check_model(retriever)
             self._checked = model
         # Ranking 16 · depth hits again is cheap here, and fewer of the best are missed.
         settings = dataclasses.replace(self.settings, k_factor=16)
@@ -239,27 +212,66 @@ class DenseIndex:
             self.index, settings, embedded, queries.ids, self.passages.ids, depth, self.embeddings
         )
 
+    def _check_model(self, retriever: DenseRetriever) -> None:
+        """Raise EncoderError if three passages are embedded otherwise than in the index."""
+        some = np.unique([0, len(self.passages) // 2, len(self.passages) - 1])
+        expected, found = self.embeddings[some], retriever.embed_passages(some)
+        retriever.truncated["passages"] = (0, 0)  # of these few nothing need be said
+        # Mixed precision moves a unit vector by less than 0.05, training by more.
+        same = found.shape == expected.shape
+        if not same or np.linalg.norm(found - expected, axis=1).max() > 0.1:
+            raise EncoderError(
+                f"{self.folder} was built with encoder {self.encoder!r} ({self.identity}); the one"
+                " given embeds its passages otherwise"
+            )
 
-def _index_settings(n: int, dim: int) -> IndexSettings:
-    """Exact search where it is as fast as any; else what `choose_index` chooses."""
-    if n < EXACT_BELOW:
-        return IndexSettings("Flat", dim)
-    return choose_index(n, dim)
+
+def _write_index_files(
+    retriever: DenseRetriever, about: dict[str, Any], work: Path, folder: Path
+) -> None:
+    passages, rows, dtype = retriever.passages, retriever.rows, about["dtype"]
+    stored = folder / "passages.arrow"
+    pairs = zip(passages.ids, passages.texts, strict=True)
+    with_text = compress(pairs, np.isin(np.arange(len(passages)), rows))
+    write_texts(stored, with_text, what="passages", expected=len(rows))
+    key = json.dumps([about, file_sha256(stored)]).encode()
+    place = work / hashlib.sha256(key).hexdigest()[:16]
+    embeddings = retriever.stored_embeddings(place, dtype)
+    _write_matrix(folder / "embeddings.npy", embeddings, np.dtype(dtype))
+    n, dim = embeddings.shape
+    settings = IndexSettings("Flat", dim) if n < EXACT_BELOW else choose_index(n, dim)
+    threads = 1 if settings.quick else faiss.omp_get_max_threads()
+    index = build_index(embeddings, settings, about["seed"], threads=threads)
+    try:
+        faiss.write_index(index, str(folder / "passages.faiss"))
+    except RuntimeError as error:  # what FAISS makes of a full disk
+        raise OSError(str(error)) from error
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.iterdir())
+    }
+    about |= {"index": dataclasses.asdict(settings), "files": files}
+    write_text(folder / "index.json", json.dumps(about, indent=2) + "\n")
 
 
-def _write_matrix(path: Path, embeddings: Shards, dtype: np.dtype) -> None:
-    """Embeddings as a .npy file, block by block."""
+def _write_matrix(path: Path, embeddings: np.ndarray, dtype: np.dtype) -> None:
+    """Embeddings as a .npy file, block by block. (`np.save` does not notice a full disk.)"""
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
     with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {**header, "shape": (len(embeddings), embeddings.dim)}
-        )
-        for _, block in embeddings.blocks():
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": embeddings.shape})
+        for _, block in blocks(embeddings):
             file.write(block.astype(dtype, copy=False).data)
 
 
-def _write_index(path: Path, index: faiss.Index) -> None:
-    try:
-        faiss.write_index(index, str(path))
-    except RuntimeError as error:  # what FAISS makes of a full disk
-        raise OSError(str(error)) from error
+def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Raise DataError that lists the files of an index that are not as they were written."""
+    problems = Problems()
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            problems.add(file, 0, "file not found")
+        elif (size := file.stat().st_size) != expected["bytes"]:
+            problems.add(file, 0, f"{size} bytes, expected {expected['bytes']}")
+        elif (found := file_sha256(file)) != expected["sha256"]:
+            problems.add(file, 0, f"SHA-256 is {found}, expected {expected['sha256']}")
+    problems.check()

@@ -1,10 +1,12 @@
-"""Exact search and reranking by cosine similarity."""
+"""Exact search and reranking by cosine similarity.
+
+Embeddings of passages are matrices of float32 or float16, in memory or memory-mapped.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,11 +14,7 @@ from adaptive_margins import progress
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.trec import Run, check_depth, top
 
-if TYPE_CHECKING:
-    from adaptive_margins.encoder.embed import Shards
-
-
-_BLOCK = 1 << 25  # scores held at a time by exact search (128 MB)
+_BLOCK = 1 << 25  # numbers held at a time, of embeddings and of scores (128 MB of float32)
 
 
 def without_self(run: Run, depth: int | None = None) -> Run:
@@ -44,7 +42,7 @@ def rerank(
     candidates: Run,
     query_embeddings: np.ndarray,
     qids: Sequence[str],
-    passage_embeddings: np.ndarray | Shards,
+    passage_embeddings: np.ndarray,
     docids: Sequence[str],
 ) -> Run:
     """Order each query's candidates by cosine similarity (paper, Section 4).
@@ -66,7 +64,7 @@ def rerank(
             query's or candidate's embedding is not finite.
     """
     queries = checked_queries(query_embeddings, qids)
-    passages = checked_passages(passage_embeddings, docids, queries)
+    check_passages(passage_embeddings, docids, queries)
     query_row = {qid: row for row, qid in enumerate(qids)}
     passage_row = {docid: row for row, docid in enumerate(docids)}
     if len(passage_row) != len(docids):
@@ -77,10 +75,8 @@ def rerank(
             raise ValueError(f"query {qid!r} of the candidates has no embedding")
         if missing := [docid for docid in hits if docid not in passage_row]:
             raise ValueError(f"candidate {missing[0]!r} of query {qid!r} has no embedding")
-        if not hits:
-            run[qid] = {}
-            continue
-        found = passages.take([passage_row[docid] for docid in hits])
+        rows = np.array([passage_row[docid] for docid in hits], np.int64)
+        found = passage_embeddings[rows].astype(np.float32, copy=False)
         check_finite(found, "passage", list(hits))
         query = _unit(queries[[query_row[qid]]])[0]
         run[qid] = dict(top(dict(zip(hits, _products(query, _unit(found)).tolist(), strict=True))))
@@ -89,7 +85,7 @@ def rerank(
 
 def exact_search(
     query_embeddings: np.ndarray,
-    passage_embeddings: np.ndarray | Shards,
+    passage_embeddings: np.ndarray,
     qids: Sequence[str],
     ids: Sequence[str],
     depth: int,
@@ -112,37 +108,35 @@ def exact_search(
     """
     check_depth(depth)
     queries = checked_queries(query_embeddings, qids)
-    passages = checked_passages(passage_embeddings, ids, queries)
+    check_passages(passage_embeddings, ids, queries)
     rounding = [_rounding(query) for query in queries]
     best_rows = [np.empty(0, np.int64) for _ in qids]
     best_scores = [np.empty(0, np.float32) for _ in qids]
-    lowest = np.full(len(qids), -np.inf)  # score kept of each query that has enough
+    lowest = np.full(len(qids), -np.inf)  # score at rank ``depth`` of each query that has so many
     longest = 0.0
-    bar = progress.bar("exact search", total=len(passages), unit="passages")
-    for first, block in passages.blocks():
-        squared = check_finite(block, "passage", ids, first)
-        longest = max(longest, math.sqrt(squared.max()))
-        size = max(1, _BLOCK // len(block))
-        for start in range(0, len(qids), size):
-            for i, scores in enumerate(queries[start : start + size] @ block.T, start):
-                slack = rounding[i] * longest
-                new = np.flatnonzero(scores >= lowest[i] - slack)
-                rows = np.concatenate([best_rows[i], first + new])
-                scores = np.concatenate([best_scores[i], scores[new]])
-                kept = rows_of_best(scores, depth, slack)
-                best_rows[i], best_scores[i] = rows[kept], scores[kept]
-                if len(kept) >= depth:
-                    lowest[i] = best_scores[i].min()
-        bar.update(len(block))
-    bar.close()
+    with progress.bar("exact search", total=len(ids), unit="passages") as bar:
+        for first, block in blocks(passage_embeddings):
+            longest = max(longest, math.sqrt(check_finite(block, "passage", ids, first).max()))
+            size = max(1, _BLOCK // len(block))
+            for start in range(0, len(qids), size):
+                for i, scores in enumerate(queries[start : start + size] @ block.T, start):
+                    slack = rounding[i] * longest
+                    new = np.flatnonzero(scores >= lowest[i] - slack)
+                    rows = np.concatenate([best_rows[i], first + new])
+                    scores = np.concatenate([best_scores[i], scores[new]])
+                    kept = rows_of_best(scores, depth, slack)
+                    best_rows[i], best_scores[i] = rows[kept], scores[kept]
+                    if len(kept) >= depth:
+                        lowest[i] = best_scores[i].min()
+            bar.update(len(block))
     return {
-        qid: exact_hits(query, passages, rows, ids, depth)
+        qid: exact_hits(query, passage_embeddings, rows, ids, depth)
         for qid, query, rows in zip(qids, queries, best_rows, strict=True)
     }
 
 
 def approximation_recall(approx: Run, exact: Run, depth: int) -> float:
-    """Mean over the queries of ``exact`` of the share of its top ``depth`` in that of ``approx``, in [0, 1].
+    """Mean share of the top ``depth`` of ``exact`` that is in that of ``approx``, in [0, 1].
 
     A query missing in ``approx`` counts 0; one without hits in ``exact`` is left out.
 
@@ -160,6 +154,33 @@ def approximation_recall(approx: Run, exact: Run, depth: int) -> float:
     return float(np.mean(shares))
 
 
+def blocks(embeddings: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Embeddings in order: (number of the first row, (rows, D) float32), at most 128 MB a block."""
+    size = max(1, _BLOCK // max(1, embeddings.shape[1]))
+    for start in range(0, len(embeddings), size):
+        yield start, embeddings[start : start + size].astype(np.float32, copy=False)
+
+
+def exact_hits(
+    query: np.ndarray, passages: np.ndarray, rows: np.ndarray, ids: Sequence[str], depth: int
+) -> dict[str, float]:
+    """The ``depth`` best of the passages in ``rows`` by their exact product with the query."""
+    scores = _products(query, passages[rows].astype(np.float32, copy=False))
+    best = rows_of_best(scores, depth)
+    docids = [ids[row] for row in rows[best].tolist()]
+    if len(set(docids)) != len(docids):
+        raise ValueError("passage ids must be unique")
+    return dict(top(dict(zip(docids, scores[best].tolist(), strict=True)), depth))
+
+
+def rows_of_best(scores: np.ndarray, depth: int, slack: float = 0.0) -> np.ndarray:
+    """Positions of all scores at most ``slack`` below the one at rank ``depth``, ties included."""
+    if len(scores) <= depth:
+        return np.arange(len(scores))
+    cut = len(scores) - depth
+    return np.flatnonzero(scores >= np.partition(scores, cut)[cut] - slack)
+
+
 def checked_queries(embeddings: np.ndarray, qids: Sequence[str]) -> np.ndarray:
     """The embeddings as a contiguous, finite float32 matrix with one row an id."""
     queries = np.ascontiguousarray(embeddings, dtype=np.float32)
@@ -173,33 +194,27 @@ def checked_queries(embeddings: np.ndarray, qids: Sequence[str]) -> np.ndarray:
     return queries
 
 
-def as_shards(embeddings: np.ndarray | Shards) -> Shards:
-    """Return embeddings as `Shards`, whatever they are."""
-    from adaptive_margins.encoder.embed import Shards
-
-    return embeddings if isinstance(embeddings, Shards) else Shards.of(embeddings)
-
-
-def checked_passages(
-    embeddings: np.ndarray | Shards, ids: Sequence[str], queries: np.ndarray
-) -> Shards:
-    """The embeddings, one row an id and as wide as the queries'. (Whether they are finite is seen when they are read.)"""
-    passages = as_shards(embeddings)
-    if len(passages) != len(ids):
+def check_passages(embeddings: np.ndarray, ids: Sequence[str], queries: np.ndarray) -> None:
+    """Raise ValueError unless there is one row an id, as wide as the queries'."""
+    if embeddings.ndim != 2 or len(embeddings) != len(ids):
         raise ValueError(
-            f"passage embeddings must have shape ({len(ids)}, D), one row an id, not {(len(passages), passages.dim)}"
+            f"passage embeddings must have shape ({len(ids)}, D), one row an id, not"
+            f" {embeddings.shape}"
         )
-    if queries.shape[1] != passages.dim:
+    if queries.shape[1] != embeddings.shape[1]:
         raise ValueError(
-            f"query embeddings have {queries.shape[1]} dimensions, passage embeddings {passages.dim}"
+            f"query embeddings have {queries.shape[1]} dimensions, passage embeddings"
+            f" {embeddings.shape[1]}"
         )
-    return passages
 
 
 def check_finite(
     matrix: np.ndarray, what: str, ids: Sequence[object], first: int = 0
 ) -> np.ndarray:
-    """The rows' squared lengths; ValueError if one is not finite. ``first``: position of the first row in ``ids``."""
+    """The rows' squared lengths; ValueError if one is not finite.
+
+    ``first`` is the position of the first row in ``ids``.
+    """
     squared: np.ndarray = np.einsum("ij,ij->i", matrix, matrix)
     if len(wrong := np.flatnonzero(~np.isfinite(squared))):
         row = first + int(wrong[0])
@@ -220,26 +235,6 @@ def _products(query: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return products
 
 
-def exact_hits(
-    query: np.ndarray, passages: Shards, rows: np.ndarray, ids: Sequence[str], depth: int
-) -> dict[str, float]:
-    """The ``depth`` best of the passages in ``rows`` by their exact product with the query."""
-    scores = _products(query, passages.take(rows))
-    best = rows_of_best(scores, depth)
-    docids = [ids[row] for row in rows[best].tolist()]
-    if len(set(docids)) != len(docids):
-        raise ValueError("passage ids must be unique")
-    return dict(top(dict(zip(docids, scores[best].tolist(), strict=True)), depth))
-
-
 def _rounding(query: np.ndarray) -> float:
     """How far two float32 sums of one product with a unit vector may lie apart."""
     return float(2 * len(query) * np.finfo(np.float32).eps * np.linalg.norm(query))
-
-
-def rows_of_best(scores: np.ndarray, depth: int, slack: float = 0.0) -> np.ndarray:
-    """Positions of all scores not more than ``slack`` below the one at rank ``depth`` (ties kept)."""
-    if len(scores) <= depth:
-        return np.arange(len(scores))
-    cut = len(scores) - depth
-    return np.flatnonzero(scores >= np.partition(scores, cut)[cut] - slack)

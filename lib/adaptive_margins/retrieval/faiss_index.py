@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import faiss
 import numpy as np
@@ -14,16 +13,12 @@ import numpy as np
 from adaptive_margins import progress
 from adaptive_margins.data.trec import Run, check_depth
 from adaptive_margins.retrieval.exact import (
-    as_shards,
+    blocks,
     check_finite,
-    checked_passages,
+    check_passages,
     checked_queries,
     exact_hits,
 )
-
-if TYPE_CHECKING:
-    from adaptive_margins.encoder.embed import Shards
-
 
 _BATCH = 256  # queries searched at a time, so that k_factor · depth hits of each fit in memory
 _TRAINED = 1 << 21  # passages an index is trained on at most
@@ -106,7 +101,7 @@ def choose_index(n: int, dim: int, *, depth: int = 100) -> IndexSettings:
             raise ValueError(f"{name} must be at least 1, not {value}")
     bits = min(8, (n // 39).bit_length() - 1)
     if bits < 4:
-        note = f"{n} passages are too few to train a quantiser on (624 are needed): the search is exact"
+        note = f"{n} passages are too few to train a quantiser on (of 624): the search is exact"
         return IndexSettings("Flat", dim, note=note)
     m = max(size for size in range(1, min(32, dim) + 1) if dim % size == 0)
     a_list = 39 if n < 1_000_000 else 32
@@ -132,7 +127,7 @@ def choose_index(n: int, dim: int, *, depth: int = 100) -> IndexSettings:
 
 
 def index_bytes(settings: IndexSettings, n: int) -> int:
-    """Bytes of the built index of ``n`` passages: codes, docid numbers, centroids, their HNSW graph, OPQ.
+    """Bytes of the built index of ``n`` passages: codes, numbers, centroids, HNSW graph, OPQ.
 
     FAISS may reserve up to as much again for codes and numbers while it adds. The embeddings that
     `search_index` ranks again from are not part of it.
@@ -140,14 +135,15 @@ def index_bytes(settings: IndexSettings, n: int) -> int:
     if settings.flat:
         return 4 * n * settings.dim
     code = math.ceil(settings.m * settings.bits / 8)
-    # HNSW32: 64 links on the ground floor, 32 on each of the others, which hold 1/32 of the one below; two numbers for each.
+    # HNSW32: 64 links on the ground floor, 32 on each of the others, which hold 1/32 of the one
+    # below; two numbers for each.
     a_list = 4 * settings.dim + 4 * (64 + 32 / 31) + 12
     quantisers = 4 * (settings.dim << settings.bits) + 4 * settings.dim**2
     return round(n * (code + 8) + settings.nlist * a_list + quantisers)
 
 
 def build_index(
-    embeddings: np.ndarray | Shards, settings: IndexSettings, seed: int, *, threads: int = 1
+    embeddings: np.ndarray, settings: IndexSettings, seed: int, *, threads: int = 1
 ) -> faiss.Index:
     """Train an index on a sample of the embeddings and add all, in their order and block by block.
 
@@ -163,22 +159,22 @@ def build_index(
         ValueError: other dimensions than the settings', fewer passages than lists or than
             centroids of a code, or an embedding that is not finite or not of length 1 or 0.
     """
-    passages = as_shards(embeddings)
-    n, dim = len(passages), passages.dim
+    n, dim = embeddings.shape
     if dim != settings.dim:
         raise ValueError(f"embeddings have {dim} dimensions, the index settings {settings.dim}")
     if n < max(1, settings.nlist, 1 << settings.bits):
         raise ValueError(
             f"{n} passages are too few for {settings.factory}; use choose_index({n}, {dim})"
         )
-    for first, block in passages.blocks():
+    for first, block in blocks(embeddings):
         squared = check_finite(block, "passage", range(n), first)
         # Rounding a unit vector to float16 changes its squared length by about 2⁻¹⁰ at most.
         wrong = np.flatnonzero((np.abs(squared - 1) > 1e-3) & (squared > 0))
         if len(wrong):
             length = math.sqrt(squared[wrong[0]])
             raise ValueError(
-                f"embedding in row {first + wrong[0]} has length {length:.4g}, expected 1 (normalise them)"
+                f"embedding in row {first + wrong[0]} has length {length:.4g}, expected 1"
+                " (normalise them)"
             )
 
     before = faiss.omp_get_max_threads()
@@ -186,7 +182,7 @@ def build_index(
     try:
         index = faiss.index_factory(dim, settings.factory, faiss.METRIC_INNER_PRODUCT)
         if settings.flat:
-            _add(index, passages)
+            _add(index, embeddings)
             return index
         ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
         opq = faiss.downcast_VectorTransform(index.chain.at(0))
@@ -208,17 +204,17 @@ def build_index(
         if 0 < settings.train < n:
             rng = np.random.default_rng(seed)
             sample = np.sort(rng.choice(n, settings.train, replace=False, shuffle=False))
-        index.train(passages.take(sample))
+        index.train(embeddings[sample].astype(np.float32, copy=False))
         opq.pq = ivf.clustering_index = None  # FAISS does not own them
-        _add(index, passages)
+        _add(index, embeddings)
         return index
     finally:
         faiss.omp_set_num_threads(before)
 
 
-def _add(index: faiss.Index, passages: Shards) -> None:
-    with progress.bar("adding to the index", total=len(passages), unit="passages") as bar:
-        for _, block in passages.blocks():
+def _add(index: faiss.Index, embeddings: np.ndarray) -> None:
+    with progress.bar("adding to the index", total=len(embeddings), unit="passages") as bar:
+        for _, block in blocks(embeddings):
             index.add(block)
             bar.update(len(block))
 
@@ -230,7 +226,7 @@ def search_index(
     qids: Sequence[str],
     ids: Sequence[str],
     depth: int,
-    embeddings: np.ndarray | Shards,
+    embeddings: np.ndarray,
     *,
     fill: bool = True,
 ) -> Run:
@@ -266,7 +262,7 @@ def search_index(
         raise ValueError(
             f"query embeddings have {queries.shape[1]} dimensions, the index {index.d}"
         )
-    passages = checked_passages(embeddings, ids, queries)
+    check_passages(embeddings, ids, queries)
     wanted = min(depth, index.ntotal)
     asked = index.ntotal if settings.flat else min(index.ntotal, settings.k_factor * wanted)
     found: Run = {}
@@ -286,7 +282,7 @@ def search_index(
                     warnings.warn(
                         f"query {qids[i]!r}: {len(its_rows)} of {wanted} hits filled", stacklevel=2
                     )
-                found[qids[i]] = exact_hits(queries[i], passages, its_rows, ids, depth)
+                found[qids[i]] = exact_hits(queries[i], embeddings, its_rows, ids, depth)
         todo, nprobe = short, min(settings.nlist, 2 * nprobe)
     return {qid: found[qid] for qid in qids}
 
