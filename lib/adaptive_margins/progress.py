@@ -15,42 +15,53 @@ LINE_EVERY = 30.0
 """Seconds between two lines of a bar that is not on a terminal; shorter work prints none."""
 
 _quiet = False
-# C0 without tab and line feed, DEL, C1, line separators, overrides of the direction of text, lone surrogates.
+# C0 without tab and line feed, DEL, C1, line separators, overrides of the direction of text, lone
+# surrogates.
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def bar(
-    what: str, items: Iterable[Any] | None = None, *, total: int | None = None, unit: str,
+    what: str,
+    items: Iterable[Any] | None = None,
+    *,
+    unit: str,
+    total: int | None = None,
     done: int = 0,
-) -> tqdm:  # fmt: skip
+) -> tqdm:
     """Return a progress bar over ``items``, or one to be moved by ``update(n)`` in a ``with`` block.
 
     Args:
         what: what is computed, e.g. "embedding passages".
         items: iterated over, if given.
-        total: how many there are, for the time left; by default ``len(items)`` where there is one.
         unit: what is counted, in the plural.
+        total: how many there are, for the time left; by default ``len(items)`` where there is one.
         done: how many an earlier, interrupted call has finished.
     """
     from tqdm import tqdm
 
-    terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     where: dict[str, Any] = {"file": sys.stderr, "delay": 1, "mininterval": 0.5}
-    if not terminal:
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         where = {"file": _Lines(), "delay": LINE_EVERY, "mininterval": LINE_EVERY, "ncols": 0}
     return tqdm(
-        items, desc=printable(what), total=total, unit=f" {unit}", unit_scale=True, initial=done,
-        leave=False, disable=_quiet, **where,
-    )  # fmt: skip
+        items,
+        desc=printable(what),
+        total=total,
+        unit=f" {unit}",
+        unit_scale=True,
+        initial=done,
+        leave=False,
+        disable=_quiet,
+        **where,
+    )
 
 
-def say(text: str) -> None:
-    """Print a line on stderr, above the bars of a terminal."""
+def say(text: str, *, always: bool = False) -> None:
+    """Print a line on stderr, above the bars of a terminal; ``always``: even if `quiet`."""
     from tqdm import tqdm
 
-    if not _quiet:
+    if always or not _quiet:
         tqdm.write(printable(text), file=sys.stderr)
 
 
@@ -60,8 +71,17 @@ def quiet(on: bool = True) -> None:
     _quiet = on
 
 
+def clear() -> None:
+    """Close the bars that an error left on the terminal."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for one in list(getattr(tqdm, "_instances", ())):
+            one.close()
+
+
 def printable(text: str) -> str:
-    r"""Return ``text`` with each character that a terminal would obey as its escape sequence, such as ``\x1b``."""
+    r"""Escape the characters that a terminal would obey, e.g. as ``\x1b``."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
@@ -81,12 +101,3 @@ class _Lines:
 
     def flush(self) -> None:
         """Nothing is buffered."""
-
-
-def clear() -> None:
-    """Close all bars."""
-    if "tqdm" in sys.modules:
-        from tqdm import tqdm
-
-        for one in list(getattr(tqdm, "_instances", ())):
-            one.close()

@@ -111,9 +111,8 @@ def offline(model: str = "") -> None:
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    progress.clear()
-    line = printable(" ".join(str(message).splitlines()))
-    print(f"adaptive-margins: warning: {line}", file=sys.stderr, flush=True)
+    line = " ".join(str(message).splitlines())
+    progress.say(f"adaptive-margins: warning: {line}", always=True)
 
 
 # ---- output -----------------------------------------------------------------------------------
