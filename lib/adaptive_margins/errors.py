@@ -2,7 +2,10 @@
 
 
 class AdaptiveMarginsError(Exception):
-    """An error whose message names what was found, what was expected and the way out; the command line prints it as one line."""
+    """An error whose message names what was found, what was expected and the way out.
+
+    The command line prints it as one line.
+    """
 
 
 class ArgumentError(AdaptiveMarginsError, ValueError):

@@ -1,4 +1,4 @@
-"""Atomic writes: files and folders are written under a temporary name next to their destination and renamed once complete."""
+"""Atomic writes: files and folders get a temporary name, and theirs once they are complete."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ class WriteError(AdaptiveMarginsError, OSError):
 
 
 def check_output(path: Path, *, folder: bool = False) -> None:
-    """Raise WriteError unless ``path`` can become a file, or with ``folder`` a new folder; creates nothing.
+    """Raise WriteError unless ``path`` can become a file, or with ``folder`` a new folder.
 
-    A file may exist, and may be a pipe, a device or a symbolic link. A folder may exist if it is empty.
+    A file may exist, and may be a pipe, a device or a symbolic link; a folder may exist if it is
+    empty. Nothing is created.
     """
     try:
         reason = _why_not_folder(path) if folder else _why_not_file(path)
@@ -50,17 +51,18 @@ def is_stdout(path: Path) -> bool:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name to write to; that file becomes ``path`` when the block ends without an error, and is removed otherwise.
+    """A file to write, which becomes ``path`` when the block ends, and is removed after an error.
 
-    Folders above ``path`` are made; a file that stands there is replaced and keeps its mode. Of a symbolic link the target is
-    replaced. A pipe, a device or a descriptor (/dev/stdout, /dev/fd/N) is written into. Errors pass through.
+    Folders above ``path`` are created; an existing file is replaced, and its mode kept. Of a
+    symbolic link the target is replaced. A pipe, a device or a descriptor (/dev/stdout, /dev/fd/N)
+    is written into. Errors pass through.
     """
     place = _destination(path)
     if isinstance(place, int) or _is_special(place):
         with tempfile.TemporaryDirectory() as folder:
             partial = Path(folder, path.name)
             yield partial
-            # A descriptor is not opened again: the position in the file behind it would be another one.
+            # A descriptor is not opened again: the position in its file would be another one.
             closes = isinstance(place, Path)
             with partial.open("rb") as file, open(place, "wb", closefd=closes) as sink:
                 shutil.copyfileobj(file, sink)
@@ -78,10 +80,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path, *, same: Callable[[Path], bool] = Path.is_dir) -> Iterator[Path]:
-    """A new folder to fill; it becomes ``path`` when the block ends without an error, and is removed otherwise.
+    """A new folder, which becomes ``path`` when the block ends, and is removed after an error.
 
-    If something appeared at ``path`` meanwhile (another process did the same work), and ``same`` of it is true, it is kept.
-    Of a symbolic link the target is created. Errors pass through.
+    If something appeared at ``path`` meanwhile (another process did the same work), and ``same`` of
+    it is true, it is kept. Of a symbolic link the target is created. Errors pass through.
     """
     place = Path(os.path.realpath(path))
     partial = _partial(place)
@@ -99,21 +101,22 @@ def whole_folder(path: Path, *, same: Callable[[Path], bool] = Path.is_dir) -> I
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file, UTF-8, whole or not at all; WriteError if it cannot be written."""
+    """Write a small UTF-8 file atomically; WriteError if it cannot be written."""
     try:
         with whole_file(path) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        why = error.strerror or error
-        message = f"{path} could not be written: {why}; what stood there is unchanged"
-        raise WriteError(message) from error
+        raise WriteError(
+            f"{path} could not be written: {error.strerror or error}; what stood there is unchanged"
+        ) from error
 
 
 @contextmanager
 def alone(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of ``path``, a file beside it that is removed at the end; it ends with the process, however that ends.
+    """Hold the lock of ``path``, a file next to it that is removed at the end.
 
-    Another process that holds it is waited for, which is said once.
+    Another process that holds it is waited for, with a message. The lock of a process ends with the
+    process.
 
     Raises:
         WriteError: another process holds it, and ``wait`` is False.
@@ -137,20 +140,20 @@ def alone(path: Path, *, wait: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while it is held: who waits for the removed file notices, and makes a new one.
+        # Removed while it is held: a process that waits for the removed file creates a new one.
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
 @contextmanager
 def working_folder(path: Path) -> Iterator[Path]:
-    """OUTPUT.work, for what the same call goes on from when this one is killed; the output is checked and locked.
+    """OUTPUT.work, which the next call resumes from if this one is killed; the output is locked.
 
-    The folder is removed at the end, and if this call is refused by an error of this library, unless it was there before or
-    the error is that a file could not be written.
+    The folder is removed at the end. It is also removed after an error of this library, unless it
+    existed before or a file could not be written.
 
     Raises:
-        WriteError: something is there (`check_output`), or another process writes to it.
+        WriteError: the output exists (`check_output`), or another process writes to it.
     """
     check_output(path, folder=True)
     work = path.with_name(f"{path.name}.work")
@@ -158,7 +161,7 @@ def working_folder(path: Path) -> Iterator[Path]:
     made = [folder for folder in path.parents if not folder.exists()]
     try:
         with alone(path, wait=False):
-            check_output(path, folder=True)  # who held the lock just now may have written it
+            check_output(path, folder=True)  # another process may have written it just now
             try:
                 yield work
             except AdaptiveMarginsError as error:
@@ -173,7 +176,11 @@ def working_folder(path: Path) -> Iterator[Path]:
 
 
 def home() -> Path:
-    """Where results lie: $ADAPTIVE_MARGINS_HOME, else the checkout this library is installed from, else the current folder."""
+    """The folder of results.
+
+    $ADAPTIVE_MARGINS_HOME, else the checkout that this library is installed from, else the current
+    folder.
+    """
     if given := os.environ.get(HOME_VARIABLE):
         place = Path(os.path.expanduser(given)).resolve()
         if place.exists() and not place.is_dir():
@@ -204,10 +211,11 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _destination(path: Path) -> Path | int:
-    """What ``path`` names behind its symbolic links: a path, or the number of an open descriptor of this process."""
+    """What ``path`` links to: a path, or the number of an open descriptor of this process."""
     for _ in range(40):
         folder = Path(os.path.realpath(path.parent))
-        if folder == Path(f"/proc/{os.getpid()}/fd") and path.name.isdecimal():
+        descriptors = (Path(f"/proc/{os.getpid()}/fd"), Path("/dev/fd"))
+        if folder in descriptors and path.name.isdecimal():
             return int(path.name)
         path = folder / path.name
         if not path.is_symlink():
@@ -255,7 +263,7 @@ def _why_not_in(place: Path) -> str:
 
 @contextmanager
 def _named(partial: Path, path: Path) -> Iterator[None]:
-    """An error that names something at ``partial`` or below it, or that a disk is full, names ``path`` in its place."""
+    """Let errors name ``path`` instead of ``partial``, and where the disk is full."""
     try:
         yield
     except OSError as error:
@@ -268,7 +276,7 @@ def _named(partial: Path, path: Path) -> Iterator[None]:
 
 
 def _partial(path: Path) -> Path:
-    """A free temporary name for ``path``. What killed processes left of it on this machine is removed."""
+    """A free temporary name for ``path``; what killed processes of this machine left is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name[:_NAME]}.{platform.node()}."
     for left in path.parent.glob(f"{glob.escape(prefix)}*.partial"):

@@ -1,6 +1,7 @@
-"""Runs of others: TREC run files dropped into a folder, scored as this project's own are.
+"""Runs of other systems: TREC run files in a folder, scored as this project's runs are.
 
-A run that is not deep enough for a measure gets no score for it: Recall@1000 of 100 hits is another measure.
+A run that is not deep enough for a measure gets no score for it: Recall@1000 of 100 hits is another
+measure.
 """
 
 from __future__ import annotations
@@ -104,8 +105,8 @@ def score(
     """Score a run by the measures that it is deep enough for.
 
     Every judged query counts, as with ``trec_eval -c``; others are ignored. A measure with a cutoff
-    k is refused if no judged query has k hits, and every measure if no judged query is in the run. A
-    measure without a cutoff is computed from the hits that there are.
+    k is refused if no judged query has k hits, and every measure if no judged query is in the run.
+    A measure without a cutoff is computed from the hits that there are.
 
     Args:
         run: query id → docid → score.
@@ -136,5 +137,5 @@ def score(
 
 
 def finds_relevant(run: Run, relevant: Qrels) -> bool:
-    """Whether any hit of a run is one of the ``relevant`` passages of its query (`measures.relevant`)."""
+    """Whether a run has any of the ``relevant`` passages (`measures.relevant`) of its queries."""
     return any(not judged.keys().isdisjoint(run.get(qid, {})) for qid, judged in relevant.items())

@@ -46,7 +46,7 @@ def evaluate(qrels: Qrels, run: Run, measures: Sequence[str]) -> Evaluation:
     (`top`), whatever tool computes the measure.
 
     Raises:
-        MeasureError: a measure is unknown or cannot be computed, e.g. for grades that it cannot take.
+        MeasureError: a measure is unknown or cannot be computed, e.g. for the given grades.
         ValueError: there are no qrels or no measures, or a score is not a finite number.
     """
     if not qrels:
@@ -94,7 +94,7 @@ def _values(
     try:
         for metric in ir_measures.iter_calc([measure], judged, ranked):
             if metric.query_id not in values:
-                raise MeasureError(f"{notation}: unknown query {metric.query_id!r} in the results")
+                raise MeasureError(f"{notation}: unknown query {metric.query_id!r} in results")
             values[metric.query_id] = float(metric.value)
     except MeasureError:
         raise
@@ -125,8 +125,8 @@ def relevant(qrels: Qrels, measure: str) -> Qrels:
         grades = Counter(grade for judged in qrels.values() for grade in judged.values())
         counts = ", ".join(f"{grade} ({grades[grade]:,})" for grade in sorted(grades))
         raise MeasureError(
-            f"no query has a relevant passage: {len(qrels):,} judged queries, grades {counts or 'none'};"
-            f" {measure} needs grade {level} or more"
+            f"no query has a relevant passage: {len(qrels):,} judged queries, grades"
+            f" {counts or 'none'}; {measure} needs grade {level} or more"
         )
     return found
 
@@ -137,10 +137,10 @@ def cutoff(measure: str, default: int = 1) -> int:
 
 
 def named(measure: str) -> str:
-    """Return the measure's full name: no alias, and rel=1 where it has a relevance level but none is given.
+    """Return the measure's full name, with ``rel=1`` written out where a threshold applies.
 
-    "R@100" is "R(rel=1)@100", "MRR@10" is "RR(rel=1)@10"; "Success(rel=2)@5" and measures of grades,
-    like "nDCG@10", stay as they are. ir_measures' own default is 1, too: the values are the same.
+    "R@100" is "R(rel=1)@100", "MRR@10" is "RR(rel=1)@10"; "Success(rel=2)@5" and measures of
+    grades, like "nDCG@10", stay as they are. ir_measures' default is 1, too: values are the same.
 
     Raises:
         MeasureError: the measure is unknown or cannot be computed.

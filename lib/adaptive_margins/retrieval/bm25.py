@@ -78,7 +78,7 @@ class BM25:
         return run
 
     def rescore(self, queries: Texts, candidates: Run) -> Run:
-        """The same candidates with BM25's scores; 0 for a passage that shares no term with the query.
+        """The same candidates with BM25's scores; 0 for one that shares no term with the query.
 
         For official candidates that come without scores.
 
@@ -99,8 +99,9 @@ def without_hits(run: Run) -> int:
     if count := sum(not hits for hits in run.values()):
         which = next(qid for qid, hits in run.items() if not hits)
         warnings.warn(
-            f"BM25 finds nothing for {count:,} of {len(run):,} queries, {which!r} among them: no passage"
-            " has any of their terms (words of two characters or more, without English stop words)",
+            f"BM25 finds nothing for {count:,} of {len(run):,} queries, {which!r} among them: no"
+            " passage has any of their terms (words of two characters or more, without English stop"
+            " words)",
             stacklevel=2,
         )
     return count
