@@ -49,12 +49,6 @@ def test_it_comes_back_as_it_was_saved(saved: Path) -> None:
     assert (saved / "collection.tsv").read_text().startswith("d2\tsecond text\nd1\tfirst")
 
 
-def test_windows_line_ends_are_read(saved: Path) -> None:
-    for path in saved.glob("*.t*"):
-        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert Collection.load(saved) == small()
-
-
 def test_the_fingerprint_depends_on_content_and_on_no_order_of_dicts() -> None:
     one = small()
     same = dataclasses.replace(
@@ -148,16 +142,9 @@ def test_inconsistent_parts_are_refused(changes: dict, message: str) -> None:
     [
         ("collection.tsv", b"d1\tx\nd2\ty\nd1\tz\n", "collection.tsv:3: id 'd1' occurs already in line 1"),
         ("collection.tsv", b"d1\tx\nd2 y\n", "collection.tsv:2: 2 tab-separated columns expected, 1 found"),
-        ("collection.tsv", b"d1\tx\ty\n", "collection.tsv:1: 2 tab-separated columns expected, 3 found"),
-        ("collection.tsv", b"d1\tx\nd2\t\xff\n", r"collection.tsv:2: not valid UTF-8 \(byte 4 of the line"),
-        ("collection.tsv", b"d1\tx\n\nd2\ty\n", "collection.tsv:2: 2 tab-separated columns expected, 1 found"),
-        ("collection.tsv", b"\tx\n", "collection.tsv:1: id '' is empty"),
         ("queries.train.tsv", b"q1\t \n", "queries.train.tsv:1: the text of 'q1' is empty"),
         ("qrels.train.txt", b"q1 0 d1 3\nq1 0 d9 1\n", "qrels.train.txt:2: unknown passage 'd9'"),
         ("qrels.train.txt", b"q2 0 d1 3\n", "qrels.train.txt:1: unknown query 'q2'"),
-        ("qrels.train.txt", b"q1 0 d1 2.5\n", "qrels.train.txt:1: grade '2.5' is not an integer"),
-        ("qrels.train.txt", b"q1 0 d1\n", "qrels.train.txt:1: 4 columns expected .* found 3"),
-        ("qrels.train.txt", b"q1 0 d1 1\nq1 0 d1 2\n", "qrels.train.txt:2: 'q1' judges 'd1' twice"),
         ("triples.tsv", b"q2\td1\td2\n", "triples.tsv:1: unknown training query 'q2'"),
         ("triples.tsv", b"q1\td1\td9\n", "triples.tsv:1: unknown passage 'd9'"),
         ("sources.json", b"{", "sources.json: not valid JSON"),
@@ -180,20 +167,6 @@ def test_missing_files_are_named(saved: Path, name: str) -> None:
     (saved / name).unlink()
     with pytest.raises(DataError, match=f"{name}: file not found"):
         Collection.load(saved)
-
-
-def test_all_problems_are_reported_at_once_but_each_kind_once(saved: Path) -> None:
-    (saved / "qrels.train.txt").write_text("".join(f"q1 0 x{i} 1\n" for i in range(15)))
-    (saved / "queries.test1.tsv").write_text("".join("q2\n" for _ in range(10)))
-    with pytest.raises(DataError) as error:
-        Collection.load(saved)
-    lines = str(error.value).splitlines()
-    found = [line.strip().replace(f"{saved}/", "") for line in lines[1:]]
-    assert found == [
-        "queries.test1.tsv:1: 2 tab-separated columns expected, 1 found (and 9 more lines like it)",
-        "qrels.test1.txt:1: unknown query 'q2'",
-        "qrels.train.txt:1: unknown passage 'x0' (and 14 more lines like it)",
-    ]
 
 
 def test_a_changed_text_does_not_fit_the_fingerprint(saved: Path) -> None:

@@ -20,7 +20,7 @@ import ir_datasets
 import pytest
 from ir_datasets.datasets.base import Dataset
 from ir_datasets.formats import TrecQrels, TrecScoredDocs, TsvDocPairs, TsvDocs, TsvQueries
-from ir_datasets.util import Download, GzipExtract, LocalDownload, RequestsDownload, StringFile
+from ir_datasets.util import Download, GzipExtract, RequestsDownload, StringFile
 
 from adaptive_margins.data import converted as msmarco
 from adaptive_margins.data import stored
@@ -113,16 +113,6 @@ def test_a_collection_holds_what_the_files_say(mini, source, into, tmp_path: Pat
         "ir_datasets": ir_datasets.__version__, "passages": "am-msmarco", "train": "am-msmarco/train",
         "dl19": "am-msmarco/dl19/judged", "dl20": "am-msmarco/dl20/judged",
     }  # fmt: skip
-
-
-def test_candidates_are_a_run_that_the_retrieval_reads(mini, into) -> None:
-    from adaptive_margins.data.trec import read_run, write_run
-
-    made = into(mini)
-    path = made.folder / "candidates.dl19.run.gz"
-    assert read_run(path) == made.candidates["dl19"]
-    write_run(made.candidates["dl19"], made.folder / "again.run.gz", "am-msmarco/dl19/judged")
-    assert path.read_bytes() == (made.folder / "again.run.gz").read_bytes()
 
 
 def test_the_fingerprint_is_that_of_the_content(mini, into, tmp_path: Path) -> None:
@@ -504,16 +494,6 @@ def test_without_a_network_the_file_can_be_put_there(
         into(online)
     shutil.copy(source / "docpairs.tsv.gz", tmp_path / "pairs.gz")
     assert len(into(online).triples) == 4000
-
-
-def test_a_file_that_the_user_has_to_provide(mini, into, tmp_path: Path) -> None:
-    prefix = f"am-{tmp_path.name}-own"
-    offline = ir_datasets.load(mini.triples)
-    missing = TsvDocPairs(LocalDownload(tmp_path / "own" / "pairs.tsv"))
-    parts = (offline.queries_handler(), offline.qrels_handler(), missing)
-    ir_datasets.registry.register(prefix, Dataset(*parts))
-    with pytest.raises(DataError, match=f"FileNotFoundError: {tmp_path}/own/pairs.tsv"):
-        into(dataclasses.replace(mini, triples=prefix))
 
 
 def test_other_scores_and_texts_of_several_fields_are_read(into, tmp_path: Path) -> None:

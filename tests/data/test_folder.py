@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, DatasetDict
 
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.folder import read_dataset, read_folder, read_runs, run_files
 from adaptive_margins.data.sources import open_collection
-from adaptive_margins.data.text import MAX_LINE, DataError, Problems
+from adaptive_margins.data.text import DataError, Problems
+from adaptive_margins.retrieval.bm25 import BM25
 
-DATA = Path(os.environ.get("ADAPTIVE_MARGINS_TEST_DATA", "none"))
 HEADER = "query-id\tcorpus-id\tscore\n"
 TREC = {
     "collection.tsv": "d1\ta wing in a flow\nd2\tgrößer\u2028 als 𝄞\nd3\tthe third\n",
@@ -80,16 +81,11 @@ def test_beir(tmp_path: Path, zipped: bool) -> None:
     collection = read_folder(folder)
     assert collection.name == "small"
     assert pairs(collection.passages) == {
-        "d1": "Wings in a flow",
-        "d2": "two lines and a tab",
-        "d3": "the third",
-        "d4": "Only a title",
-    }
+        "d1": "Wings in a flow", "d2": "two lines and a tab", "d3": "the third", "d4": "Only a title",
+    }  # fmt: skip
     assert {name: pairs(texts) for name, texts in collection.queries.items()} == {
-        "train": {"q2": "third"},
-        "validation": {"q3": "title"},
-        "test": {"q1": "what is a wing"},
-    }
+        "train": {"q2": "third"}, "validation": {"q3": "title"}, "test": {"q1": "what is a wing"},
+    }  # fmt: skip
     assert collection.qrels == {
         "train": {"q2": {"d3": 1, "d1": 0}}, "validation": {"q3": {"d4": 2}}, "test": {"q1": {"d1": 1}},
     }  # fmt: skip
@@ -297,16 +293,8 @@ def test_unknown_ids_that_look_like_known_ones_are_shown_escaped(
     [
         ({"collection.tsv": "d1\tx\nd2\ty\nd1\tz\n"}, ["collection.tsv:3: id 'd1' occurs already in line 1"]),
         ({"collection.tsv": "d1\tx\nd2\ty\tz\n"}, ["collection.tsv:2: 2 tab-separated columns expected, 3 found"]),
-        ({"collection.tsv": "d1\tx\n\nd2\ty\n"}, ["collection.tsv:2: 2 tab-separated columns expected, 1 found"]),
-        ({"collection.tsv": b"d1\tx\nd2\t\xff\n"},
-         ["collection.tsv:2: not valid UTF-8 (byte 4 of the line); if it is Latin-1: iconv -f LATIN1 -t UTF-8"]),
         ({"collection.tsv": "d1\tx\nd 2\ty\n\tz\n"},
          ["collection.tsv:2: id 'd 2' is empty or has white space (and 1 more line like it)"]),
-        ({"collection.tsv": "d1\tx\nd2\t" + "y" * MAX_LINE + "\nd3\n"},
-         ["collection.tsv:2: the line is longer than 1,048,576 bytes",
-          "collection.tsv:3: 2 tab-separated columns expected, 1 found"]),
-        ({"collection.tsv": "d1\tx\rd2\ty\nd2\ty\n"},
-         [r"collection.tsv:1: a carriage return (CR) within the line; if lines end with it: tr '\r' '\n'"]),
         ({"collection.tsv": ""}, ["collection.tsv: the file is empty"]),
         ({"queries.tsv": "q1\t \nq2\tx\n"}, ["queries.tsv:1: the text of 'q1' is empty"]),
         ({"qrels.txt": "q1 0 d1 1\nq1 0 d1 1\n"}, ["qrels.txt:2: 'q1' judges 'd1' twice"]),
@@ -315,10 +303,6 @@ def test_unknown_ids_that_look_like_known_ones_are_shown_escaped(
         ({"qrels.txt": "q1 0 d1 0.5\nq1 0 d2 ²\nq1 0 d3 9999999999\n"},
          ["qrels.txt:1: grade '0.5' is not an integer (and 1 more line like it)",
           "qrels.txt:3: grade '9999999999' is beyond ±1,000"]),
-        ({"qrels.txt": "q1 0 d1 1\nq1 d1 1\n"},
-         ["qrels.txt:2: 4 columns expected (query id, 0, docid, grade), found 3;"
-          r" BEIR's judgements need their header: sed -i '1i query-id\tcorpus-id\tscore' FILE"]),
-        ({"qrels.txt": ""}, ["qrels.txt: the file is empty"]),
         ({"triples.tsv": "t9\td1\td2\nt1\td9\td1\nt1\td1\td1\nt1 d1 d2\n", **TRAIN},
          ["triples.tsv:1: unknown training query 't9'", "triples.tsv:2: unknown passage 'd9'",
           "triples.tsv:4: 3 tab-separated columns expected, 1 found"]),
@@ -345,22 +329,16 @@ def test_malformed_trec_is_named_with_its_line(
 
 
 def test_missing_files_of_trec(tmp_path: Path) -> None:
-    alone = {k: v for k, v in TREC.items() if k != "qrels.txt"}
-    assert problems(write(tmp_path / "a", alone)) == [
-        "qrels.txt: file not found; it judges queries.tsv"
-    ]
-    alone = {k: v for k, v in TREC.items() if k != "queries.tsv"}
-    assert problems(write(tmp_path / "b", alone)) == [
-        "qrels.txt: there is no queries.tsv, which it judges"
-    ]
-    passages = {"collection.tsv": TREC["collection.tsv"]}
-    assert problems(write(tmp_path / "c", {**passages, "triples.tsv": "q1\td1\td2\n"})) == [
-        "triples.tsv: there is no queries_train.tsv, which it refers to"
-    ]
-    train = {**passages, "queries_train.tsv": "t1\tx\n"}
-    assert problems(write(tmp_path / "d", train)) == [
-        "qrels_train.txt: file not found; it judges queries_train.tsv"
-    ]
+    passages, queries, qrels = ({name: content} for name, content in TREC.items())
+    for number, (files, expected) in enumerate([
+        ({**passages, **queries}, "qrels.txt: file not found; it judges queries.tsv"),
+        ({**passages, **qrels}, "qrels.txt: there is no queries.tsv, which it judges"),
+        ({**passages, "triples.tsv": "q1\td1\td2\n"},
+         "triples.tsv: there is no queries_train.tsv, which it refers to"),
+        ({**passages, "queries_train.tsv": "t1\tx\n"},
+         "qrels_train.txt: file not found; it judges queries_train.tsv"),
+    ]):  # fmt: skip
+        assert problems(write(tmp_path / str(number), files)) == [expected]
 
 
 D = '{"_id": "d1", "text": "x"}\n'
@@ -384,7 +362,6 @@ D = '{"_id": "d1", "text": "x"}\n'
         ({"corpus.jsonl": D + '{"_id": 2, "title": 0, "text": null}\n'},
          "corpus.jsonl:2: '_id' must be a text, not 2; 'title' must be a text, not 0; 'text' must be a text, not None"),
         ({"corpus.jsonl": D + '{"_id": "d2", "text": "\\ud83d"}\n'}, "corpus.jsonl:2: an escape in the JSON is half"),
-        ({"corpus.jsonl": D.encode("utf-16")}, "corpus.jsonl: UTF-8 expected, found UTF-16"),
         ({"queries.jsonl": '{"_id": "q1", "text": ""}\n'}, "queries.jsonl:1: the text of 'q1' is empty"),
         ({"qrels/test.tsv": "q1\td1\t1\n"},
          "qrels/test.tsv:1: 4 columns expected (query id, 0, docid, grade), found 3; BEIR's judgements"),
@@ -453,13 +430,6 @@ def test_byte_order_marks_and_windows_line_ends_are_read_with_a_warning_a_file(
     )
 
 
-def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
-    write(tmp_path, TREC, zipped=True)
-    path = tmp_path / "queries.tsv.gz"
-    path.write_bytes(path.read_bytes()[:-9])
-    assert any("queries.tsv.gz:" in p and "truncated or damaged" in p for p in problems(tmp_path))
-
-
 def test_a_folder_without_a_collection_says_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"(?s)none does not exist.*corpus\.jsonl.*collection\.tsv"):
         read_folder(tmp_path / "none")
@@ -493,20 +463,14 @@ def test_what_is_kept_with_a_warning(tmp_path: Path) -> None:
     )
     assert "queries of train and test with the same text: 1, 't1' and 'q1'" in twice
     assert pairs(collection.passages)["d2"] == ""
-    from adaptive_margins.retrieval.bm25 import BM25
-
-    assert set(BM25(collection.passages).search(Texts(["q"], ["wing flow"]), 10)["q"]) == {
-        "d1",
-        "d4",
-    }
+    found = BM25(collection.passages).search(Texts(["q"], ["wing flow"]), 10)
+    assert set(found["q"]) == {"d1", "d4"}
 
 
 # ---- Hugging Face datasets -----------------------------------------------------------------------------------------
 
 
 def test_triples_of_a_dataset(tmp_path: Path) -> None:
-    from datasets import Dataset, DatasetDict
-
     train = {
         "positive": ["wing", "flow", "wing"],
         "negative": ["rib\tcage", "wing", "spar"],
@@ -521,19 +485,15 @@ def test_triples_of_a_dataset(tmp_path: Path) -> None:
         "d1": "wing", "d2": "rib cage", "d3": "flow", "d4": "spar", "d5": "so",
     }  # fmt: skip
     assert {name: pairs(texts) for name, texts in collection.queries.items()} == {
-        "train": {"q1": "what?", "q2": "why?"},
-        "test": {"q3": "why?", "q4": "how?"},
-    }
+        "train": {"q1": "what?", "q2": "why?"}, "test": {"q3": "why?", "q4": "how?"},
+    }  # fmt: skip
     assert collection.qrels == {
-        "train": {"q1": {"d1": 1}, "q2": {"d3": 1}},
-        "test": {"q3": {"d3": 1}, "q4": {"d5": 1}},
-    }
+        "train": {"q1": {"d1": 1}, "q2": {"d3": 1}}, "test": {"q3": {"d3": 1}, "q4": {"d5": 1}},
+    }  # fmt: skip
     assert collection.triples == [("q1", "d1", "d2"), ("q2", "d3", "d1"), ("q1", "d1", "d4")]
 
 
 def test_pairs_of_a_dataset(tmp_path: Path) -> None:
-    from datasets import Dataset
-
     rows = {"question": ["a", "b", "a"], "positive": ["x", "y", "z"]}
     Dataset.from_dict(rows).save_to_disk(tmp_path / "pairs")
     collection = read_dataset(tmp_path / "pairs")
@@ -542,8 +502,6 @@ def test_pairs_of_a_dataset(tmp_path: Path) -> None:
 
 
 def test_datasets_of_another_form_are_refused(tmp_path: Path) -> None:
-    from datasets import Dataset, DatasetDict
-
     def saved(name: str, **splits: dict) -> Path:
         made = DatasetDict({split: Dataset.from_dict(rows) for split, rows in splits.items()})
         made.save_to_disk(tmp_path / name)
@@ -571,27 +529,3 @@ def test_datasets_of_another_form_are_refused(tmp_path: Path) -> None:
     (folder := saved("d", train=good)).joinpath("train", "state.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as a Hugging Face dataset"):
         read_folder(folder)
-
-
-# ---- real collections ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "passages", "queries", "judgements", "empty"),
-    [
-        ("cranfield", 1400, 225, 1837, "2, '471' (line 471), '995' (line 995)"),
-        ("vaswani", 11429, 93, 2083, ""),
-        ("msmarco_dl19", 16999, 43, 9260, ""),
-    ],
-)
-def test_real_collections(
-    name: str, passages: int, queries: int, judgements: int, empty: str
-) -> None:
-    if not (DATA / name / "collection.tsv").is_file():
-        pytest.skip(f"$ADAPTIVE_MARGINS_TEST_DATA names no folder with {name}/collection.tsv")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        collection = read_folder(DATA / name)
-    assert [str(w.message).rpartition(": ")[2] for w in caught] == ([empty] if empty else [])
-    assert (len(collection.passages), len(collection.queries["test"])) == (passages, queries)
-    assert sum(map(len, collection.qrels["test"].values())) == judgements

@@ -39,7 +39,7 @@ from adaptive_margins.profiles.config import IrDatasetsSettings
 from adaptive_margins.progress import bar
 
 FORMAT = 1
-"""Raised by hand whenever a conversion would give other files; collections are then converted again."""
+"""Raised by hand whenever a conversion would give other files, which are then written again."""
 _HASHED = 10_000  # texts hashed at once
 
 

@@ -270,7 +270,7 @@ def _directive(kind: str | None, argument: str, block: list[str], indent: int) -
 
 
 def _sections(lines: list[str]) -> list[tuple[str, list[str]]]:
-    """Split at numpydoc (a title over dashes) and Google ("Returns:") headings; titles lower case."""
+    """Split at numpydoc (title over dashes) and Google ("Returns:") headings; titles lower case."""
     sections: list[tuple[str, list[str]]] = [("", [])]
     for i, line in enumerate(lines):
         following = lines[i + 1].strip() if i + 1 < len(lines) else ""

@@ -496,5 +496,5 @@ def _json_fields(line: str) -> tuple[str, str, str] | str:
 
 
 def one_line(text: str) -> str:
-    """The text with spaces instead of tabs and line breaks, as the files of a collection have it."""
+    """The text with spaces instead of tabs and line breaks, as in the files of a collection."""
     return re.sub(r"[\t\r\n]", " ", text)

@@ -25,11 +25,11 @@ _T = TypeVar("_T")
 
 
 class DownloadError(DataError):
-    """Something could not be fetched. The message names it, the reason and where to put the file."""
+    """Something could not be fetched. The message names it, the reason and the way out."""
 
 
 class LicenceError(DataError):
-    """The terms of a collection were not accepted. The message names them and how to accept them."""
+    """The terms of a collection were not accepted. The message names them and the way out."""
 
 
 # ---- into memory ---------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def read_records(key: str, identifier: str, kind: str) -> Iterator[Any]:
 
 
 class _File(NamedTuple):
-    """A file that ir_datasets reads; its ``url`` is empty if it is derived or provided by the user."""
+    """A file that ir_datasets reads; ``url`` is empty if it is derived or the user provides it."""
 
     url: str
     size: int

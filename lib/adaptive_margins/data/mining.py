@@ -68,8 +68,8 @@ class Guarded:
         return (
             f"no negative is left for any of the {self.queries:,} training queries that have a"
             f" relevant passage with text: their {self.candidates:,} candidates are"
-            f" {found or 'none'}, and random passages are no better. Add passages, another encoder (--model) or triples"
-            " (triples.tsv)"
+            f" {found or 'none'}, and random passages are no better. Add passages, another encoder"
+            " (--model) or triples (triples.tsv)"
         )
 
 
@@ -186,7 +186,7 @@ def _guarded(
 
 
 class _Form(NamedTuple):
-    """A text's hash, case and white space aside (None: it is empty), and its words' sorted hashes."""
+    """A text's hash, case and white space aside (None if empty), and its words' sorted hashes."""
 
     text: int | None
     words: np.ndarray

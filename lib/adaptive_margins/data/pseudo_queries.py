@@ -1,5 +1,4 @@
-"""Pseudo-queries for a corpus without queries: titles, first sentences, sentences cut out (inverse
-cloze task).
+"""Pseudo-queries for a corpus without queries: titles, first sentences, and the inverse cloze task.
 
 They are weaker than real queries. A part of a passage uses its author's words, which a searcher
 does not know; it is a statement, no question; and only its passage counts as relevant, though
@@ -14,8 +13,8 @@ import random
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 from bm25s.stopwords import STOPWORDS_EN
@@ -35,120 +34,9 @@ MIN_CONTENT = {"title": 2, "first sentence": 3, "inverse cloze": 3}
 MIN_TEXT_WORDS = 10
 """Fewest words that a passage has left without its query."""
 CUT = 0.9
-"""Share of inverse cloze queries whose sentence is cut out of its passage (Lee et al. 2019, Section 4)."""
+"""Share of inverse cloze queries whose sentence is cut out of its passage (Lee et al. 2019)."""
 _SPAN = (6, 14)  # words of a query from text without sentence ends
 _STOP_WORDS = frozenset(STOPWORDS_EN)
-
-
-@dataclass(frozen=True)
-class PseudoQuery:
-    """A query made from a passage.
-
-    Attributes:
-        kind: one of `KINDS`.
-        row, docid: the passage.
-        query: its text.
-        rest: the passage without the query.
-        whole: the passage.
-        keeps_query: whether an encoder is trained with the complete passage.
-    """
-
-    kind: str
-    row: int
-    docid: str
-    query: str
-    rest: str
-    whole: str
-    keeps_query: bool
-
-    @property
-    def qid(self) -> str:
-        """An id such as "inverse-cloze:DOCID"."""
-        return f"{self.kind.replace(' ', '-')}:{self.docid}"
-
-
-def pseudo_queries(
-    passages: Texts,
-    titles: Mapping[str, str] | None,
-    *,
-    kinds: Sequence[str] = KINDS,
-    count: int,
-    seed: int,
-    once: bool = False,
-) -> list[PseudoQuery]:
-    """Make up to ``count`` queries, at most one a passage and kind, in equal shares of the kinds if
-    possible.
-
-    - "title": a passage's title. The rest is the passage, without the title if it begins with it.
-    - "first sentence": the first sentence after the title.
-    - "inverse cloze": any sentence after the title, at random. In 1 of 10 cases the text to train
-      on is the complete passage, so that the encoder does not unlearn to match words (Lee, Chang &
-      Toutanova, Latent Retrieval for Weakly Supervised Open Domain Question Answering, ACL 2019,
-      Section 4). In text without any sentence end (lower-case abstracts, say), 6 to 14 consecutive
-      words replace the sentence.
-
-    A title or sentence that another passage has too is no query, so that each has one positive.
-    Words are what white space separates, so text written without spaces gives none. Limits:
-    `QUERY_WORDS`, `TITLE_WORDS`, `MIN_CONTENT`, `MIN_TEXT_WORDS`.
-
-    The result depends on passages, titles, kinds and ``seed`` alone; fewer queries are a prefix of
-    more. All passages are read twice at most; 8 bytes are held of each sentence.
-
-    Args:
-        passages: docids and texts.
-        titles: docid → title, of those passages that have one; None if there are none.
-        kinds: a choice of `KINDS`, in any order.
-        count: queries wanted; fewer if the passages do not give as many.
-        seed: of the choice of passages and sentences.
-        once: at most one query a passage, whatever the kind.
-
-    Raises:
-        ValueError: ``count`` below 1, no kind, or an unknown one.
-        DataError: no passage gives a query.
-    """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, not {count}")
-    if isinstance(kinds, str) or not kinds or set(kinds) - set(KINDS):
-        raise ValueError(f"kinds must be some of {', '.join(KINDS)}, not {kinds!r}")
-    titles = titles or {}
-    repeated = _repeated(passages, titles)
-    taken: set[int] = set()
-
-    def made(kind: str) -> Iterator[PseudoQuery]:
-        order = list(range(len(passages)))
-        random.Random(f"{seed} {kind}").shuffle(order)
-        for row in order:
-            if once and row in taken:
-                continue
-            docid, whole = passages.ids[row], passages.texts[row]
-            # A generator per passage: its draws do not depend on which other passages there are.
-            rng = random.Random(f"{seed} {kind} {docid}")
-            found = _MAKERS[kind](*_parts(whole, titles.get(docid, "")), rng, repeated)
-            if found is not None:
-                taken.add(row)
-                keeps_query = kind == "inverse cloze" and rng.random() >= CUT
-                yield PseudoQuery(kind, row, docid, *found, whole, keeps_query)
-
-    queries = list(itertools.islice(_in_turn([made(k) for k in KINDS if k in kinds]), count))
-    if not queries:
-        raise DataError(
-            f"none of {len(passages)} passages gives a pseudo-query ({', '.join(kinds)}): a query"
-            f" needs {QUERY_WORDS[0]} to {QUERY_WORDS[1]} words (a title {TITLE_WORDS[0]}) that no other"
-            f" passage has in this order, and {MIN_TEXT_WORDS} more words in its passage"
-            f"{_without_spaces(passages)}"
-        )
-    return queries
-
-
-def _in_turn(iterators: list[Iterator[PseudoQuery]]) -> Iterator[PseudoQuery]:
-    """An item of each iterator, again and again, as long as any has one."""
-    while iterators:
-        for iterator in list(iterators):
-            item = next(iterator, None)
-            if item is None:
-                iterators.remove(iterator)
-            else:
-                yield item
 
 
 def pseudo_collection(
@@ -157,7 +45,6 @@ def pseudo_collection(
     sources: Mapping[str, str],
     titles: Mapping[str, str] | None,
     *,
-    kinds: Sequence[str] = KINDS,
     count: int,
     test: int,
     validation: int,
@@ -165,21 +52,32 @@ def pseudo_collection(
 ) -> Collection:
     """Return a collection with pseudo-queries in the sets "train", "validation" and "test".
 
-    The passage of a query does not contain it, as PyDocs has docstrings without their summaries;
-    its grade is 1. With the sentence in its passage, matching words alone would find it (300 test
-    queries of Cranfield, nDCG@10 of first sentences and inverse cloze: BM25 .98 and .99, MiniLM .93
-    and .70; cut, BM25 .74 and .47, MiniLM .71 and .45). In "train" alone, a tenth of the passages
-    of inverse cloze queries stay complete (`pseudo_queries`). A passage gives at most one query, so
-    the sets share no positive.
+    A passage gives at most one query, which is one of these, in equal shares if possible:
 
-    For searching, index the original passages: only training and measuring need this collection.
+    - "title": its title.
+    - "first sentence": the first sentence after the title.
+    - "inverse cloze": any sentence after the title, at random. In text without any sentence end
+      (lower-case abstracts, say), 6 to 14 consecutive words replace the sentence.
+
+    A title or sentence that another passage has too is no query, so that each has one positive, of
+    grade 1. Words are what white space separates, so text written without spaces gives none.
+    Limits: `QUERY_WORDS`, `TITLE_WORDS`, `MIN_CONTENT`, `MIN_TEXT_WORDS`.
+
+    The passage of a query does not contain it, as PyDocs has docstrings without their summaries.
+    With the sentence in its passage, matching words alone would find it (300 test queries of
+    Cranfield, nDCG@10 of first sentences and inverse cloze: BM25 .98 and .99, MiniLM .93 and .70;
+    cut, BM25 .74 and .47, MiniLM .71 and .45). In "train" alone, the passages of a tenth of the
+    inverse cloze queries stay complete, so that the encoder does not unlearn to match words (Lee,
+    Chang & Toutanova, Latent Retrieval for Weakly Supervised Open Domain Question Answering, ACL
+    2019, Section 4). For searching, index the original passages.
+
+    All passages are read twice at most; 8 bytes are held of each sentence.
 
     Args:
         passages: docids and texts; unchanged.
         name: the collection's.
         sources: where the texts come from; an entry on the pseudo-queries is added.
-        titles: docid → title, as for `pseudo_queries`.
-        kinds: a choice of `KINDS`.
+        titles: docid → title, of those passages that have one; None if there are none.
         count: queries to train on, at most.
         test: queries to measure with; at most a quarter of all.
         validation: queries to stop by; at most an eighth of all.
@@ -187,34 +85,33 @@ def pseudo_collection(
             unchanged, unless a quarter or an eighth of all limits those.
 
     Raises:
-        ValueError: a number below 1, no kind, or an unknown one.
+        ValueError: a number below 1.
         DataError: the passages give fewer than 8 queries.
     """
     wanted = {"test": test, "validation": validation, "train": count}
     for what, number in wanted.items():
         if number < 1:
             raise ValueError(f"{what} must be at least 1, not {number}")
-    total = sum(wanted.values())
-    made = pseudo_queries(passages, titles, kinds=kinds, count=total, seed=seed, once=True)
-    if len(made) < 8:
+    drawn = _draw(passages, titles or {}, sum(wanted.values()), seed)
+    if len(drawn) < 8:
         raise DataError(
-            f"{name}: its {len(passages)} passages give {len(made)} pseudo-queries; at least 8 are"
+            f"{name}: its {len(passages)} passages give {len(drawn)} pseudo-queries; at least 8 are"
             f" needed to train, to stop and to measure with{_without_spaces(passages)}"
         )
     texts = list(passages.texts)
     queries: dict[str, Texts] = {}
     qrels = {}
     start = 0
-    shares = {"test": len(made) // 4, "validation": len(made) // 8, "train": len(made)}
+    shares = {"test": len(drawn) // 4, "validation": len(drawn) // 8, "train": len(drawn)}
     for part, share in shares.items():
-        chosen = made[start : start + min(wanted[part], share)]
+        chosen = drawn[start : start + min(wanted[part], share)]
         start += len(chosen)
         queries[part] = Texts([one.qid for one in chosen], [one.query for one in chosen])
         qrels[part] = {one.qid: {one.docid: 1} for one in chosen}
         for one in chosen:
             if not (part == "train" and one.keeps_query):
                 texts[one.row] = one.rest
-    origin = f"{', '.join(kind for kind in KINDS if kind in kinds)}; seed {seed}"
+    origin = f"{', '.join(KINDS)}; seed {seed}"
     return Collection(
         name=name,
         passages=Texts(passages.ids, texts),
@@ -234,14 +131,71 @@ def about(collection: Collection) -> str:
     numbers = ", ".join(f"{kind}: {kinds[kind]:,}" for kind in KINDS if kinds[kind])
     return (
         f"There are no real queries: {kinds.total():,} pseudo-queries were made from the passages"
-        f" ({numbers}). They are weaker than real queries: they use the words of the passage's author,"
-        " they state rather than ask, and only the passage they come from counts as relevant. The"
-        " measures show how well a passage is found by a part of it that was cut out, not how well the"
-        " queries of users are answered."
+        f" ({numbers}). They are weaker than real queries: they use the words of the passage's"
+        " author, they state rather than ask, and only the passage they come from counts as"
+        " relevant. The measures show how well a passage is found by a part of it that was cut out,"
+        " not how well the queries of users are answered."
     )
 
 
 # ---- from a passage to a query -------------------------------------------------------------------
+
+
+class _Drawn(NamedTuple):
+    """A query, and the text of its passage without it."""
+
+    kind: str
+    row: int
+    docid: str
+    query: str
+    rest: str
+    keeps_query: bool  # to be trained on with the complete passage
+
+    @property
+    def qid(self) -> str:
+        return f"{self.kind.replace(' ', '-')}:{self.docid}"
+
+
+def _draw(passages: Texts, titles: Mapping[str, str], count: int, seed: int) -> list[_Drawn]:
+    """Up to ``count`` queries of different passages, the kinds in turn; a prefix of more."""
+    repeated = _repeated(passages, titles)
+    taken: set[int] = set()
+
+    def of_kind(kind: str) -> Iterator[_Drawn]:
+        order = list(range(len(passages)))
+        random.Random(f"{seed} {kind}").shuffle(order)
+        for row in order:
+            if row in taken:
+                continue
+            docid = passages.ids[row]
+            # A generator per passage: its draws do not depend on which other passages there are.
+            rng = random.Random(f"{seed} {kind} {docid}")
+            parts = _parts(passages.texts[row], titles.get(docid, ""))
+            if found := _MAKERS[kind](*parts, rng, repeated):
+                taken.add(row)
+                keeps_query = kind == "inverse cloze" and rng.random() >= CUT
+                yield _Drawn(kind, row, docid, *found, keeps_query)
+
+    drawn = list(itertools.islice(_in_turn([of_kind(kind) for kind in KINDS]), count))
+    if not drawn:
+        raise DataError(
+            f"none of {len(passages)} passages gives a pseudo-query ({', '.join(KINDS)}): a query"
+            f" needs {QUERY_WORDS[0]} to {QUERY_WORDS[1]} words (a title {TITLE_WORDS[0]}) that no"
+            f" other passage has in this order, and {MIN_TEXT_WORDS} more words in its passage"
+            f"{_without_spaces(passages)}"
+        )
+    return drawn
+
+
+def _in_turn(iterators: list[Iterator[_Drawn]]) -> Iterator[_Drawn]:
+    """An item of each iterator, again and again, as long as any has one."""
+    while iterators:
+        for iterator in list(iterators):
+            item = next(iterator, None)
+            if item is None:
+                iterators.remove(iterator)
+            else:
+                yield item
 
 
 def _without_spaces(passages: Texts) -> str:
@@ -250,8 +204,8 @@ def _without_spaces(passages: Texts) -> str:
         return ""
     return (
         f"; {count:,} of them are written without spaces between words, and such text gives no"
-        " pseudo-queries: add queries and judgements (queries.jsonl and qrels/test.tsv, or queries.tsv"
-        " and qrels.txt)"
+        " pseudo-queries: add queries and judgements (queries.jsonl and qrels/test.tsv, or"
+        " queries.tsv and qrels.txt)"
     )
 
 
@@ -320,7 +274,7 @@ _MAKERS: dict[str, Callable[[str, str, random.Random, set[int]], tuple[str, str]
 
 
 def _asks(kind: str, query: str, left: int, repeated: set[int]) -> bool:
-    """Whether it is a query: not too short, too long or repeated; ``left``: its passage's other words."""
+    """Whether it is a query: neither short, long nor repeated; ``left``: the passage's other words."""
     form = _form(query)
     words = form.split()
     low, high = TITLE_WORDS if kind == "title" else QUERY_WORDS
@@ -341,8 +295,8 @@ def _trimmed(query: str) -> str:
 
 _MARK = re.compile(r"(?:[.!?]|…)['\"’”)\]]*(?=\s|$)")
 _ABBREVIATION = re.compile(
-    r"(?:e\.g|i\.e|cf|vs|viz|etc|al|approx|resp|incl|ca|figs?|eqs?|nos?|vols?|pp?|refs?|secs?|chs?|eds?"
-    r"|dept|univ|inc|ltd|dr|mrs?|ms|prof|st|jr|sr|gen|col|lt|hon|rev"
+    r"(?:e\.g|i\.e|cf|vs|viz|etc|al|approx|resp|incl|ca|figs?|eqs?|nos?|vols?|pp?|refs?|secs?"
+    r"|chs?|eds?|dept|univ|inc|ltd|dr|mrs?|ms|prof|st|jr|sr|gen|col|lt|hon|rev"
     r"|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|(?:[a-z]\.)*[a-z])\Z",
     re.IGNORECASE,
 )  # the last: initials, and "U.S."
@@ -376,7 +330,7 @@ def _sentences(text: str) -> Iterator[str]:
 
 
 def _ends(text: str, start: int, mark: int, end: int) -> bool:
-    """Whether a mark ends a sentence that has a letter, by its word and the next character alone."""
+    """Whether a mark ends a sentence that has a letter, by its word and the next character."""
     at = mark
     while at > start and not text[at - 1].isspace():
         at -= 1

@@ -178,7 +178,7 @@ def _parts(texts: _Judged) -> list[_Part]:
 
 
 def _split(parts: Sequence[_Part], wanted: dict[str, int]) -> dict[str, list[int]]:
-    """Queries of "train" and of the sets in ``wanted``, which are filled first, to at least their size."""
+    """Queries of "train" and of the sets in ``wanted``, which are filled first to their size."""
     split: dict[str, list[int]] = {name: [] for name in ("train", *wanted)}
     for part in parts:
         name = next((name for name, n in wanted.items() if len(split[name]) < n), "train")
@@ -191,7 +191,7 @@ def _with_ids(grades: dict[int, int], docids: dict[int, str]) -> dict[str, int]:
 
 
 def source_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Distribution → version of each top-level package ("unknown" where it has none), and Python's."""
+    """Distribution → version (or "unknown") of each top-level package, and Python's."""
     versions = {"python": platform.python_version()}
     distributions = importlib.metadata.packages_distributions()
     for package in packages:

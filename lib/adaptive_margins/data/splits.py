@@ -77,7 +77,7 @@ def _judged(qrels: Qrels) -> list[str]:
 def _dealt(
     collection: Collection, name: str, qids: list[str], sizes: dict[str, int], seed: int
 ) -> dict[str, list[str]]:
-    """Deal queries in random order, those of one text together: first to ``sizes``, then to "train"."""
+    """Deal queries in random order, those of one text together: to ``sizes``, then to "train"."""
     same: dict[str, list[str]] = {}
     texts = collection.queries[name]
     for qid in qids:
@@ -95,8 +95,8 @@ def _dealt(
     if not all(parts.values()):
         raise DataError(
             f"{collection.name}: {len(qids)} judged queries of the set {name}, of {len(same)}"
-            f" different texts, are too few to split into {', '.join(parts)}; at least {len(parts)} of"
-            " different text are needed, and hundreds make sense"
+            f" different texts, are too few to split into {', '.join(parts)}; at least"
+            f" {len(parts)} of different text are needed, and hundreds make sense"
         )
     return parts
 
@@ -114,8 +114,8 @@ def _sentence(parts: dict[str, list[str]], source: str, others: list[str], seed:
     else:
         sentence = (
             f"Of the {total} judged queries of the only set ({source}), {counts['train']:,} are"
-            f" trained on, {counts['validation']:,} are for validation and {counts['test']:,} for the"
-            f" test (drawn with seed {seed})."
+            f" trained on, {counts['validation']:,} are for validation and {counts['test']:,} for"
+            f" the test (drawn with seed {seed})."
         )
     if counts["validation"] < FEW:
         sentence += (

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -52,11 +52,7 @@ class _Strings(Sequence[str]):
     def __len__(self) -> int:
         return len(self.column)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.column[index].to_pylist()
         return self.column[int(index)].as_py()
@@ -195,18 +191,11 @@ class StoredTriples(Sequence[Triple]):
     def __len__(self) -> int:
         return len(self._table)
 
-    @overload
-    def __getitem__(self, index: int) -> Triple: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Triple]: ...
-    def __getitem__(self, index: int | slice) -> Triple | list[Triple]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        query, positive, negative = (
-            ids[column[int(index)].as_py()]
-            for ids, column in zip(self._ids, self._table.columns, strict=True)
-        )
-        return query, positive, negative
+        columns = zip(self._ids, self._table.columns, strict=True)
+        return tuple(ids[column[int(index)].as_py()] for ids, column in columns)
 
     @cached_property
     def rows(self) -> Dataset:

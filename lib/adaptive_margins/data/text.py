@@ -78,7 +78,7 @@ class Problems:
     def unknown(
         self, path: Path, line: int, what: str, identifier: str, known: Iterable[str]
     ) -> None:
-        """Note that a line names an unknown query or passage (``what``); a similar known id is named."""
+        """Note that a line names an unknown query or passage (``what``), for a hint in `text`."""
         self.add(path, line, f"unknown {what} {identifier!r}")
         self._unknown.setdefault((path, f"unknown {what} "), ({}, known))[0][identifier] = None
 

@@ -206,7 +206,7 @@ def _no_run(line: str, cells: list[str]) -> str:
     if cells[:3] == _BEIR_HEADER or (len(cells) == 4 and _INTEGER.fullmatch(cells[3])):
         return f"{expected}, found judgements (qrels)"
     if len(tabs := line.split("\t")) == 4 and " " in tabs[3].strip():
-        what = "MS MARCO's top1000 (query id, docid, query, passage), which has no order; as candidates"
+        what = "MS MARCO's top1000 (query id, docid, query, passage), unordered; as candidates"
         return (
             f"""{expected}, found {what}: awk -F '\\t' '{{print $1, "Q0", $2, 1, 1, "top1000"}}'"""
         )
