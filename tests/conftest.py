@@ -239,6 +239,10 @@ MINIATURE_SIZES = {
 """In the place of the sizes of profiles/paper.yaml."""
 
 
+MINIATURE_NOTEBOOKS = ("01", "05", "06", "07")
+"""Notebooks that show something else in the profile paper, or that the profile smoke does not execute."""
+
+
 def register_miniature(home: Path) -> Any:
     """The collection of `write_miniature`, known to ir_datasets in this process."""
     import irds_miniature
@@ -292,7 +296,7 @@ def write_miniature(home: Path, extends: str = "paper", **values: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def miniature_home(tmp_path_factory) -> Path:
-    """A home folder with everything that the profile paper makes, in small: runs, all notebooks and book. Read only.
+    """A home folder with the runs of the profile paper, in small, and `MINIATURE_NOTEBOOKS`, executed. Read only.
 
     $ADAPTIVE_MARGINS_TEST_MINIATURE may name a folder, as with `smoke_home`.
     """
@@ -302,7 +306,8 @@ def miniature_home(tmp_path_factory) -> Path:
     with FileLock(f"{home}.profile.lock"):
         if not profile.is_file():
             write_miniature(home)
-    return reproduced(home, str(profile), "--all")
+    arguments = [word for number in MINIATURE_NOTEBOOKS for word in ("--notebook", number)]
+    return reproduced(home, str(profile), *arguments)
 
 
 @pytest.fixture(scope="session")
