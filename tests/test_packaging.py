@@ -109,6 +109,33 @@ def test_imports_are_direct_dependencies(folder, allowed):
     assert unnamed == set()
 
 
+NOT_IMPORTED = {
+    "bitsandbytes": "the trainer's 8-bit Adam",
+    "ipykernel": "the kernel of notebooks",
+    "jupyter-book": "a command",
+    "networkx": "docstrings of PyDocs",
+    "sphinx-mathjax-offline": "an extension in _config.yml",
+    "tokenizers": "its version is part of the key of stored tokens",
+    "onnx": "written through torch.onnx",
+    "onnxscript": "used by torch.onnx",
+    "jupyterlab": "a command",
+}
+
+
+def test_dependencies_are_imported():
+    """The other direction: what is declared for users is imported, or listed with its use."""
+    files = [f for folder in ("lib", "examples", "benchmarks") for f in (ROOT / folder).rglob("*.py")]  # fmt: skip
+    owners = importlib.metadata.packages_distributions()
+    used = {
+        canonicalize_name(owner)
+        for module in set().union(*map(imported, files))
+        for owner in owners.get(module, [])
+    }
+    declared = DEPENDENCIES + EXTRAS["onnx"] + EXTRAS["lab"]
+    names = {canonicalize_name(requirement.name) for requirement in declared}
+    assert names - used == set(NOT_IMPORTED)
+
+
 def test_installed_package_has_version_command_and_data():
     assert importlib.metadata.version("adaptive-margins") == adaptive_margins.__version__
     (command,) = importlib.metadata.entry_points(group="console_scripts", name="adaptive-margins")
@@ -121,6 +148,7 @@ def test_installed_package_has_version_command_and_data():
         "book/published.yaml",
         "book/printed/table3.csv",
         "book/templates/tables.html",
+        "book/figures.mplstyle",
         "corpus/model_card.md.j2",
     ):
         assert (package / name).is_file(), name

@@ -4,6 +4,7 @@ from itertools import combinations, pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
@@ -12,9 +13,19 @@ import report_frames as frames
 from adaptive_margins.book import figures
 from adaptive_margins.book.style import encoder_label, measure_label, score, spread, style
 
-PAPER = ("distilbert", "roberta", "mpnet")
-LAPTOP = frames.ENCODERS
+PAPER, LAPTOP = ("distilbert", "roberta", "mpnet"), frames.ENCODERS
 REFERENCES = {frames.NDCG: 0.487, frames.HITS: 0.69}
+PANELS3 = [
+    (f"{measure} | {title}", measure, in_batch)
+    for measure in frames.MEASURES
+    for in_batch, title in figures.IN_BATCH.items()
+]
+DRAW = {
+    "figure3": lambda: figures.figure3(frames.figure3(), references={frames.NDCG: 0.487}),
+    "figure4": lambda: figures.figure4(frames.figure4(), references=REFERENCES),
+    "figure5": lambda: figures.figure5(frames.figure5(), references=REFERENCES),
+    "figure6": lambda: figures.figure6(frames.figure6(encoders=PAPER, sizes=(64, 128), steps=60_000)),
+}  # fmt: skip
 
 
 def panel(figure, label):
@@ -30,273 +41,130 @@ def lines(axis, gid):
     }
 
 
-def texts(axis, gid):
-    return [text for text in axis.texts if text.get_gid() == gid]
+def texts(axis, *gids):
+    return [text for text in axis.texts if text.get_gid() in gids]
 
 
-# --- style ---
+def check_curves(axis, rows, x):
+    """Every line is the frame's, and its filled mark and value are the maximum."""
+    curves = lines(axis, "curve")
+    assert list(curves) == list(dict.fromkeys(rows["encoder"]))
+    for encoder, own in rows.groupby("encoder"):
+        assert curves[encoder].get_xdata().tolist() == own[x].tolist()
+        assert curves[encoder].get_ydata().tolist() == own["value"].tolist()
+        assert curves[encoder].get_color() == style(encoder).color
+        best = own.loc[own["value"].idxmax()]
+        dot = lines(axis, "maximum")[encoder]
+        assert dot.get_xydata().tolist() == [[best[x], best["value"]]]
+    values = sorted(text.get_text() for text in texts(axis, "value"))
+    assert values == sorted(score(v) for v in rows.groupby("encoder")["value"].max())
 
 
-def test_known_encoders_differ_in_colour_and_in_marker():
+def test_styles_are_distinct_stable_and_legible():
     looks = [style(name) for name in (*LAPTOP, *PAPER)]
-    assert len({look.color for look in looks}) == 6
-    assert len({look.marker for look in looks}) == 6
-
-
-def test_style_is_stable():
-    """In every run and process, for any name; an unknown one has no marker of a known one."""
+    assert len({look.color for look in looks}) == len({look.marker for look in looks}) == 6
     assert (style("minilm-3").color, style("minilm-3").marker) == ("#0072b2", "o")
     assert style("distilBERT") == style("distilbert")
     assert (style("my encoder").color, style("my encoder").marker) == ("#0072b2", "X")
-    known = {style(name).marker for name in (*LAPTOP, *PAPER)}
+    known = {look.marker for look in looks}
     assert known.isdisjoint(style(f"encoder {i}").marker for i in range(100))
+    for look in (*looks, style("other")):
+        rgb = np.array(to_rgb(look.text))
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        assert 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05) >= 4.4
 
 
-@pytest.mark.parametrize("name", [*LAPTOP, *PAPER, "other"])
-def test_text_colour_is_legible_on_white(name):
-    rgb = np.array(to_rgb(style(name).text))
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    assert 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05) >= 4.4
-
-
-def test_names():
-    assert encoder_label("distilbert") == "distilBERT"
-    assert encoder_label("mine") == "mine"
+def test_names_and_scores():
+    assert [encoder_label(name) for name in ("distilbert", "mine")] == ["distilBERT", "mine"]
     assert encoder_label("minilm-3", {"minilm-3": "last layer"}) == "last layer"
-    assert measure_label("Success(rel=2)@5") == "Hits@5"
-    assert measure_label("R(rel=2)@20") == "R@20"
-    assert measure_label("nDCG@10") == "nDCG@10"
+    labels = {"Success(rel=2)@5": "Hits@5", "R(rel=2)@20": "R@20", "nDCG@10": "nDCG@10"}
+    assert {name: measure_label(name) for name in labels} == labels
     assert [score(v) for v in (0.5123, 0, 1, 0.9996)] == [".512", ".000", "1.000", "1.000"]
 
 
-def test_spread_keeps_what_is_apart_and_its_order():
+def test_spread():
     assert spread([], 5, 0, 10) == []
     assert spread([3, 40, 20], 5, 0, 100) == [3, 40, 20]
     assert spread([50, 50], 10, 0, 100) == [45, 55]
     assert spread([1, 2], 10, 0, 100) == [0, 10]  # moved up from the edge
     assert spread([99, 99, 99], 10, 0, 100) == [80, 90, 100]
-
-
-def test_spread_is_never_closer_than_the_gap():
+    assert spread([5, 5, 5], 50, 0, 10) == [0, 5, 10]  # no room
     rng = np.random.default_rng(0)
     for _ in range(50):
         wanted = rng.uniform(0, 100, rng.integers(1, 9))
         placed = np.array(spread(wanted.tolist(), 10, 0, 100))
-        assert np.all(np.diff(np.sort(placed)) >= 10 - 1e-9)
+        assert np.all(np.diff(placed[np.argsort(wanted)]) >= 10 - 1e-9)
         assert placed.min() >= -1e-9 and placed.max() <= 100 + 1e-9
-        order = np.argsort(wanted)
-        assert np.all(np.diff(placed[order]) > 0)
 
 
-def test_spread_shrinks_the_gap_where_there_is_no_room():
-    assert spread([5, 5, 5], 50, 0, 10) == [0, 5, 10]
-
-
-# --- Figure 3 ---
-
-
-@pytest.fixture(scope="module")
-def third():
+def test_figure3():
     data = frames.figure3()
-    return data, figures.figure3(data, references={frames.NDCG: 0.487})
-
-
-PANELS3 = [
-    (f"{measure} | {title}", measure, in_batch)
-    for measure in frames.MEASURES
-    for in_batch, title in figures.IN_BATCH.items()
-]
-
-
-def test_figure3_panels(third):
-    _, figure = third
+    figure = figures.figure3(data, references={frames.NDCG: 0.487})
     assert [axis.get_label() for axis in figure.axes] == [label for label, *_ in PANELS3]
     assert [a.get_title() for a in figure.axes] == [*figures.IN_BATCH.values(), "", ""]
     assert [a.get_ylabel() for a in figure.axes] == ["nDCG@10", "", "Hits@5", ""]
     assert figure.get_supxlabel() == "static target ε (band: lowest and highest of 3 seeds)"
-    assert figure.get_suptitle() == ""
-
-
-@pytest.mark.parametrize(("label", "measure", "in_batch"), PANELS3)
-def test_figure3_lines_are_the_frame(third, label, measure, in_batch):
-    data, figure = third
-    axis = panel(figure, label)
-    rows = data[(data["measure"] == measure) & (data["in_batch"] == in_batch) & (data["seed"] == 1)]
-    curves = lines(axis, "curve")
-    assert list(curves) == list(LAPTOP)
-    for encoder, own in rows.groupby("encoder"):
-        line = curves[encoder]
-        assert line.get_xdata().tolist() == own["target"].tolist()
-        assert line.get_ydata().tolist() == own["value"].tolist()
-        assert line.get_color() == style(encoder).color
-        best = own[own["value"] == own["value"].max()]
-        dot = lines(axis, "maximum")[encoder]
-        assert dot.get_xydata().tolist() == [[best["target"].item(), best["value"].item()]]
-    values = [text.get_text() for text in texts(axis, "value")]
-    assert sorted(values) == sorted(score(v) for v in rows.groupby("encoder")["value"].max())
-    (start,) = lines(axis, "start").values()
-    assert start.get_ydata() == pytest.approx(rows["start"].iloc[:2])
-    ends = {text.get_text() for text in texts(axis, "end")}
-    assert ends == {"MiniLM-3", "MiniLM-4", "MiniLM-5", "step 0"} | (
-        {"BM25"} if measure == frames.NDCG else set()
-    )
-
-
-def test_figure3_band_spans_the_seeds(third):
-    data, figure = third
-    axis = panel(figure, PANELS3[0][0])
-    (band,) = axis.collections
-    assert band.get_gid() == "band minilm-3"
-    rows = data[
-        (data["encoder"] == "minilm-3") & ~data["in_batch"] & (data["measure"] == frames.NDCG)
-    ]
-    heights = band.get_paths()[0].vertices
-    for target, own in rows.groupby("target"):
-        at = heights[np.isclose(heights[:, 0], target)][:, 1]
-        assert at.min() == own["value"].min() and at.max() == own["value"].max()
-    seeds = lines(axis, "seeds")["minilm-3"]
-    assert len(seeds.get_xdata()) == (rows["seed"] != 1).sum()
-
-
-def test_figure3_without_seeds_has_no_band():
-    data = frames.figure3(seeds={"none": (1,)})
-    figure = figures.figure3(data)
-    assert not any(axis.collections for axis in figure.axes)
-    assert figure.get_supxlabel() == "static target ε"
+    for label, measure, in_batch in PANELS3:
+        axis = panel(figure, label)
+        rows = data[(data["measure"] == measure) & (data["in_batch"] == in_batch)]
+        check_curves(axis, rows[rows["seed"] == 1], "target")
+        (start,) = lines(axis, "start").values()
+        assert start.get_ydata() == pytest.approx(rows["start"].iloc[:2])
+        ends = {"MiniLM-3", "MiniLM-4", "MiniLM-5", "zero-shot", *["BM25"] * (measure == frames.NDCG)}  # fmt: skip
+        assert {text.get_text() for text in texts(axis, "end")} == ends
+        (band,) = axis.collections
+        own = rows[rows["encoder"] == "minilm-3"]
+        heights = band.get_paths()[0].vertices
+        for target, values in own.groupby("target")["value"]:
+            at = heights[np.isclose(heights[:, 0], target)][:, 1]
+            assert (at.min(), at.max()) == (values.min(), values.max())
+        assert len(lines(axis, "seeds")["minilm-3"].get_xdata()) == (own["seed"] != 1).sum()
+    single = figures.figure3(frames.figure3(seeds={"none": (1,)}))
+    assert not any(axis.collections for axis in single.axes)
+    assert single.get_supxlabel() == "static target ε"
 
 
 def test_figure3_start_of_each_encoder_where_they_differ():
     data = frames.figure3(encoders=PAPER)
     data["start"] += data["encoder"].map({"distilbert": 0, "roberta": -0.02, "mpnet": 0.01})
-    axis = figures.figure3(data).axes[0]
-    colors = {
-        line.get_color(): line.get_ydata()[0]
-        for line in axis.get_lines()
-        if line.get_gid() == "start"
-    }
-    assert colors == pytest.approx(
-        {
-            style("distilbert").text: 0.442,
-            style("roberta").text: 0.422,
-            style("mpnet").text: 0.452,
-        }
-    )
+    starts = [x for x in figures.figure3(data).axes[0].get_lines() if x.get_gid() == "start"]
+    colors = {line.get_color(): line.get_ydata()[0] for line in starts}
+    expected = {"distilbert": 0.442, "roberta": 0.422, "mpnet": 0.452}
+    assert colors == pytest.approx({style(e).text: value for e, value in expected.items()})
 
 
-# --- labels ---
-
-
-def boxes(figure, axis, *gids):
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    found = [text for gid in gids for text in texts(axis, gid)]
-    return [text.get_window_extent(canvas.get_renderer()) for text in found]
-
-
-@pytest.mark.parametrize(
-    "figure",
-    [
-        figures.figure3(frames.figure3()),
-        figures.figure4(frames.figure4(), references=REFERENCES),
-        figures.figure5(frames.figure5(), references=REFERENCES),
-        figures.figure6(frames.figure6(encoders=PAPER, sizes=(64, 128), steps=60_000)),
-    ],
-    ids=["figure3", "figure4", "figure5", "figure6"],
-)
-def test_labels_do_not_overlap_and_stay_on_the_page(figure):
-    page = figure.bbox
-    for axis in figure.axes:
-        found = boxes(figure, axis, "end", "value")
-        for box in found:
-            assert page.x0 <= box.x0 and box.x1 <= page.x1
-            assert page.y0 <= box.y0 and box.y1 <= page.y1
-        for one, other in combinations(found, 2):
-            assert not one.shrunk(0.9, 0.8).overlaps(other.shrunk(0.9, 0.8))
-        ticks = [
-            t.get_window_extent()
-            for t in axis.get_xticklabels()
-            if t.get_text() and t.get_visible()
-        ]
-        if figure.axes[-1] is axis:
-            assert all(one.x1 < other.x0 for one, other in pairwise(ticks))
-
-
-def test_labels_of_equal_lines_are_told_apart():
+def test_figures_4_and_5():
     data = frames.figure4()
-    means = data.groupby(["in_batch", "measure", "step"])["value"].transform("mean")
-    data = frames.mark_maxima(data.assign(value=means), ["encoder", "in_batch", "measure"])
-    figure = figures.figure4(data, references={frames.NDCG: 0.46})
-    for axis in figure.axes:
-        for one, other in combinations(boxes(figure, axis, "end"), 2):
-            assert not one.shrunk(0.9, 0.8).overlaps(other.shrunk(0.9, 0.8))
-
-
-# --- Figures 4 and 5 ---
-
-
-def test_figure4_lines_maxima_and_reference():
-    data = frames.figure4()
-    figure = figures.figure4(data, references=REFERENCES, labels={"minilm-3": "one layer"})
+    figure = figures.figure4(data, references=REFERENCES)
     assert figure.get_supxlabel() == "triples seen"
     for label, measure, in_batch in PANELS3:
         axis = panel(figure, label)
         rows = data[(data["measure"] == measure) & (data["in_batch"] == in_batch)]
-        for encoder, own in rows.groupby("encoder"):
-            line = lines(axis, "curve")[encoder]
-            assert line.get_xdata().tolist() == own["triples"].tolist()
-            assert line.get_ydata().tolist() == own["value"].tolist()
-            ((x, y),) = lines(axis, "maximum")[encoder].get_xydata()
-            best = own.loc[own["value"].idxmax()]
-            assert (x, y) == (best["triples"], best["value"])
+        check_curves(axis, rows, "triples")
         (reference,) = lines(axis, "reference").values()
         assert set(reference.get_ydata()) == {REFERENCES[measure]}
-        assert reference.get_linestyle() == ":"
         assert not lines(axis, "start")
-        assert {t.get_text() for t in texts(axis, "end")} == {
-            "one layer",
-            "MiniLM-4",
-            "MiniLM-5",
-            "BM25",
-        }
-
-
-def test_figure4_axes_are_shared():
-    figure = figures.figure4(frames.figure4())
     top, right, bottom, _ = figure.axes
     assert top.get_ylim() == right.get_ylim() != bottom.get_ylim()
     assert len({axis.get_xlim() for axis in figure.axes}) == 1
     assert not any(t.get_visible() for t in right.get_yticklabels())
-    assert not any(t.get_visible() for t in top.get_xticklabels())
-
-
-def test_figure5_has_a_column_a_batch_size():
     data = frames.figure5()
     figure = figures.figure5(data)
     assert [a.get_title() for a in figure.axes] == ["batch size 16", "batch size 32", "", ""]
     for size in (16, 32):
         rows = data[(data["batch_size"] == size) & (data["measure"] == frames.HITS)]
-        curves = lines(panel(figure, f"{frames.HITS} | batch size {size}"), "curve")
-        for encoder, own in rows.groupby("encoder"):
-            assert curves[encoder].get_ydata().tolist() == own["value"].tolist()
-
-
-def test_millions_of_triples_are_written_short():
+        check_curves(panel(figure, f"{frames.HITS} | batch size {size}"), rows, "triples")
     data = frames.figure4(encoders=PAPER)
-    data["triples"] *= 20_000
-    figure = figures.figure4(data)
+    figure = figures.figure4(data.assign(triples=data["triples"] * 20_000))
     FigureCanvasAgg(figure).draw()
     assert "20M" in [t.get_text() for t in figure.axes[-1].get_xticklabels()]
 
 
-# --- Figure 6 ---
-
-
-def test_figure6_lines_and_axes():
+def test_figure6():
     data = frames.figure6(window=4, span=20)
     figure = figures.figure6(data)
-    assert figure.get_supxlabel() == (
-        "training step (first and last 20 batches, rolling mean over 4 batches)"
-    )
+    expected = "training step (first and last 20 batches, rolling mean over 4 batches)"
+    assert figure.get_supxlabel() == expected
     for (encoder, part), rows in data.groupby(["encoder", "part"]):
         axis = panel(figure, f"{encoder} | 32 | {part}")
         for name in ("mean", "min", "max"):
@@ -307,45 +175,44 @@ def test_figure6_lines_and_axes():
         assert ticks == [str(rows["step"].min()), str(rows["step"].max())]
     assert [a.get_ylabel() for a in figure.axes] == ["φ(d⁺, d⁻)"] + [""] * 5
     assert [t.get_text() for t in figure.texts[:3]] == ["MiniLM-3", "MiniLM-4", "MiniLM-5"]
-
-
-def test_figure6_second_axis_is_the_target():
-    figure = figures.figure6(frames.figure6())
-    axis = figure.axes[-1]
-    (right,) = axis.child_axes
-    assert right.get_ylabel() == "target T = (1 + φ) / 2"
+    (right,) = figure.axes[-1].child_axes  # the target
     FigureCanvasAgg(figure).draw()
-    low, high = axis.get_ylim()
+    low, high = figure.axes[-1].get_ylim()
     assert right.get_ylim() == pytest.approx(((1 + low) / 2, (1 + high) / 2))
     assert "0.5" in [t.get_text() for t in right.get_yticklabels()]
-
-
-def test_figure6_of_a_short_training():
     data = frames.figure6(encoders=("minilm-3",), steps=6, span=6, window=1)
-    figure = figures.figure6(data[data["part"] == "first"])
-    assert len(figure.axes) == 1
-    assert figure.get_supxlabel().endswith("not smoothed)")
+    short = figures.figure6(data[data["part"] == "first"])
+    assert len(short.axes) == 1 and short.get_supxlabel().endswith("not smoothed)")
 
 
-# --- bad input ---
+@pytest.mark.parametrize("name", DRAW)
+def test_labels_do_not_overlap_and_stay_on_the_page(name):
+    figure = DRAW[name]()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    page = figure.bbox
+    assert figure.get_facecolor() == (1, 1, 1, 1) and plt.get_fignums() == []
+    for axis in figure.axes:
+        found = [t.get_window_extent(canvas.get_renderer()) for t in texts(axis, "end", "value")]
+        for box in found:
+            assert page.x0 <= box.x0 and box.x1 <= page.x1
+            assert page.y0 <= box.y0 and box.y1 <= page.y1
+        for one, other in combinations(found, 2):
+            assert not one.shrunk(0.9, 0.8).overlaps(other.shrunk(0.9, 0.8))
+    ticks = [t for t in figure.axes[-1].get_xticklabels() if t.get_text() and t.get_visible()]
+    boxes = [t.get_window_extent() for t in ticks]
+    assert all(one.x1 < other.x0 for one, other in pairwise(boxes))
 
 
-@pytest.mark.parametrize("draw", [figures.figure3, figures.figure4, figures.figure5])
-def test_missing_columns_are_named(draw):
-    data = frames.figure4() if draw is not figures.figure3 else frames.figure3()
-    with pytest.raises(ValueError, match=r"columns \['measure', 'maximum'\] are missing"):
-        draw(data.drop(columns=["measure", "maximum"]))
-    with pytest.raises(ValueError, match="no rows"):
-        draw(data.iloc[:0])
-
-
-def test_a_curve_needs_one_maximum():
-    data = frames.figure3()
+def test_bad_frames_are_named():
+    for name in ("figure3", "figure4", "figure5"):
+        draw, data = getattr(figures, name), getattr(frames, name)()
+        with pytest.raises(ValueError, match=r"columns \['measure', 'maximum'\] are missing"):
+            draw(data.drop(columns=["measure", "maximum"]))
+        with pytest.raises(ValueError, match="no rows"):
+            draw(data.iloc[:0])
     with pytest.raises(ValueError, match="minilm-3: expected one row with maximum, got 0"):
-        figures.figure3(data.assign(maximum=False))
-
-
-def test_bad_values_are_named():
+        figures.figure3(frames.figure3().assign(maximum=False))
     with pytest.raises(ValueError, match=r"one batch size, got \[16, 32\]"):
         figures.figure4(frames.figure5())
     with pytest.raises(ValueError, match=r"references has the measures \['MRR'\]"):
@@ -358,16 +225,7 @@ def test_bad_values_are_named():
         figures.figure6(data)
 
 
-def test_figures_are_opaque_white_and_closed():
-    figure = figures.figure3(frames.figure3())
-    assert figure.get_facecolor() == (1, 1, 1, 1)
-    assert all(axis.get_facecolor() == (1, 1, 1, 1) for axis in figure.axes)
-    assert plt.get_fignums() == []  # a notebook shows the returned figure once
-
-
 def test_a_frame_read_from_csv_gives_the_same_figure(tmp_path):
-    import pandas as pd
-
     data = frames.figure3()
     data.to_csv(tmp_path / "figure3.csv", index=False)
     again = figures.figure3(pd.read_csv(tmp_path / "figure3.csv"))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
-from operator import itemgetter
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -15,6 +14,7 @@ from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.patheffects import withStroke
+from scipy.optimize import isotonic_regression
 
 SMALL = 8.0  # points
 
@@ -98,27 +98,18 @@ def signed(value: float, decimals: int = 3) -> str:
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions at least ``gap`` apart within [low, high], moved as little as possible.
+    """Positions at least ``gap`` apart within [low, high], moved as little as possible (least squares).
 
-    Least squares by isotonic regression (pool adjacent violators). Where [low, high] is too short,
-    the gap shrinks. Returned in the order of ``wanted``.
+    Where [low, high] is too short, the gap shrinks. Returned in the order of ``wanted``.
     """
     count = len(wanted)
     if not count:
         return []
     gap = min(gap, (high - low) / max(count - 1, 1))
-    order = np.argsort(wanted, kind="stable")
-    blocks: list[tuple[float, int]] = []  # mean, size
-    for rank, index in enumerate(order):
-        blocks.append((wanted[index] - rank * gap, 1))
-        while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
-            (a, n), (b, m) = blocks[-2:]
-            blocks[-2:] = [((a * n + b * m) / (n + m), n + m)]
-    level = np.clip(
-        np.repeat([b[0] for b in blocks], [b[1] for b in blocks]), low, high - (count - 1) * gap
-    )
+    order, steps = np.argsort(wanted, kind="stable"), gap * np.arange(count)
+    level = isotonic_regression(np.asarray(wanted, dtype=float)[order] - steps).x
     placed = np.empty(count)
-    placed[order] = level + gap * np.arange(count)
+    placed[order] = np.clip(level, low, high - steps[-1]) + steps
     return placed.tolist()
 
 
@@ -137,93 +128,43 @@ def end_labels(axis: Axes, ends: Sequence[End]) -> None:
     low, high = axis.get_ylim()
     wanted = [(end.y - low) / (high - low) * points for end in ends]
     for end, at, label_at in zip(ends, wanted, spread(wanted, SMALL * 1.3, 0, points), strict=True):
+        leader = {
+            "arrowstyle": "-",
+            "color": end.color,
+            "linewidth": 0.7,
+            "shrinkA": 0,
+            "shrinkB": 2,
+        }
+        common: dict[str, Any] = {
+            "xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False,
+        }  # fmt: skip
         axis.annotate(
-            "",
-            xy=(1, at / points),
-            xytext=(9, label_at - at),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": end.color,
-                "linewidth": 0.7,
-                "shrinkA": 0,
-                "shrinkB": 2,
-            },
+            "", xy=(1, at / points), xytext=(9, label_at - at), arrowprops=leader, **common
         )
         axis.annotate(
-            end.text,
-            xy=(1, label_at / points),
-            xytext=(11, 0),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            va="center",
-            fontsize=SMALL,
-            color=end.color,
-            annotation_clip=False,
-            gid="end",
-        )
+            end.text, xy=(1, label_at / points), xytext=(11, 0), va="center", fontsize=SMALL, color=end.color,
+            gid="end", **common,
+        )  # fmt: skip
 
 
-def value_labels(axis: Axes, dots: Sequence[tuple[float, float, str]]) -> None:
-    """Write the value of each maximum (x, y, colour) where it covers no other mark, if it can."""
-    if not dots:
-        return
-    pixel = axis.figure.dpi / 72
-    frame = axis.get_window_extent()
-    lines = [
-        axis.transData.transform(np.column_stack(line.get_data()).astype(float))
-        for line in axis.get_lines()
-        if str(line.get_gid() or "").startswith("curve")
-    ]
-    fine = np.linspace(0, 1, 12)[:, None]
-    ink = np.concatenate(
-        [a + (b - a) * fine for line in lines for a, b in pairwise(line)] or [np.empty((0, 2))]
+def value_labels(axis: Axes, maxima: Sequence[tuple[float, float, str]]) -> None:
+    """Write the value of each maximum (x, y, colour) above it, or below it where another one is above."""
+    places = axis.transData.transform([(x, y) for x, y, _ in maxima]) * 72 / axis.figure.dpi
+    frame = (
+        axis.get_window_extent().transformed(axis.figure.dpi_scale_trans.inverted()).padded(-0.15)
     )
-    centres = axis.transData.transform([(x, y) for x, y, _ in dots])
-    taken = [np.array([*(c - 4 * pixel), *(c + 4 * pixel)]) for c in centres]
-    half = np.array([1.32 * SMALL, 0.5 * SMALL]) * pixel  # half the size of ".512"
-    around = [
-        (1.6 * far * across, far * up)
-        for far in (9.0, 13.0, 18.0)
-        for across, up in product((0, -1, 1), (1, -1, 0))
-        if across or up
-    ]
-
-    def cost(box: np.ndarray, offset: tuple[float, float], centre: np.ndarray) -> float:
-        overlaps: float = sum(
-            max(0.0, min(box[2], t[2]) - max(box[0], t[0]))
-            * max(0.0, min(box[3], t[3]) - max(box[1], t[1]))
-            for t in taken
+    for (x, y, color), place in zip(maxima, places, strict=True):
+        right, up = (places - place).T
+        below = ((up > 0) & (up < 3 * SMALL) & (abs(right) < 4 * SMALL)).any()
+        side = (
+            "left"
+            if place[0] < 72 * frame.x0
+            else "right"
+            if place[0] > 72 * frame.x1
+            else "center"
         )
-        # Ink under the label, and between it and its mark, which would seem to belong to another.
-        low, high = np.minimum(box[:2], centre), np.maximum(box[2:], centre)
-        near = np.hypot(*(ink - centre).T) < 5 * pixel
-        under = ((ink > low) & (ink < high)).all(axis=1)[~near].sum()
-        out = box[0] < frame.x0 or box[2] > frame.x1 or box[1] < frame.y0 or box[3] > frame.y1
-        return 100 * overlaps + 4 * float(under) + 1e6 * out + float(np.hypot(*offset))
-
-    for index in np.argsort(-centres[:, 1], kind="stable"):
-        boxes = []
-        for offset in around:
-            middle = centres[index] + np.array(offset) * pixel
-            box = np.concatenate([middle - half, middle + half])
-            boxes.append((cost(box, offset, centres[index]), offset, box))
-        _, offset, box = min(boxes, key=itemgetter(0))
-        taken.append(box)
-        x, y, color = dots[index]
         axis.annotate(
-            score(y),
-            xy=(x, y),
-            xytext=offset,
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            fontsize=SMALL,
-            fontweight="bold",
-            color=color,
-            zorder=6,
+            score(y), xy=(x, y), xytext=(0, (-1.2 if below else 1.2) * SMALL), textcoords="offset points",
+            ha=side, va="center", fontsize=SMALL, fontweight="bold", color=color, zorder=6, gid="value",
             path_effects=[withStroke(linewidth=2, foreground="white")],
-            gid="value",
-        )
+        )  # fmt: skip
