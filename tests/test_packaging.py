@@ -116,6 +116,7 @@ NOT_IMPORTED = {
     "ipykernel": "the kernel of notebooks",
     "jupyter-book": "a command",
     "networkx": "docstrings of PyDocs",
+    "scikit-learn": "docstrings of PyDocs",
     "sphinx-mathjax-offline": "an extension in _config.yml",
     "tokenizers": "its version is part of the key of stored tokens",
     "onnx": "written through torch.onnx",
