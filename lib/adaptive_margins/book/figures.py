@@ -103,9 +103,9 @@ def figure6(data: pd.DataFrame) -> Figure:
     smooth = f"rolling mean over {windows[0]} batches" if windows[0] > 1 else "not smoothed"
     label = f"training step (first and last {spans[0]} batches, {smooth})"
     with drawing():
-        edges, height = _edges(len(sizes), left=0.75, right=0.75, panel=2.0, between=0.2)
+        places, height = edges(len(sizes), left=0.75, right=0.75, panel=2.0, between=0.2)
         figure = plt.figure(figsize=(WIDTH, height))
-        grid = figure.add_gridspec(len(sizes), len(encoders), wspace=0.12, **edges)
+        grid = figure.add_gridspec(len(sizes), len(encoders), wspace=0.12, **places)
         for (row, size), (column, encoder) in product(enumerate(sizes), enumerate(encoders)):
             rows = data[(data["encoder"] == encoder) & (data["batch_size"] == size)]
             axes = _broken_panel(figure, grid[row, column], rows, parts, encoder, size)
@@ -143,17 +143,17 @@ def _unique(values: pd.Series) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
-def _edges(
-    rows: int, *, left: float, right: float, panel: float, between: float
+def edges(
+    rows: int, *, left: float, right: float, panel: float, between: float, top: float = 0.28
 ) -> tuple[dict[str, float], float]:
     """Of panels ``panel`` inches high: the arguments of a grid specification, and the figure's height."""
-    top, bottom = 0.28, 0.5
+    bottom = 0.5
     height = top + bottom + panel * rows + between * (rows - 1)
-    edges = {
+    places = {
         "left": left / WIDTH, "right": 1 - right / WIDTH, "top": 1 - top / height, "bottom": bottom / height,
         "hspace": between / panel,
     }  # fmt: skip
-    return edges, height
+    return places, height
 
 
 def _room(axes: Sequence[Axes], share: float) -> None:
@@ -184,11 +184,11 @@ def _panels(
     with drawing():
         lane = 0.24 + 0.078 * max(len(encoder_label(e)) for e in _unique(data["encoder"]))
         left, number = 0.7, len(columns)
-        edges, height = _edges(len(measures), left=left, right=lane, panel=1.75, between=0.16)
+        places, height = edges(len(measures), left=left, right=lane, panel=1.75, between=0.16)
         width = (WIDTH - left - lane * number) / number
         figure, axes = plt.subplots(
             len(measures), number, sharex=True, sharey="row", squeeze=False, figsize=(WIDTH, height),
-            gridspec_kw={**edges, "wspace": lane / width},
+            gridspec_kw={**places, "wspace": lane / width},
         )  # fmt: skip
         pending = []
         for (row, measure), (column, value) in product(enumerate(measures), enumerate(columns)):

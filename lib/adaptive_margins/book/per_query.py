@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+import numpy as np
+from matplotlib import color_sequences
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from adaptive_margins.book.figures import GREY, PALE, WIDTH, drawing, edges
+from adaptive_margins.book.style import End, end_labels
+
+_, _, _, _, _, BLUE, VERMILION, _ = color_sequences["okabe_ito"]
 
 
 def per_query_figure(found: Mapping[str, Any]) -> Figure:
@@ -16,32 +24,16 @@ def per_query_figure(found: Mapping[str, Any]) -> Figure:
 
     ``found`` is what `compare_runs` returned.
     """
-    from matplotlib import pyplot as plt
-
-    from adaptive_margins.book.figures import WIDTH, drawing
-
     pairs = found["pairs"]
     columns = min(len(pairs), 2)
-    rows = math.ceil(len(pairs) / columns)
-    left, lane, top, bottom, panel, between = 0.75, 1.05, 0.42, 0.5, 2.0, 0.95
+    rows, left, lane = math.ceil(len(pairs) / columns), 0.75, 1.05
+    places, height = edges(rows, left=left, right=lane, panel=2.0, between=0.95, top=0.42)
     width = (WIDTH - left - lane * columns) / columns
-    height = top + bottom + panel * rows + between * (rows - 1)
     with drawing():
         figure, axes = plt.subplots(
-            rows,
-            columns,
-            sharey=True,
-            squeeze=False,
-            figsize=(WIDTH, height),
-            gridspec_kw={
-                "left": left / WIDTH,
-                "right": 1 - lane / WIDTH,
-                "top": 1 - top / height,
-                "bottom": bottom / height,
-                "wspace": lane / width,
-                "hspace": between / panel,
-            },
-        )
+            rows, columns, sharey=True, squeeze=False, figsize=(WIDTH, height),
+            gridspec_kw={**places, "wspace": lane / width},
+        )  # fmt: skip
         for axis in axes.flat[len(pairs) :]:
             axis.set_visible(False)
         for axis, pair in zip(axes.flat, pairs, strict=False):
@@ -54,46 +46,35 @@ def per_query_figure(found: Mapping[str, Any]) -> Figure:
 
 
 def _panel(axis: Axes, pair: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    import numpy as np
-    from matplotlib import color_sequences
-    from matplotlib.ticker import MaxNLocator
-
-    from adaptive_margins.book.figures import PALE
-
     a, b = (found["per_query"][pair[side]] for side in "ab")
     differences = np.sort([a[qid] - b[qid] for qid in a])
-    n = len(differences)
-    _, _, _, _, _, blue, vermilion, _ = color_sequences["okabe_ito"]
+    count = len(differences)
     axis.set_label(f"{pair['a']} − {pair['b']}")
     axis.axhspan(-found["margin"], found["margin"], color="#e6e6e6", linewidth=0, gid="margin")
-    # Steps of width 1 around 1, 2, …, n: bars that touch, in one shape, however many queries.
-    edges = np.repeat(np.arange(n + 1) + 0.5, 2)[1:-1]
+    # Steps of width 1 around 1, 2, …: bars that touch, in one shape, however many queries.
+    sides = np.repeat(np.arange(count + 1) + 0.5, 2)[1:-1]
     heights = np.repeat(differences, 2)
-    for part, color in ((heights.clip(min=0), blue), (heights.clip(max=0), vermilion)):
-        axis.fill_between(edges, part, color=color, linewidth=0, gid="differences")
+    for part, color in ((heights.clip(min=0), BLUE), (heights.clip(max=0), VERMILION)):
+        axis.fill_between(sides, part, color=color, linewidth=0, gid="differences")
     axis.axhspan(*pair["ci"], color="black", alpha=0.2, linewidth=0, gid="interval")
     axis.axhline(0, color=PALE, linewidth=0.8, gid="zero")
     axis.axhline(pair["difference"], color="black", linewidth=1.2, gid="mean")
-    axis.set_xlim(0.5, n + 0.5)
+    axis.set_xlim(0.5, count + 0.5)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    names = {side: _short(pair[side]) for side in "ab"}
-    axis.set_title(f"{names['a']} − {names['b']}\n{pair['verdict']}")
+    axis.set_title(f"{_short(pair['a'])} − {_short(pair['b'])}\n{pair['verdict']}")
     up, down = int((differences > 0).sum()), int((differences < 0).sum())
-    axis.set_xlabel(f"{up:,} queries above 0, {down:,} below, {n - up - down:,} equal")
+    axis.set_xlabel(f"{up:,} queries above 0, {down:,} below, {count - up - down:,} equal")
 
 
 def _ends(axis: Axes, pair: Mapping[str, Any], margin: float) -> None:
-    from adaptive_margins.book.figures import GREY
-    from adaptive_margins.book.style import End, end_labels
-
     mean = f"mean {pair['difference']:+.3f}".replace("-", "−")
-    ends = [
-        End(margin, "margin", GREY),
-        End(pair["difference"], mean, "black"),
-        End(-margin, "margin", GREY),
-    ]
+    ends = {
+        margin: ("margin", GREY),
+        pair["difference"]: (mean, "black"),
+        -margin: ("margin", GREY),
+    }
     low, high = axis.get_ylim()
-    end_labels(axis, [end for end in ends if low <= end.y <= high])
+    end_labels(axis, [End(y, *label) for y, label in ends.items() if low <= y <= high])
 
 
 def _short(name: str, most: int = 22) -> str:
