@@ -646,7 +646,7 @@ def _rows(
     return [
         {
             "block": block, "what": what, "paper": paper, "code": code, "kind": kind, "set": query_set, "measure": measure,
-            "seed": other.config.seed,
+            "seed": getattr(other.config, "seed", 0),
             "epsilon_paper": _epsilon(reference), "epsilon_code": _epsilon(other),
             "step_paper": reference.result["kept_step"], "step_code": other.result["kept_step"],
             "value_paper": float(np.mean(list(before.values()))),
