@@ -24,7 +24,6 @@ from adaptive_margins.retrieval.exact import count_self, without_self
 
 CANDIDATES = 100
 """Passages of BM25 that are reranked for a query, if no depth is given."""
-MEASURES = ("nDCG@10", "R(rel=1)@100")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def evaluate_encoder(
     query_set: str | None = None,
     candidates: Path | None = None,
     depth: int | None = None,
-    measures: Sequence[str] = MEASURES,
+    measures: Sequence[str] = ("nDCG@10", "R(rel=1)@100"),
     exclude_self: bool = False,
     device: str | None = None,
     run_out: Path | None = None,
@@ -80,33 +79,34 @@ def evaluate_encoder(
     if candidates and mode == "full":
         raise ArgumentError("candidates", "candidates are reranked with mode rerank, not full")
     collection = open_collection(source)
-    given, complete = read_marked_run(candidates) if candidates else (None, True)
+    given, complete = read_marked_run(Path(candidates)) if candidates else (None, True)
     collection, split = held_out(collection, model)
     name = _set(collection, query_set)
     queries, qrels = collection.queries[name], collection.qrels[name]
-    judged = _relevant(source, name, qrels, measures)
+    if not qrels:
+        raise DataError(f"{source}: none of the queries of {name!r} is judged; nothing to evaluate")
+    judged = {measure: relevant(qrels, measure) for measure in measures}
+    evaluate(qrels, {}, measures)  # what cannot be computed is an error before any encoding
     depth = _depth(depth, mode, given, measures, len(collection.passages))
     if given is not None:
         given = _checked(str(candidates), given, queries, collection.passages)
-    retriever = DenseRetriever(
-        open_encoder(model, device=device or default_device()), collection.passages
-    )
+    encoder = open_encoder(model, device=device or default_device())
+    retriever = DenseRetriever(encoder, collection.passages)
     if not exclude_self:
         _warn_of_self(queries, collection.passages)
     if mode == "full":
-        assert depth
-        run = retriever.search(queries, depth, exclude_self=exclude_self)
+        run = retriever.search(queries, depth or CANDIDATES, exclude_self=exclude_self)
     else:
         run = retriever.rerank(queries, _candidates(collection, name, given, depth, exclude_self))
     # The ranking of this call has all hits that could be found; other candidates may be cut off.
     complete = complete and not (candidates and depth)
     passages = len(collection.passages) - exclude_self
     scored = score(run, qrels, measures, passages=passages, complete=complete)
-    _check_scores(candidates, scored, run, qrels, judged)
+    _check_scores(scored, candidates, run, qrels, judged)
+    most = max(map(len, run.values()))
     if run_out:
-        most = max(map(len, run.values()), default=0)
-        found = depth if depth and not candidates else most + complete
-        write_run(run, run_out, run_tag("adaptive-margins", run, found, passages))
+        asked = depth if depth and not candidates else most + complete
+        write_run(run, Path(run_out), run_tag("adaptive-margins", run, asked, passages))
     report = {
         "measures": scored.evaluation.mean,
         "queries": len(qrels),
@@ -115,27 +115,15 @@ def evaluate_encoder(
         "run": str(run_out) if run_out else None,
         "mode": mode,
         "set": name,
-        "depth": depth or max(map(len, run.values())),
+        "depth": depth or most,
         "model": model,
         "identity": encoder_identity(model),
         "collection": _about(collection, source),
         "split": split,
         "excluded_self": exclude_self,
-        "truncated": {
-            **{what: count for what, (count, _) in retriever.truncated.items()},
-            "limit": retriever.query_length,
-        },
+        "truncated": _truncated(retriever),
     }
     return CorpusEvaluation(scored.evaluation, run, report)
-
-
-def _about(collection: Collection, source: str) -> dict[str, Any]:
-    return {
-        "name": collection.name,
-        "source": source,
-        "fingerprint": collection.fingerprint,
-        "passages": len(collection.passages),
-    }
 
 
 def held_out(collection: Collection, model: str) -> tuple[Collection, str]:
@@ -164,26 +152,11 @@ def _set(collection: Collection, wanted: str | None) -> str:
     there = [name for name, queries in collection.queries.items() if len(queries)]
     if not there:
         raise DataError(f"{collection.name} has passages, but no queries to evaluate with")
-    if wanted is None and len(there) == 1:
-        return there[0]
-    name = wanted or "test"
+    name = wanted or ("test" if len(there) > 1 else there[0])
     if name not in there:
-        expected = ", ".join(there)
-        raise ArgumentError(
-            "query_set", f"{collection.name} has no queries {name!r}; it has {expected}"
-        )
+        message = f"{collection.name} has no queries {name!r}; it has {', '.join(there)}"
+        raise ArgumentError("query_set", message)
     return name
-
-
-def _relevant(source: str, name: str, qrels: Qrels, measures: Sequence[str]) -> dict[str, Qrels]:
-    """Measure → relevant passages. Whatever cannot be computed is an error before any encoding."""
-    if not qrels:
-        raise DataError(
-            f"{source}: none of the queries of {name!r} is judged; there is nothing to evaluate"
-        )
-    judged = {measure: relevant(qrels, measure) for measure in measures}
-    evaluate(qrels, {}, measures)
-    return judged
 
 
 def _depth(
@@ -194,10 +167,8 @@ def _depth(
     if depth is None and given is None:
         depth = max(CANDIDATES, needed) if mode == "full" else CANDIDATES
     if depth is not None and depth < min(needed, passages):
-        names = " ".join(measures)
-        raise ArgumentError(
-            "depth", f"{depth} passages a query are too few for {names}: {needed} are needed"
-        )
+        short = f"{depth} passages a query are too few for {' '.join(measures)}"
+        raise ArgumentError("depth", f"{short}: {needed} are needed")
     return depth
 
 
@@ -224,8 +195,8 @@ def _candidates(
 ) -> Run:
     """The best ``depth`` passages of each query, by the given run or by BM25."""
     if given is None:
-        assert depth
-        given = BM25(collection.passages).search(collection.queries[name], depth + exclude_self)
+        more = (depth or CANDIDATES) + exclude_self
+        given = BM25(collection.passages).search(collection.queries[name], more)
         without_hits({qid: hits for qid, hits in given.items() if qid in collection.qrels[name]})
     if exclude_self:
         given = without_self(given)
@@ -242,20 +213,34 @@ def _warn_of_self(queries: Texts, passages: Texts) -> None:
 
 
 def _check_scores(
-    candidates: Path | None, scored: Scored, run: Run, qrels: Qrels, judged: dict[str, Qrels]
+    scored: Scored, candidates: Path | None, run: Run, qrels: Qrels, judged: dict[str, Qrels]
 ) -> None:
-    """Raise DataError for a measure that was not computed; warn of what makes the scores doubtful."""
+    """Raise DataError for a measure that was refused; warn of what makes the scores doubtful."""
     if scored.refused:
         raise DataError(f"{candidates}: {'; '.join(scored.refused.values())}")
-    if candidates and scored.missing:
+    if scored.missing and candidates:
         warnings.warn(
             f"judged queries without candidates count 0: {scored.missing:,} of {len(qrels):,}",
             stacklevel=3,
         )
-    for level in judged.values():
-        if not finds_relevant(run, level):
-            count = sum(map(len, level.values()))
+    for found in judged.values():
+        if not finds_relevant(run, found):
+            count = sum(map(len, found.values()))
             warnings.warn(
                 f"none of the {count:,} relevant passages is among the hits", stacklevel=3
             )
             break
+
+
+def _about(collection: Collection, source: str) -> dict[str, Any]:
+    return {
+        "name": collection.name,
+        "source": source,
+        "fingerprint": collection.fingerprint,
+        "passages": len(collection.passages),
+    }
+
+
+def _truncated(retriever: DenseRetriever) -> dict[str, int]:
+    counts = {what: count for what, (count, _) in retriever.truncated.items()}
+    return {**counts, "limit": retriever.query_length}

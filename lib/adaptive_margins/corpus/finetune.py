@@ -127,6 +127,7 @@ def finetune(
 
 
 def _finetune(job: Job, work: Path) -> Finetuned:
+    """Prepare, train, rank, compare and write."""
     stages = Stages()
     identity = encoder_identity(job.model)  # an encoder that cannot be used is reported first
     encoder = open_encoder(job.model, device=job.device, seed=job.seed)
@@ -229,11 +230,15 @@ def _train(
         f" {len(validation.queries):,} validation queries on {len(validation.passages):,} passages"
         f" every {every:,} steps"
     )
+    seen: list[int] = []
     with bar("training", total=config.steps, unit="steps") as steps:
 
         def on_check(curve: pd.DataFrame) -> None:
             last = curve.iloc[-1]
             step = int(last["step"])
+            if not seen:  # a resumed run has done these steps before
+                steps.initial = step
+            seen.append(step)
             steps.update(step - steps.n)
             value = number(last[SELECTION])
             say(f"step {step:,} of {config.steps:,}: validation {SELECTION} {value}")
