@@ -27,6 +27,8 @@ import torch
 import yaml
 from filelock import FileLock
 
+from adaptive_margins.encoder import load as encoder_load
+
 atexit.register(shutil.rmtree, os.environ["IR_DATASETS_HOME"], ignore_errors=True)
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_HOME = "ADAPTIVE_MARGINS_TEST_HOME"
@@ -58,6 +60,8 @@ TEXTS = [
 ]
 
 torch.set_num_threads(1)
+# Encoders are opened on the CPU, whatever the machine has; tests of a GPU name it.
+encoder_load.default_device = lambda: "cpu"
 
 
 def command(*arguments: str, home: Path, timeout: float = 600, **environment: str):
