@@ -24,9 +24,9 @@ from schemes import ours
 from sentence_transformers import SentenceTransformer
 from timing import GROWTH, LATEST, clock, growth, keep, rounds, row, show, use_processor_time
 
+from adaptive_margins import paper
 from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.tokens import Tokens, tokenize
-from adaptive_margins.paper.experiments import Reproduction
 from adaptive_margins.retrieval.exact import approximation_recall, exact_search, rerank
 from adaptive_margins.retrieval.faiss_index import build_index, choose_index, search_index
 
@@ -124,9 +124,12 @@ def beside_the_model(number: int) -> list[dict[str, Any]]:
             "collection__validation": 150, "collection__test": 100, "adaptive__triples": 768, "distributed__triples": 768,
             "comparison__triples": 768, "workers": 1,
         }  # fmt: skip
-        reproduction = Reproduction.open("laptop", Path(folder), **small)
-        configs = [reproduction.static_run("minilm-3", e / 10, False) for e in range(number + 1)]
-        reproduction.execute(configs[0])  # what runs share is made here
+        reproduction = paper.open("laptop", Path(folder), **small)
+        configs = [
+            reproduction.experiments.static_run("minilm-3", e / 10, False)
+            for e in range(number + 1)
+        ]
+        reproduction.runner.execute(configs[0])  # what runs share is made here
         with (
             mock.patch.object(SentenceTransformer, "forward", timed(SentenceTransformer.forward)),
             mock.patch.object(torch.Tensor, "backward", timed(torch.Tensor.backward)),
@@ -134,7 +137,7 @@ def beside_the_model(number: int) -> list[dict[str, Any]]:
         ):
             for config in configs[1:]:
                 spent, started = 0.0, clock()
-                reproduction.execute(config)
+                reproduction.runner.execute(config)
                 whole.append(clock() - started)
                 model.append(spent)
     torch.set_num_threads(threads)

@@ -164,9 +164,9 @@ def smoke_home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def smoke(smoke_home):
     """The reproduction that `smoke_home` holds, opened for reading."""
-    from adaptive_margins.paper.experiments import Reproduction
+    from adaptive_margins import paper
 
-    return Reproduction.open("smoke", smoke_home)
+    return paper.open("smoke", smoke_home)
 
 
 def plain_embeddings(model: Any, texts: Sequence[str], length: int) -> Any:
@@ -262,7 +262,7 @@ def write_miniature(home: Path, extends: str = "paper", **values: Any) -> Path:
     Only sizes, places and the device differ. The collection is converted, so that other processes find it.
     """
     import irds_miniature
-    from adaptive_margins.paper.experiments import Reproduction
+    from adaptive_margins import paper
 
     small = register_miniature(home)
     words = [*SPECIAL, *irds_miniature.VOCABULARY]
@@ -294,7 +294,7 @@ def write_miniature(home: Path, extends: str = "paper", **values: Any) -> Path:
     path.write_text(yaml.safe_dump(profile))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ADAPTIVE_MARGINS_ACCEPT_LICENCE", "all")
-        Reproduction.open(path, home).collection  # noqa: B018
+        paper.open(path, home).inputs.collection  # noqa: B018
     return path
 
 
@@ -317,9 +317,9 @@ def miniature_home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def miniature(miniature_home):
     """The reproduction that `miniature_home` holds, opened for reading."""
-    from adaptive_margins.paper.experiments import Reproduction
+    from adaptive_margins import paper
 
-    return Reproduction.open(miniature_home / "miniature-paper.yaml", miniature_home)
+    return paper.open(miniature_home / "miniature-paper.yaml", miniature_home)
 
 
 def run_config(**values: Any) -> Any:

@@ -17,7 +17,8 @@ import adaptive_margins
 PACKAGE = Path(adaptive_margins.__file__).parent
 ORDER = [
     "errors", "losses", "cached_loss", "device", "profiles", "progress", "files", "text_tables", "data", "encoder",
-    "retrieval", "evaluation", "runs", "training", "paper", "book", "corpus", "terminal", "cli_corpus", "cli",
+    "retrieval", "evaluation", "runs", "checkpoints", "training_step", "training", "paper", "book", "corpus",
+    "terminal", "cli_corpus", "cli",
 ]  # fmt: skip
 DATA = [
     "words", "text", "trec", "collection", "stored", "triples", "mining", "pseudo_queries", "docstrings", "pydocs",

@@ -122,7 +122,7 @@ def test_the_step_that_is_timed_has_all_triples_and_is_the_last(encoder):
     for name, step in run.CONTESTANTS.items():
         sizes = []
         with pytest.MonkeyPatch.context() as patch:
-            loss = training._RecordedLoss if "Sentence" not in name else MarginLoss
+            loss = training.RecordedLoss if "Sentence" not in name else MarginLoss
             forward = loss.forward
 
             def spy(self, features, labels=None, forward=forward, sizes=sizes):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from adaptive_margins import paper
 from adaptive_margins.encoder.embed import embed, embed_shards
 from adaptive_margins.encoder.load import open_encoder
 from adaptive_margins.encoder.tokens import tokenize
-from adaptive_margins.paper.experiments import Reproduction
+from adaptive_margins.paper.plan import _Estimates
 from adaptive_margins.profiles.config import EncoderSettings
 
 needs_cuda = pytest.mark.skipif(
@@ -29,7 +30,7 @@ def open_on(device, miniature, tmp_path, **values):
             for part in (miniature.home / name).iterdir():
                 (tmp_path / name / part.name).symlink_to(part)
     overrides = {"device": device, "workers": 1, "ranking__devices": [device], **values}
-    return Reproduction.open(miniature.home / "miniature-paper.yaml", tmp_path, **overrides)
+    return paper.open(miniature.home / "miniature-paper.yaml", tmp_path, **overrides)
 
 
 @needs_cuda
@@ -60,9 +61,9 @@ def test_a_run_on_a_gpu(miniature, tmp_path, precision):
 
 @needs_cuda
 def test_calibration_waits_for_the_gpu(miniature, tmp_path):
-    speed = open_on("cuda", miniature, tmp_path).speed("roberta")
+    speed = _Estimates(open_on("cuda", miniature, tmp_path).inputs).speed("roberta")
     assert speed.measured
-    assert speed.triples > 0 and speed.passages > 0
+    assert speed.triple > 0 and speed.passage > 0
 
 
 @needs_two

@@ -14,7 +14,7 @@ import pytest
 import pytrec_eval
 import yaml
 
-from adaptive_margins.paper.experiments import Reproduction
+from adaptive_margins import paper
 
 FOLDER = Path(os.environ.get("ADAPTIVE_MARGINS_TEST_DATA", "")) / "msmarco_dl19"
 pytestmark = [
@@ -68,7 +68,7 @@ def reproduction(tmp_path_factory):
     }  # fmt: skip
     path = home / "real-text.yaml"
     path.write_text(yaml.safe_dump(profile))
-    return Reproduction.open(path, home)
+    return paper.open(path, home)
 
 
 def measured(qrels, run, notation):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -11,6 +13,8 @@ import shutil
 import sys
 import time
 import traceback
+import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,22 +29,17 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptive_margins import training
+from adaptive_margins.checkpoints import COMPLETE, newest_checkpoint
 from adaptive_margins.data.stored import seeded_order
 from adaptive_margins.encoder.load import open_encoder
 from adaptive_margins.encoder.speed import batcher, hidden_states, upper_layers
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.losses import margin_loss
-from adaptive_margins.paper.experiments import Reproduction
+from adaptive_margins.paper.reproduction import Reproduction
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.profiles.config import EncoderSettings
-from adaptive_margins.training import (
-    COMPLETE,
-    TrainingError,
-    newest_checkpoint,
-    train,
-    trainable,
-)
+from adaptive_margins.training import TrainingError, train, trainable
 from conftest import die, in_child, kill_in, run_config
 
 TRIPLES = 40
@@ -122,7 +121,7 @@ def texts_of(chunk):
 def losses(monkeypatch):
     """Every step's loss beside the embeddings it was computed from, each text embedded alone."""
     steps = []
-    forward = training._RecordedLoss.forward
+    forward = training.RecordedLoss.forward
 
     def spy(self, chunks, rows):
         loss = forward(self, chunks, rows)
@@ -135,7 +134,7 @@ def losses(monkeypatch):
         steps.append((loss.item(), list(torch.stack(vectors)[rows])))
         return loss
 
-    monkeypatch.setattr(training._RecordedLoss, "forward", spy)
+    monkeypatch.setattr(training.RecordedLoss, "forward", spy)
     return steps
 
 
@@ -302,7 +301,7 @@ def test_chunks_change_neither_loss_nor_gradient(material, doubles, encoder, set
                 ("cu_seq_lens_q" in c) == (layout is not Tokens.batch) for c in batch["chunks"]
             )
             assert len(batch["chunks"]) <= min(chunks, texts)
-            loss = training._RecordedLoss(model, config)(batch["chunks"], batch["rows"])
+            loss = training.RecordedLoss(model, config)(batch["chunks"], batch["rows"])
             found, theirs = loss_and_gradients(model, loss)
             assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
             assert theirs.keys() == gradients.keys()
@@ -333,7 +332,7 @@ def test_a_step_waits_for_no_number(material, tmp_path, monkeypatch):
             return function(*args, **(kwargs or {}))
 
     mode = Reads()
-    step, end = training._Trainer.training_step, training._Watch.on_step_end
+    step, end = training._Trainer.training_step, training._Callback.on_step_end
 
     def watched_step(self, *args, **kwargs):
         mode.__enter__()
@@ -345,7 +344,7 @@ def test_a_step_waits_for_no_number(material, tmp_path, monkeypatch):
         return end(self, *args, **kwargs)
 
     monkeypatch.setattr(training._Trainer, "training_step", watched_step)
-    monkeypatch.setattr(training._Watch, "on_step_end", watched_end)
+    monkeypatch.setattr(training._Callback, "on_step_end", watched_end)
     run(material, tmp_path)
     assert len(steps) == 7
     assert not reads, reads[0]
@@ -384,8 +383,8 @@ def test_optimisers_train(material, tmp_path, trainers, losses, optimizer):
         assert {a["optim_bits"] for a in [trainers[0].optimizer.optimizer.args.__dict__]} == {8}
     else:
         assert kind is torch.optim.AdamW
-        fused = {g["fused"] for g in trainers[0].optimizer.param_groups}
-        assert fused == {True if optimizer == "adamw_torch_fused" else None} or fused == {False}
+        fused = {bool(g["fused"]) for g in trainers[0].optimizer.param_groups}
+        assert fused == {optimizer == "adamw_torch_fused"}
     moved = [
         float((a - b).detach().abs().max())
         for a, b in zip(trainable(model).values(), trainable(material.model).values(), strict=True)
@@ -765,6 +764,57 @@ def test_a_step_of_early_stopping_is_not_resumed_past(material, tmp_path):
     assert [r.best_step for r in results] == [2, 2]
 
 
+class Ranking(dict):
+    """A ranking that can be referred to weakly."""
+
+
+@dataclass(frozen=True)
+class Reranked(Evaluation):
+    ranking: Ranking
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_only_the_rankings_of_the_best_and_the_last_evaluation_stay_in_memory(
+    material, tmp_path, keep
+):
+    values, alive, most = [3, 1, 4, 1, 5, 9, 2, 6], weakref.WeakSet(), []
+
+    class Kept(Ranking):
+        __hash__ = object.__hash__
+
+    def evaluator(model):
+        gc.collect()
+        most.append(len(alive))
+        value, ranking = values[len(most) - 1], Kept({"q": {"d": 1.0}})
+        alive.add(ranking)
+        return Reranked({"nDCG@10": value}, {"nDCG@10": {"q": value}}, ranking)
+
+    _, result = run(material, tmp_path, evaluator, evaluate_every=1, keep=keep, checkpoint_every=3)
+    assert len(most) == 8
+    assert max(most) <= 2
+    assert result.kept.mean["nDCG@10"] == (9 if keep == "best" else 6)
+    assert isinstance(result.kept, Reranked)
+    gc.collect()
+    assert set(alive) == {result.kept.ranking}
+
+
+def test_a_checkpoint_writes_only_what_is_new(material, tmp_path):
+    """Progress files are not rewritten, and none grows with the steps before it."""
+    _, result = run(material, tmp_path, measured, evaluate_every=1, checkpoint_every=1, triples=40)
+    parts = [
+        json.loads((tmp_path / "progress" / f"{step}.json").read_text()) for step in range(1, 10)
+    ]
+    assert [len(p["similarities"]) for p in parts] == [1] * 9
+    assert [[e["step"] for e in p["evaluations"]] for p in parts] == [
+        [0, 1],
+        *([n] for n in range(2, 10)),
+    ]
+    written = [row for p in parts for row in p["similarities"]]
+    np.testing.assert_array_equal(written, result.targets[["mean", "min", "max"]].to_numpy()[:9])
+    sizes = {(c / "progress.json").stat().st_size for c in tmp_path.glob("checkpoint-*")}
+    assert max(sizes) < 400
+
+
 def test_half_written_checkpoints_are_removed(tmp_path):
     assert newest_checkpoint(tmp_path / "none") is None
     for step in (2, 10, 12):
@@ -800,7 +850,7 @@ def same_run(a: StoredRun, b: StoredRun):
 
 
 def test_a_killed_run_of_a_profile_leaves_nothing_that_looks_finished(smoke, tmp_path):
-    config = smoke.variant_run("minilm-4", "distributed", False)
+    config = smoke.experiments.variant_run("minilm-4", "distributed", False)
     assert config.save_model
     home = copy_home(smoke.home, tmp_path / "home", {config.run_id})
     other = Reproduction(smoke.profile, home)
@@ -809,7 +859,7 @@ def test_a_killed_run_of_a_profile_leaves_nothing_that_looks_finished(smoke, tmp
 
     def killed():
         kill_in(training._Trainer, "training_step", 4)
-        other.execute(config)
+        other.runner.execute(config)
 
     assert in_child(killed) == "died"
     assert newest_checkpoint(checkpoints).name == "checkpoint-2"
@@ -819,7 +869,7 @@ def test_a_killed_run_of_a_profile_leaves_nothing_that_looks_finished(smoke, tmp
         import adaptive_margins.paper.store as store
 
         store.write_run = lambda *_: die()
-        other.execute(config)
+        other.runner.execute(config)
 
     before = {p.name for p in (home / "runs").iterdir()}
     assert in_child(killed_while_storing) == "died"
@@ -827,7 +877,7 @@ def test_a_killed_run_of_a_profile_leaves_nothing_that_looks_finished(smoke, tmp
     assert {p.name for p in (home / "runs").glob("[!.]*")} == before
     assert checkpoints.is_dir()
 
-    stored = other.execute(config)
+    stored = other.runner.execute(config)
     assert not checkpoints.exists()
     expected = smoke.store.get(config)
     same_run(stored, expected)
@@ -835,7 +885,7 @@ def test_a_killed_run_of_a_profile_leaves_nothing_that_looks_finished(smoke, tmp
 
 
 def test_workers_end_with_their_parent_and_the_rest_is_made_later(smoke, tmp_path):
-    removed = smoke.figure4_runs()
+    removed = smoke.experiments.figure4_runs()
     ids = {c.run_id for c in removed}
     home = copy_home(smoke.home, tmp_path / "home", ids)
     # Forked, so that it need not import everything again; its workers are new processes.

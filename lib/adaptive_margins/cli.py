@@ -12,7 +12,7 @@ from adaptive_margins import cli_corpus, terminal
 from adaptive_margins.progress import printable
 
 if TYPE_CHECKING:
-    from adaptive_margins.paper.experiments import Reproduction
+    from adaptive_margins.paper import Reproduction
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,9 +42,9 @@ def _open(profile: str) -> Reproduction:
     if not any(encoder.revision for encoder in named):
         terminal.offline()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from adaptive_margins.paper.experiments import Reproduction
+    from adaptive_margins import paper
 
-    return Reproduction.open(profile)
+    return paper.open(profile)
 
 
 @app.command()
@@ -54,11 +54,8 @@ def plan(
         bool, typer.Option("--every", help="A line for every run, not one for runs of a kind.")
     ] = False,
 ) -> None:
-    """List the runs of a profile with time, disk and memory, what is done, and what would be fetched. Fetches nothing."""
-    from adaptive_margins.paper.plan_text import plan_text
-
-    reproduction = _open(profile)
-    print(printable(plan_text(reproduction.profile, reproduction.plan(), every=every)))
+    """List the runs of a profile: finished or missing and why, time, disk, downloads. Computes none."""
+    print(printable(_open(profile).plan().text(every=every)))
 
 
 @app.command()
@@ -115,18 +112,6 @@ def profiles() -> None:
     from adaptive_margins.profiles.config import available
 
     print("\n".join(available()))
-
-
-@app.command(epilog="\b\nExamples:\n  adaptive-margins status\n  adaptive-margins status --json")
-def status(as_json: cli_corpus.Json = False) -> None:
-    """What the home folder holds: runs, collections, notebooks, book. Only reads."""
-    from adaptive_margins.files import home
-    from adaptive_margins.paper.status import status as status_of
-    from adaptive_margins.paper.status import status_text
-    from adaptive_margins.profiles.config import available
-
-    found = {**status_of(home()), "profiles": available()}
-    terminal.show(found, as_json, status_text(found))
 
 
 app.add_typer(cli_corpus.commands)

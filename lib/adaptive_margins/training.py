@@ -1,19 +1,16 @@
-"""TrainingRun → trained encoder + learning curve, through Sentence Transformers' trainer (Sections 4 and 5)."""
+"""TrainingRun → trained encoder and learning curve, by Sentence Transformers' trainer (Sections 4 and 5)."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 import psutil
 import torch
@@ -22,43 +19,44 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.evaluation import SentenceEvaluator
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 from torch.utils.data import BatchSampler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
-from adaptive_margins.data.stored import COLUMNS, seeded_order
-from adaptive_margins.encoder.embed import embed_chunks, length_chunks
+from adaptive_margins.checkpoints import COMPLETE, Progress, newest_checkpoint, to_disk
+from adaptive_margins.data.stored import seeded_order
 from adaptive_margins.encoder.load import quiet
 from adaptive_margins.encoder.speed import batcher
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation.measures import Evaluation
-from adaptive_margins.losses import margin_loss
 from adaptive_margins.runs import TrainingRun
-
-COMPLETE = "COMPLETE"
+from adaptive_margins.training_step import RecordedLoss, TripleCollator
 
 REPORTERS = ("tensorboard", "wandb", "mlflow", "trackio")
 """Integrations of the trainer that `train` reports to; each is also the name of its package."""
 
 
 class TrainingError(AdaptiveMarginsError, RuntimeError):
-    """Training that cannot go on.
-
-    A loss that is not finite, too few triples, a checkpoint that cannot be written, nothing to report to.
-    """
+    """Training that cannot continue: a loss that is not finite, too few triples, a full disk."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training run leaves behind; the model itself is left in the state that ``config.keep`` asks for.
+    """The results of a training; the model is left in the state of the selected checkpoint.
 
-    ``curve``: a row per evaluation, step 0 included (step, triples, seconds of training, measures);
-    ``checks``: the same in long form, a row per evaluation, query and measure (step, qid, measure, value);
-    ``targets``: a row per step (step, mean, min, max of raw φ(d⁺, d⁻) over the batch); ``kept``: the kept step's evaluation.
+    Attributes:
+        curve: one row per evaluation, step 0 included: step, triples, seconds of training,
+            measures.
+        checks: the same per query: step, qid, measure, value.
+        targets: one row per step: step, mean, min, max of raw φ(d⁺, d⁻) over the batch.
+        kept: the evaluation of the selected checkpoint: the object that the evaluator returned,
+            unless that was before an interruption.
+        kept_step, best_step, stop_step: the selected, the best and the last step.
+        triples: trained on until the last step.
+        train_seconds, eval_seconds: training and evaluation apart.
+        peak_bytes: largest memory after a step, of the GPU if there is one, else of the process.
     """
 
     curve: pd.DataFrame
@@ -74,229 +72,150 @@ class TrainingResult:
     peak_bytes: int
 
 
-class TripleCollator:
-    """Rows of pre-tokenised texts → a step's features: its distinct texts sorted by length, in ``chunks`` parts.
-
-    ``batch`` makes features of a part (`encoder.speed.batcher`). All of it happens on the host, so that a step need not ask
-    the device for lengths. ``rows`` (3, B) are the places of the texts of the three columns among those of all chunks
-    (`embed_chunks`).
-    """
-
-    valid_label_columns: tuple[str, ...] = ()
-
-    def __init__(
-        self,
-        queries: Tokens,
-        passages: Tokens,
-        chunks: int,
-        batch: Callable[[Tokens, np.ndarray], dict[str, Tensor]],
-    ) -> None:
-        self.queries, self.passages, self.chunks, self.batch = queries, passages, chunks, batch
-
-    def __call__(self, rows: list[dict[str, int]]) -> dict[str, Any]:
-        """One row a triple: the row of its query among the queries, those of its passages among the passages."""
-        query, positive, negative = (np.array([row[c] for row in rows]) for c in COLUMNS)
-        queries, query_at = np.unique(query, return_inverse=True)
-        passages, passage_at = np.unique([positive, negative], return_inverse=True)
-        texts = self.queries.take(queries) + self.passages.take(passages)
-        parts = length_chunks(texts.lengths, self.chunks)
-        place = np.argsort(np.concatenate(parts))
-        at = np.vstack([query_at, len(queries) + passage_at.reshape(2, -1)])
-        return {
-            "chunks": [self.batch(texts, part) for part in parts],
-            "rows": torch.from_numpy(place[at]),
-        }
-
-
-class _RecordedLoss(nn.Module):
-    """The run's loss on the three columns.
-
-    Of every step it keeps the loss, and mean, min and max of φ over D⁺ × D⁻ (Figure 6), on the device: reading them in every
-    step would make a GPU wait.
-    """
-
-    def __init__(self, model: Any, config: TrainingRun) -> None:
-        super().__init__()
-        self.model = model
-        self.config = config
-        self.recorded: list[Tensor] = []
-        self.softmax = MultipleNegativesRankingLoss(model) if config.loss == "softmax" else None
-
-    def forward(self, chunks: Sequence[dict[str, Tensor]], rows: Tensor) -> Tensor:
-        query, positive, negative = embed_chunks(self.model, chunks, rows)
-        loss = self._loss(query, positive, negative)
-        with torch.no_grad():
-            similarity = normalize(positive.float(), dim=-1) @ normalize(negative.float(), dim=-1).T
-            figures = [loss.float(), similarity.mean(), similarity.min(), similarity.max()]
-            self.recorded.append(torch.stack(figures))
-        return loss
-
-    def _loss(self, query: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-        if self.softmax is not None:
-            return self.softmax.compute_loss_from_embeddings([query, positive, negative], None)
-        c = self.config
-        assert c.target is not None
-        return margin_loss(
-            query, positive, negative, target=c.target, in_batch=c.in_batch, orientation=c.orientation,
-            error=c.error, stop_gradient=c.stop_gradient,
-        )  # fmt: skip
-
-
-@dataclass
-class _Progress:
-    """All that a resumed run must know beyond what the trainer keeps; saved with each checkpoint."""
-
-    curve: list[dict[str, float]] = field(default_factory=list)
-    checks: list[dict[str, dict[str, float]]] = field(default_factory=list)
-    similarities: list[list[float]] = field(default_factory=list)
-    best_step: int = 0
-    checks_without_gain: int = 0
-    train_seconds: float = 0.0
-    eval_seconds: float = 0.0
-    peak_bytes: int = 0
-
-
-class _Watch(TrainerCallback):
-    """Evaluates, keeps the best state (step 0 may be it), stops early, and keeps the clocks of training and evaluation apart."""
+class _Callback(TrainerCallback):
+    """Evaluation, the best checkpoint (step 0 included), early stopping, and two timers."""
 
     def __init__(
         self,
         config: TrainingRun,
         model: nn.Module,
-        loss: _RecordedLoss,
         evaluator: Callable[[Any], Evaluation],
+        folder: Path,
         checkpoint_every: int,
         on_check: Callable[[pd.DataFrame], None] | None,
     ) -> None:
         self.config = config
         self.model = model
-        self.loss = loss
+        self.loss = RecordedLoss(model, config)
         self.evaluator = evaluator
         self.checkpoint_every = checkpoint_every
         self.on_check = on_check
-        self.log: Callable[[dict[str, float]], None] | None = None  # to the integrations, if any
-        self.progress = _Progress()
+        self.log: Callable[[dict[str, float]], None] | None = None  # to the reporters, if any
+        self.progress = Progress(folder / "progress")
         self.best_state: dict[str, Tensor] = {}
+        self.best: Evaluation | None = None
         self.last: Evaluation | None = None
         self._process = psutil.Process()
         self._since = time.perf_counter()
 
-    def read_steps(self) -> None:
-        """Fetch what the loss has recorded since the last call. Raises TrainingError if a loss is not finite."""
+    def timer(self, name: Literal["train_seconds", "eval_seconds"] | None) -> None:
+        """Add the time since the last call to a timer; None, as for checkpoints, to neither."""
+        now = time.perf_counter()
+        if name is not None:
+            setattr(self.progress, name, getattr(self.progress, name) + now - self._since)
+        self._since = now
+
+    def evaluate(self, step: int, known: Evaluation | None = None) -> Evaluation:
+        """Evaluate the model (or take a ``known`` evaluation), and remember it if it is the best.
+
+        Of equal ones, the first is the best. Only the best and the last evaluation are referred to:
+        an evaluator may return large ones, with their rankings.
+        """
+        evaluation = known or self.evaluator(self.model)
+        progress, value = self.progress, evaluation.mean[self.config.selection]
+        gained = not progress.evaluations or value > progress.best_value
+        progress.without_gain = 0 if gained else progress.without_gain + 1
+        if gained:
+            progress.best_step, progress.best_value = step, value
+            self.best = evaluation
+            if self.config.keep == "best":
+                state = trainable(self.model).items()
+                self.best_state = {name: p.detach().cpu().clone() for name, p in state}
+        progress.evaluations.append(
+            {
+                "step": step,
+                "triples": step * self.config.batch_size,
+                "seconds": progress.train_seconds,
+                "mean": evaluation.mean,
+                "per_query": evaluation.per_query,
+            }
+        )
+        self.last = evaluation
+        return evaluation
+
+    def read_records(self) -> None:
+        """Fetch the records of the steps from the device. Raises TrainingError for a bad loss."""
         if not self.loss.recorded:
             return
         for loss, *similarity in torch.stack(self.loss.recorded).tolist():
             if not math.isfinite(loss):
                 c = self.config
                 raise TrainingError(
-                    f"run {c.run_id}: the loss is {loss} after step {len(self.progress.similarities)} (encoder "
-                    f"{c.encoder}, target {c.target}, learning rate {c.learning_rate}); try a smaller rate"
+                    f"run {c.run_id}: the loss is {loss} after step"
+                    f" {len(self.progress.similarities)} (encoder {c.encoder}, target {c.target},"
+                    f" learning rate {c.learning_rate}); try a smaller rate"
                 )
             self.progress.similarities.append(similarity)
         self.loss.recorded.clear()
 
-    def tick(self, clock: Literal["train_seconds", "eval_seconds"] | None) -> None:
-        """Book the time since the last call to ``clock`` (None: to neither, as for writing checkpoints)."""
-        now = time.perf_counter()
-        if clock is not None:
-            setattr(self.progress, clock, getattr(self.progress, clock) + now - self._since)
-        self._since = now
-
-    def record(self, step: int, evaluation: Evaluation) -> bool:
-        """Add a row to the curve; True if it is the best so far (the first of equals stays best)."""
-        progress, measure = self.progress, self.config.selection
-        value = evaluation.mean[measure]
-        gained = not progress.curve or value > max(row[measure] for row in progress.curve)
-        row = {
-            "step": step,
-            "triples": step * self.config.batch_size,
-            "seconds": progress.train_seconds,
-        }
-        progress.curve.append({**row, **evaluation.mean})
-        progress.checks.append(evaluation.per_query)
-        if gained:
-            progress.best_step = step
-            if self.config.keep == "best":
-                self.best_state = {
-                    k: v.detach().cpu().clone() for k, v in trainable(self.model).items()
-                }
-        progress.checks_without_gain = 0 if gained else progress.checks_without_gain + 1
-        self.last = evaluation
-        return gained
-
-    def tell(self) -> None:
-        """Hand the curve to ``on_check``; the time that it takes is booked to neither clock."""
+    def _report(self) -> None:
         if self.on_check is not None:
-            self.on_check(pd.DataFrame(self.progress.curve))
-        self.tick(None)
+            self.on_check(self.progress.curve())
+        self.timer(None)
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.log is not None and self.last is not None:  # not resumed: that is step 0's
+        if self.log is not None and self.last is not None:  # step 0; a resumed run has logged it
             self.log({f"eval_{name}": value for name, value in self.last.mean.items()})
-        self.tell()
+        self._report()
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        every, step = self.config.evaluate_every, state.global_step
-        control.should_evaluate = step == self.config.steps or (every > 0 and step % every == 0)
-        control.should_save = (
-            bool(self.checkpoint_every)
-            and step % self.checkpoint_every == 0
-            and step < self.config.steps
-        )
-        resident = (
-            torch.cuda.max_memory_allocated()
-            if torch.cuda.is_available()
-            else self._process.memory_info().rss
-        )
-        self.progress.peak_bytes = max(self.progress.peak_bytes, resident)
+        step, last = state.global_step, state.global_step == self.config.steps
+        evaluate_every, save_every = self.config.evaluate_every, self.checkpoint_every
+        control.should_evaluate = last or (evaluate_every > 0 and step % evaluate_every == 0)
+        control.should_save = not last and save_every > 0 and step % save_every == 0
+        memory = self._process.memory_info().rss
+        if torch.cuda.is_available():
+            memory = torch.cuda.max_memory_allocated()
+        self.progress.peak_bytes = max(self.progress.peak_bytes, memory)
         if control.should_evaluate or control.should_save:
-            self.read_steps()
-        self.tick("train_seconds")
+            self.read_records()
+        self.timer("train_seconds")
         return control
 
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        self.tick("eval_seconds")
-        self.tell()
-        if self.config.patience and self.progress.checks_without_gain >= self.config.patience:
+        self.timer("eval_seconds")
+        self._report()
+        if self.config.patience and self.progress.without_gain >= self.config.patience:
             control.should_training_stop = True
             control.should_save = False  # a checkpoint here would be resumed past the stop
         return control
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.tick(None)
+        self.timer(None)
 
 
 class _Evaluator(SentenceEvaluator):
-    """The trainer's view of the evaluation; the callback records what it finds."""
+    """The trainer's view of the evaluation."""
 
-    def __init__(self, watch: _Watch) -> None:
+    def __init__(self, callback: _Callback) -> None:
         super().__init__()
-        self.watch = watch
+        self.callback = callback
 
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
-        evaluation = self.watch.evaluator(model)
-        self.watch.record(steps, evaluation)
-        return dict(evaluation.mean)
+        return dict(self.callback.evaluate(steps).mean)
 
 
 class _Trainer(SentenceTransformerTrainer):
-    """Sentence Transformers' trainer with decay per step, and checkpoints that hold the trained parameters only."""
+    """Sentence Transformers' trainer with decay per step and small checkpoints.
 
-    watch: _Watch
+    A checkpoint has the trained parameters, those of the best step, and the state of the run.
+    """
+
+    callback: _Callback
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
         if self.lr_scheduler is None:  # type: ignore[has-type]
-            decay = self.watch.config.decay
+            decay = self.callback.config.decay
             self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer or self.optimizer, lambda step: decay**step
             )
@@ -304,10 +223,10 @@ class _Trainer(SentenceTransformerTrainer):
         return self.lr_scheduler
 
     def add_model_card_callback(self, default_args_dict: dict[str, Any]) -> None:
-        """No card for a run: its config.json says more, and the rows here are numbers, not texts."""
+        """A run has no model card: the rows here are numbers, not texts."""
 
     def collect_features(self, inputs: dict[str, Any]) -> tuple[list[dict[str, Tensor]], Tensor]:
-        """What `_RecordedLoss` takes: the chunks, and where the columns' texts are in them."""
+        """The arguments of `RecordedLoss`: the chunks, and the places of the columns' texts."""
         return inputs["chunks"], inputs["rows"]
 
     def _save(
@@ -315,59 +234,39 @@ class _Trainer(SentenceTransformerTrainer):
     ) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in trainable(self.model).items()},
-            folder / "model.safetensors",
-        )
-        if self.watch.best_state:
-            save_file(
-                {k: v.contiguous() for k, v in self.watch.best_state.items()},
-                folder / "best.safetensors",
-            )
-        (folder / "progress.json").write_text(json.dumps(vars(self.watch.progress)))
+        state = {k: v.detach().cpu() for k, v in trainable(self.model).items()}
+        for name, tensors in (("model", state), ("best", self.callback.best_state)):
+            if tensors:
+                contiguous = {k: v.contiguous() for k, v in tensors.items()}
+                save_file(contiguous, folder / f"{name}.safetensors")
+        self.callback.progress.save(folder, self.state.global_step)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-            for (
-                file
-            ) in folder.iterdir():  # the marker must not reach the disk before what it vouches for
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
+            to_disk(folder.iterdir())  # all of it, before the marker
             (folder / COMPLETE).touch()
         except (
             OSError,
             SafetensorError,
             RuntimeError,
-        ) as error:  # RuntimeError: torch.save on a full disk
+        ) as error:  # torch.save on a full disk: the last
             shutil.rmtree(folder, ignore_errors=True)
             raise TrainingError(
-                f"run {self.watch.config.run_id}: {folder} could not be written: {error}"
+                f"run {self.callback.config.run_id}: {folder} could not be written: {error}"
             ) from error
 
     def _load_from_checkpoint(self, checkpoint_path: str, model: nn.Module | None = None) -> None:
         folder = Path(checkpoint_path)
         self.model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
         best = folder / "best.safetensors"
-        self.watch.best_state = load_file(best) if best.is_file() else {}
-        vars(self.watch.progress).update(json.loads((folder / "progress.json").read_text()))
+        self.callback.best_state = load_file(best) if best.is_file() else {}
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that training changes, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole; half-written ones are removed."""
-    whole = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / COMPLETE).is_file():
-            whole.append(checkpoint)
-        else:
-            shutil.rmtree(checkpoint)
-    return max(whole, key=lambda c: int(c.name.rsplit("-", 1)[1]), default=None)
 
 
 def train(
@@ -386,42 +285,72 @@ def train(
     run_name: str = "",
     on_check: Callable[[pd.DataFrame], None] | None = None,
 ) -> TrainingResult:
-    """Train ``model`` in place on ``triples``: columns query, positive and negative, rows of the two `Tokens`.
+    """Train ``model`` in place; a call that was interrupted is resumed.
 
-    ``evaluator`` gives the validation measures of a model; ``initial`` is its result at step 0 where it is known already.
-    ``folder`` takes checkpoints and is resumed from. The order of the triples depends on their number and ``config.seed``
-    alone, so all runs of a grid see the same one, and shorter runs the beginning of it.
+    The order of the triples depends on their number and ``config.seed`` alone: all runs of a grid
+    see the same one, and shorter runs the beginning of it.
 
-    ``report_to`` names any of `REPORTERS`: they get loss and learning rate every few steps, and the measures of every
-    evaluation, step 0 included. Each is set up by its own environment variables, which also say whether anything leaves the
-    machine; TensorBoard's files go to $TENSORBOARD_LOGGING_DIR, else to ``folder / "tensorboard"``. ``run_name`` is what
-    the others call the run. ``on_check`` gets the curve so far when training begins, and after each evaluation. None of
-    this changes what is computed.
+    Args:
+        config: the run.
+        model: a SentenceTransformer; changed.
+        triples: columns query, positive and negative: rows of ``queries`` and ``passages``.
+        queries, passages: tokenised texts.
+        evaluator: returns the validation measures of a model.
+        initial: its result at step 0, if that is known.
+        folder: for checkpoints; read if there are any.
+        checkpoint_every: steps between checkpoints; 0 for none.
+        device: as torch names it.
+        report_to: any of `REPORTERS`: they get loss and learning rate every few steps, and all
+            evaluations. Each is configured by its environment variables, which also decide whether
+            anything leaves the machine; TensorBoard's files go to $TENSORBOARD_LOGGING_DIR, else to
+            ``folder / "tensorboard"``.
+        run_name: the name that the reporters show.
+        on_check: called with the learning curve so far, at the beginning and after each evaluation.
 
     Raises:
-        TrainingError: the triples do not suffice for one pass, the loss is not finite, or one of ``report_to`` is unknown
-            or cannot be used.
+        TrainingError: there are fewer triples than one pass needs, the loss is not finite, or a
+            reporter is unknown or cannot be used.
     """
     reporters = _reporters(report_to, folder)
     if config.steps * config.batch_size > len(triples) or not config.steps:
         raise TrainingError(
-            f"run {config.run_id} needs {config.triples} triples in batches of {config.batch_size}, there are {len(triples)}"
+            f"run {config.run_id} needs {config.triples} triples in batches of"
+            f" {config.batch_size}, there are {len(triples)}"
         )
+    callback = _Callback(config, model, evaluator, folder, checkpoint_every, on_check)
+    checkpoint = newest_checkpoint(folder)
+    callback.progress.load(checkpoint)
+    if checkpoint is None:
+        callback.timer(None)
+        callback.evaluate(0, initial)
+        callback.timer("eval_seconds")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of earlier runs in this process
+    arguments = _arguments(config, folder, device, reporting=bool(reporters), run_name=run_name)
+    trainer = _Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=triples,
+        loss=callback.loss,
+        evaluator=_Evaluator(callback),
+        data_collator=TripleCollator(queries, passages, config.chunks, batcher(model)),
+        callbacks=[*reporters, callback],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.callback = callback
+    callback.log = trainer.log if reporters else None
+    with quiet():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return _result(callback, trainer.state.global_step)
 
+
+def _arguments(
+    config: TrainingRun, folder: Path, device: str, *, reporting: bool, run_name: str
+) -> SentenceTransformerTrainingArguments:
     def batches(dataset: Dataset, batch_size: int, **_: Any) -> BatchSampler:
         order = seeded_order(len(dataset), config.seed)
         return BatchSampler(order[: config.steps * batch_size], batch_size, drop_last=True)
 
-    loss = _RecordedLoss(model, config)
-    watch = _Watch(config, model, loss, evaluator, checkpoint_every, on_check)
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint is None:
-        watch.tick(None)
-        first = initial or evaluator(model)
-        watch.tick("eval_seconds")
-        watch.record(0, first)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # of the process's earlier runs
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         max_steps=config.steps,
@@ -435,53 +364,36 @@ def train(
         fp16=config.precision == "fp16",
         seed=config.seed,
         batch_sampler=batches,
-        logging_strategy="steps" if reporters else "no",
-        logging_steps=max(1, min(10, config.steps // 20)) if reporters else 500,
-        logging_nan_inf_filter=False,  # it would look at every step's loss; _Watch does at checks and checkpoints
-        eval_strategy="no",  # _Watch says when
+        logging_strategy="steps" if reporting else "no",
+        logging_steps=max(1, min(10, config.steps // 20)) if reporting else 500,
+        logging_nan_inf_filter=False,  # it reads the loss of every step; _Callback does so rarely
+        eval_strategy="no",  # _Callback decides
         save_strategy="no",
         save_total_limit=2,  # the older one is removed before the newer one is marked
-        report_to="none",  # _reporters are among the callbacks
+        report_to="none",  # the reporters are among the callbacks
         run_name=run_name or None,
         disable_tqdm=True,
         use_cpu=device == "cpu",
     )
-    # With several GPUs in sight the trainer would split batches over them, each as large as one was to be.
+    # With several GPUs the trainer would split batches over them, each as large as one was to be.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    trainer = _Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=triples,
-        loss=loss,
-        evaluator=_Evaluator(watch),
-        data_collator=TripleCollator(queries, passages, config.chunks, batcher(model)),
-        callbacks=[*reporters, watch],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.watch = watch
-    watch.log = trainer.log if reporters else None
-    with quiet():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return arguments
 
-    progress = watch.progress
-    stop_step = trainer.state.global_step
-    if watch.last is None:
-        raise TrainingError(f"run {config.run_id} ended without an evaluation")
-    kept_step, kept = stop_step, watch.last
+
+def _result(callback: _Callback, stop_step: int) -> TrainingResult:
+    """Leave the model in the state of the selected checkpoint, and collect the results."""
+    config, progress = callback.config, callback.progress
+    kept_step, kept = stop_step, callback.last
     if config.keep == "best":
-        model.load_state_dict(watch.best_state, strict=False)
-        best = next(i for i, row in enumerate(progress.curve) if row["step"] == progress.best_step)
-        mean = {m: progress.curve[best][m] for m in watch.last.mean}
-        kept_step, kept = (
-            progress.best_step,
-            Evaluation(mean=mean, per_query=progress.checks[best]),
-        )
-    targets = pd.DataFrame(progress.similarities, columns=["mean", "min", "max"])
-    targets.insert(0, "step", np.arange(1, len(targets) + 1))
+        callback.model.load_state_dict(callback.best_state, strict=False)
+        kept_step, kept = progress.best_step, callback.best
+    if kept is None:  # it was before the checkpoint that this call was resumed from
+        values = next(e for e in progress.evaluations if e["step"] == kept_step)
+        kept = Evaluation(values["mean"], values["per_query"])
     return TrainingResult(
-        curve=pd.DataFrame(progress.curve),
-        checks=_long(progress),
-        targets=targets,
+        curve=progress.curve(),
+        checks=progress.checks(),
+        targets=progress.targets(),
         kept=kept,
         kept_step=kept_step,
         best_step=progress.best_step,
@@ -505,7 +417,7 @@ def check_reporters(names: Sequence[str]) -> None:
 
 
 def _reporters(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
-    """The trainer's integrations of these names; TrainingError for one that is unknown or cannot be used."""
+    """The trainer's integrations; TrainingError for one that is unknown or cannot be used."""
     check_reporters(names)
     reporters = []
     for name in dict.fromkeys(names):
@@ -517,13 +429,3 @@ def _reporters(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
         if isinstance(reporters[-1], TensorBoardCallback) and reporters[-1].logging_dir is None:
             reporters[-1].logging_dir = str(folder / "tensorboard")
     return reporters
-
-
-def _long(progress: _Progress) -> pd.DataFrame:
-    rows = [
-        (row["step"], qid, measure, value)
-        for row, check in zip(progress.curve, progress.checks, strict=True)
-        for measure, values in check.items()
-        for qid, value in values.items()
-    ]
-    return pd.DataFrame(rows, columns=["step", "qid", "measure", "value"])

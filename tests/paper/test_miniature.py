@@ -19,13 +19,13 @@ import torch
 from bs4 import BeautifulSoup
 from sentence_transformers import SentenceTransformer
 
+from adaptive_margins import paper
 from adaptive_margins.book import context as show
 from adaptive_margins.book import describe
 from adaptive_margins.book.comparison import comparison
 from adaptive_margins.book.published import load
 from adaptive_margins.data.converted import StoredCollection
 from adaptive_margins.data.trec import top, write_run
-from adaptive_margins.paper.experiments import Reproduction
 from adaptive_margins.profiles.config import load_profile
 from adaptive_margins.retrieval.bm25 import BM25
 from conftest import MINIATURE_NOTEBOOKS, MINIATURE_SIZES, write_miniature
@@ -52,13 +52,13 @@ def read_ranking(path):
 
 
 def test_only_sizes_places_and_the_device_differ_from_the_profile_paper(miniature):
-    paper, small = (p.model_dump() for p in (load_profile("paper"), miniature.profile))
-    differing = {k for k in paper if paper[k] != small[k]}
+    full, small = (p.model_dump() for p in (load_profile("paper"), miniature.profile))
+    differing = {k for k in full if full[k] != small[k]}
     assert differing == {*MINIATURE_SIZES, "name", "about", "collection", "encoders", "workers", "device"}  # fmt: skip
     for part, sizes in MINIATURE_SIZES.items():
-        assert {k for k in paper[part] if paper[part][k] != small[part][k]} <= set(sizes)
+        assert {k for k in full[part] if full[part][k] != small[part][k]} <= set(sizes)
     for name in ENCODERS:
-        changed = {k for k, v in paper["encoders"][name].items() if v != small["encoders"][name][k]}
+        changed = {k for k, v in full["encoders"][name].items() if v != small["encoders"][name][k]}
         assert changed == {"base", "revision", "stated"}
 
 
@@ -152,7 +152,7 @@ def test_embedding_goes_on_after_an_interruption(miniature, tmp_path, monkeypatc
     """A run stopped while embedding leaves whole shards, and the next call makes only the others."""
     from adaptive_margins.paper import runner
 
-    other = Reproduction.open(
+    other = paper.open(
         miniature.home / "miniature-paper.yaml", tmp_path, workers=1, ranking__devices=["cpu"]
     )
     (tmp_path / "collections").symlink_to(miniature.home / "collections")
@@ -222,7 +222,7 @@ def test_tables_are_beside_the_published_ones(miniature):
 
 def test_supplied_runs_are_scored_and_tested(miniature, tmp_path):
     """A deep run of another system in the place of the reproduction study's, and one that is too shallow for R@1000."""
-    other = Reproduction.open(miniature.home / "miniature-paper.yaml", tmp_path)
+    other = paper.open(miniature.home / "miniature-paper.yaml", tmp_path)
     for name in ("collections", "runs", "cache"):
         (tmp_path / name).symlink_to(miniature.home / name)
     softmax = miniature.store.get(miniature.table4_runs()[1])
@@ -302,7 +302,7 @@ def test_the_profile_released_in_small(tmp_path):
         workers=1,
         comparison={"triples": None, "evaluate_every_steps": 2, "patience": 2, "batch_sizes": [16]},
     )
-    released = Reproduction.open(path, tmp_path)
+    released = paper.open(path, tmp_path)
     per_query = Counter(qid for qid, _, _ in released.collection.triples)
     assert set(per_query.values()) == {8}
 

@@ -1,47 +1,20 @@
-"""What a plan promises, held against what happens; and what it does without data, weights or device."""
+"""What a plan promises, compared with what happens; what it needs neither data, weights nor network for."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import socket
 import time
+from collections import Counter
 
 import pytest
 import yaml
 
-from adaptive_margins.paper.costs import PlanError
-from adaptive_margins.paper.experiments import Reproduction
-from adaptive_margins.paper.plan_text import plan_text, size
+from adaptive_margins import paper
+from adaptive_margins.paper.plan import PlanError, _Estimates
+from adaptive_margins.runs import CODE_VERSION, read_run_config
 from conftest import command
-
-
-def test_the_laptops_runs_take_what_was_expected(tmp_path):
-    """The laptop profile's encoders, lengths and optimiser on a smaller PyDocs: within a factor of 1.5."""
-    reproduction = Reproduction.open(
-        "laptop",
-        tmp_path,
-        collection={"packages": ["networkx", "sklearn"], "max_passages": 1200, "validation": 100, "test": 100},
-        static={"triples": 512, "seeds": {}},
-        distributed={"triples": 512},
-        comparison={"triples": 512, "evaluate_every": 128},
-        workers=1,
-    )  # fmt: skip
-    configs = [
-        reproduction.zero_shot_run("minilm-3"),
-        reproduction.static_run("minilm-3", 0.4, True),
-        reproduction.curve_run("minilm-3", "distributed", False, 32),
-        reproduction.comparison_run("minilm-3", target="distributed", in_batch=False, patience=9),
-    ]  # fmt: skip
-    reproduction.encoder("minilm-3")  # shared by all runs, and not part of any
-    for name in reproduction.evaluated_sets:
-        reproduction.top_candidates(name)
-    ratios = []
-    for config in configs:
-        expected = reproduction.expected_seconds(config)
-        since = time.perf_counter()
-        reproduction.execute(config)
-        ratios.append((time.perf_counter() - since, expected))
-    taken, expected = map(sum, zip(*ratios, strict=True))
-    assert 1 / 1.5 < taken / expected < 1.5, ratios
 
 
 @pytest.fixture
@@ -52,77 +25,123 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
+def test_the_runs_of_the_laptop_take_what_was_expected(tmp_path):
+    """The laptop profile's encoders, lengths and optimiser on a smaller PyDocs: within a factor of 2."""
+    reproduction = paper.open(
+        "laptop",
+        tmp_path,
+        collection={"packages": ["networkx", "sklearn"], "max_passages": 1200, "validation": 100, "test": 100},
+        static={"triples": 512, "seeds": {}},
+        distributed={"triples": 512},
+        comparison={"triples": 512, "evaluate_every": 128},
+        workers=1,
+    )  # fmt: skip
+    e, inputs = reproduction.experiments, reproduction.inputs
+    configs = [
+        e.zero_shot_run("minilm-3"),
+        e.static_run("minilm-3", 0.4, True),
+        e.curve_run("minilm-3", "distributed", False, 32),
+        e.comparison_run("minilm-3", target="distributed", in_batch=False, patience=9),
+    ]
+    inputs.encoder("minilm-3")  # shared by all runs, and not part of any
+    for name in inputs.evaluated_sets:
+        inputs.top_candidates(name)
+    estimates = _Estimates(inputs)
+    expected = sum(estimates.seconds(config) for config in configs)
+    since = time.perf_counter()
+    for config in configs:
+        reproduction.runner.execute(config)
+    assert 1 / 2 < (time.perf_counter() - since) / expected < 2
+
+
+def test_the_plan_of_a_finished_home_and_of_an_unfinished_one(smoke, tmp_path):
+    plan = smoke.plan()
+    runs = plan.runs
+    assert list(runs.columns) == ["run_id", "encoder", "what", "triples", "done", "why", "seconds"]
+    assert set(runs["run_id"]) == {p.name for p in smoke.store.folder.iterdir()}
+    assert runs["done"].all()
+    assert (set(runs["why"]), runs["seconds"].sum()) == ({""}, 0)
+    assert (plan.seconds, plan.downloads, plan.stated) == (0.0, [], [])
+    assert Counter(runs["encoder"]) == {"bm25": 1, "minilm": 1, "minilm-3": 22, "minilm-4": 18}
+
+    home = tmp_path / "home"
+    for name in ("cache", "collections"):
+        shutil.copytree(smoke.home / name, home / name)
+    done = smoke.experiments.static_run("minilm-3", 0.5, True, 2)
+    for config in (smoke.experiments.bm25_run(), done):
+        shutil.copytree(smoke.store.path(config), home / "runs" / config.run_id)
+
+    # One run of an older version, one that was interrupted, one computed with another torch.
+    older, stopped = smoke.experiments.figure4_runs()[:2]
+    values = json.loads(older.model_dump_json()) | {"code_version": CODE_VERSION - 1}
+    old = read_run_config(json.dumps(values))
+    folder = shutil.copytree(smoke.store.path(older), home / "runs" / old.run_id)
+    (folder / "config.json").write_text(old.model_dump_json())
+    (home / "cache" / "work" / stopped.run_id).mkdir(parents=True)
+    file = home / "runs" / done.run_id / "result.json"
+    result = json.loads(file.read_text())
+    file.write_text(json.dumps(result | {"versions": result["versions"] | {"torch": "1.0"}}))
+
+    plan = paper.open("smoke", home).plan()
+    runs = plan.runs.set_index("run_id")
+    assert len(runs) == 42
+    assert runs.index[runs["done"]].tolist() == [smoke.experiments.bm25_run().run_id, done.run_id]
+    assert (runs.loc[~runs["done"], "seconds"] > 0).all()
+    assert plan.seconds == pytest.approx(runs["seconds"].sum() / 2)
+    why = runs.loc[runs["why"] != "", "why"].to_dict()
+    assert why.keys() == {older.run_id, stopped.run_id, done.run_id}
+    assert why[older.run_id] == f"finished with other code version ({CODE_VERSION - 1})"
+    assert "interrupted" in why[stopped.run_id]
+    assert "torch 1.0 → " in why[done.run_id]
+    text = plan.text(every=True)
+    assert all(run_id in text for run_id in runs.index)
+    assert len(plan.text().splitlines()) < len(text.splitlines())
+
+
 def test_the_papers_plan_needs_neither_data_nor_network(tmp_path, no_network):
-    reproduction = Reproduction.open("paper", tmp_path)
+    reproduction = paper.open("paper", tmp_path)
     plan = reproduction.plan()
     runs = plan.runs
-    # 11 ε × 2 × 3 encoders, 2 × 3 adaptive, 2 × 3 distributed, 5 × 3 + 2 for the tables, BM25 and 3 starts; for
-    # distilBERT, ε = 0 stands for the tuned one.
+    # 11 ε × 2 × 3 encoders, 2 × 3 adaptive, 2 × 3 distributed, 5 × 3 + 2 for the tables, BM25 and
+    # 3 zero-shot runs; for the static rows of Table 3, ε = 0 stands for the tuned one.
     assert len(runs) == 66 + 6 + 6 + 17 + 4
     assert not runs["done"].any()
     assert runs["run_id"].is_unique
     assert not list(tmp_path.iterdir())
-    assert "fingerprint" not in vars(
-        reproduction
-    )  # what is run afterwards is of the real collection
+    # What is run afterwards is of the real collection.
+    assert "fingerprint" not in vars(reproduction.inputs)
     assert plan.stated == ["distilbert", "roberta", "mpnet"]
 
     static = runs[(runs["encoder"] == "distilbert") & (runs["triples"] == 2_560_000)].iloc[0]
     reranked = 43 * 1000 / 3090 + 43 / 2 / 3090
-    assert static["seconds"] == pytest.approx(0.3 + 2_560_000 / 515 + reranked, rel=1e-6)
+    assert static["seconds"] == pytest.approx(2_560_000 / 515 + reranked, rel=1e-6)
     curve = runs[runs["what"] == "adaptive, B 128, 39780811 triples"].iloc[0]
-    assert curve["seconds"] == pytest.approx(0.3 + 39_780_811 / 515 + 310 * reranked, rel=1e-6)
-    ranked = runs[runs["what"].str.endswith("full ranking") & (runs["triples"] == 0)].iloc[0]
-    assert ranked["scratch"] == 8_841_823 * 768 * 2
-    assert ranked["seconds"] > 8_841_823 / 3090
+    assert curve["seconds"] == pytest.approx(39_780_811 / 515 + 310 * reranked, rel=1e-6)
+    ranked = runs[runs["what"] == "zero-shot, full ranking"].iloc[0]
+    passages = 8_841_823 + (43 + 54) / 2
+    assert ranked["seconds"] == pytest.approx(passages / 3090 + reranked, rel=1e-6)
+    assert plan.embeddings == 8_841_823 * 768 * 2
 
     fetched = dict(plan.downloads)
     assert sum("msmarco" in what for what in fetched) >= 6
-    assert (
-        fetched["distilbert/distilbert-base-uncased@12040accade4e8a0f71eabdb258fecc2e7e948be"]
-        == 4 * 66_363_648
-    )
+    pinned = "distilbert/distilbert-base-uncased@12040accade4e8a0f71eabdb258fecc2e7e948be"
+    assert fetched[pinned] == 4 * 66_363_648
     assert sum(fetched.values()) == pytest.approx(10.3e9, rel=0.05)
-
-    text = plan_text(reproduction.profile, plan)
-    assert text.startswith("Profile paper: 99 runs, 0 are there.")
-    for part in (
-        "39,780,811",
-        "13.6 GB",
-        "To be fetched: 10.3 GB",
-        "non-commercial",
-        "not measured here",
-    ):
-        assert part in text  # fmt: skip
+    text = plan.text()
+    for part in ("99 runs, 0 are done", "39,780,811", "13.6 GB", "10.3 GB", "non-commercial"):
+        assert part in text
 
 
 def test_the_released_plan_has_its_own_grid(tmp_path, no_network):
-    plan = Reproduction.open("released", tmp_path).plan()
-    assert len(plan.runs) == 60 + 6 + 6 + 17 + 4
+    assert len(paper.open("released", tmp_path).plan().runs) == 60 + 6 + 6 + 17 + 4
 
 
-def test_a_plan_that_lacks_a_number_says_which(tmp_path):
-    counts = {"passages": None, "TREC-DL20": None}
-    with pytest.raises(PlanError, match=r"collection\.counts lacks passages, TREC-DL20"):
-        Reproduction.open("paper", tmp_path, collection__counts=counts).plan()
-    path = tmp_path / "my.yaml"
-    path.write_text(yaml.safe_dump({"extends": "paper", "encoders": {"mpnet": {"stated": None}}}))
-    with pytest.raises(PlanError, match=r"encoders\.mpnet\.stated gives no speeds"):
-        Reproduction.open(path, tmp_path).plan()
-
-
-def test_the_command_is_one_message_if_a_number_is_missing(tmp_path):
+def test_a_plan_that_lacks_a_number_names_it(tmp_path):
+    with pytest.raises(PlanError, match=r"collection\.counts lacks TREC-DL20"):
+        paper.open("paper", tmp_path, collection__counts={"TREC-DL20": None}).plan()
     path = tmp_path / "my.yaml"
     path.write_text(yaml.safe_dump({"extends": "paper", "encoders": {"mpnet": {"stated": None}}}))
     done = command("plan", "--profile", str(path), home=tmp_path)
     assert done.returncode == 1
-    assert done.stdout.startswith("adaptive-margins: profile paper: the collection and the weights")
+    assert "encoders.mpnet.stated gives no speeds" in done.stdout
     assert done.stdout.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (13_581_040_128, "13.6 GB"), (2.5e12, "2.5 TB")],
-)
-def test_sizes_in_words(count, text):
-    assert size(count) == text

@@ -19,7 +19,6 @@ from scipy import stats
 from adaptive_margins.book import released_code as report
 from adaptive_margins.evaluation.measures import evaluate
 from adaptive_margins.paper import released_code as differences
-from adaptive_margins.paper.experiments import Reproduction
 from adaptive_margins.paper.released_code import (
     COMPARED,
     SUMMARY,
@@ -31,6 +30,7 @@ from adaptive_margins.paper.released_code import (
     pool_qrels,
     summarise,
 )
+from adaptive_margins.paper.reproduction import Reproduction
 
 FULL = ["nDCG@10", "R(rel=2)@20"]
 CHANGED = {  # what the two configurations of a comparison differ in: the paper's values and the code's

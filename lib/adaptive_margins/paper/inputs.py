@@ -1,4 +1,4 @@
-"""What the runs of a profile share: its collection, candidates, tokenised texts and encoders, each made once and kept."""
+"""Inputs shared by all runs of a profile: collection, candidates, tokens and encoders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from datasets import Dataset
 
 from adaptive_margins.data import converted as msmarco
 from adaptive_margins.data import pydocs, stored
-from adaptive_margins.data import triples as data_triples
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.trec import Run, read_run, top, write_run
+from adaptive_margins.data.triples import sample_triples
 from adaptive_margins.encoder.load import (
     encoder_identity,
     layer_count,
@@ -28,9 +28,7 @@ from adaptive_margins.encoder.load import (
 )
 from adaptive_margins.encoder.speed import cached_states, put_back, upper_layers
 from adaptive_margins.encoder.tokens import Tokens, stored_tokens
-from adaptive_margins.evaluation.measures import Evaluation, evaluate
 from adaptive_margins.files import file_sha256, write_text
-from adaptive_margins.paper.store import Store, home
 from adaptive_margins.profiles.config import (
     EncoderSettings,
     IrDatasetsSettings,
@@ -42,36 +40,38 @@ from adaptive_margins.retrieval.bm25 import BM25
 from adaptive_margins.runs import BM25_NAME
 
 
-class Resources:
-    """One profile and its home folder. Nothing is made before it is asked for."""
+class Inputs:
+    """Inputs shared by all runs of a profile, built when they are first used, and cached in ``home``."""
 
-    def __init__(self, profile: Profile, folder: Path | None = None) -> None:
+    def __init__(self, profile: Profile, home: Path) -> None:
         self.profile = profile
-        self.home = folder or home()
-        self.store = Store(self.home / "runs")
+        self.home = home
 
-    # ---- the collection --------------------------------------------------------------------------------------------
+    # ---- the collection ------------------------------------------------------------------------
 
     @functools.cached_property
     def _pointer(self) -> Path:
-        """The file that names the collection's fingerprint, once it is made; its name says what determines the collection."""
+        """The file that holds the collection's fingerprint once it is built.
+
+        Its name is a hash of everything that determines the collection.
+        """
         settings = self.profile.collection
-        wanted: dict[str, Any] = {"collection": settings.model_dump(mode="json")}
+        key: dict[str, Any] = {"collection": settings.model_dump(mode="json")}
         if isinstance(settings, PyDocsSettings):
-            wanted |= {
+            key |= {
                 "negatives": self.profile.candidates.negative_ranks,
-                "triples": self.triples_needed,
+                "triples": _longest_budget(self.profile),
                 "sources": pydocs.source_versions(settings.packages),
                 "rules": pydocs.RULES,
             }
         else:
-            wanted |= {
-                "sources": importlib.metadata.version("ir-datasets"),
-                "format": msmarco.FORMAT,
-            }
-        return self.home / "cache" / "collections" / f"{_digest(wanted)}.json"
+            key["sources"] = importlib.metadata.version("ir-datasets")
+            key["format"] = msmarco.FORMAT
+        return self.home / "cache" / "collections" / f"{_digest(key)}.json"
 
-    def _kept_collection(self) -> Path | None:
+    @property
+    def built(self) -> Path | None:
+        """The collection's folder if it has been built, or fetched and converted; else None."""
         if not self._pointer.is_file():
             return None
         fingerprint = json.loads(self._pointer.read_text())["fingerprint"]
@@ -79,78 +79,37 @@ class Resources:
         return folder if folder.is_dir() else None
 
     @property
-    def is_made(self) -> bool:
-        """Whether the collection has been built, or fetched and converted, in this home folder."""
-        return self._kept_collection() is not None
-
-    @property
-    def is_at_hand(self) -> bool:
-        """Whether the collection can be had without fetching anything: it is made, or built from what is installed."""
-        return self.is_made or isinstance(self.profile.collection, PyDocsSettings)
+    def is_available(self) -> bool:
+        """Whether the collection can be used without fetching anything."""
+        return isinstance(self.profile.collection, PyDocsSettings) or self.built is not None
 
     @functools.cached_property
     def collection(self) -> Collection:
-        """The collection as used: passages, query sets, qrels and training triples; kept under ``collections/``."""
-        kept = self._kept_collection()
-        settings, folder = self.profile.collection, self.home / "collections"
-        if isinstance(settings, PyDocsSettings):
-            if kept is not None:
-                return Collection.load(kept)
-            collection = self._build_pydocs()
+        """Passages, query sets, qrels and training triples; stored under ``collections/``."""
+        built, folder = self.built, self.home / "collections"
+        settings = self.profile.collection
+        if isinstance(settings, IrDatasetsSettings):
+            if built is not None:
+                return msmarco.StoredCollection.load(built)
+            work = self.home / "cache" / "conversions" / self._pointer.stem
+            collection: Collection = msmarco.convert(settings, work, folder)
+        elif built is not None:
+            return Collection.load(built)
+        else:
+            collection = _build_pydocs(self.profile)
             if not (folder / collection.fingerprint).is_dir():
                 collection.save(folder / collection.fingerprint)
-        else:
-            if kept is not None:
-                return msmarco.StoredCollection.load(kept)
-            work = self.home / "cache" / "conversions" / self._pointer.stem
-            collection = msmarco.convert(settings, work, folder)
         write_text(self._pointer, json.dumps({"fingerprint": collection.fingerprint}) + "\n")
         return collection
-
-    def _build_pydocs(self) -> Collection:
-        settings = self.profile.collection
-        assert isinstance(settings, PyDocsSettings) and self.profile.candidates.negative_ranks
-        say("building the collection from installed packages")
-        collection = pydocs.build_pydocs(
-            settings.packages,
-            seed=settings.seed,
-            validation=settings.validation,
-            test=settings.test,
-            max_passages=settings.max_passages,
-            max_words=settings.max_words,
-        )
-        low, high = self.profile.candidates.negative_ranks
-        bm25 = BM25(collection.passages)
-        triples = data_triples.sample_triples(
-            collection.qrels["train"],
-            bm25.search(collection.queries["train"], high),
-            count=self.triples_needed,
-            ranks=(low, high),
-            seed=settings.seed,
-            min_grade=pydocs.OWN,
-        )
-        return dataclasses.replace(collection, triples=triples)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """The collection's fingerprint; part of every run's configuration."""
         return self.collection.fingerprint
 
-    @property
-    def folder(self) -> Path:
-        """The collection's folder; what is computed from it alone is kept there too."""
-        return self.home / "collections" / self.fingerprint
-
-    @property
-    def triples_needed(self) -> int:
-        """The longest run's triples: every run takes its own from the same ones."""
-        p = self.profile
-        curves = (p.adaptive.triples, p.distributed.triples, p.comparison.triples)
-        return max(p.static.triples, *(triples or 0 for triples in curves))
-
     @functools.cached_property
     def triples(self) -> Dataset:
-        """The training triples: columns query, positive and negative, rows of `queries` and of the passages."""
+        """Training triples: columns query, positive and negative, rows of `queries` and passages."""
         triples = self.collection.triples
         if isinstance(triples, stored.StoredTriples):
             return triples.rows
@@ -161,25 +120,23 @@ class Resources:
 
     @property
     def triples_count(self) -> int:
-        """How many triples there are; before the collection is made, how many the profile says there will be."""
-        if self.is_at_hand:
+        """Number of triples; the profile's number as long as the collection has to be fetched."""
+        if self.is_available:
             return len(self.collection.triples)
-        settings = self.profile.collection
-        assert isinstance(settings, IrDatasetsSettings)
-        return settings.counts.get("triples") or self.triples_needed
+        counts = getattr(self.profile.collection, "counts", {})
+        return counts.get("triples") or _longest_budget(self.profile)
 
-    # ---- queries and candidates ------------------------------------------------------------------------------------
+    # ---- queries and candidates ----------------------------------------------------------------
 
     @property
     def evaluated_sets(self) -> list[str]:
-        """Every set that something is evaluated on, each once, in the profile's order."""
-        p = self.profile
-        stopping = [p.comparison.validation] if p.comparison.validation else []
-        return list(dict.fromkeys([p.sets.validation, *p.sets.tests, *stopping]))
+        """All query sets that something is evaluated on, each once."""
+        sets, stopping = self.profile.sets, self.profile.comparison.validation
+        return list(dict.fromkeys([sets.validation, *sets.tests, stopping or sets.validation]))
 
     @functools.cached_property
     def queries(self) -> Texts:
-        """The training queries, in their order, then those of the evaluated sets: one numbering for all that are embedded."""
+        """Training queries, then those of the evaluated sets: one numbering for all embedded queries."""
         sets = self.collection.queries
         names = ["train", *self.evaluated_sets] if "train" in sets else self.evaluated_sets
         ids = [qid for name in names for qid in sets[name].ids]
@@ -196,18 +153,18 @@ class Resources:
 
     @functools.cache  # noqa: B019  (it lives as long as its process)
     def bm25_ranking(self, query_set: str) -> Run:
-        """BM25's ranking of all passages, as deep as anything is evaluated."""
+        """BM25's ranking of all passages, to the largest depth of the profile."""
         depth = max(self.profile.candidates.depth, self.profile.measures.full_depth)
         queries = self.collection.queries[query_set]
-        return self._kept_run(
+        return self._cached_run(
             f"bm25-{depth}.{query_set}", lambda: self._bm25.search(queries, depth)
         )
 
     @functools.cache  # noqa: B019
     def top_candidates(self, query_set: str) -> Run:
-        """What is reranked: the first ``candidates.depth`` of BM25's ranking, or of the collection's own candidates.
+        """The candidates that are reranked: the best of BM25's, or of the collection's.
 
-        Official lists may come without scores (those of TREC DL do, in ir_datasets); then BM25's own are put in.
+        Official lists may have no scores (those of TREC DL in ir_datasets); BM25 then scores them.
         """
         depth = self.profile.candidates.depth
         if self.profile.candidates.source == "bm25":
@@ -217,16 +174,16 @@ class Resources:
             run = self.collection.candidates[query_set]
             if all(len(set(scores.values())) == 1 for scores in run.values()):
                 queries, unscored = self.collection.queries[query_set], run
-                run = self._kept_run(
+                run = self._cached_run(
                     f"candidates-bm25.{query_set}", lambda: self._bm25.rescore(queries, unscored)
                 )
         return {q: dict(top(scores, depth)) for q, scores in run.items()}
 
-    def _kept_run(self, name: str, make: Callable[[], Run]) -> Run:
-        """A ranking of BM25's, made once and kept beside the collection."""
-        path = self.folder / f"{name}.run.gz"
+    def _cached_run(self, name: str, compute: Callable[[], Run]) -> Run:
+        """A ranking of BM25, computed once and stored with the collection."""
+        path = self.home / "collections" / self.fingerprint / f"{name}.run.gz"
         if not path.is_file():
-            write_run(make(), path, BM25_NAME)
+            write_run(compute(), path, BM25_NAME)
         return read_run(path, own=True)
 
     @functools.cache  # noqa: B019
@@ -236,11 +193,7 @@ class Resources:
         docids = sorted({docid for scores in run.values() for docid in scores})
         return np.array([self.collection.passages.row(docid) for docid in docids], dtype=np.int64)
 
-    def evaluate_ranking(self, run: Run, query_set: str, measures: Sequence[str]) -> Evaluation:
-        """`measures.evaluate` with the qrels of a set."""
-        return evaluate(self.collection.qrels[query_set], run, measures)
-
-    # ---- encoders --------------------------------------------------------------------------------------------------
+    # ---- encoders ------------------------------------------------------------------------------
 
     def settings(self, encoder: str) -> EncoderSettings:
         """The profile's entry for an encoder. Raises KeyError with the known names."""
@@ -251,34 +204,23 @@ class Resources:
             )
         return known[encoder]
 
+    def weights(self, encoder: str) -> str:
+        """What identifies an encoder's pretrained weights; part of every run's configuration."""
+        return _weights(self.settings(encoder))
+
     @functools.cache  # noqa: B019
     def encoder(self, name: str) -> LoadedEncoder:
-        """Encoder ``name`` of the profile, loaded once per process and kept untouched; see `LoadedEncoder`."""
+        """Encoder ``name`` of the profile with its tokens, loaded once per process."""
         settings = self.settings(name)
         dropout, device = self.profile.training.dropout, self.profile.device
         whole = open_encoder(settings, dropout=dropout, device=device)
         queries, passages = self._tokens(settings, whole)
         if settings.trained_layers is None:
             return LoadedEncoder(whole, whole, queries, passages)
-        uncut = settings.model_copy(update={"layers": None})
-        alike = [
-            e
-            for e in [*self.profile.encoders.values(), *self.profile.untrained.values()]
-            if (e.base, e.revision) == (settings.base, settings.revision)
-        ]
-        frozen = sorted({_frozen(e) for e in alike if e.trained_layers})
-        merged = queries + passages
-        texts = hashlib.sha256(merged.ids.tobytes() + merged.offsets.tobytes()).hexdigest()
-        key = _digest([encoder_identity(settings), texts])
-        tables = cached_states(
-            lambda: open_encoder(uncut, dropout=0.0, device=device),
-            merged,
-            frozen,
-            self.home / "cache" / "states" / key,
-        )
-        model = upper_layers(whole, settings.trained_layers, tables[_frozen(settings)])
-        numbers = np.arange(merged.offsets[-1])
-        start = queries.offsets[-1]
+        tokens = queries + passages
+        table = self._states(settings, tokens)[_frozen_layers(settings)]
+        model = upper_layers(whole, settings.trained_layers, table)
+        numbers, start = np.arange(tokens.offsets[-1]), queries.offsets[-1]
         return LoadedEncoder(
             whole,
             model,
@@ -287,51 +229,41 @@ class Resources:
         )
 
     def _tokens(self, settings: EncoderSettings, whole: Any) -> tuple[Tokens, Tokens]:
-        """Queries and passages, tokenised once for all encoders of the same base and kept as files."""
-        lengths = self.profile.lengths
-        key = _digest(
-            [self.fingerprint, self.evaluated_sets, lengths.model_dump(), _tokenizer(settings)]
-        )
-        folder = self.home / "cache" / "tokens" / key
-        texts = self.collection.passages.texts
+        """Queries and passages, tokenised once for all encoders with the same tokenizer."""
+        lengths, passages = self.profile.lengths, self.collection.passages.texts
+        key = [self.fingerprint, self.evaluated_sets, lengths.model_dump(), _tokenizer(settings)]
+        folder = self.home / "cache" / "tokens" / _digest(key)
+
+        def tokenizer() -> Any:
+            return whole.tokenizer
+
         return (
-            stored_tokens(
-                lambda: whole.tokenizer, self.queries.texts, lengths.query, folder / "queries"
-            ),
-            stored_tokens(lambda: whole.tokenizer, texts, lengths.passage, folder / "passages"),
+            stored_tokens(tokenizer, self.queries.texts, lengths.query, folder / "queries"),
+            stored_tokens(tokenizer, passages, lengths.passage, folder / "passages"),
         )
 
-    def weights(self, encoder: str) -> str:
-        """What pins an encoder's weights; part of every run's configuration."""
-        return _weights(self.settings(encoder))
-
-
-@functools.cache
-def _weights(settings: EncoderSettings) -> str:
-    return encoder_identity(settings)
-
-
-@functools.cache
-def _tokenizer(settings: EncoderSettings) -> list[str]:
-    """What pins an encoder's tokenizer."""
-    version = importlib.metadata.version("tokenizers")
-    if (folder := weights_folder(settings)) is None:
-        return [settings.base, str(settings.revision), version]
-    files = sorted(f for f in folder.glob("*") if f.suffix in (".json", ".txt", ".model"))
-    return [*(f"{f.name} {file_sha256(f)}" for f in files), version]
-
-
-def _frozen(settings: EncoderSettings) -> int:
-    """How many layers stay as they are."""
-    assert settings.trained_layers is not None
-    return layer_count(settings) - settings.trained_layers
+    def _states(self, settings: EncoderSettings, tokens: Tokens) -> dict[int, np.ndarray]:
+        """Outputs of the frozen layers, computed once for all encoders of the same base."""
+        entries = [*self.profile.encoders.values(), *self.profile.untrained.values()]
+        same = [e for e in entries if (e.base, e.revision) == (settings.base, settings.revision)]
+        texts = hashlib.sha256(tokens.ids.tobytes() + tokens.offsets.tobytes()).hexdigest()
+        full = settings.model_copy(update={"layers": None})
+        return cached_states(
+            lambda: open_encoder(full, dropout=0.0, device=self.profile.device),
+            tokens,
+            sorted({_frozen_layers(e) for e in same if e.trained_layers}),
+            self.home / "cache" / "states" / _digest([encoder_identity(settings), texts]),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedEncoder:
-    """``whole``: the ordinary model. ``model``: what is trained (the same, or its upper layers over cached states).
+    """An encoder and what it reads.
 
-    ``queries`` and ``passages`` are what ``model`` reads: token ids, or numbers of cached tokens.
+    Attributes:
+        whole: the ordinary model.
+        model: what is trained: the same, or its upper layers over cached states.
+        queries, passages: what ``model`` reads: token ids, or numbers of cached tokens.
     """
 
     whole: Any
@@ -344,8 +276,57 @@ class LoadedEncoder:
         return copy.deepcopy(self.model)
 
     def whole_with(self, trained: Any) -> Any:
-        """The ordinary model that ``trained`` stands for."""
+        """The ordinary model with the trained layers of ``trained``."""
         return trained if self.model is self.whole else put_back(self.whole, trained)
+
+
+def _build_pydocs(profile: Profile) -> Collection:
+    settings, ranks = profile.collection, profile.candidates.negative_ranks
+    assert isinstance(settings, PyDocsSettings) and ranks is not None
+    say("building the collection from installed packages")
+    collection = pydocs.build_pydocs(
+        settings.packages,
+        seed=settings.seed,
+        validation=settings.validation,
+        test=settings.test,
+        max_passages=settings.max_passages,
+        max_words=settings.max_words,
+    )
+    triples = sample_triples(
+        collection.qrels["train"],
+        BM25(collection.passages).search(collection.queries["train"], ranks[1]),
+        count=_longest_budget(profile),
+        ranks=ranks,
+        seed=settings.seed,
+        min_grade=pydocs.OWN,
+    )
+    return dataclasses.replace(collection, triples=triples)
+
+
+def _longest_budget(profile: Profile) -> int:
+    """Triples of the longest run; shorter runs use the first of the same triples."""
+    curves = (profile.adaptive, profile.distributed, profile.comparison)
+    return max(profile.static.triples, *(curve.triples or 0 for curve in curves))
+
+
+@functools.cache
+def _weights(settings: EncoderSettings) -> str:
+    return encoder_identity(settings)
+
+
+@functools.cache
+def _tokenizer(settings: EncoderSettings) -> list[str]:
+    """What identifies an encoder's tokenizer."""
+    version = importlib.metadata.version("tokenizers")
+    if (folder := weights_folder(settings)) is None:
+        return [settings.base, str(settings.revision), version]
+    files = sorted(f for f in folder.glob("*") if f.suffix in (".json", ".txt", ".model"))
+    return [*(f"{f.name} {file_sha256(f)}" for f in files), version]
+
+
+def _frozen_layers(settings: EncoderSettings) -> int:
+    assert settings.trained_layers is not None
+    return layer_count(settings) - settings.trained_layers
 
 
 def _digest(value: Any) -> str:

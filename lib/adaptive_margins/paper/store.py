@@ -1,7 +1,8 @@
-"""Results are artefacts: one folder a run, named by the hash of its configuration, and whole if it exists."""
+"""Results are artefacts: one folder per run, named by the hash of its configuration, complete if it exists."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,24 +16,41 @@ from safetensors import SafetensorError
 from adaptive_margins.data.trec import Run, read_run, write_run
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation.measures import Evaluation
+from adaptive_margins.evaluation.significance import compare
 from adaptive_margins.files import HOME_VARIABLE as HOME_VARIABLE
 from adaptive_margins.files import home as home
 from adaptive_margins.files import whole_folder
 from adaptive_margins.runs import RunConfig, read_run_config
 from adaptive_margins.training import TrainingResult
 
+_MODES = ("rerank", "full", "exact")
+_PACKAGES = (
+    "torch", "transformers", "sentence-transformers", "tokenizers", "bitsandbytes", "faiss-cpu",
+    "faiss-gpu-cu12", "bm25s", "PyStemmer", "ir-measures", "numpy",
+)  # fmt: skip
+
+R = TypeVar("R", bound=RunConfig)
+R_co = TypeVar("R_co", bound=RunConfig, covariant=True)
+
 
 class StoreError(AdaptiveMarginsError, RuntimeError):
-    """An artefact that is missing, damaged, or cannot be written; the message names the file and what to do."""
+    """An artefact that is missing, damaged or cannot be written, or a run that does not exist."""
 
 
-R_co = TypeVar("R_co", bound=RunConfig, covariant=True)
-R = TypeVar("R", bound=RunConfig)
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that numbers may depend on; stored with every run."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 @dataclass(frozen=True)
 class StoredRun(Generic[R_co]):
-    """A finished run. What it holds is read when asked for; a damaged file is a StoreError that names it."""
+    """A finished run. Its files are read when they are needed; a damaged one raises StoreError."""
 
     path: Path
 
@@ -47,41 +65,42 @@ class StoredRun(Generic[R_co]):
             return reader(file)
         except FileNotFoundError:
             problem = "is missing"
-        except Exception as error:  # every reader has its own words for "damaged"
+        except Exception as error:  # every reader has other exceptions for damaged files
             problem = f"cannot be read ({type(error).__name__}: {error})"
         raise StoreError(
-            f"{file} {problem}; delete the folder {self.path} and the run is made anew"
+            f"{file} {problem}; delete the folder {self.path}, and the run is computed again"
         )
 
     @cached_property
     def config(self) -> R_co:
-        """What was run."""
+        """The configuration."""
         config: R_co = self._read("config.json", lambda file: read_run_config(file.read_text()))
         if config.run_id != self.run_id:
             raise StoreError(
-                f"{self.path / 'config.json'} is that of run {config.run_id}; delete the folder {self.path}"
+                f"{self.path / 'config.json'} is that of run {config.run_id}; delete the folder"
+                f" {self.path}"
             )
         return config
 
     @cached_property
     def result(self) -> dict[str, Any]:
-        """result.json as it is."""
+        """The content of result.json."""
         result: dict[str, Any] = self._read("result.json", _read_result)
         return result
 
     @cached_property
     def curve(self) -> pd.DataFrame:
-        """One row an evaluation, step 0 included."""
+        """The learning curve: one row per evaluation, step 0 included."""
         return self._read("curve.parquet", pd.read_parquet)
 
     @cached_property
     def checks(self) -> pd.DataFrame:
-        """What the curve's means are of: a row per evaluation, query and measure (step, qid, measure, value)."""
+        """The curve in long form: one row per evaluation, query and measure."""
         return self._read("checks.parquet", pd.read_parquet)
 
     @cached_property
     def targets(self) -> pd.DataFrame:
-        """One row a step: mean, min and max of raw φ(d⁺, d⁻)."""
+        """One row per step: mean, minimum and maximum of raw φ(d⁺, d⁻) over the batch."""
         return self._read("targets.parquet", pd.read_parquet)
 
     def evaluation(self, mode: str, query_set: str) -> Evaluation:
@@ -96,12 +115,44 @@ class StoredRun(Generic[R_co]):
         return Evaluation(mean=found["mean"], per_query=found["per_query"])
 
     def run(self, mode: str, query_set: str) -> Run:
-        """The ranking behind `evaluation`."""
+        """The ranking that `evaluation` scores."""
         run: Run = self._read(f"{mode}.{query_set}.run.gz", _read_ranking)
         return run
 
+    def scores(self) -> pd.DataFrame:
+        """All mean scores: columns mode, set, measure, value."""
+        rows = [
+            (mode, name, measure, value)
+            for mode in _MODES
+            for name, found in self.result.get(mode, {}).items()
+            for measure, value in found["mean"].items()
+        ]
+        return pd.DataFrame(rows, columns=["mode", "set", "measure", "value"])
 
-_MODES = ("rerank", "full", "exact")
+    def compare(self, other: StoredRun[Any], *, margin: float = 0.05) -> pd.DataFrame:
+        """Compare with another run, by paired tests, wherever both have scores.
+
+        Returns:
+            A row per mode, query set and measure: value and other (means), difference with its
+            95 % confidence interval (low, high), p_t, p_tost and verdict (see
+            `significance.compare`; not corrected for the number of rows).
+        """
+        rows = []
+        for mode in _MODES:
+            for name in self.result.get(mode, {}).keys() & other.result.get(mode, {}).keys():
+                a, b = (run.evaluation(mode, name) for run in (self, other))
+                for measure in a.mean.keys() & b.mean.keys():
+                    found = compare(a.per_query[measure], b.per_query[measure], margin=margin)
+                    rows.append(
+                        {
+                            "mode": mode, "set": name, "measure": measure,
+                            "value": a.mean[measure], "other": b.mean[measure],
+                            "difference": found.difference, "low": found.ci[0], "high": found.ci[1],
+                            "p_t": found.p_t, "p_tost": found.p_tost, "verdict": found.verdict,
+                        }
+                    )  # fmt: skip
+        keys = ["mode", "set", "measure"]
+        return pd.DataFrame(rows).sort_values(keys, ignore_index=True) if rows else pd.DataFrame()
 
 
 def _read_result(file: Path) -> dict[str, Any]:
@@ -126,7 +177,7 @@ class Store:
         self.folder = folder
 
     def path(self, config: RunConfig) -> Path:
-        """Where the run of ``config`` lies, or would."""
+        """The folder of the run, whether it exists or not."""
         return self.folder / config.run_id
 
     def has(self, config: RunConfig) -> bool:
@@ -134,7 +185,7 @@ class Store:
         return self.path(config).is_dir()
 
     def get(self, config: R) -> StoredRun[R]:
-        """The finished run of ``config``; StoreError if there is none."""
+        """The finished run of ``config``. Raises StoreError if there is none."""
         if not self.has(config):
             raise StoreError(
                 f"run {config.run_id} ({config.encoder}, {config.kind}) is not in {self.folder}"
@@ -143,38 +194,27 @@ class Store:
 
     def put(
         self,
-        config: RunConfig,
+        config: R,
         training: TrainingResult | None,
         evaluations: Mapping[str, Mapping[str, Evaluation]],
         runs: Mapping[str, Mapping[str, Run]],
         *,
         extra: Mapping[str, Any] | None = None,
         save_model: Callable[[Path], None] | None = None,
-    ) -> StoredRun:
+    ) -> StoredRun[R]:
         """Write a finished run; ``evaluations`` and ``runs`` are mode → query set → value.
 
-        If another process stored the same run meanwhile, that one is kept. StoreError if it cannot be written.
+        If another process has stored the same run meanwhile, that one stays.
+
+        Raises:
+            StoreError: it cannot be written.
         """
-        result: dict[str, Any] = {
-            mode: {name: {"mean": e.mean, "per_query": e.per_query} for name, e in sets.items()}
-            for mode, sets in evaluations.items()
-        }
-        result |= {
-            "train_seconds": training.train_seconds if training else 0.0,
-            "eval_seconds": training.eval_seconds if training else 0.0,
-            "best_step": training.best_step if training else 0,
-            "kept_step": training.kept_step if training else 0,
-            "stop_step": training.stop_step if training else 0,
-            "triples": training.triples if training else 0,
-            "peak_bytes": training.peak_bytes if training else 0,
-            **(extra or {}),
-        }
+        result = {**_scored(evaluations), **_trained(training), **(extra or {})}
         path = self.path(config)
         try:
             with whole_folder(path) as folder:
-                (folder / "config.json").write_text(
-                    json.dumps(config.model_dump(mode="json"), indent=1) + "\n"
-                )
+                values = json.dumps(config.model_dump(mode="json"), indent=1)
+                (folder / "config.json").write_text(values + "\n")
                 (folder / "result.json").write_text(json.dumps(result) + "\n")
                 if training is not None:
                     training.curve.to_parquet(folder / "curve.parquet", index=False)
@@ -186,6 +226,19 @@ class Store:
                 if save_model is not None:
                     save_model(folder / "model")
         except (OSError, SafetensorError) as error:
-            message = f"{path} could not be written: {error}; nothing was left there"
-            raise StoreError(message) from error
+            raise StoreError(f"{path} could not be written: {error}; nothing is left") from error
         return StoredRun(path)
+
+
+def _scored(evaluations: Mapping[str, Mapping[str, Evaluation]]) -> dict[str, Any]:
+    return {
+        mode: {name: {"mean": e.mean, "per_query": e.per_query} for name, e in sets.items()}
+        for mode, sets in evaluations.items()
+    }
+
+
+def _trained(training: TrainingResult | None) -> dict[str, Any]:
+    """The numbers of a training, 0 where nothing was trained, and the versions of the packages."""
+    names = ("train_seconds", "eval_seconds", "best_step", "kept_step", "stop_step", "triples")
+    values = {name: getattr(training, name) if training else 0 for name in (*names, "peak_bytes")}
+    return {**values, "versions": package_versions()}

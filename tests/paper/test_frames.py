@@ -5,13 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
-import shutil
-import signal
-import time
-from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +16,6 @@ from scipy import stats
 from sentence_transformers import SentenceTransformer
 
 from adaptive_margins.data.stored import seeded_order
-from adaptive_margins.encoder.embed import embed
-from adaptive_margins.encoder.tokens import tokenize
-from adaptive_margins.paper import runner
-from adaptive_margins.paper.experiments import Reproduction
-from adaptive_margins.paper.store import StoreError
-from adaptive_margins.profiles.config import load_profile
-from adaptive_margins.training import TrainingError
 
 ENCODERS = ["minilm-3", "minilm-4"]
 TARGETS = [0.0, 0.5, 1.0]
@@ -485,13 +472,6 @@ def test_table_4(frames, files):
         assert set(group.loc[group["best"], "value"]) == {group["value"].max()}
 
 
-def test_references(smoke, files):
-    assert (
-        smoke.references()
-        == files.result[files.one(encoder="bm25")]["rerank"]["validation"]["mean"]
-    )
-
-
 def test_the_files_of_the_book_are_the_frames(smoke_home, frames):
     folder = smoke_home / "book" / "_executed" / "data"
     if not folder.is_dir():
@@ -508,162 +488,3 @@ def test_the_files_of_the_book_are_the_frames(smoke_home, frames):
             if column in columns:
                 np.testing.assert_allclose(written[column], expected[column], atol=1e-9)
         assert written["run_id"].tolist() == expected["run_id"].tolist()
-
-
-# ---- running ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_plan(smoke, tmp_path):
-    plan = smoke.plan()
-    columns = [
-        "run_id",
-        "encoder",
-        "what",
-        "triples",
-        "done",
-        "seconds",
-        "disk",
-        "scratch",
-        "memory",
-    ]
-    assert list(plan.runs.columns) == columns
-    assert set(plan.runs["run_id"]) == {p.name for p in smoke.store.folder.iterdir()}
-    assert plan.runs["done"].all()
-    assert not plan.runs["seconds"].any()
-    assert (plan.seconds, plan.downloads, plan.stated) == (0.0, [], [])
-
-    home = tmp_path / "home"
-    for name in ("cache", "collections"):
-        shutil.copytree(smoke.home / name, home / name)
-    done = [smoke.bm25_run(), smoke.static_run("minilm-3", 0.5, True, 2)]
-    for config in done:
-        shutil.copytree(smoke.store.path(config), home / "runs" / config.run_id)
-    whole = Reproduction(smoke.profile, home).plan()
-    plan = whole.runs
-    assert len(plan) == 42
-    assert whole.seconds == pytest.approx(plan["seconds"].sum() / 2)
-    assert plan["done"].sum() == 2
-    assert (plan.loc[~plan["done"], "seconds"] > 0).all()
-    assert not plan.loc[plan["done"], "seconds"].any()
-    assert Counter(plan["encoder"]) == {"bm25": 1, "minilm": 1, "minilm-3": 22, "minilm-4": 18}
-
-
-def test_an_unknown_run_is_refused_before_any_is_made(tmp_path, monkeypatch):
-    reproduction = Reproduction(load_profile("smoke"), tmp_path)
-    reproduction.fingerprint = "0" * 16
-    wanted = []
-    monkeypatch.setattr(reproduction, "ensure", lambda configs: wanted.extend(configs))
-    with pytest.raises(StoreError, match="no run 'nosuch'"):
-        reproduction.run_one("nosuch")
-    assert wanted == []
-    tuned = reproduction.comparison_run("minilm-4", target=0.5, in_batch=True)
-    with pytest.raises(StoreError):
-        reproduction.run_one(tuned.run_id)  # Figure 3's runs are needed to say
-    assert wanted == reproduction.figure3_runs()
-
-
-def test_running_again_does_nothing(smoke, monkeypatch, capsys):
-    before = {p: p.stat().st_mtime_ns for p in smoke.home.rglob("*") if "_executed" not in p.parts}
-
-    def refuse(*_, **__):
-        raise AssertionError("a run was made again")
-
-    monkeypatch.setattr(Reproduction, "execute", refuse)
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", refuse_workers)
-    again = Reproduction.open("smoke", smoke.home)
-    since = time.perf_counter()
-    again.run_all()
-    assert time.perf_counter() - since < 10
-    assert again.ensure(smoke.figure3_runs())
-    after = {p: p.stat().st_mtime_ns for p in smoke.home.rglob("*") if "_executed" not in p.parts}
-    assert after == before
-    assert "runs are there" in capsys.readouterr().err
-
-
-class refuse_workers:
-    """An executor that starts no process, and accepts no work."""
-
-    def __init__(self, *_):
-        pass
-
-    def submit(self, *_):
-        raise AssertionError("a worker was asked")
-
-    def shutdown(self, **_):
-        pass
-
-
-def test_the_cache_of_hidden_states_is_that_of_the_texts(smoke, tmp_path):
-    """Other query sets are other texts in another order: no cached state may be taken for another's."""
-    for name in ("cache", "collections"):
-        shutil.copytree(smoke.home / name, tmp_path / name)
-    for sets in (
-        {"validation": "validation", "tests": ["test2", "test1"]},
-        {"validation": "test2", "tests": ["test1"]},
-    ):
-        profile = load_profile("smoke", sets=sets)
-        other = Reproduction(profile, tmp_path)
-        assert other.collection.fingerprint == smoke.collection.fingerprint
-        loaded = other.encoder("minilm-3")
-        tokens = tokenize(loaded.whole, other.queries.texts, profile.lengths.query)
-        np.testing.assert_allclose(
-            embed(loaded.model, loaded.queries), embed(loaded.whole, tokens), atol=1e-5
-        )
-
-
-def die(_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_worker_that_is_killed_is_said_so(smoke, monkeypatch):
-    monkeypatch.setattr(runner, "_work", die)
-    other = Reproduction(smoke.profile, smoke.home)
-    config = smoke.training_run("minilm-3", target=0.25, in_batch=False, batch_size=8, triples=8)
-    with (
-        ProcessPoolExecutor(1, get_context("fork")) as pool,
-        pytest.raises(TrainingError, match="a worker process was killed"),
-    ):
-        other._make([config], pool)
-
-
-def test_an_encoder_that_is_not_in_the_profile(smoke):
-    with pytest.raises(
-        KeyError, match=r"'bert' is not in profile 'smoke': \['minilm', 'minilm-3', 'minilm-4'\]"
-    ):
-        smoke.encoder("bert")
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        ("roberta", {"pooling": "cls+linear"}),  # trained whole, as the paper's encoders are
-        ("bert", {"pooling": "cls+linear", "layers": 2, "trained_layers": 2}),
-    ],
-)
-def test_other_encoders_from_the_collection_to_a_saved_model(
-    smoke, tiny_folder, tmp_path, kind, settings
-):
-    for name in ("cache", "collections"):
-        shutil.copytree(smoke.home / name, tmp_path / name)
-    encoders = {"tiny": {"base": str(tiny_folder(kind)), **settings}}
-    values = smoke.profile.model_dump()
-    values |= {"encoders": encoders, "untrained": {}, "reference_encoder": "tiny", "workers": 1}
-    values["static"] |= {"seeds": {}, "targets": [0.5]}
-    other = Reproduction(type(smoke.profile).model_validate(values), tmp_path)
-    table = other.table2()
-    run = other.store.get(other.variant_run("tiny", "distributed", False))
-    assert run.result["triples"] > 0
-    model = SentenceTransformer(str(run.path / "model"))
-    assert len(list(model)) == 3
-
-    # The ranking that was stored is that of the saved model, read by somebody else.
-    queries, passages = other.collection.queries["test1"], other.collection.passages
-    hits = run.run("rerank", "test1")
-    for qid in queries.ids[:5]:
-        model.max_seq_length = 10
-        q = model.encode(queries[qid], normalize_embeddings=True)
-        model.max_seq_length = 12
-        for docid, score in hits[qid].items():
-            d = model.encode(passages[docid], normalize_embeddings=True)
-            assert score == pytest.approx(float(q @ d), abs=1e-5)
-    assert (table["run_id"] == run.run_id).all()

@@ -1,0 +1,404 @@
+"""What the figures and tables of the paper show, as long data frames with the ids of their runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from sentence_transformers import SentenceTransformer
+
+from adaptive_margins.data.stored import seeded_order
+from adaptive_margins.encoder.embed import embed
+from adaptive_margins.encoder.tokens import tokenize
+from adaptive_margins.evaluation.external_runs import Supplied, read_supplied, score
+from adaptive_margins.evaluation.measures import Evaluation
+from adaptive_margins.evaluation.significance import compare, paired_interval
+from adaptive_margins.losses import margin_loss
+from adaptive_margins.paper.experiments import VARIANTS, Experiments
+from adaptive_margins.paper.runner import Runner
+from adaptive_margins.paper.store import StoredRun
+from adaptive_margins.profiles.config import Profile
+from adaptive_margins.runs import TrainingRun
+
+TAS_B = "wang-zuccon-tas-b"
+"""The external run that the paper's Table 4 tests against, by its key in ``book/printed/table4.csv``."""
+
+_EMBEDDING = {
+    "cls": "[CLS]",
+    "cls+linear": "[CLS] + Linear",
+    "cls+pooler": "[CLS] + Linear + tanh",
+    "mean": "mean",
+}
+_CURVE = [
+    "encoder", "in_batch", "batch_size", "seed", "step", "triples", "measure", "value", "maximum",
+    "run_id",
+]  # fmt: skip
+_TARGETS = [
+    "encoder", "batch_size", "part", "step", "mean", "min", "max", "window", "span", "run_id",
+]  # fmt: skip
+_TESTED = ["set", "measure", "value", "best", "difference", "low", "high"]
+_TABLE3 = [
+    "encoder", "target", "epsilon", "in_batch", *_TESTED, "p", "p_adjusted", "comparisons",
+    "equivalent", "seconds", "sweep_seconds", "triples", "run_id", "reference_run_id",
+]  # fmt: skip
+_TABLE4 = [
+    "block", "loss", "sampling", "in_batch", "source", *_TESTED, "p_adjusted", "comparisons",
+    "equivalent", "refused", "missing", "triples", "run_id", "reference_run_id",
+]  # fmt: skip
+
+
+# --- figures ------------------------------------------------------------------------------------
+
+
+def figure3(experiments: Experiments, runner: Runner) -> pd.DataFrame:
+    """Static targets: a row per ε, seed and measure, on the validation set after the last step."""
+    starts = {e: _zero_shot(experiments, runner, e) for e in experiments.profile.encoders}
+    rows = []
+    for run in runner.ensure(experiments.figure3_runs()):
+        c = run.config
+        start = starts[c.encoder]
+        before = start.evaluation("rerank", c.validation).mean
+        for measure, value in run.evaluation("rerank", c.validation).mean.items():
+            rows.append(
+                {
+                    "encoder": c.encoder, "in_batch": c.in_batch, "target": c.target,
+                    "seed": c.seed, "measure": measure, "value": value, "start": before[measure],
+                    "maximum": False, "run_id": run.run_id, "start_run_id": start.run_id,
+                }
+            )  # fmt: skip
+    frame = pd.DataFrame(rows)
+    highest = _is_first_maximum(frame, ["encoder", "in_batch", "seed", "measure"])
+    frame["maximum"] = highest & (frame["seed"] == experiments.profile.seed)
+    return frame
+
+
+def curves(runner: Runner, configs: Sequence[TrainingRun]) -> pd.DataFrame:
+    """Figures 4 and 5: learning curves on the validation set."""
+    frames = []
+    for run in runner.ensure(configs):
+        c = run.config
+        long = run.curve.melt(["step", "triples"], list(c.rerank_measures), "measure", "value")
+        facts = {name: getattr(c, name) for name in ("encoder", "in_batch", "batch_size", "seed")}
+        frames.append(long.assign(**facts, run_id=run.run_id))
+    frame = pd.concat(frames, ignore_index=True)
+    frame["maximum"] = _is_first_maximum(frame, ["run_id", "measure"])
+    return frame[_CURVE]
+
+
+def gains(experiments: Experiments, runner: Runner, configs: Sequence[TrainingRun]) -> pd.DataFrame:
+    """The selected step against step 0 on validation, with the 95 % confidence interval (paired t)."""
+    rows = []
+    for run in runner.ensure(configs):
+        c = run.config
+        start = _zero_shot(experiments, runner, c.encoder).evaluation("rerank", c.validation)
+        kept = run.evaluation("rerank", c.validation)
+        for measure in c.rerank_measures:
+            after, before = kept.per_query[measure], start.per_query[measure]
+            difference, low, high = paired_interval(after, before)
+            rows.append(
+                {
+                    "encoder": c.encoder, "loss": c.target, "in_batch": c.in_batch,
+                    "batch_size": c.batch_size, "measure": measure, "start": start.mean[measure],
+                    "best": kept.mean[measure], "difference": difference, "low": low, "high": high,
+                    "step": run.result["kept_step"], "run_id": run.run_id,
+                }
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def figure6(experiments: Experiments, runner: Runner) -> pd.DataFrame:
+    """Raw φ(d⁺, d⁻) over training, smoothed: first and last steps with the largest batch size."""
+    profile = experiments.profile
+    window, span = profile.target_plot.window, profile.target_plot.span
+    size = max(profile.distributed.batch_sizes)
+    frames = []
+    for run in runner.ensure([c for c in experiments.figure5_runs() if c.batch_size == size]):
+        smooth = run.targets[["mean", "min", "max"]].rolling(window, min_periods=1).mean()
+        smooth.insert(0, "step", run.targets["step"])
+        for part, rows in (("first", smooth.head(span)), ("last", smooth.tail(span))):
+            rows = rows.assign(encoder=run.config.encoder, batch_size=size, part=part)
+            frames.append(rows.assign(window=window, span=len(rows), run_id=run.run_id))
+    return pd.concat(frames, ignore_index=True)[_TARGETS]
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def table1(experiments: Experiments, runner: Runner) -> pd.DataFrame:
+    """Encoders: parameters, embedding, dimensions."""
+    rows = []
+    for name, settings in experiments.profile.encoders.items():
+        run = _zero_shot(experiments, runner, name)
+        loaded = runner.inputs.encoder(name)
+        trained = [p for p in loaded.model.parameters() if p.requires_grad]
+        rows.append(
+            {
+                "encoder": name,
+                "base": settings.label or settings.base,
+                "parameters": sum(p.numel() for p in loaded.whole.parameters()),
+                "trained": sum(p.numel() for p in trained),
+                "embedding": _EMBEDDING[settings.pooling],
+                "dimensions": loaded.whole.get_embedding_dimension(),
+                "run_id": run.run_id,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def table2(experiments: Experiments, runner: Runner) -> pd.DataFrame:
+    """A query under the fine-tuned reference encoder: its highest, middle and lowest target.
+
+    Of the first training batch, the query whose targets T[i, :] are spread widest. ρ = φ(q_i, ·),
+    t = T[i, j]. ``loss_table`` is what the paper's Table 2 shows, (ρ(d⁺) − ρ(d⁻_j) − t)²;
+    ``loss_equation`` is Equation 3 squared.
+    """
+    reference = experiments.profile.reference_encoder
+    runner.ensure([c for c in experiments.figure3_runs() if c.encoder == reference])
+    run = runner.ensure([experiments.variant_run(reference, "distributed", False)])[0]
+    batch, q, p, n = _first_batch(run, runner)
+    _, targets = margin_loss(q, p, n, target="distributed", return_targets=True)
+    i = int((targets.max(1).values - targets.min(1).values).argmax())
+    t = targets[i]
+    picks = {
+        "d-max": int(t.argmax()),
+        "d-mid": int((t - t.mean()).abs().argmin()),
+        "d-min": int(t.argmin()),
+    }
+    texts, passages = runner.inputs.collection.queries["train"], runner.inputs.collection.passages
+    rho_positive, rho = float(q[i] @ p[i]), (n @ q[i]).tolist()
+    qid, positive, _ = batch[i]
+    rows: list[dict[str, Any]] = [
+        {"role": "q", "id": qid, "text": texts[qid]},
+        {"role": "d+", "id": positive, "text": passages[positive], "rho": rho_positive},
+    ]
+    for role, j in picks.items():
+        docid, target = batch[j][2], float(t[j])
+        losses = {
+            "loss_table": (rho_positive - rho[j] - target) ** 2,
+            "loss_equation": (rho_positive - rho[i] - target) ** 2,
+        }
+        text = passages[docid]
+        rows.append(
+            {"role": role, "id": docid, "text": text, "rho": rho[j], "target": target} | losses
+        )
+    return pd.DataFrame(rows).assign(run_id=run.run_id, qid=qid)
+
+
+def _first_batch(
+    run: StoredRun[TrainingRun], runner: Runner
+) -> tuple[list[tuple[str, str, str]], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The first batch of a run, and its three columns embedded by the stored model."""
+    config, collection = run.config, runner.inputs.collection
+    model = SentenceTransformer(str(run.path / "model"), device=runner.profile.device)
+    order = seeded_order(len(runner.inputs.triples), config.seed)[: config.batch_size]
+    batch = [collection.triples[int(i)] for i in order]
+    columns = [
+        ([collection.queries["train"][qid] for qid, _, _ in batch], config.query_length),
+        ([collection.passages[docid] for _, docid, _ in batch], config.passage_length),
+        ([collection.passages[docid] for _, _, docid in batch], config.passage_length),
+    ]
+    q, p, n = (
+        torch.from_numpy(embed(model, tokenize(model, texts, length))) for texts, length in columns
+    )
+    return batch, q, p, n
+
+
+def table3(experiments: Experiments, runner: Runner) -> pd.DataFrame:
+    """All encoders × targets × in-batch, ranked in full; TOST against the best of the encoder."""
+    profile = experiments.profile
+    sweeps = runner.ensure(experiments.figure3_runs())
+    stored = iter(runner.ensure(experiments.table3_runs()))
+    rows = []
+    for encoder in profile.encoders:
+        runs = {variant: next(stored) for variant in VARIANTS}
+        group = [_ranked(run, profile) for run in runs.values()]
+        for ((target, in_batch), run), ranked in zip(runs.items(), group, strict=True):
+            sweep = 0.0
+            if target == "static":
+                sweep = _sweep_seconds(sweeps, experiments, encoder, in_batch)
+            about = {
+                "encoder": encoder, "target": target,
+                "epsilon": run.config.target if target == "static" else float("nan"),
+                "in_batch": in_batch, "seconds": run.result["train_seconds"] + sweep,
+                "sweep_seconds": sweep, "triples": run.result["triples"], "run_id": run.run_id,
+            }  # fmt: skip
+            rows += [about | row for row in _tested(ranked, group, None, profile)]
+    return pd.DataFrame(rows)[_TABLE3]
+
+
+def _sweep_seconds(
+    sweeps: Sequence[StoredRun[TrainingRun]], experiments: Experiments, encoder: str, in_batch: bool
+) -> float:
+    """Training time of the runs that the ε of a static row was chosen from."""
+    targets = experiments.profile.static.targets
+    ids = {experiments.static_run(encoder, t, in_batch).run_id for t in targets}
+    return float(sum(run.result["train_seconds"] for run in sweeps if run.run_id in ids))
+
+
+def table4(experiments: Experiments, runner: Runner) -> pd.DataFrame:
+    """The reference encoder's rows next to baselines and external runs.
+
+    TOST against the external TAS-B run, as in the paper, if there is one, else against the softmax
+    loss, which is what most people would train with.
+    """
+    profile = experiments.profile
+    entries = [
+        (about | {"triples": run.result["triples"], "run_id": run.run_id}, _ranked(run, profile))
+        for about, run in _table4_runs(experiments, runner)
+    ]
+    softmax = next(ranked for about, ranked in entries if about["loss"].startswith("Softmax"))
+    for name, runs in external_runs(runner).items():
+        about = {
+            "block": "supplied runs", "loss": name, "sampling": "—", "in_batch": "—",
+            "source": f"supplied: {name}", "triples": float("nan"), "run_id": "",
+        }  # fmt: skip
+        entries.append((about, _ranked_external(name, runs, runner)))
+    references = {ranked.run_id: ranked for _, ranked in entries}
+    reference = references.get(f"supplied: {TAS_B}", softmax)
+    rows = []
+    for about, ranked in entries:
+        group = [r for a, r in entries if a["block"] == about["block"]]
+        tested = _tested(ranked, group, reference, profile, len(entries) - 1)
+        rows += [about | row for row in tested]
+    return pd.DataFrame(rows)[_TABLE4]
+
+
+def _table4_runs(
+    experiments: Experiments, runner: Runner
+) -> Iterator[tuple[dict[str, Any], StoredRun[Any]]]:
+    """What is said about each row of Table 4, and its run."""
+    e = experiments.profile.reference_encoder
+    runner.ensure(experiments.figure3_runs())
+    tuned_no, tuned_yes, adaptive_no, adaptive_yes, distributed = runner.ensure(
+        [experiments.variant_run(e, *v) for v in VARIANTS]
+    )
+    default, softmax = runner.ensure(experiments.table4_runs())
+    bm25 = runner.ensure([experiments.bm25_run()])[0]
+    listed: list[tuple[str, str, str, str, StoredRun[Any]]] = [
+        ("self-distillation", "Adaptive", "Rand.", "✗", adaptive_no),
+        ("self-distillation", "Adaptive", "Rand.", "✓", adaptive_yes),
+        ("self-distillation", "Distributed", "Rand.", "✓", distributed),
+        ("no distillation", "BM25", "—", "—", bm25),
+        ("no distillation", "Static (tuned)", "Rand.", "✗", tuned_no),
+        ("no distillation", "Static (tuned)", "Rand.", "✓", tuned_yes),
+        ("no distillation", "Static (ε = 1)", "Rand.", "✗", default),
+        ("not in the paper", "Softmax (MNRL)", "Rand.", "✓", softmax),
+    ]
+    labels = {e: "Encoder as it comes"}
+    for name, settings in experiments.profile.untrained.items():
+        labels[name] = f"{settings.label or name} as it comes"
+    for name, label in labels.items():
+        run = _zero_shot(experiments, runner, name)
+        listed.append(("not in the paper", label, "—", "—", run))
+    for block, loss, sampling, in_batch, run in listed:
+        source = block if block == "not in the paper" else "ours"
+        keys = ("block", "loss", "sampling", "in_batch", "source")
+        yield dict(zip(keys, (block, loss, sampling, in_batch, source), strict=True)), run
+
+
+# --- tests --------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ranked:
+    """Full rankings with their scores by test set; some scores of external runs are refused."""
+
+    run_id: str
+    evaluations: Mapping[str, Evaluation]
+    refused: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    missing: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def mean(self, query_set: str, measure: str) -> float:
+        """The score; NaN if there is none."""
+        if query_set not in self.evaluations:
+            return float("nan")
+        return self.evaluations[query_set].mean.get(measure, float("nan"))
+
+
+def _ranked(run: StoredRun[Any], profile: Profile) -> _Ranked:
+    return _Ranked(run.run_id, {name: run.evaluation("full", name) for name in profile.sets.tests})
+
+
+def external_runs(runner: Runner) -> dict[str, dict[str, Supplied]]:
+    """Run files of other systems in ``supplied/SET/`` of the home folder, for the test sets."""
+    folder, sets = runner.inputs.home / "supplied", runner.profile.sets.tests
+    if not any((folder / name).is_dir() for name in sets):
+        return {}  # if there are any, they belong to another profile
+    return read_supplied(folder, sets)
+
+
+def _ranked_external(name: str, runs: Mapping[str, Supplied], runner: Runner) -> _Ranked:
+    collection, measures = runner.inputs.collection, runner.profile.measures.full
+    scored = {
+        key: score(one.run, collection.qrels[key], measures, passages=len(collection.passages))
+        for key, one in runs.items()
+    }
+    return _Ranked(
+        f"supplied: {name}",
+        {key: s.evaluation for key, s in scored.items()},
+        {key: s.refused for key, s in scored.items()},
+        {key: s.missing for key, s in scored.items()},
+    )
+
+
+def _tested(
+    ranked: _Ranked,
+    group: Sequence[_Ranked],
+    reference: _Ranked | None,
+    profile: Profile,
+    comparisons: int | None = None,
+) -> Iterator[dict[str, Any]]:
+    """For each test set and measure: the value, whether it is the best of ``group``, and TOST.
+
+    The test is against ``reference``, or, if that is None, against the best of the group.
+    """
+    count = comparisons or len(group) - 1
+    for name in profile.sets.tests:
+        for measure in profile.measures.full:
+            scores = pd.Series({r.run_id: r.mean(name, measure) for r in group})
+            best = scores.idxmax() if scores.notna().any() else group[0].run_id
+            against = reference or next(r for r in group if r.run_id == best)
+            yield {
+                "set": name,
+                "measure": measure,
+                "value": ranked.mean(name, measure),
+                "best": ranked.run_id == best,
+                "comparisons": count,
+                "reference_run_id": against.run_id,
+                "refused": ranked.refused.get(name, {}).get(measure, ""),
+                "missing": ranked.missing.get(name, 0),
+                **_tost(ranked, against, name, measure, count),
+            }
+
+
+def _tost(a: _Ranked, b: _Ranked, query_set: str, measure: str, count: int) -> dict[str, Any]:
+    """TOST corrected for ``count`` comparisons, with the interval that decides it; NaN if not tested."""
+    numbers = dict.fromkeys(("difference", "low", "high", "p", "p_adjusted"), float("nan"))
+    without = any(math.isnan(r.mean(query_set, measure)) for r in (a, b))
+    if a.run_id == b.run_id or without:
+        return {**numbers, "equivalent": False}
+    x, y = (r.evaluations[query_set].per_query[measure] for r in (a, b))
+    found = compare(x, y, comparisons=count)
+    _, low, high = paired_interval(x, y, confidence=1 - 2 * 0.05 / count)
+    return {
+        "difference": found.difference,
+        "low": low,
+        "high": high,
+        "p": found.p_tost,
+        "p_adjusted": min(1.0, found.p_tost * count),
+        "equivalent": found.verdict == "equivalent",
+    }
+
+
+def _zero_shot(experiments: Experiments, runner: Runner, encoder: str) -> StoredRun[Any]:
+    return runner.ensure([experiments.zero_shot_run(encoder)])[0]
+
+
+def _is_first_maximum(frame: pd.DataFrame, by: list[str]) -> pd.Series:
+    """True in the first row of each group that has the group's largest value."""
+    best = frame.groupby(by, sort=False)["value"].idxmax()
+    return frame.index.to_series().isin(best)

@@ -1,0 +1,358 @@
+"""What a profile takes: its runs, which are finished, why others are not, and how long they will take.
+
+Times are estimates from two numbers per encoder, seconds per triple in training and per passage in
+encoding. They are measured on this machine in a few seconds, or, where the collection, the weights
+or the device is not available yet, taken from the profile (``stated``).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers.utils import cached_file
+
+from adaptive_margins.data import converted
+from adaptive_margins.data.stored import COLUMNS
+from adaptive_margins.encoder.embed import embed, embed_chunks
+from adaptive_margins.encoder.load import open_encoder, weights_folder
+from adaptive_margins.encoder.speed import batcher
+from adaptive_margins.encoder.tokens import tokenize
+from adaptive_margins.errors import AdaptiveMarginsError
+from adaptive_margins.files import read_object
+from adaptive_margins.losses import margin_loss
+from adaptive_margins.paper.experiments import Experiments, fixed_runs, static_rows
+from adaptive_margins.paper.inputs import Inputs
+from adaptive_margins.paper.runner import describe
+from adaptive_margins.paper.store import Store, StoreError, package_versions
+from adaptive_margins.profiles.config import EncoderSettings, IrDatasetsSettings, Profile
+from adaptive_margins.progress import clock
+from adaptive_margins.runs import BM25Run, EncoderRun, RunConfig, TrainingRun
+from adaptive_margins.text_tables import aligned, size
+from adaptive_margins.training_step import TripleCollator
+
+_STEPS = 3  # of a calibration; the first one warms up
+_PASSAGES = 256  # encoded in a calibration
+_CHANGES = {
+    "code_version": "other code version",
+    "collection": "other collection",
+    "weights": "other weights",
+    "version": "other version of bm25s",
+}
+
+
+class PlanError(AdaptiveMarginsError, RuntimeError):
+    """A plan that lacks a number; the message names the number, and the key of the profile for it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a profile.
+
+    Attributes:
+        profile, home: the profile, and the folder of its results.
+        runs: a row per run: run_id, encoder, what, triples, done, why (a missing run is missing, or
+            how a finished one differs from what would be computed now; "" otherwise), seconds
+            (expected, in one worker; 0 if done).
+        seconds: expected for all missing runs, with the profile's workers.
+        embeddings: bytes on disk of all passages' embeddings, per worker, while a run is ranked.
+        downloads: (what, bytes) that would be fetched first.
+        stated: encoders whose speed is the profile's, not measured.
+    """
+
+    profile: Profile
+    home: Path
+    runs: pd.DataFrame
+    seconds: float
+    embeddings: int
+    downloads: list[tuple[str, int]]
+    stated: list[str]
+
+    def text(self, *, every: bool = False) -> str:
+        """The plan for a terminal: a line per kind of run, or ``every`` run."""
+        keys = ["encoder", "what", "why", *(["run_id"] if every else [])]
+        rows = []
+        for key, group in self.runs.groupby(keys, sort=False):
+            missing = group[~group["done"]]
+            seconds = clock(missing["seconds"].mean()) if len(missing) else "—"
+            counts = [f"{len(group)}", f"{group['done'].sum()}", f"{group['triples'].iloc[0]:,}"]
+            rows.append([*map(str, (key[0], key[1], *key[3:])), *counts, seconds, str(key[2])])
+        header = ["encoder", "what", *(["run"] if every else []), "runs", "done", "triples"]
+        done, workers = int(self.runs["done"].sum()), self.profile.workers
+        book = self.home / "_build" / "html" / "index.html"
+        lines = [
+            f"Profile {self.profile.name}: {len(self.runs)} runs, {done} are done.",
+            f"Results: {self.home}",
+            f"Book: {book if book.is_file() else 'not built'}",
+            "",
+        ]
+        lines += aligned([[*header, "time", ""], *rows], left=len(header) - 3)
+        lines += [
+            "",
+            f"Time for the others: about {clock(self.seconds)} with {workers} worker(s); time of one"
+            " run as h:mm:ss or m:ss, early stopping and the training of indexes not counted.",
+            f"Disk while runs are ranked: up to {size(self.embeddings * workers)} of embeddings.",
+            *self._sources(),
+        ]
+        return "\n".join(lines)
+
+    def _sources(self) -> list[str]:
+        lines = ["Nothing has to be fetched."]
+        if self.downloads:
+            lines = [f"To be fetched: {size(sum(count for _, count in self.downloads))}."]
+            lines += [f"  {size(count):>9}  {what}" for what, count in self.downloads]
+            if licence := getattr(self.profile.collection, "licence", ""):
+                lines.append(f"Terms: {licence} (accept them with --accept-licence)")
+        if self.stated:
+            lines.append(f"Speeds of {', '.join(self.stated)} are assumptions of the profile.")
+        elif not self.runs["done"].all():
+            lines.append("Speeds were measured on this machine just now.")
+        return lines
+
+
+def make_plan(inputs: Inputs, store: Store) -> Plan:
+    """The plan of a profile. Fetches nothing, and computes no run.
+
+    Static rows of Table 3 stand for any ε as long as Figure 3's runs are missing.
+
+    Raises:
+        PlanError: the collection, weights or device are not available, and the profile states no
+            size or speed for them.
+    """
+    if not inputs.is_available:
+        inputs = Inputs(inputs.profile, inputs.home)
+        inputs.fingerprint = "0" * 16  # none yet; no run has it
+    profile, estimates = inputs.profile, _Estimates(inputs)
+    previous = _Previous(store)
+    rows = []
+    for config in _planned(Experiments(inputs, store)):
+        done = store.has(config)
+        rows.append(
+            {
+                "run_id": config.run_id,
+                "encoder": config.encoder,
+                "what": describe(config, with_target=False),
+                "triples": getattr(config, "triples", 0),
+                "done": done,
+                "why": previous.why(config, inputs),
+                "seconds": 0.0 if done else estimates.seconds(config),
+            }
+        )
+    frame = pd.DataFrame(rows)
+    encoders = [] if frame["done"].all() else [*profile.encoders, *profile.untrained]
+    return Plan(
+        profile=profile,
+        home=inputs.home,
+        runs=frame,
+        seconds=float(frame["seconds"].sum()) / profile.workers,
+        embeddings=estimates.embedding_bytes() if encoders else 0,
+        downloads=_downloads(inputs),
+        stated=[name for name in encoders if not estimates.speed(name).measured],
+    )
+
+
+def _planned(experiments: Experiments) -> list[RunConfig]:
+    configs = fixed_runs(experiments)
+    for (encoder, in_batch), candidates in static_rows(experiments).items():
+        try:
+            configs.append(experiments.variant_run(encoder, "static", in_batch))
+        except StoreError:  # ε is not known before the runs of Figure 3 are finished
+            configs.append(candidates[0])
+    return list(dict.fromkeys(configs))  # the tuned ε may be 1, as in Table 4
+
+
+class _Previous:
+    """The runs in the store, to explain why a run is missing or stale."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.known: dict[str, list[dict[str, Any]]] = {}
+        for file in sorted(store.folder.glob("[!.]*/config.json")):
+            config = read_object(file)
+            self.known.setdefault(self._key(config), []).append(config)
+
+    @staticmethod
+    def _key(config: dict[str, Any]) -> str:
+        same = {key: value for key, value in config.items() if key not in _CHANGES}
+        return json.dumps(same, sort_keys=True)
+
+    def why(self, config: RunConfig, inputs: Inputs) -> str:
+        """Why a run is missing though a similar one is finished, or how a finished one is stale."""
+        if self.store.has(config):
+            then, now = self.store.get(config).result.get("versions", {}), package_versions()
+            changed = [f"{p} {then.get(p, '—')} → {now[p]}" for p in now if then.get(p) != now[p]]
+            return f"computed with other packages: {', '.join(changed)}" if then and changed else ""
+        if (inputs.home / "cache" / "work" / config.run_id).is_dir():
+            return "interrupted, or under way"
+        values = json.loads(config.model_dump_json())
+        reasons = [
+            [f"{text} ({old[k]})" for k, text in _CHANGES.items() if old.get(k) != values.get(k)]
+            for old in self.known.get(self._key(values), [])
+        ]
+        if not reasons:
+            return ""
+        reasons.sort(key=len)  # the most similar run first
+        return f"finished with {', '.join(reasons[0])}"
+
+
+class _Speed(NamedTuple):
+    """Seconds per triple in training and per passage in encoding; size of an embedding."""
+
+    triple: float
+    passage: float
+    dimensions: int
+    measured: bool
+
+
+class _Estimates:
+    """Expected times of runs from one speed per encoder and the sizes of the collection."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.profile = inputs.profile
+
+    def seconds(self, config: RunConfig) -> float:
+        """Expected time of a run in one worker; a query counts as half a passage."""
+        if isinstance(config, BM25Run):
+            return 1.0 + self._count("passages") / 20_000
+        assert isinstance(config, EncoderRun)
+        speed = self.speed(config.encoder)
+        depth, queries = config.depth, self._count(config.validation)
+        validation = min(self._count("passages"), queries * depth) + queries / 2
+        evaluations, triples, ranked = 1, 0, 0.0
+        if isinstance(config, TrainingRun):
+            triples = config.triples
+            evaluations = config.steps // (config.evaluate_every or config.steps)
+        if config.test_sets:
+            queries = sum(self._count(name) for name in config.test_sets)
+            ranked = self._count("passages") + queries / 2
+        return triples * speed.triple + (evaluations * validation + ranked) * speed.passage
+
+    def _count(self, name: str) -> int:
+        """Number of "passages", or of the queries of a set."""
+        if self.inputs.is_available:
+            collection = self.inputs.collection
+            return len(collection.passages if name == "passages" else collection.queries[name])
+        if not (count := getattr(self.profile.collection, "counts", {}).get(name)):
+            raise PlanError(
+                f"profile {self.profile.name}: collection.counts lacks {name}; the collection has"
+                " not been fetched, so a plan needs the number"
+            )
+        return count
+
+    def embedding_bytes(self) -> int:
+        """Bytes of the embeddings of all passages, of the encoder with most dimensions."""
+        width = {"float32": 4, "float16": 2}[self.profile.ranking.dtype]
+        dimensions = max(self.speed(name).dimensions for name in self.profile.encoders)
+        return self._count("passages") * dimensions * width
+
+    @functools.cache  # noqa: B019  (it lives as long as a plan is made)
+    def speed(self, encoder: str) -> _Speed:
+        """Measured if collection, weights and device are available, else as the profile states."""
+        settings = self.inputs.settings(encoder)
+        available = {
+            "the collection": self.inputs.is_available,
+            "the weights": _has_weights(settings),
+            "the device": self.profile.device != "cuda" or torch.cuda.is_available(),
+        }
+        if all(available.values()):
+            return _calibrated(self.inputs, encoder)
+        if settings.stated is None:
+            lacking = " and ".join(what for what, there in available.items() if not there)
+            raise PlanError(
+                f"profile {self.profile.name}: {lacking} of encoder {encoder!r} cannot be used here"
+                f" yet, and encoders.{encoder}.stated gives no speeds to plan with"
+            )
+        s = settings.stated
+        return _Speed(1 / s.triples_per_second, 1 / s.passages_per_second, s.dimensions, False)
+
+
+def _calibrated(inputs: Inputs, encoder: str) -> _Speed:
+    """Measure an encoder; on a CPU in one thread, as workers compute."""
+    threads = torch.get_num_threads()
+    if inputs.profile.device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        model, collate, columns, sample = _material(inputs, encoder)
+        times = [0.0]
+        if encoder in inputs.profile.encoders:
+            steps = np.array_split(columns, _STEPS, axis=1)
+            times = [_step_seconds(model, collate, rows) for rows in steps if rows.shape[1]]
+        embed(model, collate.passages, sample[:32])
+        since = time.perf_counter()
+        embed(model, collate.passages, sample, batch_tokens=inputs.profile.ranking.batch_tokens)
+        passage = (time.perf_counter() - since) / len(sample)
+        dimensions = model.get_embedding_dimension()
+        return _Speed(float(np.median(times[1:] or times)), passage, dimensions, True)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _material(inputs: Inputs, encoder: str) -> tuple[Any, TripleCollator, np.ndarray, np.ndarray]:
+    """A model, its collator, (3, n) rows of triples, and rows of passages to encode."""
+    settings, p = inputs.settings(encoder), inputs.profile
+    some = inputs.triples[: _STEPS * p.static.batch_size]
+    columns = np.array([some[column] for column in COLUMNS])
+    if settings.trained_layers is not None:
+        loaded = inputs.encoder(encoder)
+        model, queries, passages = loaded.fresh(), loaded.queries, loaded.passages
+        sample = np.arange(min(_PASSAGES, len(passages)))
+    else:  # only a sample is tokenised: a plan must not wait for millions of texts
+        model = open_encoder(settings, dropout=p.training.dropout, device=p.device)
+        texts, n = inputs.collection.passages.texts, columns.shape[1]
+        asked = [inputs.queries.texts[int(i)] for i in columns[0]]
+        chosen = [texts[int(i)] for i in columns[1:].ravel()]
+        queries = tokenize(model, asked, p.lengths.query)
+        passages = tokenize(model, [*chosen, *texts[:_PASSAGES]], p.lengths.passage)
+        columns = np.arange(n) + np.array([[0], [0], [n]])
+        sample = np.arange(2 * n, len(passages))
+    return (
+        model,
+        TripleCollator(queries, passages, p.training.chunks, batcher(model)),
+        columns,
+        sample,
+    )
+
+
+def _step_seconds(model: Any, collate: TripleCollator, rows: np.ndarray) -> float:
+    """Seconds per triple of a step; the optimiser's part is small."""
+    since = time.perf_counter()
+    batch = collate([dict(zip(COLUMNS, row, strict=True)) for row in rows.T])
+    chunks = [{k: v.to(model.device) for k, v in c.items()} for c in batch["chunks"]]
+    margin_loss(*embed_chunks(model, chunks, batch["rows"].to(model.device))).backward()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (time.perf_counter() - since) / rows.shape[1]
+
+
+def _downloads(inputs: Inputs) -> list[tuple[str, int]]:
+    """(what, bytes) that the profile would fetch and that is not on this machine yet."""
+    settings, found = inputs.profile.collection, []
+    if isinstance(settings, IrDatasetsSettings) and inputs.built is None:
+        found += converted.downloads(settings)
+    for name in [*inputs.profile.encoders, *inputs.profile.untrained]:
+        encoder = inputs.settings(name)
+        if not _has_weights(encoder) and encoder.stated is not None:
+            found.append((f"{encoder.base}@{encoder.revision}", 4 * encoder.stated.parameters))
+    return found
+
+
+def _has_weights(settings: EncoderSettings) -> bool:
+    """Whether an encoder can be loaded without a network."""
+    if weights_folder(settings) is not None:
+        return True
+    found = cached_file(
+        settings.base,
+        "model.safetensors",
+        revision=settings.revision,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    return found is not None

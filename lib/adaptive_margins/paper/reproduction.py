@@ -1,0 +1,192 @@
+"""One object to reproduce the paper with: a profile, its runs, figures and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from adaptive_margins.files import home as default_home
+from adaptive_margins.paper.experiments import Experiments, find_run, fixed_runs
+from adaptive_margins.paper.frames import (
+    curves,
+    external_runs,
+    figure3,
+    figure6,
+    gains,
+    table1,
+    table2,
+    table3,
+    table4,
+)
+from adaptive_margins.paper.inputs import Inputs
+from adaptive_margins.paper.plan import Plan, make_plan
+from adaptive_margins.paper.runner import Runner
+from adaptive_margins.paper.store import Store, StoredRun
+from adaptive_margins.profiles.config import Profile, load_profile
+from adaptive_margins.progress import clock, say
+from adaptive_margins.runs import BM25Run, EncoderRun, TrainingRun, ZeroShotRun
+
+
+class Reproduction:
+    """A profile with its collection, runs and results.
+
+    Methods that return results compute the runs they need and that are missing; finished ones are
+    read. Figures and tables are long data frames with the ids of their runs.
+
+    Attributes:
+        profile: see `profiles.config`.
+        home: the folder of all results.
+        inputs: collection, candidates, tokens and encoders.
+        store: finished runs.
+        runner: computes runs.
+        experiments: which runs the figures and tables need.
+    """
+
+    def __init__(self, profile: Profile, home: Path | None = None) -> None:
+        self.profile = profile
+        self.home = home or default_home()
+        self.inputs = Inputs(profile, self.home)
+        self.store = Store(self.home / "runs")
+        self.runner = Runner(self.inputs, self.store)
+        self.experiments = Experiments(self.inputs, self.store)
+
+    def plan(self) -> Plan:
+        """All runs: which are finished, how long the others will take, and what would be fetched."""
+        return make_plan(self.inputs, self.store)
+
+    def run_all(self) -> None:
+        """Compute all runs of the profile that are missing."""
+        _ = self.inputs.collection
+        plan = self.plan()
+        done, total = int(plan.runs["done"].sum()), len(plan.runs)
+        time = "" if done == total else f"; the others take about {clock(plan.seconds)}"
+        say(f"profile {self.profile.name}: {done} of {total} runs are done{time}")
+        with self.runner.workers():
+            self.runner.ensure(fixed_runs(self.experiments))
+            self.runner.ensure(self.experiments.table3_runs())
+
+    def run_one(self, run_id: str) -> StoredRun[Any]:
+        """The run of an id, or of its beginning, computed with what it needs first.
+
+        Raises:
+            StoreError: no run of the profile, or more than one, has an id that begins so.
+        """
+        config = find_run(self.experiments, run_id)
+        if config is None:  # a static row of Table 3
+            self.runner.ensure(self.experiments.figure3_runs())
+            config = find_run(self.experiments, run_id)
+        assert config is not None
+        if isinstance(config, EncoderRun):
+            self.zero_shot(config.encoder)
+        return self.runner.ensure([config])[0]
+
+    def train(
+        self,
+        encoder: str,
+        *,
+        target: float | str | None = "distributed",
+        in_batch: bool = False,
+        **values: Any,
+    ) -> StoredRun[TrainingRun]:
+        """Train one encoder of the profile, with the settings of the learning curves.
+
+        Args:
+            encoder: its name in the profile.
+            target: ε, "adaptive" or "distributed"; None with ``loss="softmax"``.
+            in_batch: whether the other negatives of a batch count too.
+            values: other fields of `runs.TrainingRun`, e.g. ``triples``, ``batch_size``,
+                ``learning_rate``, ``seed`` or ``evaluate_every``.
+
+        Returns:
+            The run, with ``.curve``, ``.scores()`` and ``.compare(other)``.
+        """
+        self.zero_shot(encoder)
+        config = self.experiments.curve_run(encoder, target, in_batch, **values)
+        return self.runner.ensure([config])[0]
+
+    def zero_shot(self, encoder: str) -> StoredRun[ZeroShotRun]:
+        """The pretrained encoder without fine-tuning: step 0 of its training runs."""
+        return self.runner.ensure([self.experiments.zero_shot_run(encoder)])[0]
+
+    def bm25(self) -> StoredRun[BM25Run]:
+        """BM25's order of the candidates, and its ranking of all passages."""
+        return self.runner.ensure([self.experiments.bm25_run()])[0]
+
+    def table1(self) -> pd.DataFrame:
+        """Encoders: parameters, embedding, dimensions."""
+        return table1(self.experiments, self.runner)
+
+    def figure3(self) -> pd.DataFrame:
+        """Static targets: a row per ε, seed and measure."""
+        return figure3(self.experiments, self.runner)
+
+    def figure4(self) -> pd.DataFrame:
+        """Adaptive targets: learning curves."""
+        return curves(self.runner, self.experiments.figure4_runs())
+
+    def figure5(self) -> pd.DataFrame:
+        """Distributed targets: learning curves by batch size."""
+        return curves(self.runner, self.experiments.figure5_runs())
+
+    def figure6(self) -> pd.DataFrame:
+        """Distribution of raw φ(d⁺, d⁻) over training."""
+        return figure6(self.experiments, self.runner)
+
+    def table2(self) -> pd.DataFrame:
+        """A query with its highest, middle and lowest target."""
+        return table2(self.experiments, self.runner)
+
+    def table3(self) -> pd.DataFrame:
+        """All targets, ranked in full, with tests of equivalence."""
+        return table3(self.experiments, self.runner)
+
+    def table4(self) -> pd.DataFrame:
+        """The reference encoder next to baselines and external runs."""
+        return table4(self.experiments, self.runner)
+
+    def gains(self, configs: Sequence[TrainingRun] | None = None) -> pd.DataFrame:
+        """The selected step against step 0 for Figures 4 and 5, or for ``configs``."""
+        e = self.experiments
+        configs = configs or [*e.figure4_runs(), *e.figure5_runs()]
+        return gains(e, self.runner, configs)
+
+    # Names of before; they go with their last user.
+
+    @classmethod
+    def open(
+        cls, profile: str | Path = "laptop", home: Path | None = None, **overrides: Any
+    ) -> Reproduction:
+        """`paper.open`."""
+        return open_profile(profile, home, **overrides)
+
+    def references(self) -> dict[str, float]:
+        """BM25's scores on the validation candidates."""
+        return self.bm25().evaluation("rerank", self.profile.sets.validation).mean
+
+    def supplied(self) -> dict[str, Any]:
+        """`frames.external_runs`."""
+        return external_runs(self.runner)
+
+    def __getattr__(self, name: str) -> Any:
+        """Names of the inputs, the runner and the experiments, for short."""
+        if not name.startswith("_") and "experiments" in vars(self):
+            for part in (self.inputs, self.runner, self.experiments):
+                if hasattr(type(part), name):
+                    return getattr(part, name)
+        raise AttributeError(f"Reproduction has no attribute {name!r}")
+
+
+def open_profile(
+    profile: str | Path = "laptop", home: Path | None = None, **overrides: Any
+) -> Reproduction:
+    """Open a profile by its name or the path of a YAML file.
+
+    Args:
+        profile: e.g. "laptop", "smoke", "paper".
+        home: the folder of all results; by default $ADAPTIVE_MARGINS_HOME, or the checkout.
+        overrides: values instead of the profile's, as for `profiles.config.load_profile`.
+    """
+    return Reproduction(load_profile(profile, **overrides), home)

@@ -1,0 +1,206 @@
+"""Runs are computed once, by one process or several, and resumed; what is shared by runs fits its texts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from adaptive_margins import paper
+from adaptive_margins.encoder.embed import embed
+from adaptive_margins.encoder.tokens import tokenize
+from adaptive_margins.paper import runner
+from adaptive_margins.paper.experiments import fixed_runs
+from adaptive_margins.paper.reproduction import Reproduction
+from adaptive_margins.paper.store import StoreError
+from adaptive_margins.profiles.config import load_profile
+from adaptive_margins.training import TrainingError
+
+
+def home_with(smoke, tmp_path, *names):
+    """A home with parts of another."""
+    for name in names:
+        shutil.copytree(smoke.home / name, tmp_path / name)
+    return tmp_path
+
+
+def test_a_class_of_the_spine_is_small():
+    """And everything that a notebook calls exists."""
+    public = [name for name in vars(Reproduction) if not name.startswith("_")]
+    promised = "plan run_all run_one train zero_shot bm25 table1 figure3 figure4 figure5 figure6 table2 table3 table4"
+    assert set(promised.split()) <= set(public)
+    assert paper.Reproduction is Reproduction
+
+
+def test_running_again_computes_nothing(smoke, monkeypatch, capsys):
+    before = {p: p.stat().st_mtime_ns for p in smoke.home.rglob("*") if "_executed" not in p.parts}
+
+    def refuse(*_, **__):
+        raise AssertionError("a run was computed again")
+
+    monkeypatch.setattr(runner.Runner, "execute", refuse)
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", refuse)
+    again = paper.open("smoke", smoke.home)
+    since = time.process_time()
+    again.run_all()
+    assert time.process_time() - since < 10
+    assert len(again.runner.ensure(smoke.experiments.figure3_runs())) == 18
+    after = {p: p.stat().st_mtime_ns for p in smoke.home.rglob("*") if "_executed" not in p.parts}
+    assert after == before
+    assert "42 of 42 runs are done" in capsys.readouterr().err
+
+
+def test_an_unknown_run_is_refused_before_any_is_computed(tmp_path, monkeypatch):
+    reproduction = Reproduction(load_profile("smoke"), tmp_path)
+    reproduction.inputs.fingerprint = "0" * 16
+    wanted = []
+    monkeypatch.setattr(reproduction.runner, "ensure", lambda configs: wanted.extend(configs))
+    for unknown, message in (("nosuch", "no run 'nosuch'"), ("", "runs begin with ''")):
+        with pytest.raises(StoreError, match=message):
+            reproduction.run_one(unknown)
+    assert wanted == []
+    e = reproduction.experiments
+    tuned = e.comparison_run("minilm-4", target=0.5, in_batch=True)
+    with pytest.raises(AssertionError):  # the run is found once those of Figure 3 are finished
+        reproduction.run_one(tuned.run_id)
+    assert wanted == e.figure3_runs()
+    wanted.clear()
+    curve = e.figure4_runs()[0]
+    with pytest.raises(TypeError):  # what our ensure returns
+        reproduction.run_one(curve.run_id[:10])
+    assert wanted == [e.zero_shot_run(curve.encoder)]
+
+
+def test_one_run_with_own_values(smoke, tmp_path):
+    home = home_with(smoke, tmp_path, "cache", "collections", "runs")
+    other = paper.open("smoke", home, workers=1)
+    stored = other.train("minilm-3", target="adaptive", in_batch=True)
+    assert stored.run_id in {
+        c.run_id for c in smoke.experiments.figure4_runs()
+    }  # read, not trained
+    run = other.train("minilm-3", target=0.25, triples=16, batch_size=8, learning_rate=5e-4)
+    assert (run.config.target, run.config.learning_rate, run.config.triples) == (0.25, 5e-4, 16)
+    assert run.curve["step"].tolist() == [0, 2]
+    start = other.zero_shot("minilm-3")
+    measures = list(run.config.rerank_measures)
+    np.testing.assert_array_equal(
+        run.curve.iloc[0][measures].to_numpy(float),
+        [start.evaluation("rerank", "validation").mean[m] for m in measures],
+    )
+    scores = run.scores().set_index(["mode", "set", "measure"])["value"]
+    compared = run.compare(start).set_index(["mode", "set", "measure"])
+    assert set(compared.index) == {("rerank", "validation", m) for m in measures}
+    for m in measures:
+        row = compared.loc["rerank", "validation", m]
+        assert row["value"] == scores["rerank", "validation", m]
+        assert row["difference"] == pytest.approx(row["value"] - row["other"], abs=1e-12)
+        assert row["low"] <= row["difference"] <= row["high"]
+        assert row["verdict"] in ("better", "worse", "equivalent", "undecided")
+    softmax = other.train("minilm-3", loss="softmax", target=None, in_batch=True, triples=16)
+    assert softmax.config.loss == "softmax"
+
+
+@pytest.mark.parametrize("query_sets", [("validation", "test2", "test1"), ("test2", "test1")])
+def test_cached_states_are_those_of_the_texts(smoke, tmp_path, query_sets):
+    """Other query sets are other texts in another order: no cached state is taken for another's."""
+    home = home_with(smoke, tmp_path, "cache", "collections")
+    profile = load_profile("smoke", sets={"validation": query_sets[0], "tests": query_sets[1:]})
+    inputs = Reproduction(profile, home).inputs
+    assert inputs.fingerprint == smoke.inputs.fingerprint
+    loaded = inputs.encoder("minilm-3")
+    tokens = tokenize(loaded.whole, inputs.queries.texts, profile.lengths.query)
+    np.testing.assert_allclose(
+        embed(loaded.model, loaded.queries), embed(loaded.whole, tokens), atol=1e-5
+    )
+
+
+def die(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_an_error(smoke, monkeypatch):
+    monkeypatch.setattr(runner, "_execute", die)
+    other = Reproduction(smoke.profile, smoke.home)
+    config = smoke.experiments.training_run("minilm-3", target=0.25, in_batch=False, triples=8)
+    with (
+        ProcessPoolExecutor(1, get_context("fork")) as other.runner._pool,
+        pytest.raises(TrainingError, match="a worker process was killed"),
+    ):
+        other.runner._compute([config])
+
+
+def test_workers_are_shared_in_a_block_and_end_with_it(smoke, monkeypatch):
+    started = []
+
+    class Pool:
+        def __init__(self, *arguments):
+            started.append(self)
+            self.ended = False
+
+        def shutdown(self, **_):
+            self.ended = True
+
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
+    mine = Reproduction(smoke.profile, smoke.home).runner
+    with mine.workers(), mine.workers():
+        assert not started[0].ended
+    assert len(started) == 1
+    assert started[0].ended
+    with pytest.raises(ZeroDivisionError), mine.workers():
+        _ = 1 / 0
+    assert [pool.ended for pool in started] == [True, True]
+
+
+def test_an_encoder_that_is_not_in_the_profile(smoke):
+    with pytest.raises(KeyError, match=r"'bert' is not in profile 'smoke': \['minilm'"):
+        smoke.inputs.encoder("bert")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("roberta", {"pooling": "cls+linear"}),  # all of it is trained, as the paper's encoders are
+        ("bert", {"pooling": "cls+linear", "layers": 2, "trained_layers": 2}),
+    ],
+)
+def test_other_encoders_from_the_collection_to_a_saved_model(
+    smoke, tiny_folder, tmp_path, kind, settings
+):
+    home = home_with(smoke, tmp_path, "cache", "collections")
+    values = smoke.profile.model_dump()
+    values |= {
+        "encoders": {"tiny": {"base": str(tiny_folder(kind)), **settings}},
+        "untrained": {}, "reference_encoder": "tiny", "workers": 1,
+    }  # fmt: skip
+    values["static"] |= {"seeds": {}, "targets": [0.5]}
+    other = Reproduction(type(smoke.profile).model_validate(values), home)
+    table = other.table2()
+    run = other.store.get(other.experiments.variant_run("tiny", "distributed", False))
+    assert (table["run_id"] == run.run_id).all()
+    assert run.result["triples"] > 0
+    model = SentenceTransformer(str(run.path / "model"))
+    assert len(list(model)) == 3
+
+    # The stored ranking is that of the saved model, read by Sentence Transformers.
+    collection = other.inputs.collection
+    hits = run.run("rerank", "test1")
+    for qid in collection.queries["test1"].ids[:5]:
+        model.max_seq_length = 10
+        q = model.encode(collection.queries["test1"][qid], normalize_embeddings=True)
+        model.max_seq_length = 12
+        for docid, score in hits[qid].items():
+            d = model.encode(collection.passages[docid], normalize_embeddings=True)
+            assert score == pytest.approx(float(q @ d), abs=1e-5)
+
+
+def test_the_fixed_runs_are_those_of_the_store(smoke):
+    fixed = {c.run_id for c in fixed_runs(smoke.experiments)}
+    tuned = {c.run_id for c in smoke.experiments.table3_runs()}
+    assert fixed | tuned == {p.name for p in smoke.store.folder.iterdir()}
