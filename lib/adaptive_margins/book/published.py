@@ -1,4 +1,4 @@
-"""The paper's numbers and words, typed from it: ``printed/table1.csv`` to ``table4.csv`` and ``published.yaml``.
+"""The paper's numbers and words, typed from it: ``printed/table1.csv`` … and ``published.yaml``.
 
 They are the only numbers in the book that were typed. Everything else is read from artefacts.
 """
@@ -36,7 +36,7 @@ class Published:
         return [note["text"] for note in self.notes if table in note["tables"]]
 
     def observation(self, id: str) -> Mapping[str, Any]:
-        """What the text states about a figure: figure, section, number, text. KeyError for others."""
+        """What the text states about a figure: figure, section, number, text; or KeyError."""
         known = {entry["id"]: entry for entry in self.observations}
         if id not in known:
             raise KeyError(f"no observation {id!r}; there are {list(known)}")
