@@ -1,4 +1,4 @@
-"""The command ``adaptive-margins``: entry point, and the commands for the experiments of the paper."""
+"""The command ``adaptive-margins``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer import Option
 
 from adaptive_margins import cli_corpus, terminal
 from adaptive_margins.progress import printable
@@ -20,8 +19,17 @@ app = typer.Typer(
     add_completion=False,
     help="Rerun, check and use adaptive relevance margins.",
 )
-Profile = Annotated[
-    str, Option(parser=terminal.expanded, help="A profile's name, or the path of a YAML file.")
+
+ProfileOption = Annotated[
+    str,
+    typer.Option(parser=terminal.expanded, help="A profile's name, or the path of a YAML file."),
+]
+
+AcceptOption = Annotated[
+    bool,
+    typer.Option(
+        "--accept-licence", help="Accept the terms of the collection, which `plan` names."
+    ),
 ]
 
 
@@ -41,41 +49,41 @@ def _open(profile: str) -> Reproduction:
 
 @app.command()
 def plan(
-    profile: Profile = "laptop",
-    every: Annotated[bool, Option("--every", help="A line for every run.")] = False,
+    profile: ProfileOption = "laptop",
+    every: Annotated[
+        bool, typer.Option("--every", help="A line for every run, not one for runs of a kind.")
+    ] = False,
 ) -> None:
-    """List a profile's runs: finished, or missing and why; time, disk, downloads. Computes none."""
+    """List the runs of a profile: finished or missing and why, time, disk, downloads. Computes none."""
     print(printable(_open(profile).plan().text(every=every)))
 
 
 @app.command()
 def reproduce(
-    profile: Profile = "laptop",
+    profile: ProfileOption = "laptop",
     runs_only: Annotated[
-        bool, Option("--runs-only", help="Compute the runs, build no book.")
+        bool, typer.Option("--runs-only", help="Make the runs, not the book.")
     ] = False,
     run: Annotated[
         list[str] | None,
-        Option(help="Compute only the run of this id, and what it needs. Repeatable."),
+        typer.Option(help="Make only the run of this id, and what it needs. Repeatable."),
     ] = None,
     notebook: Annotated[
         list[str] | None,
-        Option(help="Execute only this notebook (number or name), build no book. Repeatable."),
+        typer.Option(
+            help="Execute only this notebook (number or name), build no book. Repeatable."
+        ),
     ] = None,
     every: Annotated[
-        bool, Option("--all", help="With the chapter on the released code, which takes longer.")
+        bool,
+        typer.Option("--all", help="With the chapter on the released code, which takes longer."),
     ] = False,
     force: Annotated[
-        bool, Option("--force", help="Execute notebooks that are finished, too.")
+        bool, typer.Option("--force", help="Execute notebooks that are finished, too.")
     ] = False,
-    accept_licence: Annotated[
-        bool, Option("--accept-licence", help="Accept the terms of the collection; see `plan`.")
-    ] = False,
+    accept_licence: AcceptOption = False,
 ) -> None:
-    """Compute all runs of a profile, execute the notebooks and build the book.
-
-    An interrupted call goes on where it was.
-    """
+    """Make all runs of a profile, execute the notebooks and build the book. Goes on where it was interrupted."""
     from adaptive_margins.book.build import build
     from adaptive_margins.data.ir_datasets import ACCEPT_VARIABLE
 

@@ -52,7 +52,9 @@ class Runs:
         return folder
 
     def stored(self, mode, by_set):
-        """A run; ``by_set``: set → measure → mean. Yields (set, measure, mean of the scores, run id)."""
+        """A run; ``by_set``: set → measure → mean. Yields (set, measure, mean of the scores, run
+        id).
+        """
         folder = self.folder_of()
         found = {
             s: {"mean": {}, "per_query": {m: self.scores(mean) for m, mean in measures.items()}}
@@ -78,7 +80,9 @@ class Runs:
         return pd.DataFrame(rows, columns=columns)
 
     def curves(self, curves):
-        """Figure 4 or 5 from {(encoder, in_batch, batch_size): [values, a step of 100 triples each]}."""
+        """Figure 4 or 5 from {(encoder, in_batch, batch_size): [values, a step of 100 triples
+        each]}.
+        """
         rows = []
         for (encoder, in_batch, size), values in curves.items():
             folder, checks = self.folder_of(), []
@@ -117,7 +121,7 @@ def value_of(evidence, name, **arguments):
     return interval(STATISTICS[name](evidence, **arguments))
 
 
-# --- the rule ---------------------------------------------------------------------------------------------------------
+# --- the rule -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -162,7 +166,7 @@ def test_halves_have_the_standard_error_of_all_queries():
         assert means.std() == pytest.approx(scores.std(ddof=1) / math.sqrt(61), rel=0.05)
 
 
-# --- Figures ----------------------------------------------------------------------------------------------------------
+# --- Figures --------------------------------------------------------------------------------------
 
 STATIC = {
     ("a", False): {0.0: (0.40, 0.5), 0.5: (0.52, 0.5), 1.0: (0.38, 0.6)},
@@ -261,7 +265,7 @@ def test_statistics_of_figure6_and_table2_by_hand(runs):
     assert CONDITIONS["several_models"](evidence) != ""
 
 
-# --- Tables -----------------------------------------------------------------------------------------------------------
+# --- Tables ---------------------------------------------------------------------------------------
 
 
 def test_the_papers_statistics_are_computed_from_its_tables():

@@ -1,4 +1,6 @@
-"""The push of the loss on passages against finite differences of naive terms, and where targets are met."""
+"""The push of the loss on passages against finite differences of naive terms, and where targets are
+met.
+"""
 
 import numpy as np
 import pytest

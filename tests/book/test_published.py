@@ -3,7 +3,6 @@
 from itertools import product
 
 import pandas as pd
-import pytest
 
 from adaptive_margins.book.published import count, load, minutes
 
@@ -152,11 +151,6 @@ def test_notes_on_table4():
 
 
 def test_words():
-    figures = [o["figure"] for o in PAPER.observations]
-    assert [figures.count(f) for f in (3, 4, 5, 6)] == [4, 2, 3, 3]
-    assert PAPER.observation("skew")["section"] == "5.3"
-    with pytest.raises(KeyError, match="no observation 'scew'; there are"):
-        PAPER.observation("scew")
     assert PAPER.notes_on(1) == [] and len(PAPER.notes_on(2)) == 2
     assert [count("≈ 14.6M"), count("5.18M"), minutes("15:07*")] == [14_600_000, 5_180_000, 907]
     assert count("—") != count("—")  # NaN

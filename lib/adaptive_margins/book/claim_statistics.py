@@ -1,9 +1,9 @@
 """The statistics behind the claims: each a small function of the frames of figures and tables.
 
 Confidence intervals are over queries: every statistic is computed again on 1000 random halves of
-the queries (drawn without replacement, so that the spread over halves is the standard error over all
-queries), and the interval spans the middle 95 %. A statistic that first chooses (the best ε, the best
-step) chooses on the other half, so that no score is flattered by its own choice. Where a
+the queries (drawn without replacement, so that the spread over halves is the standard error over
+all queries), and the interval spans the middle 95 %. A statistic that first chooses (the best ε,
+the best step) chooses on the other half, so that no score is flattered by its own choice. Where a
 configuration has several seeds, each draw also draws among its seeds. What has no value for a query
 (times, similarities) has a t interval over the encoders.
 """
@@ -20,7 +20,7 @@ import pandas as pd
 from scipy.stats import kendalltau, t
 
 from adaptive_margins.book.published import Published, count, minutes
-from adaptive_margins.paper.experiments import Reproduction
+from adaptive_margins.paper import Reproduction
 from adaptive_margins.paper.store import StoredRun
 
 DRAWS = 1000
@@ -195,7 +195,7 @@ def _chosen(table: pd.DataFrame) -> np.ndarray:
     return np.concatenate([[draws[1:].mean()], draws[1:]]) if len(draws) > 1 else draws
 
 
-# --- Figure 3 ---------------------------------------------------------------------------------------------------------
+# --- Figure 3 -------------------------------------------------------------------------------------
 
 
 def tuning_gain(of: Evidence) -> np.ndarray:
@@ -215,7 +215,9 @@ def gain_of_own_target(of: Evidence) -> np.ndarray:
 
 
 def gain_of_own_measure(of: Evidence) -> np.ndarray:
-    """Recall-oriented score with the ε chosen by it minus that with the ε chosen by the first measure."""
+    """Recall-oriented score with the ε chosen by it minus that with the ε chosen by the first
+    measure.
+    """
     score, choose = of.scores("figure3", -1), of.scores("figure3", -1, other=True)
     if score.empty:
         return np.array([np.nan])
@@ -230,11 +232,11 @@ def static_in_batch(of: Evidence, measure: int) -> np.ndarray:
     return _chosen(pick(found, in_batch=True) - pick(found, in_batch=False))
 
 
-# --- Figures 4 and 5 --------------------------------------------------------------------------------------------------
+# --- Figures 4 and 5 ------------------------------------------------------------------------------
 
 
 def _curves(of: Evidence, figure: str, measure: int = 0, **which: Any) -> tuple[pd.DataFrame, ...]:
-    """Curves of a figure: scores, and the scores to choose by. A batch size is "small" or "large"."""
+    """Curves of a figure, and those to choose by. A batch size is "small" or "large"."""
     tables = [of.scores(figure, measure, other=other) for other in (False, True)]
     sizes = tables[0].index.get_level_values("batch_size")
     if "batch_size" in which:
@@ -310,7 +312,7 @@ def large_over_small(of: Evidence) -> np.ndarray:
     return _chosen(large - small)
 
 
-# --- Figure 6 and Table 2 ---------------------------------------------------------------------------------------------
+# --- Figure 6 and Table 2 -------------------------------------------------------------------------
 
 
 def _ends(of: Evidence) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -343,7 +345,7 @@ def order_by_target(of: Evidence, column: str) -> np.ndarray:
     return np.array([kendalltau(rows["target"], rows[column]).statistic])
 
 
-# --- Tables 3 and 4 ---------------------------------------------------------------------------------------------------
+# --- Tables 3 and 4 -------------------------------------------------------------------------------
 
 
 def lead(of: Evidence, variant: str, measure: int) -> np.ndarray:
@@ -391,16 +393,32 @@ def to_teacher(of: Evidence, measure: int) -> np.ndarray:
 STATISTICS: dict[str, Callable[..., np.ndarray | pd.Series]] = {
     f.__name__: f
     for f in (
-        tuning_gain, gain_of_own_target, gain_of_own_measure, static_in_batch, share_at_maximum,
-        fall_after_maximum, adaptive_in_batch, later_in_batch, sooner_than_adaptive,
-        sooner_with_small_batches, distributed_over_adaptive, large_over_small, final_mean,
-        final_skew, spread_of_means, order_by_target, lead, difference, difference_of_gains,
-        static_over, to_teacher,
+        tuning_gain,
+        gain_of_own_target,
+        gain_of_own_measure,
+        static_in_batch,
+        share_at_maximum,
+        fall_after_maximum,
+        adaptive_in_batch,
+        later_in_batch,
+        sooner_than_adaptive,
+        sooner_with_small_batches,
+        distributed_over_adaptive,
+        large_over_small,
+        final_mean,
+        final_skew,
+        spread_of_means,
+        order_by_target,
+        lead,
+        difference,
+        difference_of_gains,
+        static_over,
+        to_teacher,
     )
-}  # fmt: skip
+}
 
 
-# --- when a claim cannot be tested ------------------------------------------------------------------------------------
+# --- when a claim cannot be tested ----------------------------------------------------------------
 
 
 def maximum_seen(of: Evidence, figure: str, **which: Any) -> str:

@@ -28,7 +28,7 @@ from adaptive_margins.book.claim_statistics import (
 )
 from adaptive_margins.book.published import load
 from adaptive_margins.book.style import signed
-from adaptive_margins.paper.experiments import Reproduction
+from adaptive_margins.paper import Reproduction
 
 OUTCOMES = ("supported", "not supported", "not decided", "cannot be tested here")
 COLUMNS = [
@@ -45,8 +45,8 @@ COLUMNS = [
 ]
 FORMATS: dict[str, Callable[[float], str]] = {
     "difference": signed,
-    "share": "{:.0%}".format,
-    "times": "{:.1f} ×".format,
+    "share": lambda value: f"{value:.0%}".replace("-", "−"),
+    "times": lambda value: f"{value:.1f} ×",
     "number": lambda value: f"{value:.2f}".replace("-", "−"),
 }
 
@@ -87,7 +87,8 @@ def table(
     Args:
         section: number of the paper's section, "5.1" to "5.5".
         frames: "figure3", "table3", … → the frame of the method of that name.
-        reproduction: where the frames come from; the scores of single queries are read from its runs.
+        reproduction: where the frames come from; the scores of single queries are read from its
+            runs.
 
     Raises:
         KeyError: a frame that a claim of the section needs is missing.
@@ -131,9 +132,17 @@ def _row(claim: Claim, here: Evidence, printed: Evidence) -> dict[str, Any]:
         why = f"Supported {_in_words(claim.supported, format_)}: {claim.reason}"
         why += "" if np.isfinite(low) else " There is no interval."
     return {
-        "claim": claim.claim, "section": claim.section, "shows": claim.shows, "statistic": claim.of,
-        "paper": paper, "here": value, "low": low, "high": high, "outcome": outcome, "why": why,
-    }  # fmt: skip
+        "claim": claim.claim,
+        "section": claim.section,
+        "shows": claim.shows,
+        "statistic": claim.of,
+        "paper": paper,
+        "here": value,
+        "low": low,
+        "high": high,
+        "outcome": outcome,
+        "why": why,
+    }
 
 
 def decide(low: float, high: float, supported: tuple[float | None, float | None]) -> str:

@@ -61,7 +61,8 @@ def push(
         target: as in `margin_loss`.
         in_batch: as in `margin_loss`.
 
-    The other queries and positives are replaced by zero vectors: φ = 0 and no gradient, so that their terms drop out.
+    The other queries and positives are replaced by zero vectors: φ = 0 and no gradient, so that
+        their terms drop out.
     """
     alone = torch.zeros(len(query), 1, dtype=torch.float64)
     alone[row] = 1
@@ -134,7 +135,7 @@ def pushes(
 
 
 def _where_targets_are_met(axis: Axes, one: Push, target: float | str) -> None:
-    """The line on which a negative has φ(q, d) = φ(q, d⁺) − T, and with several targets their band."""
+    """The line where φ(q, d) = φ(q, d⁺) − T, and with several targets their band."""
     top = one.places[0, 1]
     ends = np.array([-1.0, 1.0])
     axis.axhline(top, color=PALE, linewidth=0.7, linestyle=":")

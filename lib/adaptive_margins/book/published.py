@@ -1,4 +1,4 @@
-"""The paper's numbers and words, typed from it: ``printed/table1.csv`` … and ``published.yaml``.
+"""The paper's numbers and words, typed from it: ``printed/table1.csv`` to ``table4.csv`` and ``published.yaml``.
 
 They are the only numbers in the book that were typed. Everything else is read from artefacts.
 """
@@ -26,7 +26,6 @@ class Published:
 
     paper: Mapping[str, str]
     headings: Mapping[int, str]
-    observations: tuple[Mapping[str, Any], ...]
     setup: Mapping[str, Mapping[str, str]]
     notes: tuple[Mapping[str, Any], ...]
     tables: Mapping[int, pd.DataFrame]
@@ -34,13 +33,6 @@ class Published:
     def notes_on(self, table: int) -> list[str]:
         """The texts of the notes shown with a table (1 to 4)."""
         return [note["text"] for note in self.notes if table in note["tables"]]
-
-    def observation(self, id: str) -> Mapping[str, Any]:
-        """What the text states about a figure: figure, section, number, text; or KeyError."""
-        known = {entry["id"]: entry for entry in self.observations}
-        if id not in known:
-            raise KeyError(f"no observation {id!r}; there are {list(known)}")
-        return known[id]
 
     def scores(self, table: int) -> pd.DataFrame:
         """Table 3 or 4, one row a score: the columns that are no scores, then the score's own.
@@ -85,7 +77,4 @@ def load() -> Published:
     for number in (1, 2, 3, 4):
         with (folder / "printed" / f"table{number}.csv").open(encoding="utf-8") as file:
             tables[number] = pd.read_csv(file, dtype=str, keep_default_na=False)
-    return Published(
-        **{**words, "observations": tuple(words["observations"]), "notes": tuple(words["notes"])},
-        tables=tables,
-    )
+    return Published(**{**words, "notes": tuple(words["notes"])}, tables=tables)
