@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import itertools
 import lzma
 import pickle
 import warnings
@@ -198,3 +199,5 @@ def test_ids_that_do_not_look_alike_are_not_told():
     assert alike(["d1", "-", "a-1"], ["d2", "_", "b-1"]) == ""
     assert alike(["145.0", "2-10"], ["0", "10", "45"]) == ""
     assert alike([], ["a"]) == alike(["a"], []) == ""
+    many = (f"d{i}" for i in itertools.count())  # only the first are compared
+    assert "case" in alike(["D7"], many)

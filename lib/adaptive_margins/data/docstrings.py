@@ -370,8 +370,7 @@ def _plain(text: str, name: str, kind: str) -> str:
 
 
 def mask_name(text: str, name: str, kind: str) -> str:
-    """Replace an object's name by its kind wherever it is code, so that it does not give the
-    answer.
+    """Replace an object's name by its kind wherever it is code.
 
     Code is: in backticks, qualified ("np.sort", "sort.axis"), called ("sort(a)"), or an identifier
     that no word of English looks like (with an underscore, a digit, or capitals within). The plain

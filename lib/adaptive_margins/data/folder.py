@@ -106,8 +106,7 @@ def read_folder(folder: Path) -> Collection:
 
 
 def run_files(folder: Path) -> dict[str, Path]:
-    """Name → TREC run file in a folder: NAME.run or NAME.trec, each with ``.gz`` or without, sorted
-    by name.
+    """Name → TREC run file in a folder, sorted: NAME.run or NAME.trec, gzipped (``.gz``) or not.
 
     Raises:
         DataError: two files have one name.
@@ -341,8 +340,7 @@ def _other_columns(found: list[str]) -> str:
 
 
 def standard_sets(collection: Collection, where: str) -> Collection:
-    """The same collection with the sets "train", "validation" and "test"; those of any other name
-    are joined as "test".
+    """The collection with the sets "train", "validation" and "test", to which all others go.
 
     Raises:
         DataError: sets that are joined share a query id. ``where`` names what they were read from.

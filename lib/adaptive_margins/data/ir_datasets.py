@@ -36,8 +36,7 @@ class LicenceError(DataError):
 
 
 def read_collection(source: str) -> Collection:
-    """Read an ir_datasets id into memory; its sets are "train", "validation" and "test", as far as
-    it has them.
+    """Read an ir_datasets id into memory, with the sets "train", "validation" and "test" it has.
 
     If the id ends in ``/train``, ``/dev`` or ``/test``, its siblings over the same passages are the
     other sets; if it has children of these names, they are the sets; otherwise it is the test set

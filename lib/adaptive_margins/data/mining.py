@@ -28,8 +28,7 @@ _RANDOM = 10  # random passages that a query without any other negative may get
 
 @dataclass(frozen=True)
 class Guarded:
-    """What `guard` examined and dropped. Each dropped candidate is counted once, by the first
-    filter.
+    """What `guard` examined and dropped; a candidate counts once, for the first filter.
 
     Attributes:
         queries: queries with a positive that has a text.
@@ -83,8 +82,7 @@ def guard(
     min_grade: int = 1,
     seed: int = 1,
 ) -> tuple[Run, Guarded]:
-    """Drop the candidates that are, or may be, relevant although they are not judged so (false
-    negatives).
+    """Drop candidates that are relevant, or may be although they are not judged (false negatives).
 
     In this order: judged passages, passages without text, passages with a positive's text, near
     duplicates of a positive (`SAME_PASSAGE`), and those that the encoder scores above ``margin`` ×

@@ -274,7 +274,7 @@ _MAKERS: dict[str, Callable[[str, str, random.Random, set[int]], tuple[str, str]
 
 
 def _asks(kind: str, query: str, left: int, repeated: set[int]) -> bool:
-    """Whether it is a query: neither short, long nor repeated; ``left``: the passage's other words."""
+    """Whether it is a query: not short, long or repeated; ``left``: the passage's other words."""
     form = _form(query)
     words = form.split()
     low, high = TITLE_WORDS if kind == "title" else QUERY_WORDS

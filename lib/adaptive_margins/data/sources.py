@@ -25,8 +25,7 @@ an id of ir_datasets (https://ir-datasets.com), e.g. beir/scifact"""
 
 
 def open_collection(source: str | Path) -> Collection:
-    """Read a collection; its sets are "train", "validation" and "test", any of which may be
-    missing.
+    """Read a collection, with the sets "train", "validation" and "test" as far as it has them.
 
     ``source`` is, in this order:
 

@@ -20,8 +20,7 @@ FEW = 20
 
 
 def split_queries(collection: Collection, *, seed: int) -> tuple[Collection, str]:
-    """Return the collection with all three sets, and a sentence on how it was split ("" if it was
-    not).
+    """Return the collection with all three sets, and a sentence on the split ("" if there is none).
 
     Only queries with a passage of grade 1 or more are taken, and queries of the same text stay
     together.

@@ -28,8 +28,7 @@ _TRIPLES = pa.schema(dict.fromkeys(COLUMNS, pa.int32()))
 
 
 def seeded_order(n: int, seed: int) -> np.ndarray:
-    """The numbers from 0 to n − 1 in random order:
-    ``numpy.random.default_rng(seed).permutation(n)``.
+    """Return ``numpy.random.default_rng(seed).permutation(n)``: 0 to n − 1 in random order.
 
     int32, 4 bytes a number (int64 from 2³¹ on). Shorter runs take the beginning of it, so that they
     see the first triples of longer ones. A run makes at most one pass, so that one seed is one
@@ -175,8 +174,7 @@ def _check_unique(what: str, ids: pa.ChunkedArray) -> None:
 
 
 class StoredTriples(Sequence[Triple]):
-    """Triples in a memory-mapped Arrow file that `write_triples` wrote: rows of queries and of
-    passages.
+    """Triples in a memory-mapped Arrow file that `write_triples` wrote, as rows of texts.
 
     As a sequence it gives ids: (query id, docid of the positive, docid of the negative).
 
@@ -223,8 +221,7 @@ def write_triples(
     what: str = "triples",
     expected: int | None = None,
 ) -> StoredTriples:
-    """Write (query id, docid, docid) triples in their order as rows. The file is written
-    atomically.
+    """Write (query id, docid, docid) triples in their order, as rows, atomically.
 
     Raises:
         DataError: ids that ``queries`` or ``passages`` do not have (with the position of the first
@@ -265,8 +262,7 @@ def select_triples(path: Path, triples: StoredTriples, numbers: np.ndarray) -> N
 
 
 def first_per_query(queries: np.ndarray, count: int) -> np.ndarray:
-    """Row numbers, ascending, of the first ``count`` rows of each query; queries with fewer rows
-    are dropped.
+    """Row numbers, ascending, of the first ``count`` rows of each query that has so many.
 
     ``queries`` is the (N,) column of query rows. The authors' released code chooses its triples
     this way (count 128). Needs about 24 bytes a row while it works.

@@ -21,6 +21,7 @@ MAX_LINE = 1 << 20
 """Most bytes of a line. In a longer one, line feeds were probably lost."""
 _SHOWN = 20  # kinds of faults listed in one error
 _HEAD = 4096  # bytes by which a file's kind is known
+_COMPARED = 100_000  # known ids that an unknown one is compared with: a hint must not take minutes
 _BOM = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
 # The longer marks first: UTF-32's little-endian one begins as UTF-16's does.
@@ -102,13 +103,13 @@ class Problems:
 
 
 def read_lines(path: Path, problems: Problems, *, empty: bool = False) -> Iterator[tuple[int, str]]:
-    """Yield number (from 1) and text of each line of a UTF-8 file, gzipped or not, which is opened
-    once.
+    """Yield number (from 1) and text of each line of a UTF-8 file, gzipped or not.
 
-    A byte order mark is dropped and Windows line ends are read, with a UserWarning each. Lines end
-    at line feeds only: other Unicode line separators may occur inside a text. What cannot be read
-    is noted in ``problems`` and left out: a file that is missing, a folder, of another encoding or
-    no text at all; a line that is not UTF-8 or longer than `MAX_LINE`.
+    The file is opened once. A byte order mark is dropped and Windows line ends are read, with a
+    UserWarning each. Lines end at line feeds only: other Unicode line separators may occur inside a
+    text. What cannot be read is noted in ``problems`` and left out: a file that is missing, a
+    folder, of another encoding or no text at all; a line that is not UTF-8 or longer than
+    `MAX_LINE`.
 
     Args:
         path: a file, or a pipe, which is read to its end.
@@ -144,8 +145,7 @@ def read_lines(path: Path, problems: Problems, *, empty: bool = False) -> Iterat
 def read_columns(
     path: Path, columns: int, problems: Problems, *, empty: bool = False
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield line number (from 1) and cells of a file whose lines have ``columns`` tab-separated
-    cells.
+    """Yield line number (from 1) and cells of lines with ``columns`` tab-separated cells.
 
     Other lines are noted in ``problems``. The rest is as in `read_lines`.
     """
@@ -170,7 +170,7 @@ def alike(unknown: Iterable[str], known: Iterable[str]) -> str:
     They may differ in Unicode normalisation, case, characters around them, or a prefix; both are
     escaped.
     """
-    left, there = dict.fromkeys(unknown), dict.fromkeys(known)
+    left, there = dict.fromkeys(unknown), dict.fromkeys(itertools.islice(known, _COMPARED))
     for what, form in _FORMS:
         forms = {form(identifier): identifier for identifier in there}
         for identifier in left:

@@ -1,5 +1,4 @@
-"""TREC's files, runs (rankings) and qrels (judgements): read, written and ordered as trec_eval
-does.
+"""TREC's files: runs (rankings) and qrels (judgements), ordered as in trec_eval.
 
 Where scores tie, the order is trec_eval's: docids descending. A run lists its hits in that order.
 """
@@ -36,8 +35,7 @@ _HEX = re.compile(r"[+-]?0[xX]")
 
 
 def top(scores: Mapping[str, float], depth: int | None = None) -> list[tuple[str, float]]:
-    """Return the ``depth`` best (docid, score): score descending, ties by docid descending, as
-    trec_eval.
+    """Return the ``depth`` best (docid, score): score descending, ties by docid descending.
 
     Scores are compared as 32-bit floats, as trec_eval does, and returned unchanged: those beyond 32
     bits are infinite, and tie. ``depth`` None returns all.
@@ -94,8 +92,7 @@ def run_text(run: Run, tag: str) -> str:
 
 
 def write_run(run: Run, path: Path, tag: str) -> None:
-    """Write `run_text` atomically, gzipped if the name ends in ``.gz``; the same run gives the same
-    bytes.
+    """Write `run_text` atomically, gzipped (``.gz``) or not; equal runs give equal bytes.
 
     Raises:
         DataError, ValueError: as `run_text`.
@@ -249,8 +246,7 @@ def qrels_text(qrels: Qrels) -> str:
 
 
 def read_qrels(path: Path, *, own: bool = False) -> Qrels:
-    """Read judgements: TREC's four columns (query id, any, docid, grade), or BEIR's three under
-    their header.
+    """Read judgements: query id, any, docid, grade; or BEIR's three columns under their header.
 
     ``own``: whether this library wrote the file: then it may be empty.
 
@@ -269,8 +265,7 @@ def read_qrels(path: Path, *, own: bool = False) -> Qrels:
 
 
 def read_judgements(path: Path, problems: Problems, *, empty: bool = False) -> Judgements:
-    """Yield line number (from 1), query id, docid and grade of each judgement in a file, TREC's or
-    BEIR's.
+    """Yield line number (from 1), query id, docid and grade of each judgement, TREC's or BEIR's.
 
     What is wrong is noted in ``problems`` and left out. ``empty``: whether there may be no
     judgement.

@@ -104,8 +104,7 @@ def mine_triples(
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check_triples` examined and left out. Each triple left out is counted once, by the
-    first reason.
+    """What `check_triples` examined and left out; a triple counts once, for the first reason.
 
     Attributes:
         checked: triples examined.
