@@ -28,20 +28,32 @@ ERRORS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# fmt: off
 @overload
 def margin_loss(
-    query: Tensor, positive: Tensor, negative: Tensor, *, target: float | str = ...,
-    in_batch: bool = ..., orientation: str = ..., error: str = ..., stop_gradient: bool = ...,
+    query: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    target: float | str = ...,
+    in_batch: bool = ...,
+    orientation: str = ...,
+    error: str = ...,
+    stop_gradient: bool = ...,
     return_targets: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
 def margin_loss(
-    query: Tensor, positive: Tensor, negative: Tensor, *, target: float | str = ...,
-    in_batch: bool = ..., orientation: str = ..., error: str = ..., stop_gradient: bool = ...,
+    query: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    target: float | str = ...,
+    in_batch: bool = ...,
+    orientation: str = ...,
+    error: str = ...,
+    stop_gradient: bool = ...,
     return_targets: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
-# fmt: on
 def margin_loss(
     query: Tensor,
     positive: Tensor,
