@@ -23,6 +23,8 @@ SAME_PASSAGE = 0.9
 100 different words each, 95 are then the same. Passages on one topic stay below: some 400 abstracts
 of Cranfield and of Vaswani each, compared with the 20 that BM25 finds most similar, reach .71
 unless they are the same text."""
+MARGIN = 0.95
+"""Share of a positive's score above which a candidate may be relevant; the best in NV-Retriever."""
 _RANDOM = 10  # random passages that a query without any other negative may get
 
 
@@ -78,18 +80,16 @@ def guard(
     passages: Texts,
     *,
     similarity: Similarity | None,
-    margin: float = 0.95,
-    min_grade: int = 1,
     seed: int = 1,
 ) -> tuple[Run, Guarded]:
     """Drop candidates that are relevant, or may be although they are not judged (false negatives).
 
     In this order: judged passages, passages without text, passages with a positive's text, near
-    duplicates of a positive (`SAME_PASSAGE`), and those that the encoder scores above ``margin`` ×
+    duplicates of a positive (`SAME_PASSAGE`), and those that the encoder scores above `MARGIN` ×
     the score of the query's positive. The last is TopK-PercPos of NV-Retriever (Moreira et al.,
-    arXiv 2407.15831, 2024), which found .95 best. Two things that the paper leaves open are done as
-    in `mine_hard_negatives` of Sentence Transformers: of several positives the lowest score counts,
-    which is the safe side; and the threshold is p − (1 − margin) · |p|, so that it lies below a
+    arXiv 2407.15831, 2024). Two things that the paper leaves open are done as in
+    `mine_hard_negatives` of Sentence Transformers: of several positives the lowest score counts,
+    which is the safe side; and the threshold is p − (1 − `MARGIN`) · |p|, so that it lies below a
     negative score p, too. Measured on Cranfield with MiniLM, half of each query's positives hidden:
     among BM25's best 100, the filters drop .90 of the hidden positives and .44 of the others (.38
     and .11 by the highest score instead).
@@ -99,12 +99,11 @@ def guard(
 
     Args:
         candidates: query id → docid → score, of BM25 or of the encoder itself.
-        qrels: query id → docid → grade. Queries that it does not have are left out.
+        qrels: query id → docid → grade; a positive has at least grade 1. Queries that it does not
+            have are left out.
         passages: all passages.
         similarity: by the encoder that training starts from, called at least once a query. None: no
             such filter.
-        margin: in (0, 1].
-        min_grade: a positive has at least this grade.
         seed: of the random passages.
 
     Returns:
@@ -113,21 +112,18 @@ def guard(
         counts.
 
     Raises:
-        ValueError: ``margin`` is out of range, or ``similarity`` gave another shape or is not
-            finite.
+        ValueError: ``similarity`` gave another shape or is not finite.
         KeyError: a candidate or a judged passage that ``passages`` does not have; the message names
             it.
     """
-    if not 0 < margin <= 1:
-        raise ValueError(f"margin must be above 0 and at most 1, not {margin}")
     positives: dict[str, list[str]] = {}
     for qid, judged in sorted(qrels.items()):
-        found = [docid for docid, grade in sorted(judged.items()) if grade >= min_grade]
+        found = [docid for docid, grade in sorted(judged.items()) if grade > 0]
         if found := [docid for docid in found if passages[docid].strip()]:
             positives[qid] = found
 
     wanted = {qid: candidates.get(qid, {}) for qid in positives}
-    kept, dropped = _guarded(wanted, positives, qrels, passages, similarity, margin)
+    kept, dropped = _guarded(wanted, positives, qrels, passages, similarity)
 
     drawn: Run = {}
     for qid in positives:
@@ -135,7 +131,7 @@ def guard(
             rng = random.Random(f"{seed} {qid} negatives")
             rows = rng.sample(range(len(passages)), min(len(passages), 5 * _RANDOM))
             drawn[qid] = {passages.ids[row]: 0.0 for row in rows}
-    instead, _ = _guarded(drawn, positives, qrels, passages, similarity, margin)
+    instead, _ = _guarded(drawn, positives, qrels, passages, similarity)
     for qid, hits in instead.items():
         kept[qid] = dict(list(hits.items())[:_RANDOM])
     return {qid: hits for qid, hits in kept.items() if hits}, Guarded(
@@ -153,7 +149,6 @@ def _guarded(
     qrels: Qrels,
     passages: Texts,
     similarity: Similarity | None,
-    margin: float,
 ) -> tuple[Run, Counter[str]]:
     """The candidates that pass every filter, for each query, and how many each filter dropped."""
     forms: dict[str, _Form] = {}
@@ -176,7 +171,7 @@ def _guarded(
                 clear.append(docid)
         if similarity is not None and clear:
             lowest = _scores(similarity, qid, positives[qid]).min()
-            passed = _scores(similarity, qid, clear) <= lowest - (1 - margin) * abs(lowest)
+            passed = _scores(similarity, qid, clear) <= lowest - (1 - MARGIN) * abs(lowest)
             dropped["too_similar"] += int((~passed).sum())
             clear = [docid for docid, ok in zip(clear, passed, strict=True) if ok]
         kept[qid] = {docid: hits[docid] for docid in clear}

@@ -76,30 +76,20 @@ def sample_triples(
 
 
 def mine_triples(
-    qrels: Qrels,
-    candidates: Run,
-    passages: Texts,
-    *,
-    count: int,
-    seed: int,
-    ranks: tuple[int, int] = (1, 101),
-    min_grade: int = 1,
+    qrels: Qrels, candidates: Run, passages: Texts, *, count: int, seed: int
 ) -> list[Triple]:
-    """Draw ``count`` triples of candidates from `mining.guard`, as `sample_triples` does.
+    """Draw ``count`` triples of the best 100 candidates of `mining.guard`, as `sample_triples` does.
 
-    ``ranks`` (from 1, the second exclusive) count what passed the filters. Positives without text
-    are left out.
+    A positive has at least grade 1, and a text.
 
     Raises:
-        ValueError: ``count`` or ``ranks`` out of range, or no query has a positive and a negative.
+        ValueError: ``count`` is below 1, or no query has a positive and a negative.
     """
     asked = {
-        qid: {d: grade for d, grade in judged.items() if grade < min_grade or passages[d].strip()}
+        qid: {docid: g for docid, g in judged.items() if g < 1 or passages[docid].strip()}
         for qid, judged in qrels.items()
     }
-    return sample_triples(
-        asked, candidates, count=count, ranks=ranks, seed=seed, min_grade=min_grade
-    )
+    return sample_triples(asked, candidates, count=count, ranks=(1, 101), seed=seed, min_grade=1)
 
 
 @dataclass(frozen=True)
