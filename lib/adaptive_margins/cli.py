@@ -1,4 +1,4 @@
-"""The command ``adaptive-margins``."""
+"""The command ``adaptive-margins``: entry point, and the commands for the experiments of the paper."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from adaptive_margins import cli_corpus, terminal
 from adaptive_margins.progress import printable
@@ -19,17 +20,8 @@ app = typer.Typer(
     add_completion=False,
     help="Rerun, check and use adaptive relevance margins.",
 )
-
-ProfileOption = Annotated[
-    str,
-    typer.Option(parser=terminal.expanded, help="A profile's name, or the path of a YAML file."),
-]
-
-AcceptOption = Annotated[
-    bool,
-    typer.Option(
-        "--accept-licence", help="Accept the terms of the collection, which `plan` names."
-    ),
+Profile = Annotated[
+    str, Option(parser=terminal.expanded, help="A profile's name, or the path of a YAML file.")
 ]
 
 
@@ -49,41 +41,41 @@ def _open(profile: str) -> Reproduction:
 
 @app.command()
 def plan(
-    profile: ProfileOption = "laptop",
-    every: Annotated[
-        bool, typer.Option("--every", help="A line for every run, not one for runs of a kind.")
-    ] = False,
+    profile: Profile = "laptop",
+    every: Annotated[bool, Option("--every", help="A line for every run.")] = False,
 ) -> None:
-    """List the runs of a profile: finished or missing and why, time, disk, downloads. Computes none."""
+    """List a profile's runs: finished, or missing and why; time, disk, downloads. Computes none."""
     print(printable(_open(profile).plan().text(every=every)))
 
 
 @app.command()
 def reproduce(
-    profile: ProfileOption = "laptop",
+    profile: Profile = "laptop",
     runs_only: Annotated[
-        bool, typer.Option("--runs-only", help="Make the runs, not the book.")
+        bool, Option("--runs-only", help="Compute the runs, build no book.")
     ] = False,
     run: Annotated[
         list[str] | None,
-        typer.Option(help="Make only the run of this id, and what it needs. Repeatable."),
+        Option(help="Compute only the run of this id, and what it needs. Repeatable."),
     ] = None,
     notebook: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Execute only this notebook (number or name), build no book. Repeatable."
-        ),
+        Option(help="Execute only this notebook (number or name), build no book. Repeatable."),
     ] = None,
     every: Annotated[
-        bool,
-        typer.Option("--all", help="With the chapter on the released code, which takes longer."),
+        bool, Option("--all", help="With the chapter on the released code, which takes longer.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Execute notebooks that are finished, too.")
+        bool, Option("--force", help="Execute notebooks that are finished, too.")
     ] = False,
-    accept_licence: AcceptOption = False,
+    accept_licence: Annotated[
+        bool, Option("--accept-licence", help="Accept the terms of the collection; see `plan`.")
+    ] = False,
 ) -> None:
-    """Make all runs of a profile, execute the notebooks and build the book. Goes on where it was interrupted."""
+    """Compute all runs of a profile, execute the notebooks and build the book.
+
+    An interrupted call goes on where it was.
+    """
     from adaptive_margins.book.build import build
     from adaptive_margins.data.ir_datasets import ACCEPT_VARIABLE
 

@@ -230,7 +230,7 @@ def test_citations_are_those_of_the_bibliography() -> None:
     bibliography = dict(
         re.findall(r"@\w+\{(\w+),(.*?)\n\}", (ROOT / "book" / "references.bib").read_text(), re.S)
     )
-    for key, (_, year, rest) in describe._CITED.items():
+    for key, (_, year, rest) in describe.Citations(False).known.items():
         entry = re.sub(r"[{}]", "", bibliography[key])
         title = re.search(r"\btitle\s*= (.*),\n", entry)[1]
         assert rest.startswith(title) and re.search(rf"year\s*= {year}", entry)

@@ -92,10 +92,10 @@ def test_what_cannot_be_used_is_left_out_and_said() -> None:
 
 def test_ids_that_no_file_can_hold() -> None:
     for name, text, said in (
-        ("am-white", "a b\tx\n", "number 1: id 'a b' is empty or has white space"),
-        ("am-twice", "a\tx\nb\ty\na\tz\n", "number 3: id 'a' occurs twice"),
+        ("am-white", "a b\tx\n", "docs:1: id 'a b' is empty or has white space"),
+        ("am-twice", "a\tx\nb\ty\na\tz\n", "docs:3: id 'a' occurs already in line 1"),
     ):
-        with pytest.raises(DataError, match=f"docs of '{name}', {said}"):
+        with pytest.raises(DataError, match=f"{name} {said}"):
             read_collection(register(name, TsvDocs(StringFile(text))))
 
 

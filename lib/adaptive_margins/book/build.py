@@ -61,7 +61,7 @@ def build(
     run: Callable[[], object] | None = None,
     source: Path | None = None,
 ) -> Path:
-    """Execute the notebooks of a checkout on ``profile`` and build the book; returns the page to open.
+    """Execute the notebooks of a checkout on ``profile`` and build the book.
 
     Args:
         profile: name of a profile, or a YAML file.
@@ -75,7 +75,11 @@ def build(
             first notebook.
         source: the checkout with ``notebooks/``, ``book/`` and ``_config.yml``.
 
-    Raises BuildError, NotebookError or ProfileError.
+    Returns:
+        The page to open.
+
+    Raises:
+        BuildError, NotebookError or ProfileError.
     """
     home, source = (home or default_home()).resolve(), (source or _PACKAGE.parents[1]).resolve()
     if profile.endswith((".yaml", ".yml")):
@@ -87,8 +91,9 @@ def build(
     chosen = select(source / "notebooks", notebooks)
     if any(notebook.stem == pages.OWN for notebook in chosen):
         raise BuildError(
-            f"{pages.OWN} takes a collection of yours, not a profile, and is no page of the book; open it in JupyterLab, or:"
-            f" papermill notebooks/{pages.OWN}.ipynb out.ipynb -k python3 -p source FOLDER -p output ENCODER"
+            f"{pages.OWN} takes a collection of yours, not a profile, and is no page of the book;"
+            f" open it in JupyterLab, or: papermill notebooks/{pages.OWN}.ipynb out.ipynb"
+            " -k python3 -p source FOLDER -p output ENCODER"
         )
     if notebooks is None and not every:
         chosen = [n for n in chosen if n.stem != pages.LONG or site.finished(n)]
@@ -107,7 +112,7 @@ def build(
 
 
 def select(folder: Path, names: Sequence[str] | None = None) -> list[Path]:
-    """The numbered notebooks of ``folder`` in order: all but `pages.OWN`, or those whose number or name is given."""
+    """Numbered notebooks of ``folder``: all but `pages.OWN`, or those of these numbers or names."""
     found = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not found:
         raise BuildError(f"{folder} has no notebooks named NN_*.ipynb")
@@ -122,7 +127,7 @@ def select(folder: Path, names: Sequence[str] | None = None) -> list[Path]:
 
 @dataclass(frozen=True)
 class Site:
-    """What the build writes: ``HOME/book/_executed`` (pages, receipts, data, images), ``HOME/_build``."""
+    """What the build writes: ``HOME/book/_executed`` and ``HOME/_build``."""
 
     home: Path
     profile: str
@@ -175,7 +180,7 @@ class Site:
         return receipt if matches else None
 
     def execute(self, notebooks: Sequence[Path], *, force: bool = False) -> None:
-        """Execute what is not finished, at most `WORKERS` at a time; a failure cancels those that wait."""
+        """Execute what is not finished, `WORKERS` at a time; a failure cancels those that wait."""
         pending = [n for n in notebooks if force or self.finished(n) is None]
         if len(pending) < len(notebooks):
             say(f"[notebooks] {len(notebooks) - len(pending)} of {len(notebooks)} are finished")
@@ -216,8 +221,10 @@ class Site:
         workplace.mkdir(parents=True)
         self.receipt(notebook).unlink(missing_ok=True)
         hidden = {
-            "book/_executed/data": workplace, "HOME": self.home, "CHECKOUT": _PACKAGE.parents[1],
-        }  # fmt: skip
+            "book/_executed/data": workplace,
+            "HOME": self.home,
+            "CHECKOUT": _PACKAGE.parents[1],
+        }
         return pool.submit(
             execute,
             notebook,
@@ -251,7 +258,7 @@ class Site:
         write_text(self.receipt(notebook), json.dumps(receipt, indent=1) + "\n")
 
     def copy_sources(self, source: Path) -> None:
-        """Copy the pages written by hand, and the code that they quote, to a home that is no checkout."""
+        """Copy pages written by hand, and the code they quote, to a home that is no checkout."""
         if self.home == source:
             return
         shutil.copy(source / "_config.yml", self.home)
@@ -260,7 +267,7 @@ class Site:
             shutil.copytree(source / folder, self.home / folder, ignore=ignored, dirs_exist_ok=True)
 
     def write_pages(self, notebooks: Sequence[Path], profile: Profile) -> None:
-        """Write what the book shows besides notebooks, and remove what no notebook writes any more."""
+        """Write what the book shows besides notebooks; remove what no notebook writes any more."""
         receipts = {n.stem: read_object(self.receipt(n)) for n in notebooks}
         texts = pages.texts(self.home, profile, receipts)
         for name, text in texts.items():
@@ -288,8 +295,8 @@ class Site:
     def build_book(self) -> Path:
         """Build the book strictly, unless it is built; returns its first page.
 
-        Sphinx repeats no warning of a page that it does not read again, so it starts from scratch, in a
-        folder that replaces the last book once it is complete.
+        Sphinx repeats no warning of a page that it does not read again, so it starts from scratch,
+        in a folder that replaces the last book once it is complete.
         """
         built, partial = self.home / "_build", self.home / ".book.partial"
         index = built / "html" / "index.html"

@@ -1,4 +1,4 @@
-"""Scores of this run's Tables 3 and 4 next to those that the paper prints, or that its runs give."""
+"""Scores of this run's Tables 3 and 4 next to those that the paper prints."""
 
 from __future__ import annotations
 
@@ -12,12 +12,33 @@ from adaptive_margins.book.published import Published
 from adaptive_margins.book.style import encoder_label, require
 
 SCORED = [
-    "in_batch", "set", "measure", "value", "best", "difference", "low", "high", "equivalent", "triples", "run_id",
+    "in_batch",
+    "set",
+    "measure",
+    "value",
+    "best",
+    "difference",
+    "low",
+    "high",
+    "equivalent",
+    "triples",
+    "run_id",
     "reference_run_id",
-]  # fmt: skip
+]
 COMPARED = [
-    "key", "name", "in_batch", "set", "measure", "ours", "published", "difference", "verdict", "printed", "supplied", "run_id",
-]  # fmt: skip
+    "key",
+    "name",
+    "in_batch",
+    "set",
+    "measure",
+    "ours",
+    "published",
+    "difference",
+    "verdict",
+    "printed",
+    "supplied",
+    "run_id",
+]
 TOLERANCE = 0.02
 """The largest difference, rounded to three decimals, that is called "within"."""
 SUPPLIED = "supplied: "
@@ -32,20 +53,18 @@ def comparison(
     models: Mapping[str, str] | None = None,
     supplied: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """Scores of this run's Table 3 or 4 that the paper printed, too: same row, set, and measure but for its level.
+    """Scores of Table 3 or 4 that the paper prints for the same row, set and measure.
 
-    Args:
-        data: the frame of Table 3 or 4.
-        published: the paper's numbers.
-        table: which of the two tables.
-        models: this profile's encoder name → model as printed; others are written by `encoder_label`.
-        supplied: for Table 3, the frame of Table 4 with supplied runs; Table 4's frame has them.
+    Args: data: the frame of Table 3 or 4. published: the paper's numbers. table: which of the two
+        tables. models: this profile's encoder name → model as printed; others are written by
+        `encoder_label`. supplied: for Table 3, the frame of Table 4 with supplied runs; Table 4's
+        frame has them.
 
-    Returns:
-        One row a score: key, name and in_batch of the published row; set; measure (this run's); ours,
-        published and their difference (ours - published); verdict ("within ±.02" once rounded to three
-        decimals, "higher", "lower"); printed (the number in the paper, as text); supplied (the name of the
-        run that ``published`` was computed from, or ""); run_id. No rows where nothing matches.
+    Returns: One row a score: key, name and in_batch of the published row; set; measure (this
+        run's); ours, published and their difference (ours - published); verdict ("within ±.02" once
+        rounded to three decimals, "higher", "lower"); printed (the number in the paper, as text);
+        supplied (the name of the run that ``published`` was computed from, or ""); run_id. No rows
+        where nothing matches.
     """
     if table not in (3, 4):
         raise ValueError(f"only Tables 3 and 4 have scores to compare, not Table {table}")
@@ -82,7 +101,7 @@ def _verdict(difference: float) -> str:
 
 
 def printed_scores(published: Published, table: int, supplied: pd.DataFrame | None) -> pd.DataFrame:
-    """`Published.scores` with columns for the score of a supplied run of the same key (NaN without).
+    """`Published.scores` with the scores of supplied runs of the same key (NaN without).
 
     They are ``plain`` (`level_free`), ``computed`` (the score) and ``tested`` (whether it has a †).
     """
@@ -104,7 +123,7 @@ def printed_scores(published: Published, table: int, supplied: pd.DataFrame | No
 
 
 def level_free(measure: str) -> str:
-    """A measure's name without relevance level: R@1000 for R(rel=2)@1000, and for the paper's Recall@1000."""
+    """A measure without relevance level: R@1000 for R(rel=2)@1000 and Recall@1000."""
     return re.sub(r"\(rel=\d+\)", "", measure).replace("Recall@", "R@")
 
 

@@ -10,10 +10,12 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from adaptive_margins.book.render import html_page, plain, render
 from adaptive_margins.book.style import measure_label
@@ -37,21 +39,6 @@ MOST_QUERIES = 1000
 _EXAMPLES, _CLOSEST = 4, 3
 _LONGEST = 1000  # characters of a passage that are shown
 _SETS = ("train", "validation", "test", "test1", "test2")
-_CITED = {
-    "gebru2021": ("Gebru et al.", "2021", "Datasheets for Datasets. Communications of the ACM 64 (12)"),
-    "nguyen2016": (
-        "Nguyen et al.", "2016",
-        "MS MARCO: A Human Generated Machine Reading Comprehension Dataset. CEUR Workshop Proceedings 1773",
-    ),
-    "robertson2009": (
-        "Robertson and Zaragoza", "2009",
-        "The Probabilistic Relevance Framework: BM25 and Beyond. Foundations and Trends in Information Retrieval 3 (4)",
-    ),
-    "lu2024bm25s": (
-        "Lù", "2024", "BM25S: Orders of magnitude faster lexical search via eager sparse scoring. arXiv:2407.03618",
-    ),
-}  # fmt: skip
-"""Authors, year, title and where it appeared, as book/references.bib has them."""
 T = TypeVar("T")
 
 
@@ -65,7 +52,7 @@ def is_pydocs(collection: Collection) -> bool:
     return collection.name == "PyDocs" and "python" in collection.sources
 
 
-# --- facts ------------------------------------------------------------------------------------------
+# --- facts ----------------------------------------------------------------------------------------
 
 
 def collection_facts(
@@ -73,14 +60,15 @@ def collection_facts(
 ) -> dict[str, Any]:
     """The numbers of a collection, ready for JSON.
 
-    ``name``, ``fingerprint``, ``sources``; ``passages``, ``empty_passages``, ``bigram_passages`` (with
-    text without spaces between words, which BM25 splits into character bigrams); ``words`` of a passage
-    (separated by white space): ``mean``, ``median``, ``max``; ``sets``: name → ``queries``, ``judged``
-    (queries), ``relevant_queries`` (with a passage of grade 1 or more), ``judgements``, ``grades``
-    (grade as text, from high to low → number); ``triples``, ``triples_checked`` (`Checked`, of a sample
-    if they are many; `train` leaves out what it counts); ``runs`` (those given, by name): ``set`` that
-    most of its queries are of, ``queries`` of that set, ``depth`` (most hits of a query), ``unknown``
-    (hits without a passage), ``nDCG@10`` (over all judged queries of the set; None without any).
+    ``name``, ``fingerprint``, ``sources``; ``passages``, ``empty_passages``, ``bigram_passages``
+    (with text without spaces between words, which BM25 splits into character bigrams); ``words`` of
+    a passage (separated by white space): ``mean``, ``median``, ``max``; ``sets``: name →
+    ``queries``, ``judged`` (queries), ``relevant_queries`` (with a passage of grade 1 or more),
+    ``judgements``, ``grades`` (grade as text, from high to low → number); ``triples``,
+    ``triples_checked`` (`Checked`, of a sample if they are many; `train` leaves out what it
+    counts); ``runs`` (those given, by name): ``set`` that most of its queries are of, ``queries``
+    of that set, ``depth`` (most hits of a query), ``unknown`` (hits without a passage), ``nDCG@10``
+    (over all judged queries of the set; None without any).
 
     Warns if no judged query of a set has a relevant passage.
     """
@@ -142,16 +130,17 @@ def facts_text(facts: Mapping[str, Any]) -> str:
     words, checked = facts["words"], Checked(**facts["triples_checked"])
     empty, bigrams = facts["empty_passages"], facts["bigram_passages"]
     left_out = f"; not trained on, of {checked.checked:,} checked: {checked.reasons}"
+    length = f"mean {words['mean']:.1f}, median {words['median']:g}, most {words['max']:,}"
     bigram_text = f"{bigrams:,} passages; BM25 splits their text into character bigrams"
     lines = [
         ["Collection", facts["name"]],
         ["Fingerprint", facts["fingerprint"]],
         *sorted(facts["sources"].items()),
         ["Passages", f"{facts['passages']:,}" + f", of which {empty:,} have no text" * bool(empty)],
-        ["Words of a passage", f"mean {words['mean']:.1f}, median {words['median']:g}, most {words['max']:,}"],
+        ["Words of a passage", length],
         *[["Without spaces", bigram_text]] * bool(bigrams),
         ["Triples", f"{facts['triples']:,}" + left_out * bool(checked.reasons)],
-    ]  # fmt: skip
+    ]
     text = aligned([list(line) for line in lines], left=2)
     if facts["sets"]:
         text += ["", *_aligned(sets_frame(facts))]
@@ -196,7 +185,32 @@ def runs_frame(runs: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     )
 
 
-# --- the data sheet ---------------------------------------------------------------------------------
+class Citations:
+    """Citations of a page: roles of the book's bibliography, or texts and a list."""
+
+    def __init__(self, book: bool) -> None:
+        """``book``: whether the page has the book's bibliography."""
+        self.book, self.cited = book, set[str]()
+        text = (files(__package__) / "citations.yaml").read_text("utf-8")
+        self.known: dict[str, list[str]] = yaml.safe_load(text)
+
+    def cite(self, keys: str, kind: str = "t") -> str:
+        """The works in the text ("t"), or in brackets ("p")."""
+        if self.book:
+            return f"{{cite:{kind}}}`{keys}`"
+        self.cited |= set(keys.split(","))
+        works = [self.known[key] for key in keys.split(",")]
+        if kind == "t":
+            return ", ".join(f"{authors} ({year})" for authors, year, _ in works)
+        return f"({'; '.join(f'{authors}, {year}' for authors, year, _ in works)})"
+
+    def references(self) -> list[str]:
+        """What was cited so far and is in no bibliography."""
+        works = sorted(self.known[key] for key in self.cited)
+        return [f"{authors} ({year}). {rest}." for authors, year, rest in works]
+
+
+# --- the data sheet -------------------------------------------------------------------------------
 
 
 def profile_datasheet(reproduction: Reproduction) -> str:
@@ -218,11 +232,11 @@ def profile_datasheet(reproduction: Reproduction) -> str:
 def collection_page(
     collection: Collection, *, note: str = "", runs: Mapping[str, Mapping[str, Any]] | None = None
 ) -> str:
-    """The data sheet of any collection as an HTML page without scripts, fonts or files from elsewhere.
+    """The data sheet of any collection as an HTML page that loads nothing from elsewhere.
 
     BM25 searches `DEPTH` candidates for the judged queries of each set, at most `MOST_QUERIES`; for
-    those of "train" only if no other set is judged. A passage is relevant from grade 1 on, in PyDocs
-    from grade 2.
+    those of "train" only if no other set is judged. A passage is relevant from grade 1 on, in
+    PyDocs from grade 2.
 
     Args:
         collection: it may have no queries, no triples, and passages without text.
@@ -240,9 +254,8 @@ def collection_page(
         queries = Texts(list(qrels), [collection.queries[name][qid] for qid in qrels])
         candidates[name] = bm25.search(queries, DEPTH)
         scores[name] = evaluate(qrels, candidates[name], measures).mean
-    text = datasheet(
-        collection, candidates, scores, scored=scored, relevant=relevant, book=False, note=note, runs=runs
-    )  # fmt: skip
+    options: dict[str, Any] = {"scored": scored, "relevant": relevant, "note": note, "runs": runs}
+    text = datasheet(collection, candidates, scores, book=False, **options)
     return html_page(f"Data sheet of {collection.name}", text)
 
 
@@ -271,36 +284,20 @@ def datasheet(
 ) -> str:
     """The data sheet in MyST Markdown.
 
-    Args:
-        collection: what is described.
-        candidates: set → the run that encoders rerank.
-        bm25: set → measure in ir_measures' notation → BM25's value.
-        official: whether the candidates come with the collection.
-        scored: set → judgements of the queries that candidates and measures are of; by default all.
-        relevant: the least grade of a relevant passage.
-        book: whether it is a page of the book, which has a bibliography; else references are listed.
-        note: a paragraph of plain text below the first one.
-        runs: "runs" of `collection_facts`.
+    Args: collection: what is described. candidates: set → the run that encoders rerank. bm25: set →
+        measure in ir_measures' notation → BM25's value. official: whether the candidates come with
+        the collection. scored: set → judgements of the queries that candidates and measures are of;
+        by default all. relevant: the least grade of a relevant passage. book: whether it is a page
+        of the book, which has a bibliography; else references are listed. note: a paragraph of
+        plain text below the first one. runs: "runs" of `collection_facts`.
     """
     sets = sorted(collection.queries, key=lambda n: (_SETS.index(n) if n in _SETS else 9, n))
     scored = scored or collection.qrels
-    cited: list[str] = []
-
-    def cite(keys: str, kind: str = "t") -> str:
-        if book:
-            return f"{{cite:{kind}}}`{keys}`"
-        cited.extend(keys.split(","))
-        if kind == "t":
-            return ", ".join(f"{_CITED[key][0]} ({_CITED[key][1]})" for key in keys.split(","))
-        return f"({'; '.join(f'{_CITED[key][0]}, {_CITED[key][1]}' for key in keys.split(','))})"
-
-    def references() -> list[str]:
-        return [f"{names} ({year}). {rest}." for names, year, rest in sorted({_CITED[key] for key in cited})]  # fmt: skip
-
+    citations = Citations(book)
     return render(
         "datasheet.md",
-        cite=cite,
-        references=None if book else references,
+        cite=citations.cite,
+        references=citations.references,
         place="book" if book else "page",
         name=plain(collection.name),
         fingerprint=collection.fingerprint,
@@ -394,7 +391,7 @@ def _examples(collection: Collection) -> dict[str, Any]:
             passage = shorten(collection.passages[by_grade[grade]], _LONGEST)
             rows.append([query if grade == max(by_grade) else "", str(grade), passage])
     which = (
-        "that have passages of two grades, with a passage of the highest and one of the lowest grade."
+        "that have passages of two grades, with one of the highest and one of the lowest grade."
         if several
         else "with a passage that is judged for each."
     )
@@ -471,7 +468,7 @@ def _sources(collection: Collection) -> pd.DataFrame:
 
 
 def _licence(distribution: str) -> str:
-    """What an installed distribution's metadata state: expression, else classifiers, else free text."""
+    """The licence in a distribution's metadata: expression, else classifiers, else text."""
     try:
         metadata = importlib.metadata.metadata(distribution)
     except importlib.metadata.PackageNotFoundError:

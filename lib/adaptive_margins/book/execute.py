@@ -1,8 +1,8 @@
 """One notebook → papermill → one page of the book.
 
-A notebook whose kernel was killed looks finished in its metadata (papermill 2.7), so they are not read: a
-page appears only after papermill has returned, every code cell has an execution count, and the file is
-complete.
+A notebook whose kernel was killed looks finished in its metadata (papermill 2.7), so they are not
+read: a page appears only after papermill has returned, every code cell has an execution count, and
+the file is complete.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language"
 
 
 class NotebookError(AdaptiveMarginsError, RuntimeError):
-    """A notebook that cannot be executed, or failed; the message names it and the copy of its state."""
+    """A notebook cannot be executed, or failed; the message names it and the copy of its state."""
 
 
 def parameter_defaults(notebook: Path) -> dict[str, Scalar]:
@@ -98,10 +98,10 @@ def execute(
 ) -> float:
     """Run ``notebook`` and write it, executed and tidied, to ``page``; returns the seconds it took.
 
-    While it runs the copy is ``NAME.running.ipynb``; if it fails that becomes ``NAME.failed.ipynb``, which
-    the NotebookError names. ``page`` is written atomically. ``replacements`` are texts to replace
-    throughout the page. The same by hand:
-    ``papermill NOTEBOOK OUT.ipynb -k python3 --start-timeout 300 -p NAME VALUE``.
+    While it runs the copy is ``NAME.running.ipynb``; if it fails that becomes
+    ``NAME.failed.ipynb``, which the NotebookError names. ``page`` is written atomically.
+    ``replacements`` are texts to replace throughout the page. The same by hand: ``papermill
+    NOTEBOOK OUT.ipynb -k python3 --start-timeout 300 -p NAME VALUE``.
     """
     check_parameters(notebook, parameters)
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def execute(
             start_timeout=START_TIMEOUT,
             progress_bar=False,
             cwd=str(cwd),
-            # It warns of its own local sockets, and now and then calls the end of a kernel an error.
+            # It warns of its sockets, and now and then calls the end of a kernel an error.
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
         )
         if idle := _not_executed(executed):

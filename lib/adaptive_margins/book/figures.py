@@ -1,7 +1,8 @@
 """Figures 3 to 6 of the paper, drawn from the long-form frames of the experiments.
 
-Every encoder has one colour and one marker in all figures (`style.style`) and is labelled at the end of
-its line. Columns share their axes. A large filled mark with its value is a maximum, as in the paper.
+Every encoder has one colour and one marker in all figures (`style.style`) and is labelled at the
+end of its line. Columns share their axes. A large filled mark with its value is a maximum, as in
+the paper.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ References = Mapping[str, float] | None
 def figure3(data: pd.DataFrame, *, references: References = None) -> Figure:
     """Score by static target ε, without and with in-batch negatives (Section 5.1).
 
-    ``data`` has one row a run and measure, with the columns `STATIC`: target is ε, start the zero-shot
-    value, maximum true in one row a curve. The line is that of the seed with the maximum; where an
-    encoder has several seeds, a band spans the lowest and the highest. Raises ValueError on missing
-    columns, and on a curve without exactly one maximum.
+    ``data`` has one row a run and measure, with the columns `STATIC`: target is ε, start the
+    zero-shot value, maximum true in one row a curve. The line is that of the seed with the maximum;
+    where an encoder has several seeds, a band spans the lowest and the highest. Raises ValueError
+    on missing columns, and on a curve without exactly one maximum.
     """
     require(data, STATIC, "figure3")
     seeds = data.groupby("encoder")["seed"].nunique().max()
@@ -62,8 +63,8 @@ def figure3(data: pd.DataFrame, *, references: References = None) -> Figure:
 def figure4(data: pd.DataFrame, *, references: References = None) -> Figure:
     """Learning curves with adaptive targets, without and with in-batch negatives (Section 5.2).
 
-    ``data`` has one row an evaluation and measure, with the columns `CURVE` and one batch size. Raises
-    ValueError as `figure3`, and on several batch sizes.
+    ``data`` has one row an evaluation and measure, with the columns `CURVE` and one batch size.
+    Raises ValueError as `figure3`, and on several batch sizes.
     """
     require(data, CURVE, "figure4")
     sizes = _unique(data["batch_size"])
@@ -86,11 +87,11 @@ def figure5(data: pd.DataFrame, *, references: References = None) -> Figure:
 def figure6(data: pd.DataFrame) -> Figure:
     """Mean, maximum and minimum of raw φ(d⁺, d⁻) over a batch, during training (Section 5.3).
 
-    ``data`` has one row a step and part, with the columns `TARGETS`: part "first" or "last"; mean, min
-    and max in [-1, 1], smoothed; window (batches of the rolling mean) and span (batches a part). Columns
-    are encoders, rows batch sizes; first and last span stand side by side on a broken axis. The axis on
-    the right is the target T = (1 + φ) / 2. Raises ValueError on missing columns, an unknown part,
-    several windows or spans.
+    ``data`` has one row a step and part, with the columns `TARGETS`: part "first" or "last"; mean,
+    min and max in [-1, 1], smoothed; window (batches of the rolling mean) and span (batches a
+    part). Columns are encoders, rows batch sizes; first and last span stand side by side on a
+    broken axis. The axis on the right is the target T = (1 + φ) / 2. Raises ValueError on missing
+    columns, an unknown part, several windows or spans.
     """
     require(data, TARGETS, "figure6")
     encoders, sizes = _unique(data["encoder"]), sorted(_unique(data["batch_size"]))
@@ -129,7 +130,7 @@ def figure6(data: pd.DataFrame) -> Figure:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """The style of all figures; what is opened inside is closed at the end, or a notebook would show it twice."""
+    """The style of all figures. Closes what is opened inside: a notebook would show it twice."""
     before = set(plt.get_fignums())
     try:
         with plt.style.context(str(files(__package__) / "figures.mplstyle")):
@@ -146,13 +147,16 @@ def _unique(values: pd.Series) -> list[Any]:
 def edges(
     rows: int, *, left: float, right: float, panel: float, between: float, top: float = 0.28
 ) -> tuple[dict[str, float], float]:
-    """Of panels ``panel`` inches high: the arguments of a grid specification, and the figure's height."""
+    """Places of panels ``panel`` inches high for a grid specification, and the figure's height."""
     bottom = 0.5
     height = top + bottom + panel * rows + between * (rows - 1)
     places = {
-        "left": left / WIDTH, "right": 1 - right / WIDTH, "top": 1 - top / height, "bottom": bottom / height,
+        "left": left / WIDTH,
+        "right": 1 - right / WIDTH,
+        "top": 1 - top / height,
+        "bottom": bottom / height,
         "hspace": between / panel,
-    }  # fmt: skip
+    }
     return places, height
 
 
@@ -164,7 +168,7 @@ def _room(axes: Sequence[Axes], share: float) -> None:
     axes[0].yaxis.set_major_locator(MaxNLocator(5))
 
 
-# --- Figures 3 to 5 ---------------------------------------------------------------------------------
+# --- Figures 3 to 5 -------------------------------------------------------------------------------
 
 
 def _panels(
@@ -186,10 +190,9 @@ def _panels(
         left, number = 0.7, len(columns)
         places, height = edges(len(measures), left=left, right=lane, panel=1.75, between=0.16)
         width = (WIDTH - left - lane * number) / number
-        figure, axes = plt.subplots(
-            len(measures), number, sharex=True, sharey="row", squeeze=False, figsize=(WIDTH, height),
-            gridspec_kw={**places, "wspace": lane / width},
-        )  # fmt: skip
+        grid = {"gridspec_kw": {**places, "wspace": lane / width}, "figsize": (WIDTH, height)}
+        shared = {"sharex": True, "sharey": "row", "squeeze": False}
+        figure, axes = plt.subplots(len(measures), number, **shared, **grid)
         pending = []
         for (row, measure), (column, value) in product(enumerate(measures), enumerate(columns)):
             axis = axes[row, column]
@@ -225,7 +228,7 @@ def _learning_curves(
 def _curves(
     axis: Axes, panel: pd.DataFrame, x: str, reference: float | None
 ) -> tuple[list[End], list[tuple[float, float, str]]]:
-    """Draw a panel; returns the labels at the ends of its lines, and its maxima as (x, y, colour)."""
+    """Draw a panel; returns the labels at line ends, and the maxima as (x, y, colour)."""
     ends = _starts(axis, panel) if "start" in panel else []
     maxima = []
     if reference is not None:
@@ -278,7 +281,7 @@ def _starts(axis: Axes, panel: pd.DataFrame) -> list[End]:
     return [End(value, "zero-shot", color) for color, value in lines.items()]
 
 
-# --- Figure 6 ---------------------------------------------------------------------------------------
+# --- Figure 6 -------------------------------------------------------------------------------------
 
 
 def _broken_panel(
@@ -309,11 +312,10 @@ def _distribution(axis: Axes, rows: pd.DataFrame, encoder: str) -> None:
     look, steps = style(encoder), rows["step"]
     axis.axhline(0, color=PALE, linewidth=0.8, gid="zero")
     axis.fill_between(steps, rows["min"], rows["max"], color=look.color, alpha=0.12, linewidth=0)
+    marks = {"marker": look.marker, "markerfacecolor": "white", "markevery": max(1, len(rows) // 5)}
     for name, width in (("max", 0.9), ("mean", 1.8), ("min", 0.9)):
-        axis.plot(
-            steps, rows[name], color=look.color, linewidth=width, marker=look.marker, markersize=1.5 + width,
-            markerfacecolor="white", markevery=max(1, len(rows) // 5), gid=name,
-        )  # fmt: skip
+        size = {"linewidth": width, "markersize": 1.5 + width}
+        axis.plot(steps, rows[name], color=look.color, gid=name, **size, **marks)
 
 
 def _broken(axis: Axes, steps: pd.Series, position: int, parts: int) -> None:
@@ -339,16 +341,16 @@ def _phi(target: Any) -> Any:
 
 
 def _target_axis(axis: Axes) -> None:
-    """The names of the three lines of a panel, and T = (1 + φ) / 2 at the ticks of φ on its right."""
+    """Names of the three lines of a panel, and T = (1 + φ) / 2 on its right."""
     white = [withStroke(linewidth=2, foreground="white")]
+    look: dict[str, Any] = {"textcoords": "offset points", "ha": "right", "fontsize": SMALL}
+    look |= {"color": GREY, "path_effects": white, "gid": "end"}
     for line in axis.get_lines():
         name = str(line.get_gid())
         if name in ("max", "mean", "min"):
-            above, end = name != "min", tuple(np.asarray(line.get_xydata())[-1])
-            axis.annotate(
-                name, end, (-2, 4 if above else -4), textcoords="offset points", ha="right",
-                va="bottom" if above else "top", fontsize=SMALL, color=GREY, path_effects=white, gid="end",
-            )  # fmt: skip
+            end = tuple(np.asarray(line.get_xydata())[-1])
+            up, va = (-4, "top") if name == "min" else (4, "bottom")
+            axis.annotate(name, end, (-2, up), va=va, **look)
     low, high = axis.get_ylim()
     ticks = [_target(phi) for phi in axis.get_yticks() if low <= phi <= high]
     right = axis.secondary_yaxis("right", functions=(_target, _phi))

@@ -34,7 +34,7 @@ OWN = "10_your_collection"
 """The notebook that is no page of the book: it takes a collection, not a profile."""
 
 SUMMARY = "paper_and_released_code.json"
-"""The summary of `LONG`: committed in ``book/``, written in ``book/_executed`` if it was executed."""
+"""Summary of `LONG`: committed in ``book/``, written to ``book/_executed`` when executed."""
 
 Receipts = Mapping[str, Mapping[str, Any]]
 """Notebook (without suffix) → its receipt, as `build` writes it."""
@@ -65,7 +65,7 @@ def texts(home: Path, profile: Profile, receipts: Receipts) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Python and every package the project names as a dependency, whichever FAISS included → version."""
+    """Python and every direct dependency, the installed FAISS included → version."""
     named = importlib.metadata.requires("adaptive-margins") or []
     names = [re.split(r"[^\w.-]", line)[0] for line in named if "extra ==" not in line]
     found = {"Python": platform.python_version()}
@@ -110,7 +110,7 @@ def cover(profile: Profile, table4: Path | None) -> str:
 
 
 def provenance(profile: Profile, receipts: Receipts, runs: Iterable[StoredRun]) -> str:
-    """Where the numbers come from: machine, versions, time per notebook and run, fingerprints, profile."""
+    """Where the numbers come from: machine, versions, times, fingerprints, profile."""
     rows, inputs, trained, evaluated = [], {("profile", profile.name)}, 0.0, 0.0
     for run in runs:
         config, result = run.config, run.result

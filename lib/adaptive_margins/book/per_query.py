@@ -20,7 +20,7 @@ _, _, _, _, _, BLUE, VERMILION, _ = color_sequences["okabe_ito"]
 
 
 def per_query_figure(found: Mapping[str, Any]) -> Figure:
-    """Differences per query, sorted, a panel a pair: with their mean, its 95 % interval, and the band of ±margin.
+    """Differences per query, sorted, a panel a pair: with mean, its 95 % interval, and ±margin.
 
     ``found`` is what `compare_runs` returned.
     """
@@ -31,9 +31,13 @@ def per_query_figure(found: Mapping[str, Any]) -> Figure:
     width = (WIDTH - left - lane * columns) / columns
     with drawing():
         figure, axes = plt.subplots(
-            rows, columns, sharey=True, squeeze=False, figsize=(WIDTH, height),
+            rows,
+            columns,
+            sharey=True,
+            squeeze=False,
+            figsize=(WIDTH, height),
             gridspec_kw={**places, "wspace": lane / width},
-        )  # fmt: skip
+        )
         for axis in axes.flat[len(pairs) :]:
             axis.set_visible(False)
         for axis, pair in zip(axes.flat, pairs, strict=False):

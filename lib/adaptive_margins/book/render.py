@@ -15,7 +15,7 @@ def plain(text: str) -> str:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """A frame as a Markdown table: columns of numbers, with separators, on the right; texts are escaped."""
+    """A frame as a Markdown table: numbers on the right, with separators; texts are escaped."""
     number = re.compile(r"[-+−]?[\d,]+(\.\d+)?|[—]?")
 
     def cell(value: Any) -> str:

@@ -74,7 +74,7 @@ def require(data: pd.DataFrame, columns: Iterable[str], name: str) -> None:
 
 
 def encoder_label(encoder: str, labels: Mapping[str, str] | None = None) -> str:
-    """How an encoder is written (minilm-4 is MiniLM-4); ``labels`` goes first, an unknown name stays as it is."""
+    """How an encoder is written: minilm-4 is MiniLM-4; ``labels`` takes precedence."""
     if labels and encoder in labels:
         return labels[encoder]
     family, dash, rest = encoder.partition("-")
@@ -98,7 +98,7 @@ def signed(value: float, decimals: int = 3) -> str:
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions at least ``gap`` apart within [low, high], moved as little as possible (least squares).
+    """Positions at least ``gap`` apart within [low, high], moved least (least squares).
 
     Where [low, high] is too short, the gap shrinks. Returned in the order of ``wanted``.
     """
@@ -135,20 +135,17 @@ def end_labels(axis: Axes, ends: Sequence[End]) -> None:
             "shrinkA": 0,
             "shrinkB": 2,
         }
-        common: dict[str, Any] = {
-            "xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False,
-        }  # fmt: skip
+        common: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+        common["annotation_clip"] = False
         axis.annotate(
             "", xy=(1, at / points), xytext=(9, label_at - at), arrowprops=leader, **common
         )
-        axis.annotate(
-            end.text, xy=(1, label_at / points), xytext=(11, 0), va="center", fontsize=SMALL, color=end.color,
-            gid="end", **common,
-        )  # fmt: skip
+        text = {"va": "center", "fontsize": SMALL, "color": end.color, "gid": "end", **common}
+        axis.annotate(end.text, xy=(1, label_at / points), xytext=(11, 0), **text)
 
 
 def value_labels(axis: Axes, maxima: Sequence[tuple[float, float, str]]) -> None:
-    """Write the value of each maximum (x, y, colour) above it, or below it where another one is above."""
+    """Write the value of each maximum (x, y, colour) above it, or below where one is above."""
     places = axis.transData.transform([(x, y) for x, y, _ in maxima]) * 72 / axis.figure.dpi
     frame = (
         axis.get_window_extent().transformed(axis.figure.dpi_scale_trans.inverted()).padded(-0.15)
@@ -163,8 +160,14 @@ def value_labels(axis: Axes, maxima: Sequence[tuple[float, float, str]]) -> None
             if place[0] > 72 * frame.x1
             else "center"
         )
-        axis.annotate(
-            score(y), xy=(x, y), xytext=(0, (-1.2 if below else 1.2) * SMALL), textcoords="offset points",
-            ha=side, va="center", fontsize=SMALL, fontweight="bold", color=color, zorder=6, gid="value",
-            path_effects=[withStroke(linewidth=2, foreground="white")],
-        )  # fmt: skip
+        look = {
+            "fontsize": SMALL,
+            "fontweight": "bold",
+            "color": color,
+            "zorder": 6,
+            "gid": "value",
+        }
+        look["path_effects"] = [withStroke(linewidth=2, foreground="white")]
+        offset = (0, (-1.2 if below else 1.2) * SMALL)
+        where = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "center"}
+        axis.annotate(score(y), xy=(x, y), **where, **look)

@@ -1,7 +1,7 @@
-"""Tables 1 to 4 of the paper as HTML, laid out by pandas Styler: this run's, then the published one.
+"""Tables 1 to 4 of the paper as HTML by pandas Styler: this run's table, then the published one.
 
-They are separate tables, because the collections, encoders and cut-offs differ; `compared` has those
-scores that do not. Cells are HTML: texts are escaped where they enter one. The notes are in
+They are separate tables, because the collections, encoders and cut-offs differ; `compared` has
+those scores that do not. Cells are HTML: texts are escaped where they enter one. The notes are in
 ``templates/``, the look is in ``book/_static/adaptive_margins.css``.
 """
 
@@ -41,14 +41,30 @@ MARKS = {
 """Marks in the printed tables, as HTML."""
 RHO, T, L2 = "<i>ρ</i>", "<i>t</i>", "<i>l</i>²"
 ROLES = {
-    "q": "<i>q</i>", "d+": "<i>d</i><sup>+</sup>", "d-max": "<i>d</i><sup>−</sup><sub>max</sub>",
-    "d-mid": "<i>d</i><sup>−</sup><sub>mid</sub>", "d-min": "<i>d</i><sup>−</sup><sub>min</sub>",
-}  # fmt: skip
+    "q": "<i>q</i>",
+    "d+": "<i>d</i><sup>+</sup>",
+    "d-max": "<i>d</i><sup>−</sup><sub>max</sub>",
+    "d-mid": "<i>d</i><sup>−</sup><sub>mid</sub>",
+    "d-min": "<i>d</i><sup>−</sup><sub>min</sub>",
+}
 HEADINGS = {
-    "model": "Model", "parameters": "№ Params", "embedding": "Embedding", "dimensions": "№ Dim.", "role": "", "text": "Text",
-    "rho": RHO, "target": T, "loss": L2, "in_batch": "In-batch", "epsilon": "<i>ε</i><sup>‡</sup>", "time": "Time (hh:mm)",
-    "triples": "Data seen", "block": "", "source": "Source", "sampling": "Sampling",
-}  # fmt: skip
+    "model": "Model",
+    "parameters": "№ Params",
+    "embedding": "Embedding",
+    "dimensions": "№ Dim.",
+    "role": "",
+    "text": "Text",
+    "rho": RHO,
+    "target": T,
+    "loss": L2,
+    "in_batch": "In-batch",
+    "epsilon": "<i>ε</i><sup>‡</sup>",
+    "time": "Time (hh:mm)",
+    "triples": "Data seen",
+    "block": "",
+    "source": "Source",
+    "sampling": "Sampling",
+}
 """Columns of the printed tables → headings; Tables 3 and 4 have words for target and loss."""
 INDEX = {1: ["model"], 2: ["role"], 3: ["model", "target"], 4: ["block", "source", "loss"]}
 """Columns of the printed tables that head their rows."""
@@ -145,11 +161,11 @@ def table4(
 ) -> str:
     """Table 4, the losses next to baselines; its reference is underlined.
 
-    ``data`` is the frame of ``Reproduction.table4``, a row a run, set and measure. A supplied run has the
-    source "supplied: NAME", no run id, and for a value that was refused NaN and the reason in the
-    column ``refused``; ``missing`` is the number of judged queries that it lacks. Where NAME is the key
-    of a published row, its scores replace the printed ones. Rows whose source begins with
-    "published" are left out.
+    ``data`` is the frame of ``Reproduction.table4``, a row a run, set and measure. A supplied run
+    has the source "supplied: NAME", no run id, and for a value that was refused NaN and the reason
+    in the column ``refused``; ``missing`` is the number of judged queries that it lacks. Where NAME
+    is the key of a published row, its scores replace the printed ones. Rows whose source begins
+    with "published" are left out.
     """
     require(data, ["block", "loss", "sampling", "source", *SCORED], "table4")
     source = data["source"].astype(str)
@@ -199,7 +215,7 @@ def commands(
     return [shlex.join(line) for line in lines]
 
 
-# --- this run next to the published numbers ---------------------------------------------------------
+# --- this run next to the published numbers -------------------------------------------------------
 
 
 def compared(
@@ -239,11 +255,11 @@ def compared(
     )
 
 
-# --- printed tables and supplied runs ---------------------------------------------------------------
+# --- printed tables and supplied runs -------------------------------------------------------------
 
 
 def _printed_table(published: Published, table: int, supplied: pd.DataFrame | None = None) -> str:
-    """A table as the paper prints it, marks included; scores of supplied runs replace printed ones."""
+    """A table as printed, marks included; scores of supplied runs replace printed ones."""
     frame = published.tables[table]
     cells = frame.map(escape)
     names = HEADINGS | ({"target": "Target", "loss": "Loss"} if table > 2 else {})
@@ -285,7 +301,7 @@ def _limits(data: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-# --- scores of this run -----------------------------------------------------------------------------
+# --- scores of this run ---------------------------------------------------------------------------
 
 
 def _run_rows(
@@ -296,7 +312,7 @@ def _run_rows(
     after: Mapping[str, pd.Series],
     underline: bool = False,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Cells and titles, a row for each ``row`` of ``data``: other columns, and a score a set and measure."""
+    """Cells and titles, a row for each ``row`` of ``data``; a score for each set and measure."""
     shown = [_score_cell(row, underline) for row in data.to_dict("records")]
     names = ["set", "measure"]
     long = data[["row", *names]].assign(measure=data["measure"].map(measure_label))
@@ -320,7 +336,7 @@ def _run_rows(
 
 
 def _score_cell(row: Mapping[Any, Any], underline: bool) -> tuple[str, str]:
-    """A score: bold if best, † if equivalent, the confidence interval of its difference; and its title."""
+    """A score (bold if best, † if equivalent) with its confidence interval; and its title."""
     text, title = _score(row["value"]), row.get("refused")
     reference = row["run_id"] == row["reference_run_id"]
     if underline and reference:
@@ -337,7 +353,7 @@ def _score_cell(row: Mapping[Any, Any], underline: bool) -> tuple[str, str]:
 
 
 def _test(data: pd.DataFrame) -> dict[str, Any]:
-    """The numbers of the equivalence test, for the note: comparisons, and levels of the intervals."""
+    """Numbers of the equivalence test for the note: comparisons, levels of the intervals."""
     tested = data[(data["run_id"] != data["reference_run_id"]) & data["value"].notna()]
     compared = tested.groupby(["set", "measure"])["run_id"].nunique()
     counts = sorted({int(count) for count in tested.get("comparisons", compared).dropna()})
@@ -345,7 +361,7 @@ def _test(data: pd.DataFrame) -> dict[str, Any]:
     return {"margin": MARGIN, "alpha": ALPHA, "counts": counts, "levels": levels}
 
 
-# --- texts and HTML ---------------------------------------------------------------------------------
+# --- texts and HTML -------------------------------------------------------------------------------
 
 
 def _score(value: Any, decimals: int = 3) -> str:

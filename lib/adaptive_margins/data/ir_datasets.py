@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from adaptive_margins.data.collection import Collection, Texts, Triple
+from adaptive_margins.data.collection import Collection, Rows, Texts, Triple, read_texts
 from adaptive_margins.data.folder import one_line, warn
 from adaptive_margins.data.text import DataError, Problems
 from adaptive_margins.data.trec import MAX_GRADE, Qrels
@@ -115,25 +115,25 @@ def _check_fetching(source: str, uses: Iterable[tuple[str, str]]) -> None:
         check_licence(source, source, terms)
 
 
-def _texts(name: str, identifier: str, kind: str, titles: dict[str, str]) -> Texts:
+def _texts(key: str, identifier: str, kind: str, titles: dict[str, str]) -> Texts:
     """Passages (``kind`` "docs") or queries of an id; titles are added to ``titles``."""
-    found: dict[str, str] = {}
-    records = bar(
-        f"reading {kind} of {identifier}", read_records(name, identifier, kind), unit="texts"
-    )
-    for number, record in enumerate(records, start=1):
-        where = f"{kind} of {identifier!r}, number {number}"
-        if not hasattr(record, "default_text"):
-            raise DataError(f"{where}: {type(record).__name__} has no plain text")
-        key = record.doc_id if kind == "docs" else record.query_id
-        if key.split() != [key]:
-            raise DataError(f"{where}: id {key!r} is empty or has white space")
-        if key in found:
-            raise DataError(f"{where}: id {key!r} occurs twice")
-        found[key] = one_line(record.default_text() or "")
-        if title := one_line(getattr(record, "title", None) or "").strip():
-            titles[key] = title
-    return Texts(list(found), list(found.values()))
+
+    def rows() -> Rows:
+        records = read_records(key, identifier, kind)
+        listed = bar(f"reading {kind} of {identifier}", records, unit="texts")
+        for number, record in enumerate(listed, start=1):
+            if not hasattr(record, "default_text"):
+                kind_of = type(record).__name__
+                raise DataError(f"the {kind} of {identifier!r} ({kind_of}) have no plain text")
+            name = record.doc_id if kind == "docs" else record.query_id
+            if title := one_line(getattr(record, "title", None) or "").strip():
+                titles[name] = title
+            yield number, name, one_line(record.default_text() or "")
+
+    problems = Problems()
+    texts = read_texts(Path(f"{identifier} {kind}"), problems, rows(), blank=True)
+    problems.check()
+    return texts
 
 
 def read_set(key: str, identifier: str, passages: Texts, problems: Problems) -> tuple[Texts, Qrels]:

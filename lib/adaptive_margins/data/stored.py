@@ -68,12 +68,10 @@ class _Counting(Mapping[str, int]):
         self.count = count
 
     def __getitem__(self, identifier: str) -> int:
-        # Only ASCII digits, and not so many that converting them takes time.
-        if identifier.isascii() and identifier.isdecimal() and len(identifier) < 20:
-            row = int(identifier)
-            if row < self.count and str(row) == identifier:  # "007" is not 7
-                return row
-        raise KeyError(identifier)
+        row = int(identifier) if identifier.isdecimal() and len(identifier) < 20 else self.count
+        if row >= self.count or str(row) != identifier:  # "007" is not 7
+            raise KeyError(identifier)
+        return row
 
     def __iter__(self) -> Iterator[str]:
         return map(str, range(self.count))
@@ -229,17 +227,19 @@ def write_triples(
             the triples.
     """
     problems = Problems()
-    sides = tuple(zip(COLUMNS, (queries, passages, passages), strict=True))
+    query_row, passage_row = queries.row, passages.row
 
     def numbered() -> Iterator[tuple[int, int, int]]:
         listed = bar(f"writing {what}", triples, total=expected, unit="triples")
         for number, (query, positive, negative) in enumerate(listed, start=1):
             try:
-                yield queries.row(query), passages.row(positive), passages.row(negative)
+                yield query_row(query), passage_row(positive), passage_row(negative)
             except KeyError:
-                for (name, known), found in zip(sides, (query, positive, negative), strict=True):
-                    if found not in known:
-                        problems.add(Path(what), number, f"unknown {name} {found!r}")
+                if query not in queries:
+                    problems.add(Path(what), number, f"unknown query {query!r}")
+                for name, docid in (("positive", positive), ("negative", negative)):
+                    if docid not in passages:
+                        problems.add(Path(what), number, f"unknown {name} {docid!r}")
 
     count = 0
     with whole_file(Path(path)) as partial:

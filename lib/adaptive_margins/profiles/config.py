@@ -93,7 +93,7 @@ class PyDocsSettings(_Settings):
 
 
 class IrDatasetsSettings(_Settings):
-    """A collection read through ir_datasets and converted once (data/ir_datasets.py).
+    """A collection read through ir_datasets and converted once (data/converted.py).
 
     Attributes:
         passages, triples: ir_datasets ids.
