@@ -1,4 +1,4 @@
-"""The rest of the benchmarks; `make bench-full`: a large encoder, reranking, memory, what is not the model, and growth.
+"""The rest of the benchmarks; `make bench-full`: a large encoder, reranking, memory, and growth.
 
 Ratios as in run.py. Growth goes to growth.json, one object a quantity, with the exponent fitted to it.
 """
@@ -6,25 +6,19 @@ Ratios as in run.py. Growth goes to growth.json, one object a quantity, with the
 from __future__ import annotations
 
 import argparse
-import gc
 import multiprocessing
 import resource
-import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import run
 import torch
 from material import PASSAGE_LENGTH, minilm, passages, random_base, triples
 from schemes import ours
-from sentence_transformers import SentenceTransformer
 from timing import GROWTH, LATEST, clock, growth, keep, rounds, row, show, use_processor_time
 
-from adaptive_margins import paper
 from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.tokens import Tokens, tokenize
 from adaptive_margins.retrieval.exact import approximation_recall, exact_search, rerank
@@ -94,56 +88,6 @@ def reranking(number: int, queries: int = 24, depth: int = 20) -> list[dict[str,
     found = rounds({"ours": partial(rate, work=once), "peer": partial(rate, work=pairs)}, number)
     setting = f"MiniLM, {queries} queries × {depth} candidates, {len(texts)} passages"
     return [row("reranking / pair by pair", found["ours"], found["peer"], "pairs/s", setting)]
-
-
-# ---- what is not the model -------------------------------------------------------------------------------------------
-
-
-def beside_the_model(number: int) -> list[dict[str, Any]]:
-    """Seconds of whole runs, stored, against the seconds in the encoder's forward, backward and the optimiser's step."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a worker of the profile computes
-    gc.freeze()
-    spent = 0.0
-
-    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            nonlocal spent
-            started = clock()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent += clock() - started
-
-        return wrapper
-
-    whole, model = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        small = {
-            "collection__packages": ["networkx", "pandas", "scipy"], "collection__max_passages": 3000,
-            "collection__validation": 150, "collection__test": 100, "adaptive__triples": 768, "distributed__triples": 768,
-            "comparison__triples": 768, "workers": 1,
-        }  # fmt: skip
-        reproduction = paper.open("laptop", Path(folder), **small)
-        configs = [
-            reproduction.experiments.static_run("minilm-3", e / 10, False)
-            for e in range(number + 1)
-        ]
-        reproduction.runner.execute(configs[0])  # what runs share is made here
-        with (
-            mock.patch.object(SentenceTransformer, "forward", timed(SentenceTransformer.forward)),
-            mock.patch.object(torch.Tensor, "backward", timed(torch.Tensor.backward)),
-            mock.patch.object(torch.optim.AdamW, "step", timed(torch.optim.AdamW.step)),
-        ):
-            for config in configs[1:]:
-                spent, started = 0.0, clock()
-                reproduction.runner.execute(config)
-                whole.append(clock() - started)
-                model.append(spent)
-    torch.set_num_threads(threads)
-    gc.unfreeze()
-    setting = "profile laptop, minilm-3, 768 triples, one evaluation of 150 queries × 20, 1 thread"
-    return [row("a run / its model alone", whole, model, "s", setting, less_is_better=True)]
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -278,11 +222,11 @@ def index_growth(
     ]
 
 
-PARTS = ("rerank", "beside", "large", "memory", "growth", "index")
+PARTS = ("rerank", "large", "memory", "growth", "index")
 
 
 def main() -> None:
-    """Run the parts asked for, print them, and keep them in latest.json and growth.json beside this file."""
+    """Run the parts asked for, print them, and keep them in latest.json and growth.json next to this file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
@@ -294,7 +238,6 @@ def main() -> None:
         use_processor_time()
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "rerank": lambda: reranking(given.rounds),
-        "beside": lambda: beside_the_model(given.rounds),
         "large": lambda: (
             run.training(random_base, "random BERT, 12 × 768", 8, given.rounds, (0.1,))
             + run.encoding(random_base, "random BERT, 12 × 768", 48, given.rounds)

@@ -91,15 +91,12 @@ def machines(rows: list[dict[str, Any]]) -> str:
 
 def speed() -> str:
     """The page *Speed*."""
-    latest, profile, growth = map(read, ("latest", "profile", "growth"))
-    parts = [SPEED, machines([*latest, *profile, *growth]), "## Compared with other code\n"]
+    latest, growth = read("latest"), read("growth")
+    parts = [SPEED, machines([*latest, *growth]), "## Compared with other code\n"]
     for setting in dict.fromkeys(row["setting"] for row in latest):
         rows = [row for row in latest if row["setting"] == setting]
         parts += [f"### {setting}\n", table(map(ratio, rows))]
-    spent = pd.DataFrame({row["setting"]: row["seconds"] for row in profile})
-    shares = (100 * spent / spent.sum()).map("{:.0f}".format).rename_axis("Kind of work")
-    parts += ["## Where a step goes\n", "One training step, in per cent of its time:\n"]
-    parts += [table(shares.reset_index()), GROWTH, table(map(grown, growth))]
+    parts += [GROWTH, table(map(grown, growth))]
     return COMMAND + "\n".join(parts)
 
 

@@ -25,17 +25,13 @@ from material import (
 from schemes import Step, merged, ours, padded, sentence_transformers, tokens_of
 from timing import (
     LATEST,
-    PROFILE,
     clock,
     keep,
     rounds,
     row,
     show,
-    stamp,
     use_processor_time,
-    write_rows,
 )
-from torch.profiler import ProfilerActivity, profile
 
 from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.tokens import tokenize
@@ -113,35 +109,6 @@ def training(
     return rows
 
 
-GROUPS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkl", "aten::linear"),
-    "attention": ("attention", "softmax"),
-    "dropout": ("dropout", "bernoulli", "random_"),
-    "LayerNorm": ("layer_norm",),
-    "GELU": ("gelu",),
-    "copies and zeros": ("aten::copy_", "aten::cat", "aten::fill_", "aten::zero_"),
-    "optimiser": ("adam", "Optimizer"),
-    "gradients added up": ("AccumulateGrad", "aten::add_"),
-}  # fmt: skip
-
-
-def where_it_goes(model: Any, batch: Triples) -> dict[str, float]:
-    """Seconds of one step of ours by kind of work; "Python and the rest" is what no operator of torch accounts for."""
-    step = CONTESTANTS["ours"]
-    for _ in range(2):
-        step(model, batch)  # the first ones wait for memory
-    with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        seconds, _ = step(model, batch)
-    spent = dict.fromkeys([*GROUPS, "other operators"], 0.0)
-    for event in recorded.key_averages():
-        group = next(
-            (g for g, words in GROUPS.items() if any(word in event.key for word in words)),
-            "other operators",
-        )
-        spent[group] += event.self_cpu_time_total / 1e6
-    return {**spent, "Python and the rest": max(0.0, seconds - sum(spent.values()))}
-
-
 def encoding(
     encoder: Callable[[float], Any], name: str, count: int, number: int
 ) -> list[dict[str, Any]]:
@@ -179,7 +146,7 @@ def encoding(
 
 
 def main() -> None:
-    """Run everything, print it, and write latest.json and profile.json beside this file."""
+    """Run everything, print it, and write latest.json next to this file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -197,15 +164,6 @@ def main() -> None:
         rows = part()
         show(rows)
         keep(LATEST, rows)
-    profiles = []
-    for dropout in (0.1, 0.0):
-        spent = where_it_goes(minilm(dropout), triples(32))
-        setting = f"MiniLM, B 32, dropout {dropout:g}"
-        profiles.append({"setting": setting, "seconds": spent, **stamp()})
-        whole = sum(spent.values())
-        parts = ", ".join(f"{group} {100 * s / whole:.0f} %" for group, s in spent.items())
-        print(f"where a step of ours goes ({setting}, {whole:.2f} s): {parts}")
-    write_rows(PROFILE, profiles)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from adaptive_margins.files import write_text
 
 LATEST = Path(__file__).parent / "latest.json"
 GROWTH = Path(__file__).parent / "growth.json"
-PROFILE = Path(__file__).parent / "profile.json"
 
 
 def clock() -> float:

@@ -135,12 +135,6 @@ def test_the_step_that_is_timed_has_all_triples_and_is_the_last(encoder):
         assert sizes == [schemes.WARM, 6], name
 
 
-def test_a_step_is_accounted_for(encoder):
-    spent = run.where_it_goes(encoder, material.triples(4))
-    for group in ("matrix products", "attention", "LayerNorm", "GELU", "optimiser"):
-        assert spent[group] > 0, group
-
-
 def test_a_ratio_above_one_is_in_our_favour():
     rates = timing.row("n", [20.0, 30.0, 40.0], [10.0, 10.0, 10.0], "triples/s", "s")
     assert (rates["ours"], rates["peer"], rates["ratio"]) == (30, 10, 3)
