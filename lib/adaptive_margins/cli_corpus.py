@@ -438,8 +438,8 @@ def collection(
     """
     with working(verbose):
         from adaptive_margins.book import describe
-        from adaptive_margins.data.folder import read_runs
         from adaptive_margins.data.sources import open_collection
+        from adaptive_margins.data.trec import read_runs
         from adaptive_margins.files import write_text
 
         opened = open_collection(path)

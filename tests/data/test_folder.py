@@ -14,9 +14,10 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from adaptive_margins.data.collection import Collection, Texts
-from adaptive_margins.data.folder import read_dataset, read_folder, read_runs, run_files
+from adaptive_margins.data.folder import read_dataset, read_folder
 from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.text import DataError, Problems
+from adaptive_margins.data.trec import read_runs, run_files
 from adaptive_margins.retrieval.bm25 import BM25
 
 HEADER = "query-id\tcorpus-id\tscore\n"

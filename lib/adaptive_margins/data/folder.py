@@ -7,6 +7,7 @@ called "train", "validation" and "test"; any of them may be missing.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from adaptive_margins.data.collection import (
     read_triples,
 )
 from adaptive_margins.data.text import DataError, Problems, read_lines
-from adaptive_margins.data.trec import Qrels, Run, read_judgements, read_run
+from adaptive_margins.data.trec import Qrels, read_judgements, visible
 from adaptive_margins.progress import bar
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ _ENDS = {"test": ("",), "train": ("_train",), "validation": ("_validation", "_de
 QUERY_COLUMNS = ("query", "anchor", "question")
 """Names of the column of queries in a Hugging Face dataset, as in Sentence Transformers."""
 _EXAMPLES = 5  # ids named in a warning
-_RUN = re.compile(r"(.+)\.(run|trec)(\.gz)?")
 
 EXPECTED = """\
   BEIR: corpus.jsonl; queries.jsonl and qrels/train.tsv, qrels/dev.tsv, qrels/test.tsv (any of them)
@@ -101,46 +101,7 @@ def read_folder(folder: Path) -> Collection:
         raise DataError(
             f"{folder} holds no collection (found: {_holds(folder)}). Expected:\n{EXPECTED}"
         )
-    problems = Problems()
-    return (_read_beir if beir else _read_trec)(folder, problems)
-
-
-def run_files(folder: Path) -> dict[str, Path]:
-    """Name → TREC run file in a folder, sorted: NAME.run or NAME.trec, gzipped (``.gz``) or not.
-
-    Raises:
-        DataError: two files have one name.
-    """
-    found: dict[str, Path] = {}
-    problems = Problems()
-    for path in visible(Path(folder)):
-        if (match := _RUN.fullmatch(path.name)) and not path.is_dir():
-            if (name := match[1]) in found:
-                problems.add(path, 0, f"{found[name].name} is a run named {name!r}, too")
-            found[name] = path
-    problems.check()
-    return found
-
-
-def read_runs(folder: Path) -> dict[str, Run]:
-    """Name → run of the `run_files` of a folder. What is no run is left out, with a UserWarning.
-
-    Raises:
-        DataError: as `run_files`.
-    """
-    runs = {}
-    for name, path in run_files(folder).items():
-        try:
-            runs[name] = read_run(path)
-        except DataError as error:
-            first = str(error).removeprefix("malformed data\n").splitlines()[0].strip()
-            warnings.warn(f"left out, as it is no run: {first}", stacklevel=2)
-    return runs
-
-
-def visible(folder: Path) -> list[Path]:
-    """What a folder holds, sorted, without hidden files, as macOS and editors leave them."""
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    return (_read_beir if beir else _read_trec)(folder, Problems())
 
 
 def _holds(folder: Path) -> str:
@@ -386,29 +347,32 @@ def warn(passages: Texts, queries: Mapping[str, Texts], where: str, unit: str = 
 
     ``where``: what the texts were read from, one passage a ``unit``.
     """
-    empty = [row for row, text in enumerate(passages.texts) if not text.strip()]
+    empty = [
+        f"{docid!r} ({unit} {number})"
+        for number, (docid, text) in enumerate(_pairs(passages), start=1)
+        if not text.strip()
+    ]
     if empty:
-        first = ", ".join(f"{passages.ids[row]!r} ({unit} {row + 1})" for row in empty[:_EXAMPLES])
-        more = ", …" if len(empty) > _EXAMPLES else ""
-        warnings.warn(
-            f"{where}: passages without text are kept, and never returned by a search:"
-            f" {len(empty)}, {first}{more}",
-            stacklevel=4,
-        )
-    names = [name for name in SETS if name in queries]
-    for i, name in enumerate(names):
-        texts = dict(zip(queries[name].texts, queries[name].ids, strict=True))
-        for other in names[i + 1 :]:
-            theirs = zip(queries[other].ids, queries[other].texts, strict=True)
-            twice = [(texts[text], qid) for qid, text in theirs if text in texts]
-            if twice:
-                pairs = ", ".join(f"{a!r} and {b!r}" for a, b in twice[:_EXAMPLES])
-                more = ", …" if len(twice) > _EXAMPLES else ""
-                warnings.warn(
-                    f"{where}: queries of {name} and {other} with the same text: {len(twice)},"
-                    f" {pairs}{more}; measures on {other} may be too high",
-                    stacklevel=4,
-                )
+        what = "passages without text are kept, and never returned by a search"
+        warnings.warn(f"{where}: {what}: {_first(empty)}", stacklevel=4)
+    for one, other in itertools.combinations([name for name in SETS if name in queries], 2):
+        qids = {text: qid for qid, text in _pairs(queries[one])}
+        twice = [
+            f"{qids[text]!r} and {qid!r}" for qid, text in _pairs(queries[other]) if text in qids
+        ]
+        if twice:
+            what = f"queries of {one} and {other} with the same text: {_first(twice)}"
+            warnings.warn(f"{where}: {what}; measures on {other} may be too high", stacklevel=4)
+
+
+def _pairs(texts: Texts) -> Iterator[tuple[str, str]]:
+    return zip(texts.ids, texts.texts, strict=True)
+
+
+def _first(items: list[str]) -> str:
+    """The number of items, and the first of them."""
+    more = ", …" if len(items) > _EXAMPLES else ""
+    return f"{len(items)}, {', '.join(items[:_EXAMPLES])}{more}"
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -429,9 +393,8 @@ def _only(folder: Path, *names: str, problems: Problems) -> Path | None:
 
 
 def _some(texts: Texts | None, wanted: Container[str]) -> Texts:
-    pairs = zip(texts.ids, texts.texts, strict=True) if texts else []
-    kept = [(i, text) for i, text in pairs if i in wanted]
-    return Texts([i for i, _ in kept], [text for _, text in kept])
+    kept = {i: text for i, text in _pairs(texts) if i in wanted} if texts else {}
+    return Texts(list(kept), list(kept.values()))
 
 
 def _beir_passages(path: Path, problems: Problems, titles: dict[str, str]) -> Rows:

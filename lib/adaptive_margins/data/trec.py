@@ -31,6 +31,7 @@ _RUN_COLUMNS = "query id, Q0, docid, rank, score, tag"
 _QRELS_COLUMNS = "query id, 0, docid, grade"
 _BEIR_HEADER = ["query-id", "corpus-id", "score"]
 _INTEGER = re.compile(r"[+-]?[0-9]+")
+_RUN = re.compile(r"(.+)\.(run|trec)(\.gz)?")
 _HEX = re.compile(r"[+-]?0[xX]")
 
 
@@ -166,6 +167,44 @@ def read_marked_run(path: Path, *, own: bool = False) -> tuple[Run, bool]:
     _check_order(path, run, ranks)
     most = max(map(len, run.values()), default=0)
     return run, bool(tags) and all(tag.endswith(f"+complete{most}") for tag in tags)
+
+
+def run_files(folder: Path) -> dict[str, Path]:
+    """Name → TREC run file in a folder, sorted: NAME.run or NAME.trec, gzipped (``.gz``) or not.
+
+    Raises:
+        DataError: two files have one name.
+    """
+    found: dict[str, Path] = {}
+    problems = Problems()
+    for path in visible(Path(folder)):
+        if (match := _RUN.fullmatch(path.name)) and not path.is_dir():
+            if (name := match[1]) in found:
+                problems.add(path, 0, f"{found[name].name} is a run named {name!r}, too")
+            found[name] = path
+    problems.check()
+    return found
+
+
+def read_runs(folder: Path) -> dict[str, Run]:
+    """Name → run of the `run_files` of a folder. What is no run is left out, with a UserWarning.
+
+    Raises:
+        DataError: as `run_files`.
+    """
+    runs = {}
+    for name, path in run_files(folder).items():
+        try:
+            runs[name] = read_run(path)
+        except DataError as error:
+            first = str(error).removeprefix("malformed data\n").splitlines()[0].strip()
+            warnings.warn(f"left out, as it is no run: {first}", stacklevel=2)
+    return runs
+
+
+def visible(folder: Path) -> list[Path]:
+    """What a folder holds, sorted, without hidden files, as macOS and editors leave them."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _number(text: str) -> float:

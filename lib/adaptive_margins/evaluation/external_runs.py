@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaptive_margins.data.folder import visible
 from adaptive_margins.data.text import Problems
-from adaptive_margins.data.trec import Qrels, Run, read_run
+from adaptive_margins.data.trec import Qrels, Run, read_run, visible
 from adaptive_margins.evaluation.measures import Evaluation, cutoff, evaluate
 
 SUFFIXES = (".run", ".trec", ".txt")
