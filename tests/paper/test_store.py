@@ -149,7 +149,7 @@ def test_every_run_of_smoke_keeps_the_contract(smoke_home):
 
 def test_a_collection_as_used_is_there(smoke_home):
     (folder,) = (
-        f for f in (smoke_home / "collections").iterdir() if (f / "bm25-50.test1.run.gz").is_file()
+        f for f in (smoke_home / "collections").iterdir() if [*f.glob("bm25s-*.50.test1.run.gz")]
     )
     names = {p.name for p in folder.iterdir()}
     assert {"collection.tsv", "triples.tsv"} <= names

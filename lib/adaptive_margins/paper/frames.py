@@ -27,28 +27,37 @@ from adaptive_margins.runs import TrainingRun
 TAS_B = "wang-zuccon-tas-b"
 """The external run that the paper's Table 4 tests against, by its key in ``book/printed/table4.csv``."""
 
+SOFTMAX = "Softmax (MNRL)"
+
 _EMBEDDING = {
     "cls": "[CLS]",
     "cls+linear": "[CLS] + Linear",
     "cls+pooler": "[CLS] + Linear + tanh",
     "mean": "mean",
 }
-_CURVE = [
-    "encoder", "in_batch", "batch_size", "seed", "step", "triples", "measure", "value", "maximum",
-    "run_id",
-]  # fmt: skip
-_TARGETS = [
-    "encoder", "batch_size", "part", "step", "mean", "min", "max", "window", "span", "run_id",
-]  # fmt: skip
-_TESTED = ["set", "measure", "value", "best", "difference", "low", "high"]
-_TABLE3 = [
-    "encoder", "target", "epsilon", "in_batch", *_TESTED, "p", "p_adjusted", "comparisons",
-    "equivalent", "seconds", "sweep_seconds", "triples", "run_id", "reference_run_id",
-]  # fmt: skip
-_TABLE4 = [
-    "block", "loss", "sampling", "in_batch", "source", *_TESTED, "p_adjusted", "comparisons",
-    "equivalent", "refused", "missing", "triples", "run_id", "reference_run_id",
-]  # fmt: skip
+
+
+def _names(text: str) -> list[str]:
+    return text.split()
+
+
+_FIGURE3 = _names("encoder in_batch target seed measure value start maximum run_id start_run_id")
+_CURVE = _names("encoder in_batch batch_size seed step triples measure value maximum run_id")
+_GAINS = _names(
+    "encoder loss in_batch batch_size measure start best difference low high step run_id"
+)
+_TARGETS = _names("encoder batch_size part step mean min max window span run_id")
+_ABOUT3 = _names("encoder target epsilon in_batch seconds sweep_seconds triples run_id")
+_ABOUT4 = _names("block loss sampling in_batch source triples run_id")
+_TESTED = "set measure value best difference low high"
+_TABLE3 = _names(
+    f"encoder target epsilon in_batch {_TESTED} p p_adjusted comparisons equivalent seconds"
+    " sweep_seconds triples run_id reference_run_id"
+)
+_TABLE4 = _names(
+    f"block loss sampling in_batch source {_TESTED} p_adjusted comparisons equivalent refused"
+    " missing triples run_id reference_run_id"
+)
 
 
 # --- figures ------------------------------------------------------------------------------------
@@ -63,14 +72,9 @@ def figure3(experiments: Experiments, runner: Runner) -> pd.DataFrame:
         start = starts[c.encoder]
         before = start.evaluation("rerank", c.validation).mean
         for measure, value in run.evaluation("rerank", c.validation).mean.items():
-            rows.append(
-                {
-                    "encoder": c.encoder, "in_batch": c.in_batch, "target": c.target,
-                    "seed": c.seed, "measure": measure, "value": value, "start": before[measure],
-                    "maximum": False, "run_id": run.run_id, "start_run_id": start.run_id,
-                }
-            )  # fmt: skip
-    frame = pd.DataFrame(rows)
+            key = (c.encoder, c.in_batch, c.target, c.seed, measure)
+            rows.append((*key, value, before[measure], False, run.run_id, start.run_id))
+    frame = pd.DataFrame(rows, columns=_FIGURE3)
     highest = _is_first_maximum(frame, ["encoder", "in_batch", "seed", "measure"])
     frame["maximum"] = highest & (frame["seed"] == experiments.profile.seed)
     return frame
@@ -97,17 +101,11 @@ def gains(experiments: Experiments, runner: Runner, configs: Sequence[TrainingRu
         start = _zero_shot(experiments, runner, c.encoder).evaluation("rerank", c.validation)
         kept = run.evaluation("rerank", c.validation)
         for measure in c.rerank_measures:
-            after, before = kept.per_query[measure], start.per_query[measure]
-            difference, low, high = paired_interval(after, before)
-            rows.append(
-                {
-                    "encoder": c.encoder, "loss": c.target, "in_batch": c.in_batch,
-                    "batch_size": c.batch_size, "measure": measure, "start": start.mean[measure],
-                    "best": kept.mean[measure], "difference": difference, "low": low, "high": high,
-                    "step": run.result["kept_step"], "run_id": run.run_id,
-                }
-            )  # fmt: skip
-    return pd.DataFrame(rows)
+            setting = (c.encoder, c.target, c.in_batch, c.batch_size, measure)
+            means = (start.mean[measure], kept.mean[measure])
+            interval = paired_interval(kept.per_query[measure], start.per_query[measure])
+            rows.append((*setting, *means, *interval, run.result["kept_step"], run.run_id))
+    return pd.DataFrame(rows, columns=_GAINS)
 
 
 def figure6(experiments: Experiments, runner: Runner) -> pd.DataFrame:
@@ -220,13 +218,11 @@ def table3(experiments: Experiments, runner: Runner) -> pd.DataFrame:
             sweep = 0.0
             if target == "static":
                 sweep = _sweep_seconds(sweeps, experiments, encoder, in_batch)
-            about = {
-                "encoder": encoder, "target": target,
-                "epsilon": run.config.target if target == "static" else float("nan"),
-                "in_batch": in_batch, "seconds": run.result["train_seconds"] + sweep,
-                "sweep_seconds": sweep, "triples": run.result["triples"], "run_id": run.run_id,
-            }  # fmt: skip
-            rows += [about | row for row in _tested(ranked, group, None, profile)]
+            epsilon = run.config.target if target == "static" else float("nan")
+            seconds = (run.result["train_seconds"] + sweep, sweep)
+            ids = (run.result["triples"], run.run_id)
+            about = _about(_ABOUT3, (encoder, target, epsilon, in_batch, *seconds, *ids))
+            rows += [about | test for test in _tested(ranked, group, None, profile)]
     return pd.DataFrame(rows)[_TABLE3]
 
 
@@ -246,31 +242,28 @@ def table4(experiments: Experiments, runner: Runner) -> pd.DataFrame:
     loss, which is what most people would train with.
     """
     profile = experiments.profile
-    entries = [
-        (about | {"triples": run.result["triples"], "run_id": run.run_id}, _ranked(run, profile))
-        for about, run in _table4_runs(experiments, runner)
-    ]
-    softmax = next(ranked for about, ranked in entries if about["loss"].startswith("Softmax"))
+    entries: list[tuple[dict[str, Any], _Ranked]] = []
+    for about, run in _table4_runs(experiments, runner):
+        values = (*about, run.result["triples"], run.run_id)
+        entries.append((_about(_ABOUT4, values), _ranked(run, profile)))
+    softmax = next(ranked for row, ranked in entries if row["loss"] == SOFTMAX)
     for name, runs in external_runs(runner).items():
-        about = {
-            "block": "supplied runs", "loss": name, "sampling": "—", "in_batch": "—",
-            "source": f"supplied: {name}", "triples": float("nan"), "run_id": "",
-        }  # fmt: skip
-        entries.append((about, _ranked_external(name, runs, runner)))
+        values = ("supplied runs", name, "—", "—", f"supplied: {name}", float("nan"), "")
+        entries.append((_about(_ABOUT4, values), _ranked_external(name, runs, runner)))
     references = {ranked.run_id: ranked for _, ranked in entries}
     reference = references.get(f"supplied: {TAS_B}", softmax)
     rows = []
-    for about, ranked in entries:
-        group = [r for a, r in entries if a["block"] == about["block"]]
+    for row, ranked in entries:
+        group = [r for other, r in entries if other["block"] == row["block"]]
         tested = _tested(ranked, group, reference, profile, len(entries) - 1)
-        rows += [about | row for row in tested]
+        rows += [row | test for test in tested]
     return pd.DataFrame(rows)[_TABLE4]
 
 
 def _table4_runs(
     experiments: Experiments, runner: Runner
-) -> Iterator[tuple[dict[str, Any], StoredRun[Any]]]:
-    """What is said about each row of Table 4, and its run."""
+) -> Iterator[tuple[tuple[str, ...], StoredRun[Any]]]:
+    """Block, loss, sampling, in-batch and source of each row of Table 4, and its run."""
     e = experiments.profile.reference_encoder
     runner.ensure(experiments.figure3_runs())
     tuned_no, tuned_yes, adaptive_no, adaptive_yes, distributed = runner.ensure(
@@ -286,7 +279,7 @@ def _table4_runs(
         ("no distillation", "Static (tuned)", "Rand.", "✗", tuned_no),
         ("no distillation", "Static (tuned)", "Rand.", "✓", tuned_yes),
         ("no distillation", "Static (ε = 1)", "Rand.", "✗", default),
-        ("not in the paper", "Softmax (MNRL)", "Rand.", "✓", softmax),
+        ("not in the paper", SOFTMAX, "Rand.", "✓", softmax),
     ]
     labels = {e: "Encoder as it comes"}
     for name, settings in experiments.profile.untrained.items():
@@ -296,8 +289,7 @@ def _table4_runs(
         listed.append(("not in the paper", label, "—", "—", run))
     for block, loss, sampling, in_batch, run in listed:
         source = block if block == "not in the paper" else "ours"
-        keys = ("block", "loss", "sampling", "in_batch", "source")
-        yield dict(zip(keys, (block, loss, sampling, in_batch, source), strict=True)), run
+        yield (block, loss, sampling, in_batch, source), run
 
 
 # --- tests --------------------------------------------------------------------------------------
@@ -392,6 +384,10 @@ def _tost(a: _Ranked, b: _Ranked, query_set: str, measure: str, count: int) -> d
         "p_adjusted": min(1.0, found.p_tost * count),
         "equivalent": found.verdict == "equivalent",
     }
+
+
+def _about(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(names, values, strict=True))
 
 
 def _zero_shot(experiments: Experiments, runner: Runner, encoder: str) -> StoredRun[Any]:

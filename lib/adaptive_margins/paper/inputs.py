@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from adaptive_margins.data import converted as msmarco
-from adaptive_margins.data import pydocs, stored
+from adaptive_margins.data import converted, pydocs, stored
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.trec import Run, read_run, top, write_run
 from adaptive_margins.data.triples import sample_triples
@@ -63,10 +62,11 @@ class Inputs:
                 "triples": _longest_budget(self.profile),
                 "sources": pydocs.source_versions(settings.packages),
                 "rules": pydocs.RULES,
+                "bm25": _versions("bm25s", "PyStemmer"),  # negatives are sampled from its ranking
             }
         else:
-            key["sources"] = importlib.metadata.version("ir-datasets")
-            key["format"] = msmarco.FORMAT
+            key["sources"] = _versions("ir-datasets")
+            key["format"] = converted.FORMAT
         return self.home / "cache" / "collections" / f"{_digest(key)}.json"
 
     @property
@@ -90,9 +90,9 @@ class Inputs:
         settings = self.profile.collection
         if isinstance(settings, IrDatasetsSettings):
             if built is not None:
-                return msmarco.StoredCollection.load(built)
+                return converted.StoredCollection.load(built)
             work = self.home / "cache" / "conversions" / self._pointer.stem
-            collection: Collection = msmarco.convert(settings, work, folder)
+            collection: Collection = converted.convert(settings, work, folder)
         elif built is not None:
             return Collection.load(built)
         else:
@@ -156,9 +156,7 @@ class Inputs:
         """BM25's ranking of all passages, to the largest depth of the profile."""
         depth = max(self.profile.candidates.depth, self.profile.measures.full_depth)
         queries = self.collection.queries[query_set]
-        return self._cached_run(
-            f"bm25-{depth}.{query_set}", lambda: self._bm25.search(queries, depth)
-        )
+        return self._cached_run(f"{depth}.{query_set}", lambda: self._bm25.search(queries, depth))
 
     @functools.cache  # noqa: B019
     def top_candidates(self, query_set: str) -> Run:
@@ -170,17 +168,18 @@ class Inputs:
         if self.profile.candidates.source == "bm25":
             run = self.bm25_ranking(query_set)
         else:
-            assert isinstance(self.collection, msmarco.StoredCollection)
+            assert isinstance(self.collection, converted.StoredCollection)
             run = self.collection.candidates[query_set]
             if all(len(set(scores.values())) == 1 for scores in run.values()):
                 queries, unscored = self.collection.queries[query_set], run
                 run = self._cached_run(
-                    f"candidates-bm25.{query_set}", lambda: self._bm25.rescore(queries, unscored)
+                    f"candidates.{query_set}", lambda: self._bm25.rescore(queries, unscored)
                 )
         return {q: dict(top(scores, depth)) for q, scores in run.items()}
 
     def _cached_run(self, name: str, compute: Callable[[], Run]) -> Run:
-        """A ranking of BM25, computed once and stored with the collection."""
+        """A ranking of BM25, computed once per version of bm25s and stored with the collection."""
+        name = f"{'-'.join(_versions('bm25s'))}.{name}"
         path = self.home / "collections" / self.fingerprint / f"{name}.run.gz"
         if not path.is_file():
             write_run(compute(), path, BM25_NAME)
@@ -248,11 +247,12 @@ class Inputs:
         same = [e for e in entries if (e.base, e.revision) == (settings.base, settings.revision)]
         texts = hashlib.sha256(tokens.ids.tobytes() + tokens.offsets.tobytes()).hexdigest()
         full = settings.model_copy(update={"layers": None})
+        key = [_weights(settings), texts, *_versions("torch", "transformers")]
         return cached_states(
             lambda: open_encoder(full, dropout=0.0, device=self.profile.device),
             tokens,
             sorted({_frozen_layers(e) for e in same if e.trained_layers}),
-            self.home / "cache" / "states" / _digest([encoder_identity(settings), texts]),
+            self.home / "cache" / "states" / _digest(key),
         )
 
 
@@ -317,7 +317,7 @@ def _weights(settings: EncoderSettings) -> str:
 @functools.cache
 def _tokenizer(settings: EncoderSettings) -> list[str]:
     """What identifies an encoder's tokenizer."""
-    version = importlib.metadata.version("tokenizers")
+    (version,) = _versions("tokenizers")
     if (folder := weights_folder(settings)) is None:
         return [settings.base, str(settings.revision), version]
     files = sorted(f for f in folder.glob("*") if f.suffix in (".json", ".txt", ".model"))
@@ -327,6 +327,10 @@ def _tokenizer(settings: EncoderSettings) -> list[str]:
 def _frozen_layers(settings: EncoderSettings) -> int:
     assert settings.trained_layers is not None
     return layer_count(settings) - settings.trained_layers
+
+
+def _versions(*packages: str) -> list[str]:
+    return [f"{name}-{importlib.metadata.version(name)}" for name in packages]
 
 
 def _digest(value: Any) -> str:

@@ -25,9 +25,9 @@ from adaptive_margins.training import TrainingResult
 
 _MODES = ("rerank", "full", "exact")
 _PACKAGES = (
-    "torch", "transformers", "sentence-transformers", "tokenizers", "bitsandbytes", "faiss-cpu",
-    "faiss-gpu-cu12", "bm25s", "PyStemmer", "ir-measures", "numpy",
-)  # fmt: skip
+    *("torch", "transformers", "sentence-transformers", "tokenizers", "bitsandbytes", "numpy"),
+    *("faiss-cpu", "faiss-gpu-cu12", "bm25s", "PyStemmer", "ir-measures"),
+)
 
 R = TypeVar("R", bound=RunConfig)
 R_co = TypeVar("R_co", bound=RunConfig, covariant=True)
@@ -143,16 +143,12 @@ class StoredRun(Generic[R_co]):
                 a, b = (run.evaluation(mode, name) for run in (self, other))
                 for measure in a.mean.keys() & b.mean.keys():
                     found = compare(a.per_query[measure], b.per_query[measure], margin=margin)
-                    rows.append(
-                        {
-                            "mode": mode, "set": name, "measure": measure,
-                            "value": a.mean[measure], "other": b.mean[measure],
-                            "difference": found.difference, "low": found.ci[0], "high": found.ci[1],
-                            "p_t": found.p_t, "p_tost": found.p_tost, "verdict": found.verdict,
-                        }
-                    )  # fmt: skip
-        keys = ["mode", "set", "measure"]
-        return pd.DataFrame(rows).sort_values(keys, ignore_index=True) if rows else pd.DataFrame()
+                    scores = (a.mean[measure], b.mean[measure], found.difference, *found.ci)
+                    tests = (found.p_t, found.p_tost, found.verdict)
+                    rows.append((mode, name, measure, *scores, *tests))
+        keys, values = ["mode", "set", "measure"], ["value", "other", "difference", "low", "high"]
+        frame = pd.DataFrame(rows, columns=[*keys, *values, "p_t", "p_tost", "verdict"])
+        return frame.sort_values(keys, ignore_index=True)
 
 
 def _read_result(file: Path) -> dict[str, Any]:
