@@ -408,6 +408,10 @@ def _html(
         if n in LEFT
     }
     styler.set_td_classes(pd.DataFrame(left, index=frame.index))
+    heading = {name: "text-align: left" for name in LEFT}.get
+    styler.map_index(
+        lambda name: heading(name, ""), axis="columns", level=frame.columns.nlevels - 1
+    )
     if titles is not None:
         styler.set_tooltips(titles.set_index(frame.index), as_title_attribute=True)
     html = styler.set_table_attributes('class="am-table"').to_html()
