@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from adaptive_margins.corpus.finetuned import Finetuned
+from adaptive_margins.corpus.finetuned import Finetuned, about_collection
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.splits import split_queries
@@ -118,7 +118,7 @@ def evaluate_encoder(
         "depth": depth or most,
         "model": model,
         "identity": encoder_identity(model),
-        "collection": _about(collection, source),
+        "collection": about_collection(collection, source),
         "split": split,
         "excluded_self": exclude_self,
         "truncated": _truncated(retriever),
@@ -230,15 +230,6 @@ def _check_scores(
                 f"none of the {count:,} relevant passages is among the hits", stacklevel=3
             )
             break
-
-
-def _about(collection: Collection, source: str) -> dict[str, Any]:
-    return {
-        "name": collection.name,
-        "source": source,
-        "fingerprint": collection.fingerprint,
-        "passages": len(collection.passages),
-    }
 
 
 def _truncated(retriever: DenseRetriever) -> dict[str, int]:

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-from IPython.display import display
+from IPython.display import Markdown, display
 from matplotlib import color_sequences
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -88,8 +88,7 @@ def train_or_load(
         print(f"{output} holds the finished training of these parameters: it is loaded.")
         display(learning_curve(done.curve, done.report))
         return done
-    live = display(plt.figure(figsize=(WIDTH, 0.1)), display_id=True)
-    plt.close("all")
+    live = display(Markdown("Training …"), display_id=True)
     with redirect_stderr(sys.stdout):  # JupyterLab shows stderr in red, as if something had failed
         done = finetune(
             source,

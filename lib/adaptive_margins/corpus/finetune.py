@@ -28,6 +28,7 @@ from adaptive_margins import __version__
 from adaptive_margins.corpus.finetuned import (
     RUNS,
     Finetuned,
+    about_collection,
     comparisons,
     number,
     verdict,
@@ -282,13 +283,9 @@ def _size(encoder: Any) -> int:
 
 
 def _about_collection(job: Job, data: SplitCollection) -> dict[str, Any]:
-    collection = data.collection
     return {
-        "name": collection.name,
-        "source": str(job.source),
-        "fingerprint": collection.fingerprint,
-        "passages": len(collection.passages),
-        "sets": {name: len(qrels) for name, qrels in collection.qrels.items()},
+        **about_collection(data.collection, str(job.source)),
+        "sets": {name: len(qrels) for name, qrels in data.collection.qrels.items()},
         "split": data.split,
         "pseudo": data.pseudo,
     }

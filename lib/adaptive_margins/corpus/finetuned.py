@@ -117,6 +117,16 @@ def write_results(
         write_run(run, folder / "runs" / f"{name}.test.run.gz", tag)
 
 
+def about_collection(collection: Collection, source: str) -> dict[str, Any]:
+    """Return what a report states of its collection."""
+    return {
+        "name": collection.name,
+        "source": source,
+        "fingerprint": collection.fingerprint,
+        "passages": len(collection.passages),
+    }
+
+
 # ---- the outcome ------------------------------------------------------------------------------
 
 
