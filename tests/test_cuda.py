@@ -43,13 +43,13 @@ def test_a_run_on_a_gpu(miniature, tmp_path, precision):
         "training__dropout": 0.0,
     }
     gpu = open_on("cuda", miniature, tmp_path / "gpu", **values)
-    config = gpu.comparison_run("distilbert", target="distributed", in_batch=False)
-    run = gpu.execute(config)
+    config = gpu.experiments.comparison_run("distilbert", target="distributed", in_batch=False)
+    run = gpu.runner.execute(config)
     assert run.result["peak_bytes"] > 0
     assert np.isfinite(run.targets[["mean", "min", "max"]].to_numpy()).all()
     if precision == "fp32":
         cpu = open_on("cpu", miniature, tmp_path / "cpu", **values)
-        other = cpu.execute(config)
+        other = cpu.runner.execute(config)
         np.testing.assert_allclose(run.targets["mean"], other.targets["mean"], atol=0.02)
         for name in ("TREC-DL19", "TREC-DL20"):
             difference = (
@@ -78,7 +78,7 @@ def test_shards_by_several_gpus_are_those_of_one(tiny_folder, tmp_path):
 @needs_two
 def test_training_uses_one_gpu_and_the_batch_that_was_asked_for(miniature, tmp_path):
     run = open_on("cuda", miniature, tmp_path).run_one(
-        miniature.static_run("roberta", 0.3, True).run_id
+        miniature.experiments.static_run("roberta", 0.3, True).run_id
     )
     assert run.result["triples"] == run.config.triples
     assert len(run.targets) == run.config.steps

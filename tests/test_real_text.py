@@ -79,14 +79,16 @@ def measured(qrels, run, notation):
 
 
 def test_minilm_ranks_real_passages_as_an_independent_computation_does(reproduction):
-    config = reproduction.zero_shot_run("minilm")
-    run = reproduction.execute(config)
+    config = reproduction.experiments.zero_shot_run("minilm")
+    run = reproduction.runner.execute(config)
 
     from sentence_transformers import SentenceTransformer
 
     from adaptive_margins.encoder.load import weights_folder
 
-    model = SentenceTransformer(str(weights_folder(reproduction.settings("minilm"))), device="cpu")
+    model = SentenceTransformer(
+        str(weights_folder(reproduction.inputs.settings("minilm"))), device="cpu"
+    )
     passages, queries = read("collection.tsv"), read("queries.tsv")
     qrels: dict[str, dict[str, int]] = {}
     for line in (FOLDER / "qrels.txt").read_text().splitlines():
@@ -102,7 +104,7 @@ def test_minilm_ranks_real_passages_as_an_independent_computation_does(reproduct
         q: dict(zip(docids, map(float, row), strict=True))
         for q, row in zip(qids, cosine, strict=True)
     }
-    candidates = reproduction.top_candidates(SET)
+    candidates = reproduction.inputs.top_candidates(SET)
     reranked = {q: {d: everything[q][d] for d in candidates[q]} for q in qids}
     report = []
     for mode, ranking, notations in (

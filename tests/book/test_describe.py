@@ -127,10 +127,12 @@ def test_the_data_sheet_of_a_profile() -> None:
         "full": {"test1": {"mean": {"nDCG@10": 0.12345, "R(rel=2)@20": 0.5}}},
     }
     opened = SimpleNamespace(
-        collection=PYDOCS, evaluated_sets=("test1",), bm25_run=lambda: "bm25", top_candidates=CANDIDATES.get,
+        inputs=SimpleNamespace(
+            collection=PYDOCS, evaluated_sets=("test1",), top_candidates=CANDIDATES.get
+        ),
         profile=SimpleNamespace(candidates=SimpleNamespace(source="bm25")),
-        ensure=lambda configs: [SimpleNamespace(result=stored)] if configs == ["bm25"] else [],
-    )  # fmt: skip
+        bm25=lambda: SimpleNamespace(result=stored),
+    )
     scores = {"test1": {"nDCG@10": 0.12345, "R(rel=2)@20": 0.5}}
     assert describe.profile_datasheet(opened) == datasheet(PYDOCS, CANDIDATES, scores)  # type: ignore[arg-type]
 

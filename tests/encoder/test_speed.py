@@ -200,11 +200,11 @@ def test_put_back_gives_an_ordinary_model(tiny_folder, tmp_path, trained, poolin
 
 @pytest.mark.parametrize("name", ["minilm-3", "minilm-4"])
 def test_cached_layers_equal_the_plain_forward_for_every_text(smoke, name):
-    loaded = smoke.encoder(name)
+    loaded = smoke.inputs.encoder(name)
     profile = smoke.profile
     for cached, texts, length in (
-        (loaded.queries, smoke.queries.texts, profile.lengths.query),
-        (loaded.passages, smoke.collection.passages.texts, profile.lengths.passage),
+        (loaded.queries, smoke.inputs.queries.texts, profile.lengths.query),
+        (loaded.passages, smoke.inputs.collection.passages.texts, profile.lengths.passage),
     ):
         tokens = tokenize(loaded.whole, texts, length)
         assert len(cached) == len(texts)

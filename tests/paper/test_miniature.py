@@ -26,6 +26,7 @@ from adaptive_margins.book.comparison import comparison
 from adaptive_margins.book.published import load
 from adaptive_margins.data.converted import StoredCollection
 from adaptive_margins.data.trec import top, write_run
+from adaptive_margins.paper.frames import external_runs
 from adaptive_margins.profiles.config import load_profile
 from adaptive_margins.retrieval.bm25 import BM25
 from conftest import MINIATURE_NOTEBOOKS, MINIATURE_SIZES, write_miniature
@@ -79,20 +80,22 @@ def test_every_run_has_the_papers_settings(configs, miniature):
         assert c["depth"] == 1000
     assert {c["full_depth"] for c in trained.values() if c["patience"]} == {1000}
     per_encoder = 3 * 2 + 2 + 2 + 5
-    assert len(trained) == 3 * per_encoder + 1 + (miniature.tuned_target("distilbert", False) != 1)
+    assert len(trained) == 3 * per_encoder + 1 + (
+        miniature.experiments.tuned_target("distilbert", False) != 1
+    )
 
 
 # ---- collection and candidates ---------------------------------------------------------------------------------------
 
 
 def test_the_candidates_are_the_official_ones_in_bm25s_order(miniature):
-    collection = miniature.collection
+    collection = miniature.inputs.collection
     assert isinstance(collection, StoredCollection)
     ranking = BM25(collection.passages)
     for name in SETS:
         official = collection.candidates[name]
         assert {s for run in official.values() for s in run.values()} == {0.0}  # as TREC DL's
-        scored = miniature.top_candidates(name)
+        scored = miniature.inputs.top_candidates(name)
         assert {q: set(run) for q, run in scored.items()} == {q: set(run) for q, run in official.items()}  # fmt: skip
         everything = ranking.search(collection.queries[name], len(collection.passages))
         for qid, run in scored.items():
@@ -101,10 +104,10 @@ def test_the_candidates_are_the_official_ones_in_bm25s_order(miniature):
 
 
 def test_bm25s_rows_are_trec_evals(miniature):
-    run = miniature.store.get(miniature.bm25_run())
+    run = miniature.store.get(miniature.experiments.bm25_run())
     for mode, name in product(("rerank", "full"), SETS):
         measures = {"ndcg_cut_10": "nDCG@10"}
-        qrels = miniature.collection.qrels[name]
+        qrels = miniature.inputs.collection.qrels[name]
         found = pytrec_eval.RelevanceEvaluator(qrels, set(measures)).evaluate(
             read_ranking(run.path / f"{mode}.{name}.run.gz")
         )
@@ -117,11 +120,11 @@ def test_bm25s_rows_are_trec_evals(miniature):
 
 def test_the_stored_ranking_is_that_of_the_saved_model(miniature):
     """By sentence-transformers and NumPy: the run embedded in bf16, kept fp16, and searched by an index."""
-    config = miniature.variant_run("distilbert", "distributed", False)
+    config = miniature.experiments.variant_run("distilbert", "distributed", False)
     run = miniature.store.get(config)
     model = SentenceTransformer(str(run.path / "model"), device="cpu")
-    passages = miniature.collection.passages
-    queries = miniature.collection.queries["TREC-DL20"]
+    passages = miniature.inputs.collection.passages
+    queries = miniature.inputs.collection.queries["TREC-DL20"]
     with torch.autocast("cpu", torch.bfloat16):
         model.max_seq_length = 200
         docs = model.encode(list(passages.texts[:]), convert_to_tensor=True).float()
@@ -159,7 +162,7 @@ def test_embedding_goes_on_after_an_interruption(miniature, tmp_path, monkeypatc
     (tmp_path / "cache").mkdir()
     for name in ("collections", "tokens"):
         (tmp_path / "cache" / name).symlink_to(miniature.home / "cache" / name)
-    config = other.zero_shot_run("distilbert")
+    config = other.experiments.zero_shot_run("distilbert")
     real = runner.embed_shards
 
     class Stop(Exception):
@@ -175,7 +178,7 @@ def test_embedding_goes_on_after_an_interruption(miniature, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(runner, "embed_shards", stop)
         with pytest.raises(Stop):
-            other.execute(config)
+            other.runner.execute(config)
     work = tmp_path / "cache" / "work" / config.run_id
     (folder,) = work.glob("passages-*")
     before = json.loads((folder / "shards.json").read_text())
@@ -188,7 +191,7 @@ def test_embedding_goes_on_after_an_interruption(miniature, tmp_path, monkeypatc
         return found
 
     monkeypatch.setattr(runner, "embed_shards", watch)
-    run = other.execute(config)
+    run = other.runner.execute(config)
     assert not work.exists()
     stored = miniature.store.get(config)
     for name in SETS:
@@ -214,7 +217,7 @@ def test_tables_are_beside_the_published_ones(miniature):
         assert own["target"] == number["target"]
         assert row["difference"] == pytest.approx(row["ours"] - row["published"])
     html = show.table3(miniature, data)
-    assert f"Miniature {miniature.fingerprint}" in html
+    assert f"Miniature {miniature.inputs.fingerprint}" in html
     run_id = data["run_id"].iloc[0]
     text = BeautifulSoup(html, "html.parser").text
     assert f"adaptive-margins reproduce --profile miniature-paper.yaml --run {run_id}" in text
@@ -225,8 +228,8 @@ def test_supplied_runs_are_scored_and_tested(miniature, tmp_path):
     other = paper.open(miniature.home / "miniature-paper.yaml", tmp_path)
     for name in ("collections", "runs", "cache"):
         (tmp_path / name).symlink_to(miniature.home / name)
-    softmax = miniature.store.get(miniature.table4_runs()[1])
-    qrels = miniature.collection.qrels
+    softmax = miniature.store.get(miniature.experiments.table4_runs()[1])
+    qrels = miniature.inputs.collection.qrels
     for name in SETS:
         run = softmax.run("full", name)
         retrieval_folder = tmp_path / "supplied" / name
@@ -253,7 +256,7 @@ def test_supplied_runs_are_scored_and_tested(miniature, tmp_path):
     page = show.table4(other, frame)
     assert "wang-zuccon-tas-b" in page
     assert "at most 100" in page
-    assert miniature.supplied() == {}
+    assert external_runs(miniature.runner) == {}
 
 
 # ---- the book --------------------------------------------------------------------------------------------------------
@@ -284,9 +287,9 @@ def test_every_row_of_the_books_data_has_its_run(miniature_home, configs):
 
 
 def test_one_run_can_be_made_by_its_id(miniature):
-    run_id = miniature.static_run("roberta", 0.3, True).run_id
+    run_id = miniature.experiments.static_run("roberta", 0.3, True).run_id
     assert miniature.run_one(run_id[:9]).run_id == run_id
-    tables_run = miniature.variant_run("mpnet", "adaptive", True).run_id
+    tables_run = miniature.experiments.variant_run("mpnet", "adaptive", True).run_id
     assert miniature.run_one(tables_run).run_id == tables_run
 
 
@@ -303,23 +306,25 @@ def test_the_profile_released_in_small(tmp_path):
         comparison={"triples": None, "evaluate_every_steps": 2, "patience": 2, "batch_sizes": [16]},
     )
     released = paper.open(path, tmp_path)
-    per_query = Counter(qid for qid, _, _ in released.collection.triples)
+    per_query = Counter(qid for qid, _, _ in released.inputs.collection.triples)
     assert set(per_query.values()) == {8}
 
-    config = released.comparison_run("roberta", target="distributed", in_batch=False)
-    assert config.triples == len(released.collection.triples) < 2000
+    config = released.experiments.comparison_run("roberta", target="distributed", in_batch=False)
+    assert config.triples == len(released.inputs.collection.triples) < 2000
     assert (config.orientation, config.pooling, config.keep) == ("released", "cls+pooler", "last")
     assert (config.validation, config.seed) == ("TREC-DL20", 153201820)
     assert config.learning_rate == 5e-7
-    run = released.execute(config)
+    run = released.runner.execute(config)
     assert run.result["kept_step"] == run.result["stop_step"]
     assert set(run.curve["step"]) == set(run.checks["step"])
-    assert set(run.checks["qid"]) == set(released.collection.queries["TREC-DL20"].ids)
+    assert set(run.checks["qid"]) == set(released.inputs.collection.queries["TREC-DL20"].ids)
     assert set(run.result["full"]) == set(SETS)
     assert (
-        released.training_run("mpnet", target=0.5, in_batch=True, batch_size=8, triples=8).pooling
+        released.experiments.training_run(
+            "mpnet", target=0.5, in_batch=True, batch_size=8, triples=8
+        ).pooling
         == "cls"
     )
-    static = released.figure3_runs()
+    static = released.experiments.figure3_runs()
     assert {c.target for c in static} == {0.0, 0.3, 1.0}  # the miniature's
     assert {(c.seed, c.learning_rate) for c in static} == {(166613, 5e-6)}

@@ -21,6 +21,7 @@ from adaptive_margins.book.tables import shorten
 from adaptive_margins.data.collection import Collection
 from adaptive_margins.data.trec import top
 from adaptive_margins.paper import Reproduction
+from adaptive_margins.paper.frames import external_runs
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.profiles.config import CurveSettings, StaticSettings, available
 
@@ -52,7 +53,7 @@ def table3(reproduction: Reproduction, data: pd.DataFrame) -> str:
     """
     published, about = load(), heading(reproduction)
     models = {n: e.published for n, e in reproduction.profile.encoders.items() if e.published}
-    supplied = reproduction.table4() if reproduction.supplied() else None
+    supplied = reproduction.table4() if external_runs(reproduction.runner) else None
     lines = commands(reproduction, data)
     html = tables.table3(data, published, heading=about, commands=lines, supplied=supplied)
     return html + tables.compared(

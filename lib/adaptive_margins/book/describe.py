@@ -30,7 +30,7 @@ from adaptive_margins.retrieval.bm25 import BM25
 from adaptive_margins.text_tables import aligned
 
 if TYPE_CHECKING:
-    from adaptive_margins.paper.experiments import Reproduction
+    from adaptive_margins.paper import Reproduction
 
 DEPTH = 100
 """Candidates a query of a collection without a profile."""
@@ -215,18 +215,18 @@ class Citations:
 
 def profile_datasheet(reproduction: Reproduction) -> str:
     """The data sheet of a profile's collection, with its candidates and BM25's stored scores."""
-    result = reproduction.ensure([reproduction.bm25_run()])[0].result
+    result, inputs = reproduction.bm25().result, reproduction.inputs
     scores = {
         name: {
             measure: value
             for mode in ("rerank", "full")
             for measure, value in result[mode].get(name, {}).get("mean", {}).items()
         }
-        for name in reproduction.evaluated_sets
+        for name in inputs.evaluated_sets
     }
-    candidates = {name: reproduction.top_candidates(name) for name in reproduction.evaluated_sets}
+    candidates = {name: inputs.top_candidates(name) for name in inputs.evaluated_sets}
     official = reproduction.profile.candidates.source == "official"
-    return datasheet(reproduction.collection, candidates, scores, official=official)
+    return datasheet(inputs.collection, candidates, scores, official=official)
 
 
 def collection_page(

@@ -21,8 +21,8 @@ import yaml
 from adaptive_margins.book import describe, released_code
 from adaptive_margins.book.render import render
 from adaptive_margins.book.style import measure_label
-from adaptive_margins.paper.experiments import Reproduction
-from adaptive_margins.paper.experiments import describe as describe_run
+from adaptive_margins.paper import Reproduction
+from adaptive_margins.paper.runner import describe as describe_run
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.profiles.config import Profile
 from adaptive_margins.progress import clock

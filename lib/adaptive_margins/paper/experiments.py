@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-from importlib import import_module
 from typing import Any
 
 from adaptive_margins.paper.inputs import Inputs
@@ -256,11 +255,3 @@ def _overrides(experiment: StaticSettings | CurveSettings) -> dict[str, Any]:
     """The values an experiment has instead of the profile's."""
     values = {"learning_rate": experiment.learning_rate, "seed": experiment.seed}
     return {key: value for key, value in values.items() if value is not None}
-
-
-def __getattr__(name: str) -> Any:  # names of before; they go with their last user
-    if name == "Reproduction":
-        return import_module("adaptive_margins.paper.reproduction").Reproduction
-    if name == "describe":
-        return import_module("adaptive_margins.paper.runner").describe
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

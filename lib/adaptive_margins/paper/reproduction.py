@@ -12,7 +12,6 @@ from adaptive_margins.files import home as default_home
 from adaptive_margins.paper.experiments import Experiments, find_run, fixed_runs
 from adaptive_margins.paper.frames import (
     curves,
-    external_runs,
     figure3,
     figure6,
     gains,
@@ -152,31 +151,6 @@ class Reproduction:
         e = self.experiments
         configs = configs or [*e.figure4_runs(), *e.figure5_runs()]
         return gains(e, self.runner, configs)
-
-    # Names of before; they go with their last user.
-
-    @classmethod
-    def open(
-        cls, profile: str | Path = "laptop", home: Path | None = None, **overrides: Any
-    ) -> Reproduction:
-        """`paper.open`."""
-        return open_profile(profile, home, **overrides)
-
-    def references(self) -> dict[str, float]:
-        """BM25's scores on the validation candidates."""
-        return self.bm25().evaluation("rerank", self.profile.sets.validation).mean
-
-    def supplied(self) -> dict[str, Any]:
-        """`frames.external_runs`."""
-        return external_runs(self.runner)
-
-    def __getattr__(self, name: str) -> Any:
-        """Names of the inputs, the runner and the experiments, for short."""
-        if not name.startswith("_") and "experiments" in vars(self):
-            for part in (self.inputs, self.runner, self.experiments):
-                if hasattr(type(part), name):
-                    return getattr(part, name)
-        raise AttributeError(f"Reproduction has no attribute {name!r}")
 
 
 def open_profile(
