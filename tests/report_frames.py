@@ -121,31 +121,6 @@ def figure6(encoders=ENCODERS, sizes=(32,), steps=48, span=20, window=4) -> pd.D
     return pd.DataFrame(rows)
 
 
-def gains(loss: str = "adaptive") -> pd.DataFrame:
-    frame = figure4() if loss == "adaptive" else figure5()
-    best = frame[frame["maximum"]]
-    start = frame[frame["step"] == 0].set_index(["run_id", "measure"])["value"]
-    rows = []
-    for row in best.itertuples():
-        first = start[row.run_id, row.measure]
-        difference = row.value - first
-        rows.append(
-            {
-                "encoder": row.encoder,
-                "loss": loss,
-                "in_batch": row.in_batch,
-                "measure": row.measure,
-                "start": first,
-                "best": row.value,
-                "difference": difference,
-                "low": difference - 0.012,
-                "high": difference + 0.012,
-                "run_id": row.run_id,
-            }
-        )
-    return pd.DataFrame(rows)
-
-
 # --- tables ---
 
 
