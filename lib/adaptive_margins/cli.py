@@ -1,4 +1,4 @@
-"""The command ``adaptive-margins``: entry point, and the commands for the experiments of the paper."""
+"""The command ``adaptive-margins``: entry point, and the commands for the paper's experiments."""
 
 from __future__ import annotations
 

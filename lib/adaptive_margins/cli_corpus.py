@@ -70,8 +70,8 @@ Source = Annotated[
     Argument(
         metavar="PATH",
         parser=expanded,
-        help="A collection: a folder (BEIR's layout, or collection.tsv, queries.tsv, qrels.txt, or a"
-        " saved Hugging Face dataset), 'pydocs', or an id of ir_datasets.",
+        help="A collection: a folder (BEIR's layout, or collection.tsv, queries.tsv, qrels.txt, or"
+        " a saved Hugging Face dataset), 'pydocs', or an id of ir_datasets.",
     ),
 ]
 _ENCODER = "'minilm' (shipped), a Sentence Transformers folder, or ORG/NAME@REVISION of the hub."
@@ -304,7 +304,10 @@ def index(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Embed all passages and write an index to search in. An interrupted call goes on where it was."""
+    """Embed all passages and write an index to search in.
+
+    An interrupted call goes on where it was.
+    """
     with working(verbose, model):
         from adaptive_margins.data.sources import open_collection
         from adaptive_margins.encoder.load import default_device, open_encoder

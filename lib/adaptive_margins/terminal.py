@@ -157,7 +157,7 @@ def forget_output() -> None:
 
 
 def exit_code(error: Exception) -> int | str | None:
-    """Return what the process exits with; a text is printed, with status 1. None: a bug to trace."""
+    """Return the process's exit status, or a text that goes with status 1. None: trace a bug."""
     progress.clear()
     if hasattr(error, "format_message"):  # of click
         return _usage(error)

@@ -31,7 +31,7 @@ class CorpusEvaluation:
     """A scored ranking.
 
     Attributes:
-        evaluation: measure → mean, and measure → query id → value, over all queries with judgements.
+        evaluation: measure → mean, and measure → query id → value, over all judged queries.
         run: query id → docid → cosine similarity.
         report: what ``adaptive-margins evaluate --json`` prints, without the values of each query.
     """

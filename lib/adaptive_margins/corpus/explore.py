@@ -1,4 +1,4 @@
-"""What notebook 10 shows of a fine-tuning: curve, comparisons, single queries, one batch of triples."""
+"""What notebook 10 shows of a fine-tuning: curve, comparisons, single queries, one batch."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def comparisons(done: Finetuned) -> pd.DataFrame:
 
 
 def comparison_figure(table: pd.DataFrame) -> Figure:
-    """Draw the differences of `comparisons` with their 95 % confidence intervals, a panel a measure."""
+    """Draw the differences of `comparisons` with 95 % confidence intervals, a panel a measure."""
     measures = table["measure"].unique()
     with drawing():
         figure, axes = plt.subplots(

@@ -1,9 +1,9 @@
 """Custom corpus → fine-tuned encoder, and whether it is better than the zero-shot encoder and BM25.
 
 The loss has no hyperparameters to tune (Section 3), so there is one way: queries are split if they
-are not, negatives are mined if there are no triples, validation stops the training, and the zero-shot
-encoder is kept unless the trained one is better by more than chance explains. All measures are of a
-full, exact ranking of the test queries.
+are not, negatives are mined if there are no triples, validation stops the training, and the
+zero-shot encoder is kept unless the trained one is better by more than chance explains. All
+measures are of a full, exact ranking of the test queries.
 """
 
 from __future__ import annotations
@@ -335,6 +335,6 @@ def _complete(job: Job, work: Path) -> Iterator[Path]:
             yield partial
     except (OSError, SafetensorError) as problem:
         raise FinetuneError(
-            f"{job.output} could not be written: {problem}; the work is kept in {work}, and the same"
-            " call goes on from there"
+            f"{job.output} could not be written: {problem}; the work is kept in {work}, and the"
+            " same call goes on from there"
         ) from problem

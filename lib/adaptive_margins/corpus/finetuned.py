@@ -133,7 +133,7 @@ def about_collection(collection: Collection, source: str) -> dict[str, Any]:
 def comparisons(
     evaluations: Mapping[str, Evaluation], measure: str, usable: int, bm25: Mapping[str, int]
 ) -> dict[str, dict[str, Any]]:
-    """Compare pairs of `RUNS`; not with BM25 where it finds nothing for more than half of the queries."""
+    """Compare pairs of `RUNS`; not with BM25 if it finds nothing for most of the queries."""
     withheld = 2 * bm25["without_hits"] > bm25["queries"]
     found = {}
     for a, b in _PAIRS:
@@ -195,8 +195,8 @@ def _kept(report: Mapping[str, Any]) -> str:
         )
     measure, value = next(iter(report["measures"]["start"].items()))
     return (
-        f"Training did not help on the validation queries ({why}), so the original encoder was kept:"
-        f" {measure} {number(value)} on the test queries"
+        f"Training did not help on the validation queries ({why}), so the original encoder was"
+        f" kept: {measure} {number(value)} on the test queries"
     )
 
 
@@ -230,8 +230,8 @@ def _limits_of_bm25(report: Mapping[str, Any]) -> list[str]:
         sentences.append(text + (", so nothing is concluded from it" if withheld else ""))
     if bm25["bigram_passages"]:
         sentences.append(
-            f"{bm25['bigram_passages']:,} of {report['collection']['passages']:,} passages have text"
-            " without spaces between words, which BM25 splits into character bigrams"
+            f"{bm25['bigram_passages']:,} of {report['collection']['passages']:,} passages have"
+            " text without spaces between words, which BM25 splits into character bigrams"
         )
     return sentences
 

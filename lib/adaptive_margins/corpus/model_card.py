@@ -1,7 +1,7 @@
 """Report of a fine-tuning → model card: README.md as the Hugging Face hub reads it.
 
-Every number of a card is one of the report. What the report does not contain, such as the licence of
-the data, is named as unknown. The text is in ``model_card.md.j2``.
+Every number of a card is one of the report. What the report does not contain, such as the licence
+of the data, is named as unknown. The text is in ``model_card.md.j2``.
 """
 
 from __future__ import annotations

@@ -103,7 +103,8 @@ def given_triples(
     queries, qrels = collection.queries["train"], collection.qrels["train"]
     chosen, checked = check_triples(drawn, queries, qrels, collection.passages, wanted=wanted)
     if checked.reasons:
-        left_out = f"triples of training queries left out: {checked.reasons}, of {checked.checked:,} checked"
+        counts = f"{checked.reasons}, of {checked.checked:,} checked"
+        left_out = f"triples of training queries left out: {counts}"
         if not chosen:
             raise FinetuneError(f"{collection.name} has no triple to train on; {left_out}")
         warnings.warn(f"{collection.name}: {left_out}", stacklevel=2)
@@ -313,7 +314,7 @@ def prepare(
 def _zero_shot(
     job: Job, work: Path, data: SplitCollection, encoder: Any, identity: str
 ) -> DenseRetriever:
-    """The zero-shot encoder with the passages' embeddings, which are kept for the call after a kill."""
+    """The zero-shot encoder with the passages' embeddings, kept for the call after a kill."""
     passages, precision = data.collection.passages, job.settings.precision
     path = work / f"embeddings-{_digest([identity, data.collection.fingerprint, precision])}.npy"
     try:

@@ -32,9 +32,9 @@ class Validation:
     """`SELECTION` of a full ranking of a part of the collection, embedded at every evaluation.
 
     The part is all passages if that is cheap; else what BM25 and the zero-shot encoder rank highest
-    for any validation query, and all relevant passages: as deep as ``budget`` passages allow, and if
-    not even the top 10 fit, for fewer queries. Every query ranks all of the part, so that a trained
-    encoder can find more than either system's candidates.
+    for any validation query, and all relevant passages: as deep as ``budget`` passages allow, and
+    if not even the top 10 fit, for fewer queries. Every query ranks all of the part, so that a
+    trained encoder can find more than either system's candidates.
 
     Attributes:
         queries: validation queries with a relevant passage.
