@@ -94,13 +94,8 @@ def _targets(axes: Axes, drawn: Scene, target: float | str) -> None:
     """The green part of a panel: the levels, where they meet the circle on each negative's side."""
     levels = drawn.levels
     x = np.sign(drawn.negatives[:, 0]) * np.sqrt(1 - levels**2)
-    dot: dict[str, Any] = {
-        "marker": "o",
-        "markersize": 6,
-        "color": GREEN,
-        "linestyle": "",
-        "zorder": 4,
-    }
+    dot: dict[str, Any] = {"marker": "o", "markersize": 6, "linestyle": "", "zorder": 4}
+    dot["color"] = GREEN
     if target == "adaptive":
         axes.plot(x, levels, **dot)
         for i, (a, b) in enumerate(zip(x, levels, strict=True), 1):
@@ -116,12 +111,8 @@ def _targets(axes: Axes, drawn: Scene, target: float | str) -> None:
         axes.plot([-abs(x[0]), abs(x[0])], levels[:2], color=GREEN, linewidth=2)
         top = drawn.positive[1]
         axes.plot([0, drawn.positive[0]], [top, top], color=GREEN, linewidth=1, linestyle=":")
-        axes.annotate(
-            "",
-            (0.2, levels[0]),
-            (0.2, top),
-            arrowprops={"arrowstyle": "<->", "color": GREEN, "shrinkA": 0, "shrinkB": 0},
-        )
+        both = {"arrowstyle": "<->", "color": GREEN, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", (0.2, levels[0]), (0.2, top), arrowprops=both)
         axes.text(0.3, (top + levels[0]) / 2, r"$\varepsilon$", color=GREEN, **_CENTRED)
 
 
