@@ -1,5 +1,6 @@
-"""Synthetic frames in the form that experiments gives to report: realistic, seeded, small."""
+"""Synthetic frames in the form that the experiments give to the book: realistic, seeded, small."""
 
+import hashlib
 from itertools import product
 
 import numpy as np
@@ -9,22 +10,32 @@ ENCODERS = ("minilm-3", "minilm-4", "minilm-5")
 NDCG, HITS, RECALL = "nDCG@10", "Success(rel=2)@5", "R(rel=2)@20"
 MEASURES = (NDCG, HITS)
 TESTS = ("test1", "test2")
+NAN = float("nan")
+VARIANTS = (
+    ("static", False), ("static", True), ("adaptive", False), ("adaptive", True), ("distributed", False),
+)  # fmt: skip
+LISTED = (
+    ("self-distillation", "Adaptive", "Rand.", "✗", "ours", 0.482, 0.815, 1280),
+    ("self-distillation", "Adaptive", "Rand.", "✓", "ours", 0.471, 0.809, 1024),
+    ("self-distillation", "Distributed", "Rand.", "✓", "ours", 0.492, 0.821, 1536),
+    ("no distillation", "BM25", "—", "—", "ours", 0.447, 0.762, 0),
+    ("no distillation", "Static (tuned)", "Rand.", "✗", "ours", 0.489, 0.818, 1536),
+    ("no distillation", "Static (tuned)", "Rand.", "✓", "ours", 0.470, 0.801, 1280),
+    ("no distillation", "Static (ε = 1)", "Rand.", "✗", "ours", 0.431, 0.768, 512),
+    ("not in the paper", "Softmax (MNRL)", "Rand.", "✓", "not in the paper", 0.487, 0.824, 1536),
+    ("not in the paper", "Encoder as it comes", "—", "—", "not in the paper", 0.438, 0.771, 0),
+)
 
 
 def run_id(*what) -> str:
     """A run id that looks like one: 16 hexadecimal digits."""
-    import hashlib
-
     return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
 def mark_maxima(frame: pd.DataFrame, by: list[str], seed: int = 1) -> pd.DataFrame:
     """Set ``maximum`` on the first highest value of each curve, among the rows of ``seed``."""
-    frame = frame.copy()
-    frame["maximum"] = False
     best = frame[frame["seed"] == seed].groupby(by, sort=False)["value"].idxmax()
-    frame.loc[best, "maximum"] = True
-    return frame
+    return frame.assign(maximum=frame.index.isin(best))
 
 
 def figure3(encoders=ENCODERS, targets=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), seeds=None) -> pd.DataFrame:
@@ -38,54 +49,32 @@ def figure3(encoders=ENCODERS, targets=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), seeds=Non
                 peak = (0.2, 0.3, 0.4)[e % 3] + (0.2 if measure == HITS else 0)
                 value = base + 0.008 * e + 0.028 - 0.07 * (target - peak) ** 2
                 value += rng.normal(0, 0.0025) - (0.012 if in_batch else 0)
-                rows.append(
-                    {
-                        "encoder": encoder,
-                        "in_batch": in_batch,
-                        "target": target,
-                        "seed": seed,
-                        "measure": measure,
-                        "value": value,
-                        "start": base,
-                        "maximum": False,
-                        "run_id": run_id(encoder, target, in_batch, seed),
-                        "start_run_id": run_id("start", encoder),
-                    }
-                )
-    return mark_maxima(pd.DataFrame(rows), ["encoder", "in_batch", "measure"])
+                ids = run_id(encoder, target, in_batch, seed), run_id("start", encoder)
+                rows.append((encoder, in_batch, target, seed, measure, value, base, False, *ids))
+    columns = [
+        "encoder", "in_batch", "target", "seed", "measure", "value", "start", "maximum", "run_id", "start_run_id",
+    ]  # fmt: skip
+    return mark_maxima(pd.DataFrame(rows, columns=columns), ["encoder", "in_batch", "measure"])
 
 
 def curves(kind: str, encoders=ENCODERS, sizes=(32,), in_batches=(False, True)) -> pd.DataFrame:
     rng = np.random.default_rng(4)
     rows = []
     for (e, encoder), in_batch, size in product(enumerate(encoders), in_batches, sizes):
-        for triples in range(0, 1537, 128):
+        for triples, measure in product(range(0, 1537, 128), MEASURES):
             x = triples / 1536
-            for measure in MEASURES:
-                base = 0.442 if measure == NDCG else 0.655
-                gain = (0.03 + 0.008 * e) * (1 - np.exp(-3 * x)) - 0.006 * x**3
-                value = (
-                    base
-                    + gain
-                    - (0.01 * x if in_batch else 0)
-                    + 0.004 * (kind == "distributed") * x
-                )
-                value += rng.normal(0, 0.002) if triples else 0
-                rows.append(
-                    {
-                        "encoder": encoder,
-                        "in_batch": in_batch,
-                        "batch_size": size,
-                        "seed": 1,
-                        "step": triples // size,
-                        "triples": triples,
-                        "measure": measure,
-                        "value": value,
-                        "maximum": False,
-                        "run_id": run_id(kind, encoder, in_batch, size),
-                    }
-                )
-    return mark_maxima(pd.DataFrame(rows), ["encoder", "in_batch", "batch_size", "measure"])
+            value = 0.442 if measure == NDCG else 0.655
+            value += (0.03 + 0.008 * e) * (1 - np.exp(-3 * x)) - 0.006 * x**3
+            value -= 0.01 * x if in_batch else 0
+            value += 0.004 * (kind == "distributed") * x
+            value += rng.normal(0, 0.002) if triples else 0
+            id = run_id(kind, encoder, in_batch, size)
+            rows.append((encoder, in_batch, size, 1, triples // size, triples, measure, value, False, id))  # fmt: skip
+    columns = [
+        "encoder", "in_batch", "batch_size", "seed", "step", "triples", "measure", "value", "maximum", "run_id",
+    ]  # fmt: skip
+    by = ["encoder", "in_batch", "batch_size", "measure"]
+    return mark_maxima(pd.DataFrame(rows, columns=columns), by)
 
 
 def figure4(**kwargs) -> pd.DataFrame:
@@ -103,189 +92,98 @@ def figure6(encoders=ENCODERS, sizes=(32,), steps=48, span=20, window=4) -> pd.D
         mean = 0.06 + 0.14 * np.exp(-np.arange(1, steps + 1) / (6 + 2 * e))
         mean += rng.normal(0, 0.004, steps)
         for part, chosen in (("first", range(span)), ("last", range(steps - span, steps))):
-            rows += [
-                {
-                    "encoder": encoder,
-                    "batch_size": size,
-                    "part": part,
-                    "step": step + 1,
-                    "mean": mean[step],
-                    "min": mean[step] - 0.22 + rng.normal(0, 0.01),
-                    "max": mean[step] + 0.52 + rng.normal(0, 0.02),
-                    "window": window,
-                    "span": span,
-                    "run_id": run_id("distributed", encoder, size),
-                }
-                for step in chosen
-            ]
-    return pd.DataFrame(rows)
-
-
-# --- tables ---
+            for step in chosen:
+                low = mean[step] - 0.22 + rng.normal(0, 0.01)
+                high = mean[step] + 0.52 + rng.normal(0, 0.02)
+                id = run_id("distributed", encoder, size)
+                rows.append((encoder, size, part, step + 1, mean[step], low, high, window, span, id))  # fmt: skip
+    columns = ["encoder", "batch_size", "part", "step", "mean", "min", "max", "window", "span", "run_id"]  # fmt: skip
+    return pd.DataFrame(rows, columns=columns)
 
 
 def table1() -> pd.DataFrame:
     return pd.DataFrame(
         {
-            "encoder": name,
-            "base": f"all-MiniLM-L6-v2, last {k} layers trained",
-            "parameters": 22_713_216,
-            "trained": 1_774_464 * k,
-            "embedding": "mean",
-            "dimensions": 384,
-            "run_id": run_id("start", name),
+            "encoder": name, "base": f"all-MiniLM-L6-v2, last {k} layers trained", "parameters": 22_713_216,
+            "trained": 1_774_464 * k, "embedding": "mean", "dimensions": 384, "run_id": run_id("start", name),
         }
         for k, name in enumerate(ENCODERS, 1)
-    )
+    )  # fmt: skip
 
 
 def table2() -> pd.DataFrame:
-    nan = float("nan")
     positive, own = 0.74, 0.31
     rows = [
-        (
-            "q",
-            "numpy.fft.fft",
-            "Compute the one-dimensional discrete Fourier <transform>.",
-            nan,
-            nan,
-        ),
-        (
-            "d+",
-            "numpy.fft.fft",
-            "This function computes the n-point DFT & more. " * 8,
-            positive,
-            nan,
-        ),
+        ("q", "numpy.fft.fft", "Compute the one-dimensional discrete Fourier <transform>.", NAN, NAN),
+        ("d+", "numpy.fft.fft", "This function computes the n-point DFT & more. " * 8, positive, NAN),
         ("d-max", "scipy.fft.dct", "Return the Discrete Cosine Transform.", own, 0.81),
         ("d-mid", "os.path.join", "Join path components.", 0.05, 0.52),
         ("d-min", "abc.ABC", "Helper class.", -0.02, 0.44),
-    ]
-    return pd.DataFrame(
-        {
-            "role": role,
-            "id": id,
-            "text": text,
-            "rho": rho,
-            "target": target,
-            "loss_table": (positive - rho - target) ** 2,
-            "loss_equation": (positive - own - target) ** 2,
-            "run_id": run_id("table2"),
-            "qid": "q17",
-        }
-        for role, id, text, rho, target in rows
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=["role", "id", "text", "rho", "target"])
+    return frame.assign(
+        loss_table=(positive - frame["rho"] - frame["target"]) ** 2,
+        loss_equation=(positive - own - frame["target"]) ** 2,
+        run_id=run_id("table2"),
+        qid="q17",
     )
 
 
-VARIANTS = (
-    ("static", False),
-    ("static", True),
-    ("adaptive", False),
-    ("adaptive", True),
-    ("distributed", False),
-)
-
-
 def compare(values: dict, reference: str | None, comparisons: int, half: float = 0.03) -> dict:
-    """Per run id a test against ``reference`` or the best, as experiments makes it."""
+    """Per run id a test against ``reference`` or the best, as the experiments make it."""
     against = reference or max(values, key=values.get)
     rows = {}
     for id, value in values.items():
-        difference = value - values[against]
-        same = id == against
+        difference, test = value - values[against], {}
         low, high = difference - half, difference + half
+        test = {"difference": difference, "low": low, "high": high, "p": 0.01, "p_adjusted": 0.01 * comparisons}  # fmt: skip
         rows[id] = {
             "value": value,
-            "difference": float("nan") if same else difference,
-            "low": float("nan") if same else low,
-            "high": float("nan") if same else high,
-            "p": float("nan") if same else 0.01,
-            "p_adjusted": float("nan") if same else 0.01 * comparisons,
+            **(dict.fromkeys(test, NAN) if id == against else test),
             "comparisons": comparisons,
-            "equivalent": not same and low > -0.05 and high < 0.05,
+            "equivalent": id != against and low > -0.05 and high < 0.05,
             "reference_run_id": against,
         }
     return rows
 
 
-def table3(
-    encoders=ENCODERS, edit=lambda encoder, target, in_batch, measure, value: value
-) -> pd.DataFrame:
-    """``edit`` changes a value before the tests are made."""
+def table3(encoders=ENCODERS) -> pd.DataFrame:
     rng = np.random.default_rng(33)
+    shift = {"static": 0.010, "adaptive": 0.0, "distributed": 0.012}
     rows = []
     for (e, encoder), name, measure in product(enumerate(encoders), TESTS, (NDCG, RECALL)):
-        base = 0.47 if measure == NDCG else 0.80
-        shift = {"static": 0.010, "adaptive": 0.0, "distributed": 0.012}
-        values = {}
-        for target, in_batch in VARIANTS:
-            value = base + 0.008 * e + shift[target] - 0.015 * in_batch + rng.normal(0, 0.003)
-            values[run_id(encoder, target, in_batch)] = edit(
-                encoder, target, in_batch, measure, value
-            )
+        base = (0.47 if measure == NDCG else 0.80) + 0.008 * e
+        values = {
+            run_id(encoder, *v): base + shift[v[0]] - 0.015 * v[1] + rng.normal(0, 0.003)
+            for v in VARIANTS
+        }
         tests = compare(values, None, len(VARIANTS) - 1)
-        for target, in_batch in VARIANTS:
-            id = run_id(encoder, target, in_batch)
+        for (target, in_batch), (id, test) in zip(VARIANTS, tests.items(), strict=True):
             static = target == "static"
+            seconds = (79.6 if static else 12.4) * (e + 1) * (40 if static and e == 2 else 1)
             rows.append(
                 {
-                    "encoder": encoder,
-                    "target": target,
-                    "epsilon": 0.2 if static else float("nan"),
-                    "in_batch": in_batch,
-                    "set": name,
-                    "measure": measure,
-                    "best": tests[id]["reference_run_id"] == id,
-                    **tests[id],
-                    "seconds": (79.6 if static else 12.4)
-                    * (e + 1)
-                    * (40 if static and e == 2 else 1),
-                    "sweep_seconds": 66.0 * (e + 1) if static else 0.0,
-                    "triples": 1024 + 256 * e,
-                    "run_id": id,
+                    "encoder": encoder, "target": target, "epsilon": 0.2 if static else NAN, "in_batch": in_batch,
+                    "set": name, "measure": measure, "best": test["reference_run_id"] == id, **test, "seconds": seconds,
+                    "sweep_seconds": 66.0 * (e + 1) if static else 0.0, "triples": 1024 + 256 * e, "run_id": id,
                 }
-            )
+            )  # fmt: skip
     return pd.DataFrame(rows)
 
 
-LISTED = (
-    ("self-distillation", "Adaptive", "Rand.", "✗", "ours", 0.482, 0.815, 1280),
-    ("self-distillation", "Adaptive", "Rand.", "✓", "ours", 0.471, 0.809, 1024),
-    ("self-distillation", "Distributed", "Rand.", "✓", "ours", 0.492, 0.821, 1536),
-    ("no distillation", "BM25", "—", "—", "ours", 0.447, 0.762, 0),
-    ("no distillation", "Static (tuned)", "Rand.", "✗", "ours", 0.489, 0.818, 1536),
-    ("no distillation", "Static (tuned)", "Rand.", "✓", "ours", 0.470, 0.801, 1280),
-    ("no distillation", "Static (ε = 1)", "Rand.", "✗", "ours", 0.431, 0.768, 512),
-    ("not in the paper", "Softmax (MNRL)", "Rand.", "✓", "not in the paper", 0.487, 0.824, 1536),
-    ("not in the paper", "Encoder as it comes", "—", "—", "not in the paper", 0.438, 0.771, 0),
-)
-
-
-def table4(edit=lambda loss, in_batch, measure, value: value) -> pd.DataFrame:
+def table4() -> pd.DataFrame:
     rows = []
-    reference = run_id("Softmax (MNRL)", "✓")
     for (s, name), (m, measure) in product(enumerate(TESTS), enumerate((NDCG, RECALL))):
-        values = {
-            run_id(x[1], x[3]): edit(x[1], x[3], measure, x[5 + m] + 0.006 * s) for x in LISTED
-        }
-        tests = compare(values, reference, len(LISTED) - 1)
+        values = {run_id(x[1], x[3]): x[5 + m] + 0.006 * s for x in LISTED}
+        tests = compare(values, run_id("Softmax (MNRL)", "✓"), len(LISTED) - 1)
         for block, loss, sampling, in_batch, source, *_, triples in LISTED:
             id = run_id(loss, in_batch)
-            block_best = max(values[run_id(x[1], x[3])] for x in LISTED if x[0] == block)
+            best = max(values[run_id(x[1], x[3])] for x in LISTED if x[0] == block)
             test = {k: v for k, v in tests[id].items() if k not in ("p", "comparisons")}
             rows.append(
                 {
-                    "block": block,
-                    "loss": loss,
-                    "sampling": sampling,
-                    "in_batch": in_batch,
-                    "source": source,
-                    "set": name,
-                    "measure": measure,
-                    "best": values[id] == block_best,
-                    **test,
-                    "triples": triples,
-                    "run_id": id,
+                    "block": block, "loss": loss, "sampling": sampling, "in_batch": in_batch, "source": source, "set": name,
+                    "measure": measure, "best": values[id] == best, **test, "triples": triples, "run_id": id,
                 }
-            )
+            )  # fmt: skip
     return pd.DataFrame(rows)
