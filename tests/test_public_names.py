@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import adaptive_margins
+from conftest import ROOT
 
 
 @pytest.mark.parametrize("name", adaptive_margins.__all__)
@@ -30,6 +32,12 @@ def test_type_checkers_see_the_names_of_python():
         *adaptive_margins.__all__
     }
     assert dir(adaptive_margins) == sorted([*adaptive_margins.__all__, "__version__"])
+
+
+def test_the_api_page_has_every_name():
+    page = (ROOT / "book" / "api.md").read_text("utf-8")
+    shown = re.findall(r"\.\. auto\w+:: (?:adaptive_margins\.)?([\w.]+)", page)
+    assert {name.split(".")[0] for name in shown} == {*adaptive_margins.__all__}
 
 
 def test_an_unknown_name_is_an_attribute_error():

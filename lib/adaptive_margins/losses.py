@@ -90,7 +90,7 @@ def margin_loss(
         orientation: "paper" as above. "released" is what the authors' published code computes: the
             (B,) vector φ(q_i, d⁺_i), or the margin in "distributed", is broadcast along rows, so
             that it has index j instead of i. Both are the same where l has no index j.
-        error: "squared" l² (the paper), "absolute" |l| or "soft" log(1 + exp(−l)).
+        error: "squared" l² (the paper), "absolute" ``|l|`` or "soft" log(1 + exp(−l)).
         stop_gradient: take the targets as constants. Else the gradient flows through them.
         return_targets: return the targets as well.
 
