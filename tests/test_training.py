@@ -169,7 +169,7 @@ def rows_seen(monkeypatch):
     return seen
 
 
-# ---- loss ------------------------------------------------------------------------------------------------------------
+# ---- loss ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_the_gradient_is_that_of_the_loss(material, tmp_path):
     assert compared > 1000
 
 
-# ---- chunks ----------------------------------------------------------------------------------------------------------
+# ---- chunks --------------------------------------------------------------------------------------
 
 
 LOSSES = [
@@ -350,7 +350,7 @@ def test_a_step_waits_for_no_number(material, tmp_path, monkeypatch):
     assert not reads, reads[0]
 
 
-# ---- optimiser -------------------------------------------------------------------------------------------------------
+# ---- optimiser -----------------------------------------------------------------------------------
 
 
 def test_weight_decay_spares_layer_norm_and_bias(material, tmp_path, trainers):
@@ -417,7 +417,7 @@ def test_frozen_parameters_stay(material, tmp_path):
         assert torch.equal(before, after) == unused, name
 
 
-# ---- order -----------------------------------------------------------------------------------------------------------
+# ---- order ---------------------------------------------------------------------------------------
 
 
 def test_the_order_depends_on_the_seed_alone(material, tmp_path, rows_seen):
@@ -444,7 +444,7 @@ def test_the_order_depends_on_the_seed_alone(material, tmp_path, rows_seen):
         assert order == expected[seed][:28]
 
 
-# ---- curve, early stopping, what is kept -----------------------------------------------------------------------------
+# ---- curve, early stopping, what is kept ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -546,7 +546,7 @@ def test_the_clocks_of_training_and_evaluation_are_kept_apart(material, tmp_path
     assert result.peak_bytes > 50e6
 
 
-# ---- reporting -------------------------------------------------------------------------------------------------------
+# ---- reporting -----------------------------------------------------------------------------------
 
 
 def scalars(folder):
@@ -661,7 +661,7 @@ def test_an_unknown_reporter(material, tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-# ---- what cannot go on -----------------------------------------------------------------------------------------------
+# ---- what cannot go on ---------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_not_finite_names_run_and_settings(material, tmp_path):
@@ -696,7 +696,7 @@ def test_a_full_disk_in_a_checkpoint(material, tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
-# ---- killed and resumed ----------------------------------------------------------------------------------------------
+# ---- killed and resumed --------------------------------------------------------------------------
 
 
 def kill_before_the_mark_of(name):

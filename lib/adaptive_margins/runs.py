@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 CODE_VERSION = 5
-"""Raised by hand whenever the same configuration would give other numbers; part of every run's id."""
+"""Raised by hand when the same configuration would give other numbers; part of every run's id."""
 
 BM25_NAME = "bm25"
 

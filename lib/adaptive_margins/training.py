@@ -1,4 +1,4 @@
-"""TrainingRun → trained encoder and learning curve, by Sentence Transformers' trainer (Sections 4 and 5)."""
+"""TrainingRun → trained encoder and learning curve, with Sentence Transformers' trainer."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def read_ranking(path):
     return dict(run)
 
 
-# ---- the profile -----------------------------------------------------------------------------------------------------
+# ---- the profile ---------------------------------------------------------------------------------
 
 
 def test_only_sizes_places_and_the_device_differ_from_the_profile_paper(miniature):
@@ -85,7 +85,7 @@ def test_every_run_has_the_papers_settings(configs, miniature):
     )
 
 
-# ---- collection and candidates ---------------------------------------------------------------------------------------
+# ---- collection and candidates -------------------------------------------------------------------
 
 
 def test_the_candidates_are_the_official_ones_in_bm25s_order(miniature):
@@ -115,7 +115,7 @@ def test_bm25s_rows_are_trec_evals(miniature):
         assert run.evaluation(mode, name).mean["nDCG@10"] == pytest.approx(expected, abs=1e-6)
 
 
-# ---- full ranking ----------------------------------------------------------------------------------------------------
+# ---- full ranking --------------------------------------------------------------------------------
 
 
 def test_the_stored_ranking_is_that_of_the_saved_model(miniature):
@@ -198,7 +198,7 @@ def test_embedding_goes_on_after_an_interruption(miniature, tmp_path, monkeypatc
         assert run.evaluation("full", name).mean == stored.evaluation("full", name).mean
 
 
-# ---- beside the published numbers ------------------------------------------------------------------------------------
+# ---- beside the published numbers ----------------------------------------------------------------
 
 
 def test_tables_are_beside_the_published_ones(miniature):
@@ -259,7 +259,7 @@ def test_supplied_runs_are_scored_and_tested(miniature, tmp_path):
     assert external_runs(miniature.runner) == {}
 
 
-# ---- the book --------------------------------------------------------------------------------------------------------
+# ---- the book ------------------------------------------------------------------------------------
 
 
 def test_the_data_sheet_is_that_of_the_paper(miniature):
@@ -293,7 +293,7 @@ def test_one_run_can_be_made_by_its_id(miniature):
     assert miniature.run_one(tables_run).run_id == tables_run
 
 
-# ---- the profile released --------------------------------------------------------------------------------------------
+# ---- the profile released ------------------------------------------------------------------------
 
 
 def test_the_profile_released_in_small(tmp_path):

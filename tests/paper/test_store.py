@@ -20,9 +20,9 @@ from pydantic import ValidationError
 
 from adaptive_margins import files
 from adaptive_margins.evaluation.measures import Evaluation
-from adaptive_margins.files import WriteError
+from adaptive_margins.files import WriteError, home
 from adaptive_margins.paper import store as store_module
-from adaptive_margins.paper.store import Store, StoredRun, StoreError, home
+from adaptive_margins.paper.store import Store, StoredRun, StoreError
 from adaptive_margins.runs import (
     CODE_VERSION,
     BM25Run,
@@ -64,7 +64,7 @@ def store(tmp_path) -> Store:
     return Store(tmp_path / "runs")
 
 
-# ---- the contract ----------------------------------------------------------------------------------------------------
+# ---- the contract --------------------------------------------------------------------------------
 
 
 def test_a_run_is_written_as_the_contract_says_and_read_back(store):
@@ -157,7 +157,7 @@ def test_a_collection_as_used_is_there(smoke_home):
         assert {f"queries.{query_set}.tsv", f"qrels.{query_set}.txt"} <= names
 
 
-# ---- ids -------------------------------------------------------------------------------------------------------------
+# ---- ids -----------------------------------------------------------------------------------------
 
 BASE = {
     "collection": "f" * 16, "depth": 8, "validation": "validation", "rerank_measures": ["nDCG@10"], "code_version": 1,
@@ -220,7 +220,7 @@ def test_a_configuration_that_is_none(values):
         run_config(**values)
 
 
-# ---- whole or not at all ---------------------------------------------------------------------------------------------
+# ---- whole or not at all -------------------------------------------------------------------------
 
 
 def nothing_is_left(folder: Path) -> bool:
@@ -317,7 +317,7 @@ def test_processes_that_finish_the_same_run(store):
     assert stored.run("full", "test1") == RUN
 
 
-# ---- damaged ---------------------------------------------------------------------------------------------------------
+# ---- damaged -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "half", "garbage"])
@@ -386,7 +386,7 @@ def test_a_run_whose_folder_has_another_name(store):
         _ = StoredRun(other).config
 
 
-# ---- home ------------------------------------------------------------------------------------------------------------
+# ---- home ----------------------------------------------------------------------------------------
 
 
 def test_home(tmp_path, monkeypatch):

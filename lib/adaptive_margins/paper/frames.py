@@ -25,7 +25,7 @@ from adaptive_margins.profiles.config import Profile
 from adaptive_margins.runs import TrainingRun
 
 TAS_B = "wang-zuccon-tas-b"
-"""The external run that the paper's Table 4 tests against, by its key in ``book/printed/table4.csv``."""
+"""The external run that the paper's Table 4 tests against; a key of ``book/printed/table4.csv``."""
 
 SOFTMAX = "Softmax (MNRL)"
 
@@ -94,7 +94,7 @@ def curves(runner: Runner, configs: Sequence[TrainingRun]) -> pd.DataFrame:
 
 
 def gains(experiments: Experiments, runner: Runner, configs: Sequence[TrainingRun]) -> pd.DataFrame:
-    """The selected step against step 0 on validation, with the 95 % confidence interval (paired t)."""
+    """The selected step against step 0 on validation, with its 95 % confidence interval."""
     rows = []
     for run in runner.ensure(configs):
         c = run.config
@@ -368,7 +368,7 @@ def _tested(
 
 
 def _tost(a: _Ranked, b: _Ranked, query_set: str, measure: str, count: int) -> dict[str, Any]:
-    """TOST corrected for ``count`` comparisons, with the interval that decides it; NaN if not tested."""
+    """TOST corrected for ``count`` comparisons, and the interval that decides it; else NaN."""
     numbers = dict.fromkeys(("difference", "low", "high", "p", "p_adjusted"), float("nan"))
     without = any(math.isnan(r.mean(query_set, measure)) for r in (a, b))
     if a.run_id == b.run_id or without:

@@ -40,7 +40,7 @@ from adaptive_margins.runs import BM25_NAME
 
 
 class Inputs:
-    """Inputs shared by all runs of a profile, built when they are first used, and cached in ``home``."""
+    """Inputs shared by all runs of a profile, built at their first use and cached in ``home``."""
 
     def __init__(self, profile: Profile, home: Path) -> None:
         self.profile = profile
@@ -109,7 +109,7 @@ class Inputs:
 
     @functools.cached_property
     def triples(self) -> Dataset:
-        """Training triples: columns query, positive and negative, rows of `queries` and passages."""
+        """Training triples: columns query, positive and negative, rows of queries and passages."""
         triples = self.collection.triples
         if isinstance(triples, stored.StoredTriples):
             return triples.rows
@@ -136,7 +136,7 @@ class Inputs:
 
     @functools.cached_property
     def queries(self) -> Texts:
-        """Training queries, then those of the evaluated sets: one numbering for all embedded queries."""
+        """Training queries, then those of the evaluated sets: one numbering for all of them."""
         sets = self.collection.queries
         names = ["train", *self.evaluated_sets] if "train" in sets else self.evaluated_sets
         ids = [qid for name in names for qid in sets[name].ids]

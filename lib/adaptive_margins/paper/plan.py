@@ -1,4 +1,4 @@
-"""What a profile takes: its runs, which are finished, why others are not, and how long they will take.
+"""The runs of a profile: which are finished, why others are not, and how long they will take.
 
 Times are estimates from two numbers per encoder, seconds per triple in training and per passage in
 encoding. They are measured on this machine in a few seconds, or, where the collection, the weights
@@ -49,7 +49,7 @@ _CHANGES = {
 
 
 class PlanError(AdaptiveMarginsError, RuntimeError):
-    """A plan that lacks a number; the message names the number, and the key of the profile for it."""
+    """A plan that lacks a number; the message names it and the key of the profile for it."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class Plan:
         lines += aligned([[*header, "time", ""], *rows], left=len(header) - 3)
         lines += [
             "",
-            f"Time for the others: about {clock(self.seconds)} with {workers} worker(s); time of one"
-            " run as h:mm:ss or m:ss, early stopping and the training of indexes not counted.",
+            f"Time for the others: about {clock(self.seconds)} with {workers} worker(s), as h:mm:ss"
+            " or m:ss; early stopping and the training of indexes are not counted.",
             f"Disk while runs are ranked: up to {size(self.embeddings * workers)} of embeddings.",
             *self._sources(),
         ]

@@ -53,7 +53,7 @@ class Reproduction:
         self.experiments = Experiments(self.inputs, self.store)
 
     def plan(self) -> Plan:
-        """All runs: which are finished, how long the others will take, and what would be fetched."""
+        """All runs: which are finished, how long the others take, and what would be fetched."""
         return make_plan(self.inputs, self.store)
 
     def run_all(self) -> None:

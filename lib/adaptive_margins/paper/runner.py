@@ -1,4 +1,4 @@
-"""Runs are computed: trained, ranked and stored, one or many at a time, resumed where they were interrupted."""
+"""Computes runs: trains, ranks and stores, one or many at a time, and resumes interrupted ones."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Runner:
     def workers(self) -> Iterator[None]:
         """Worker processes with one thread each, shared by all calls of `ensure` in the block.
 
-        They start when the first run is missing. With one worker, runs are computed in this process.
+        They start with the first missing run. With one worker, runs are computed in this process.
         """
         if self.profile.workers == 1 or self._pool is not None:
             yield
@@ -237,7 +237,7 @@ class Runner:
     def _rank_tests(
         self, encoder: LoadedEncoder, model: Any, config: EncoderRun, work: Path
     ) -> tuple[Evaluations, Rankings, dict[str, Any]]:
-        """Embed all passages, then rerank the test sets, search a FAISS index, and search exactly."""
+        """Embed all passages; rerank the test sets, search a FAISS index, and search exactly."""
         since = time.perf_counter()
         passages = self._embed_passages(encoder, model, config, work)
         embedded = time.perf_counter()

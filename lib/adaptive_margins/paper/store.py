@@ -1,4 +1,4 @@
-"""Results are artefacts: one folder per run, named by the hash of its configuration, complete if it exists."""
+"""Finished runs: one folder each, named by the hash of its configuration, written atomically."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from adaptive_margins.data.trec import Run, read_run, write_run
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.evaluation.significance import compare
-from adaptive_margins.files import HOME_VARIABLE as HOME_VARIABLE
-from adaptive_margins.files import home as home
 from adaptive_margins.files import whole_folder
 from adaptive_margins.runs import RunConfig, read_run_config
 from adaptive_margins.training import TrainingResult
