@@ -184,3 +184,20 @@ def test_posix_is_not_named_at_the_top_of_a_module():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not posix & set(names), name
+
+
+def test_what_is_for_speed_alone_has_a_door():
+    """Other modules use these names of it, and none knows how texts are packed."""
+    doors = {
+        "encoder.speed": {"adapt", "batcher", "default_chunks"},
+        "encoder.frozen": {"LoadedEncoder", "for_training"},
+    }
+    for name, path in MODULES.items():
+        text = path.read_text("utf-8")
+        if name == "encoder.speed":
+            continue
+        assert "cu_seq_lens" not in text and "position_ids" not in text, name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                allowed = doors.get(node.module.removeprefix("adaptive_margins."))
+                assert allowed is None or {alias.name for alias in node.names} <= allowed, name

@@ -31,8 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adaptive_margins import training
 from adaptive_margins.checkpoints import COMPLETE, newest_checkpoint
 from adaptive_margins.data.stored import seeded_order
+from adaptive_margins.encoder.frozen import hidden_states, upper_layers
 from adaptive_margins.encoder.load import open_encoder
-from adaptive_margins.encoder.speed import batcher, hidden_states, upper_layers
+from adaptive_margins.encoder.speed import batcher
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.losses import margin_loss

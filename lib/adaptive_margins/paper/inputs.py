@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -19,13 +18,8 @@ from adaptive_margins.data import converted, pydocs, stored
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.trec import Run, read_run, top, write_run
 from adaptive_margins.data.triples import sample_triples
-from adaptive_margins.encoder.load import (
-    encoder_identity,
-    layer_count,
-    open_encoder,
-    weights_folder,
-)
-from adaptive_margins.encoder.speed import cached_states, put_back, upper_layers
+from adaptive_margins.encoder.frozen import LoadedEncoder, for_training
+from adaptive_margins.encoder.load import encoder_identity, open_encoder, weights_folder
 from adaptive_margins.encoder.tokens import Tokens, stored_tokens
 from adaptive_margins.files import file_sha256, write_text
 from adaptive_margins.profiles.config import (
@@ -214,17 +208,13 @@ class Inputs:
         dropout, device = self.profile.training.dropout, self.profile.device
         whole = open_encoder(settings, dropout=dropout, device=device)
         queries, passages = self._tokens(settings, whole)
-        if settings.trained_layers is None:
-            return LoadedEncoder(whole, whole, queries, passages)
-        tokens = queries + passages
-        table = self._states(settings, tokens)[_frozen_layers(settings)]
-        model = upper_layers(whole, settings.trained_layers, table)
-        numbers, start = np.arange(tokens.offsets[-1]), queries.offsets[-1]
-        return LoadedEncoder(
+        return for_training(
+            settings,
             whole,
-            model,
-            Tokens(numbers[:start], queries.offsets, 0),
-            Tokens(numbers[start:], passages.offsets, 0),
+            queries,
+            passages,
+            others=[*self.profile.encoders.values(), *self.profile.untrained.values()],
+            cache=self.home / "cache" / "states",
         )
 
     def _tokens(self, settings: EncoderSettings, whole: Any) -> tuple[Tokens, Tokens]:
@@ -240,44 +230,6 @@ class Inputs:
             stored_tokens(tokenizer, self.queries.texts, lengths.query, folder / "queries"),
             stored_tokens(tokenizer, passages, lengths.passage, folder / "passages"),
         )
-
-    def _states(self, settings: EncoderSettings, tokens: Tokens) -> dict[int, np.ndarray]:
-        """Outputs of the frozen layers, computed once for all encoders of the same base."""
-        entries = [*self.profile.encoders.values(), *self.profile.untrained.values()]
-        same = [e for e in entries if (e.base, e.revision) == (settings.base, settings.revision)]
-        texts = hashlib.sha256(tokens.ids.tobytes() + tokens.offsets.tobytes()).hexdigest()
-        full = settings.model_copy(update={"layers": None})
-        key = [_weights(settings), texts, *_versions("torch", "transformers")]
-        return cached_states(
-            lambda: open_encoder(full, dropout=0.0, device=self.profile.device),
-            tokens,
-            sorted({_frozen_layers(e) for e in same if e.trained_layers}),
-            self.home / "cache" / "states" / _digest(key),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedEncoder:
-    """An encoder and what it reads.
-
-    Attributes:
-        whole: the ordinary model.
-        model: what is trained: the same, or its upper layers over cached states.
-        queries, passages: what ``model`` reads: token ids, or numbers of cached tokens.
-    """
-
-    whole: Any
-    model: Any
-    queries: Tokens
-    passages: Tokens
-
-    def fresh(self) -> Any:
-        """A copy of ``model`` to train."""
-        return copy.deepcopy(self.model)
-
-    def whole_with(self, trained: Any) -> Any:
-        """The ordinary model with the trained layers of ``trained``."""
-        return trained if self.model is self.whole else put_back(self.whole, trained)
 
 
 def _build_pydocs(profile: Profile) -> Collection:
@@ -322,11 +274,6 @@ def _tokenizer(settings: EncoderSettings) -> list[str]:
         return [settings.base, str(settings.revision), version]
     files = sorted(f for f in folder.glob("*") if f.suffix in (".json", ".txt", ".model"))
     return [*(f"{f.name} {file_sha256(f)}" for f in files), version]
-
-
-def _frozen_layers(settings: EncoderSettings) -> int:
-    assert settings.trained_layers is not None
-    return layer_count(settings) - settings.trained_layers
 
 
 def _versions(*packages: str) -> list[str]:

@@ -24,11 +24,12 @@ import torch
 
 from adaptive_margins.data.trec import Run
 from adaptive_margins.encoder.embed import embed, embed_shards
+from adaptive_margins.encoder.frozen import LoadedEncoder
 from adaptive_margins.encoder.load import save_encoder
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
 from adaptive_margins.files import alone
 from adaptive_margins.paper.experiments import Experiments
-from adaptive_margins.paper.inputs import Inputs, LoadedEncoder
+from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.store import R, Store, StoredRun
 from adaptive_margins.profiles.config import Profile
 from adaptive_margins.progress import bar, say

@@ -59,11 +59,6 @@ class IndexSettings:
         """Whether the search is exact."""
         return self.factory == "Flat"
 
-    @property
-    def training_bytes(self) -> int:
-        """Memory of the ``train`` passages in training: as they are, and rotated (float32)."""
-        return 2 * 4 * self.train * self.dim
-
 
 def choose_index(n: int, dim: int, *, depth: int = 100) -> IndexSettings:
     """Index settings for ``n`` passages of ``dim`` dimensions, searched for ``depth`` hits.
@@ -83,7 +78,7 @@ def choose_index(n: int, dim: int, *, depth: int = 100) -> IndexSettings:
       at most all. (The released code leaves it at 1, so 1,000 hits cannot be filled.)
     - ``k_factor``: 16 for up to 50 hits, else 8: exact products cost little beside a lost hit.
     - ``train``: all passages, but at most 2,097,152. At the paper's size that is 8 a list, where
-      FAISS recommends 30 to 256; all passages would take ``training_bytes`` of 54 GB for 34.
+      FAISS recommends 30 to 256; all passages would take 54 GB for 34.
     - ``sample``, ``quick``: below 100,000 passages 39 · 2^bits passages and few iterations, else
       256 · 2^bits and FAISS's own numbers.
 
@@ -124,22 +119,6 @@ def choose_index(n: int, dim: int, *, depth: int = 100) -> IndexSettings:
         quick=quick,
         note=f"{nprobe} of {nlist} lists of {n / nlist:.0f} passages on average are searched",
     )
-
-
-def index_bytes(settings: IndexSettings, n: int) -> int:
-    """Bytes of the built index of ``n`` passages: codes, numbers, centroids, HNSW graph, OPQ.
-
-    FAISS may reserve up to as much again for codes and numbers while it adds. The embeddings that
-    `search_index` ranks again from are not part of it.
-    """
-    if settings.flat:
-        return 4 * n * settings.dim
-    code = math.ceil(settings.m * settings.bits / 8)
-    # HNSW32: 64 links on the ground floor, 32 on each of the others, which hold 1/32 of the one
-    # below; two numbers for each.
-    a_list = 4 * settings.dim + 4 * (64 + 32 / 31) + 12
-    quantisers = 4 * (settings.dim << settings.bits) + 4 * settings.dim**2
-    return round(n * (code + 8) + settings.nlist * a_list + quantisers)
 
 
 def build_index(

@@ -1,0 +1,198 @@
+"""Frozen lower layers, computed once for all runs: training runs the upper layers alone.
+
+`for_training` is the door. Without it training gives the same numbers, but takes longer.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from adaptive_margins.encoder.arrays import read_array
+from adaptive_margins.encoder.checks import EncoderError, bert_model
+from adaptive_margins.encoder.embed import token_batches
+from adaptive_margins.encoder.load import encoder_identity, layer_count, open_encoder
+from adaptive_margins.encoder.tokens import Tokens
+from adaptive_margins.files import whole_file
+from adaptive_margins.profiles.config import EncoderSettings
+
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """An encoder, the part of it that is trained, and what that reads.
+
+    Attributes:
+        whole: the ordinary model.
+        model: what is trained: the same, or its upper layers over cached states.
+        queries, passages: what ``model`` reads: token ids, or numbers of cached tokens.
+    """
+
+    whole: Any
+    model: Any
+    queries: Tokens
+    passages: Tokens
+
+    def fresh(self) -> Any:
+        """A copy of ``model`` to train."""
+        return copy.deepcopy(self.model)
+
+    def whole_with(self, trained: Any) -> Any:
+        """The ordinary model with the trained layers of ``trained``."""
+        return trained if self.model is self.whole else put_back(self.whole, trained)
+
+
+def for_training(
+    settings: EncoderSettings,
+    whole: Any,
+    queries: Tokens,
+    passages: Tokens,
+    *,
+    others: Sequence[EncoderSettings],
+    cache: Path,
+) -> LoadedEncoder:
+    """The trained part of an encoder: all of it, or its last ``trained_layers`` layers.
+
+    The outputs of the frozen layers are kept in a folder of ``cache``, computed once for all
+    encoders of ``others`` that have the same base.
+
+    Raises:
+        EncoderError: as `open_encoder`, or the cache is damaged or cannot be written.
+    """
+    if settings.trained_layers is None:
+        return LoadedEncoder(whole, whole, queries, passages)
+    same = [e for e in others if (e.base, e.revision) == (settings.base, settings.revision)]
+    layers = {layer_count(e) - e.trained_layers for e in (settings, *same) if e.trained_layers}
+    tokens = queries + passages
+    texts = hashlib.sha256(tokens.ids.tobytes() + tokens.offsets.tobytes()).hexdigest()
+    versions = [f"{name}-{importlib.metadata.version(name)}" for name in ("torch", "transformers")]
+    key = json.dumps([encoder_identity(settings), texts, *versions]).encode()
+    full = settings.model_copy(update={"layers": None})
+    tables = cached_states(
+        lambda: open_encoder(full, dropout=0.0, device=str(whole.device)),
+        tokens,
+        sorted(layers),
+        cache / hashlib.sha256(key).hexdigest()[:16],
+    )
+    table = tables[layer_count(settings) - settings.trained_layers]
+    numbers, start = np.arange(tokens.offsets[-1]), queries.offsets[-1]
+    return LoadedEncoder(
+        whole,
+        upper_layers(whole, settings.trained_layers, table),
+        Tokens(numbers[:start], queries.offsets, 0),
+        Tokens(numbers[start:], passages.offsets, 0),
+    )
+
+
+class ContextualTokens(nn.Module):
+    """In place of a BERT model's embeddings: precomputed hidden states, by token number."""
+
+    def __init__(self, table: np.ndarray) -> None:
+        super().__init__()
+        self.table = table
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContextualTokens:
+        return ContextualTokens(self.table)  # the table is read-only and large: copies share it
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        """(B, L) token numbers → (B, L, D) hidden states."""
+        states = self.table[input_ids.cpu().numpy().reshape(-1)]
+        return torch.from_numpy(states).to(input_ids.device).view(*input_ids.shape, -1)
+
+
+def upper_layers(encoder: Any, trained_layers: int, table: np.ndarray) -> Any:
+    """A copy of ``encoder`` with its last ``trained_layers`` layers, which read from ``table``."""
+    upper = copy.deepcopy(encoder)
+    model = bert_model(upper[0].model)
+    model.embeddings = ContextualTokens(table)
+    model.encoder.layer = model.encoder.layer[-trained_layers:]
+    model.pooler = None
+    return upper
+
+
+def put_back(encoder: Any, upper: Any) -> Any:
+    """A copy of ``encoder`` with the layers of `upper_layers` and the modules after them."""
+    whole = copy.deepcopy(encoder)
+    trained = bert_model(upper[0].model).encoder.layer
+    last = bert_model(whole[0].model).encoder.layer[-len(trained) :]
+    # The linear layer of cls+linear is trained too.
+    for target, source in zip([*last, *list(whole)[1:]], [*trained, *list(upper)[1:]], strict=True):
+        target.load_state_dict(source.state_dict())
+    return whole
+
+
+def cached_states(
+    encoder: Callable[[], Any], tokens: Tokens, layers: Sequence[int], folder: Path
+) -> dict[int, np.ndarray]:
+    """`hidden_states` of ``layers``, computed once and memory-mapped from ``folder`` (float32).
+
+    ``encoder`` loads the encoder; it is called if a layer is missing. Raises EncoderError for a
+    file that cannot be written, or is not what was written.
+    """
+    paths = {k: folder / f"layer{k}.npy" for k in layers}
+    missing = [k for k, path in paths.items() if not path.is_file()]
+    rows = int(tokens.offsets[-1])
+    if missing:
+        model = encoder()
+        shape = (rows, model.get_embedding_dimension())
+        try:
+            with ExitStack() as files:
+                partial = {k: files.enter_context(whole_file(paths[k])) for k in missing}
+                out = {k: _allocate(partial[k], shape) for k in missing}
+                hidden_states(model, tokens, missing, out)
+                for table in out.values():
+                    table.flush()
+        except OSError as error:
+            size = len(missing) * shape[0] * shape[1] * 4 / 1e9
+            raise EncoderError(
+                f"{folder} could not be filled with {size:.2g} GB of hidden states: {error};"
+                " nothing was left there"
+            ) from error
+    return {k: read_array(path, (rows, None), np.float32) for k, path in paths.items()}
+
+
+def hidden_states(
+    encoder: Any,
+    tokens: Tokens,
+    layers: Sequence[int],
+    out: Mapping[int, np.ndarray],
+    batch_tokens: int = 2048,
+) -> None:
+    """Write the output of the first k transformer layers, (tokens, D), to ``out[k]``."""
+    model = copy.deepcopy(bert_model(encoder[0].model)).eval()
+    model.encoder.layer = model.encoder.layer[: max(1, *layers)]  # without any, no states are given
+    model.pooler = None
+    order = np.argsort(tokens.lengths, kind="stable")
+    with torch.inference_mode():
+        for rows in token_batches(order, tokens.lengths, batch_tokens):
+            features = tokens.batch(rows)
+            keep = features["attention_mask"].bool().numpy()
+            features = {k: v.to(model.device) for k, v in features.items()}
+            states = model(**features, output_hidden_states=True).hidden_states
+            spans = [np.arange(tokens.offsets[r], tokens.offsets[r + 1]) for r in rows]
+            place = np.concatenate(spans)
+            for k in layers:
+                out[k][place] = states[k].cpu().numpy()[keep]
+
+
+def _allocate(path: Path, shape: tuple[int, int]) -> np.memmap:
+    """An empty table on disk, its room reserved where the system can do that.
+
+    On a disk that is full only later, a mapped write would end the process without an error.
+    """
+    table = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, file.seek(0, os.SEEK_END))
+    return table
