@@ -49,7 +49,7 @@ def bar(
         desc=printable(what),
         total=total,
         unit=f" {unit}",
-        unit_scale=True,
+        unit_scale=(total or 0) >= 10_000,  # 8.84M in the place of 8841823
         initial=done,
         leave=False,
         disable=_quiet,
