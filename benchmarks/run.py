@@ -14,24 +14,9 @@ from typing import Any
 import losses
 import numpy as np
 import torch
-from material import (
-    PASSAGE_LENGTH,
-    Triples,
-    flops,
-    minilm,
-    passages,
-    triples,
-)
+from material import PASSAGE_LENGTH, Triples, flops, minilm, passages, triples
 from schemes import Step, merged, ours, padded, sentence_transformers, tokens_of
-from timing import (
-    LATEST,
-    clock,
-    keep,
-    rounds,
-    row,
-    show,
-    use_processor_time,
-)
+from timing import LATEST, clock, keep, rounds, row, show, use_processor_time
 
 from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.tokens import tokenize

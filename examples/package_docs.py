@@ -21,7 +21,7 @@ MIN_WORDS = 20
 
 
 def documented(package: str) -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of a package's public modules, classes, functions and methods, each docstring once."""
+    """Yield (qualified name, docstring) of a package's public objects, each docstring once."""
     root = importlib.import_module(package)
     names = [m.name for m in pkgutil.walk_packages(root.__path__, f"{package}.")]
     seen: set[str] = set()

@@ -1,9 +1,11 @@
-"""The margin loss in Sentence Transformers' own trainer: two data sets, a loss for each, an evaluator. Seconds on a CPU.
+"""The margin loss in the trainer of Sentence Transformers: two data sets, two losses, an evaluator.
+
+Takes seconds on a CPU.
 
     python examples/sentence_transformers_trainer.py OUTPUT [ENCODER]
 
-ENCODER is a Sentence Transformers folder; without it, the small encoder that comes with this project. Eight triples teach
-it nothing: put yours in their place.
+ENCODER is a Sentence Transformers folder; without it, the small encoder packaged with this project
+is used. Eight triples teach it nothing: replace them by yours.
 """
 
 from __future__ import annotations

@@ -10,12 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adaptive_margins.losses import (
-    CachedMarginLoss,
-    MarginLoss,
-    margin_loss,
-    margins_and_targets,
-)
+from adaptive_margins.losses import CachedMarginLoss, MarginLoss, margin_loss, margins_and_targets
 
 TARGETS = [0, 0.3, 1, "adaptive", "distributed"]
 ERRORS = ["squared", "absolute", "soft"]

@@ -116,7 +116,7 @@ class CachedMarginLoss(CachedLossMixin, MarginLoss):
     def embed_minibatch(
         self, *args: Any, random_state: RandContext | None = None, **kwargs: Any
     ) -> tuple[Tensor, RandContext | None]:
-        """Embed under the autocast of the first time, which a backward pass is mostly outside of."""
+        """Embed under the autocast of the first pass; a backward pass is mostly outside of it."""
         with getattr(random_state, "autocast", nullcontext()):
             reps, state = super().embed_minibatch(*args, random_state=random_state, **kwargs)
         if state is not None:

@@ -30,7 +30,7 @@ def bar(
     total: int | None = None,
     done: int = 0,
 ) -> tqdm:
-    """Return a progress bar over ``items``, or one to be moved by ``update(n)`` in a ``with`` block.
+    """Return a progress bar over ``items``, or one moved by ``update(n)`` in a ``with`` block.
 
     Args:
         what: what is computed, e.g. "embedding passages".

@@ -251,10 +251,7 @@ def test_a_full_disk_leaves_no_page_and_no_receipt(site, tmp_path, monkeypatch):
 def test_two_builds_do_not_mix(tmp_path):
     write_notebook(tmp_path / "notebooks" / "01_x.ipynb")
     (tmp_path / "_config.yml").touch()
-    with (
-        alone(tmp_path / "_build"),
-        pytest.raises(WriteError, match="another process is writing"),
-    ):
+    with alone(tmp_path / "_build"), pytest.raises(WriteError, match="another process is writing"):
         build("smoke", home=tmp_path, source=tmp_path)
 
 

@@ -205,10 +205,7 @@ def test_a_finished_conversion_is_opened(mini, into, tmp_path: Path, monkeypatch
     stamp = (first.folder / "passages.arrow").stat().st_mtime_ns
     assert into(mini).folder == first.folder
     assert (first.folder / "passages.arrow").stat().st_mtime_ns == stamp
-    assert sorted(p.name for p in (tmp_path / "work").rglob("*")) == [
-        "fingerprint",
-        "key",
-    ]
+    assert sorted(p.name for p in (tmp_path / "work").rglob("*")) == ["fingerprint", "key"]
 
 
 # ---- interrupted, broken, incomplete -------------------------------------------------------------------------------

@@ -17,10 +17,7 @@ def run_of(*docids: str) -> dict[str, float]:
     return {docid: float(-rank) for rank, docid in enumerate(docids)}
 
 
-QRELS = {
-    "q1": {"a": 3, "b": 2, "c": 1, "d": 0},
-    "q2": {"e": 3},
-}
+QRELS = {"q1": {"a": 3, "b": 2, "c": 1, "d": 0}, "q2": {"e": 3}}
 RUN = {
     "q1": run_of("a", "n1", "c", "n2", "b", "n3", "d", "n4"),
     "q2": run_of("n1", "n2", "n3", "n4", "e", "n5", "n6", "n7"),

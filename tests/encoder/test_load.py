@@ -27,9 +27,7 @@ from adaptive_margins.encoder.load import (
     save_encoder,
     weights_folder,
 )
-from adaptive_margins.encoder.speed import (
-    packs,
-)
+from adaptive_margins.encoder.speed import packs
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.files import file_sha256
 from adaptive_margins.profiles.config import EncoderSettings

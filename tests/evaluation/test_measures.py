@@ -177,9 +177,7 @@ def test_gdeval_refuses_grades_above_four():
 )
 def test_what_a_tool_answers_is_checked(monkeypatch, value, qid, message):
     monkeypatch.setattr(
-        ir_measures,
-        "iter_calc",
-        lambda measures, *_: [ir_measures.Metric(qid, measures[0], value)],
+        ir_measures, "iter_calc", lambda measures, *_: [ir_measures.Metric(qid, measures[0], value)]
     )
     with pytest.raises(MeasureError, match=message):
         evaluate({"a": {"d": 1}, "b": {"d": 1}}, {"a": {"d": 1.0}}, ["nDCG@10"])

@@ -23,13 +23,7 @@ from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.files import WriteError, home
 from adaptive_margins.paper import store as store_module
 from adaptive_margins.paper.store import Store, StoredRun, StoreError
-from adaptive_margins.runs import (
-    CODE_VERSION,
-    BM25Run,
-    TrainingRun,
-    ZeroShotRun,
-    read_run_config,
-)
+from adaptive_margins.runs import CODE_VERSION, BM25Run, TrainingRun, ZeroShotRun, read_run_config
 from adaptive_margins.training import TrainingResult
 from conftest import in_child, run_config
 

@@ -187,11 +187,7 @@ def test_candidates_are_ordered_as_by_a_loop_and_nothing_else_is_embedded(
     found = DenseRetriever(model, PASSAGES).rerank(QUERIES, candidates)
     assert embedded == [4, 3]  # passages, queries
     expected = naive(
-        QUERIES,
-        PASSAGES,
-        retriever.embed_queries(QUERIES.texts),
-        retriever.embeddings,
-        candidates,
+        QUERIES, PASSAGES, retriever.embed_queries(QUERIES.texts), retriever.embeddings, candidates
     )
     same_run({qid: found[qid] for qid in QUERIES.ids}, expected)
     assert found["q3"] == {}

@@ -10,11 +10,7 @@ from vectors import as_lists, brute_force, clustered, names, on_disk, unit
 from adaptive_margins.data.trec import top
 from adaptive_margins.retrieval import exact as retrieval_exact
 from adaptive_margins.retrieval.exact import exact_search, rerank
-from adaptive_margins.retrieval.faiss_index import (
-    build_index,
-    choose_index,
-    search_index,
-)
+from adaptive_margins.retrieval.faiss_index import build_index, choose_index, search_index
 
 
 class HitsOnly(Sequence):

@@ -1,4 +1,4 @@
-"""The paper's numbers and words, typed from it: ``printed/table1.csv`` to ``table4.csv`` and ``published.yaml``.
+"""Numbers and words of the paper: ``printed/table1.csv`` to ``table4.csv``, ``published.yaml``.
 
 They are the only numbers in the book that were typed. Everything else is read from artefacts.
 """

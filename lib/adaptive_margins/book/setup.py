@@ -66,8 +66,9 @@ def _setup(reproduction: Reproduction) -> dict[str, str]:
         "target_plot": f"rolling mean over {p.target_plot.window} batches, the first and last"
         f" {p.target_plot.span} batches",
         "comparison": f"{_curve(comparison, comparison.batch_sizes[:1])}, decay γ ="
-        f" {comparison.decay:g} per step; early stopping after {comparison.patience} evaluations without a gain in"
-        f" {measure_label(p.measures.selection)} on {stopping}; {comparison.keep} checkpoint",
+        f" {comparison.decay:g} per step; early stopping after {comparison.patience} evaluations"
+        f" without a gain in {measure_label(p.measures.selection)} on {stopping};"
+        f" {comparison.keep} checkpoint",
         "reference": f"{encoder_label(p.reference_encoder)}; † against the underlined run",
     }
 

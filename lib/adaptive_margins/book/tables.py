@@ -439,11 +439,7 @@ def _below(runs: pd.DataFrame, commands: Commands | None) -> list[str]:
 
 
 def _page(
-    table: int,
-    published: Published,
-    ours: str,
-    supplied: pd.DataFrame | None = None,
-    **values: Any,
+    table: int, published: Published, ours: str, supplied: pd.DataFrame | None = None, **values: Any
 ) -> str:
     """This run's table, the published one, and their notes."""
     printed = _printed_table(published, table, supplied)

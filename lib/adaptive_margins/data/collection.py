@@ -12,13 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from adaptive_margins.data.text import DataError, Problems, read_columns
-from adaptive_margins.data.trec import (
-    MAX_GRADE,
-    Judgements,
-    Qrels,
-    qrels_text,
-    read_judgements,
-)
+from adaptive_margins.data.trec import MAX_GRADE, Judgements, Qrels, qrels_text, read_judgements
 from adaptive_margins.files import whole_folder
 
 Triple = tuple[str, str, str]

@@ -109,9 +109,16 @@ def _open(folder: Path, name: str, sources: dict[str, str], fingerprint: str) ->
     train = queries.get("train", Texts([], []))
     triples = StoredTriples(folder / "triples.arrow", train, passages)
     return StoredCollection(
-        name, passages, queries, qrels, sources, triples,
-        candidates=candidates, folder=folder, fingerprint=fingerprint,
-    )  # fmt: skip
+        name,
+        passages,
+        queries,
+        qrels,
+        sources,
+        triples,
+        candidates=candidates,
+        folder=folder,
+        fingerprint=fingerprint,
+    )
 
 
 def _unmapped_sha256(path: Path) -> str | None:
@@ -233,8 +240,10 @@ def _write_about(settings: IrDatasetsSettings, work: Path) -> str:
     import ir_datasets
 
     sources = {
-        "ir_datasets": ir_datasets.__version__, "passages": settings.passages, **_sets(settings),
-    }  # fmt: skip
+        "ir_datasets": ir_datasets.__version__,
+        "passages": settings.passages,
+        **_sets(settings),
+    }
     collection = _open(work, settings.name, sources, "")
     fingerprint = fingerprint_of(collection, collection.candidates)
     files = [path for path in sorted(work.iterdir()) if path.name != "sources.json"]

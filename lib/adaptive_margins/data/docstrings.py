@@ -31,16 +31,7 @@ _SKIPPED_FOLDERS = {
     *("test", "tests", "testing", "__pycache__", "site-packages", "dist-packages"),
     *("idlelib", "lib2to3", "turtledemo"),
     # copies of other people's packages.
-    *(
-        "_lib",
-        "_vendor",
-        "_vendored",
-        "vendor",
-        "vendored",
-        "extern",
-        "externals",
-        "third_party",
-    ),
+    *("_lib", "_vendor", "_vendored", "vendor", "vendored", "extern", "externals", "third_party"),
 }
 
 
@@ -127,11 +118,7 @@ def _docstrings(path: Path) -> list[tuple[str, str, str]]:
             if isinstance(node, ast.If):  # definitions under a condition are public too
                 visit(node.body + node.orelse, prefix, in_class)
             elif isinstance(node, ast.Try):
-                visit(
-                    node.body + [s for h in node.handlers for s in h.body],
-                    prefix,
-                    in_class,
-                )
+                visit(node.body + [s for h in node.handlers for s in h.body], prefix, in_class)
             elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 if node.name.startswith("_"):
                     continue
@@ -162,16 +149,7 @@ _ORDER = {
     **dict.fromkeys(("see also", "reference", "references"), None),  # not part of the passage
 }
 _PROSE, _FIELDS = {0, 2}, {1, 3}
-_KEPT_DIRECTIVES = {
-    "note",
-    "warning",
-    "important",
-    "tip",
-    "hint",
-    "caution",
-    "attention",
-    "danger",
-}
+_KEPT_DIRECTIVES = {"note", "warning", "important", "tip", "hint", "caution", "attention", "danger"}
 
 
 def parse_docstring(
@@ -257,12 +235,7 @@ def _block(rest: deque[str], line: str) -> list[str]:
 def _directive(kind: str | None, argument: str, block: list[str], indent: int) -> list[str]:
     """What stays of a reST directive."""
     if kind == "seealso":
-        return [
-            "See Also",
-            "--------",
-            *(line.strip() for line in [argument, *block]),
-            "",
-        ]
+        return ["See Also", "--------", *(line.strip() for line in [argument, *block]), ""]
     if kind in _KEPT_DIRECTIVES:
         inner = _without_code(textwrap.dedent("\n".join(block)).splitlines())
         return ["", *(" " * indent + line for line in [argument, *inner]), ""]
@@ -333,17 +306,11 @@ def _first_sentence(paragraph: str) -> tuple[str, str]:
 
 
 _MARKUP = [
-    (
-        re.compile(r"Read more in the :ref:`[^`]*`\.?"),
-        " ",
-    ),  # a link, and the first words of many
+    (re.compile(r"Read more in the :ref:`[^`]*`\.?"), " "),  # a link, and the first words of many
     (re.compile(r":ref:`[^`<]*`"), " "),  # a label, whose title is elsewhere
     (re.compile(r"%\([^)]*\)s"), " "),  # what a decorator would fill in
     (re.compile(r":math:`([^`]*)`"), r"\1"),
-    (
-        re.compile(r":[\w:+.-]+:`~([^`<>]*\.)?([^`<>.]+)`"),
-        r"\2",
-    ),  # :func:`~a.b` is shown as b
+    (re.compile(r":[\w:+.-]+:`~([^`<>]*\.)?([^`<>.]+)`"), r"\2"),  # :func:`~a.b` is shown as b
     (re.compile(r":[\w:+.-]+:`!?([^`<>]+?)\s*(?:<[^`>]*>)?`"), r"\1"),
     (re.compile(r"`([^`<>]+?)\s*<[^`>]*>`_*"), r"\1"),  # links
     (re.compile(r"\s?\[[\w.#*]+\]_"), ""),  # citations
@@ -353,10 +320,7 @@ _MARKUP = [
     (re.compile(r"(?<![\w*'\"])\*{1,2}(\w(?:[^*'\"]*\w)?)\*{1,2}(?![\w*])"), r"\1"),
     (re.compile(r"<?https?://[^\s>]+>?"), " "),
     (re.compile(r"[\\$|]"), " "),
-    (
-        re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]"),
-        " ",
-    ),  # "\a" in a docstring is a bell
+    (re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]"), " "),  # "\a" in a docstring is a bell
 ]
 
 

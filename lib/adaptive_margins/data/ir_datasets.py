@@ -19,8 +19,10 @@ ACCEPT_VARIABLE = "ADAPTIVE_MARGINS_ACCEPT_LICENCE"
 MAX_TRIPLES = 1_000_000
 """Most triples that `read_collection` takes, at even distances; MS MARCO has 270 million."""
 _SETS = {
-    "train": ("train",), "validation": ("dev", "validation", "valid", "val"), "test": ("test",),
-}  # fmt: skip
+    "train": ("train",),
+    "validation": ("dev", "validation", "valid", "val"),
+    "test": ("test",),
+}
 _T = TypeVar("_T")
 
 

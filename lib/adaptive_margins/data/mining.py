@@ -75,12 +75,7 @@ class Guarded:
 
 
 def guard(
-    candidates: Run,
-    qrels: Qrels,
-    passages: Texts,
-    *,
-    similarity: Similarity | None,
-    seed: int = 1,
+    candidates: Run, qrels: Qrels, passages: Texts, *, similarity: Similarity | None, seed: int = 1
 ) -> tuple[Run, Guarded]:
     """Drop candidates that are relevant, or may be although they are not judged (false negatives).
 

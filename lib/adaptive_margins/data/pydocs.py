@@ -85,9 +85,7 @@ def build_pydocs(
     docs = [doc for name in names for doc in scan(name, roots[name], max_words)]
     texts = _judge(docs)
 
-    def position(
-        text: str,
-    ) -> str:  # an order that depends on neither package nor module
+    def position(text: str) -> str:  # an order that depends on neither package nor module
         return hashlib.sha256(f"{seed} {text}".encode()).hexdigest()
 
     passages, queries = texts.passages, texts.queries

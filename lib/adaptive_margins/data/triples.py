@@ -56,8 +56,11 @@ def sample_triples(
     if skipped := len(qrels) - len(choices):
         log.warning(
             "%d of %d queries skipped: no positive, or no unjudged candidate at ranks %d to %d",
-            skipped, len(qrels), low, high - 1,
-        )  # fmt: skip
+            skipped,
+            len(qrels),
+            low,
+            high - 1,
+        )
     if not choices:
         raise ValueError(
             f"no triples: none of {len(qrels)} queries has a passage of grade ≥ {min_grade} and an"
@@ -78,7 +81,7 @@ def sample_triples(
 def mine_triples(
     qrels: Qrels, candidates: Run, passages: Texts, *, count: int, seed: int
 ) -> list[Triple]:
-    """Draw ``count`` triples of the best 100 candidates of `mining.guard`, as `sample_triples` does.
+    """Draw ``count`` triples of the best 100 candidates of `mining.guard`, as `sample_triples`.
 
     A positive has at least grade 1, and a text.
 

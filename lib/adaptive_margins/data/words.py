@@ -8,9 +8,23 @@ import unicodedata
 import regex
 
 _SCRIPTS = (
-    "Han", "Hiragana", "Katakana", "Bopomofo", "Yi", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan",
-    "Tai_Le", "New_Tai_Lue", "Tai_Tham", "Tai_Viet", "Javanese", "Balinese",
-)  # fmt: skip
+    "Han",
+    "Hiragana",
+    "Katakana",
+    "Bopomofo",
+    "Yi",
+    "Thai",
+    "Lao",
+    "Khmer",
+    "Myanmar",
+    "Tibetan",
+    "Tai_Le",
+    "New_Tai_Lue",
+    "Tai_Tham",
+    "Tai_Viet",
+    "Javanese",
+    "Balinese",
+)
 _SCRIPT = "".join(rf"\p{{Script={script}}}" for script in _SCRIPTS)
 _SCRIPT += "〆ー\u3099\u309aｰﾞﾟ"  # shared by scripts: marks of sound and length, and an ideograph
 _FORMS = r"\p{Block=Halfwidth_And_Fullwidth_Forms}\p{Block=CJK_Compatibility}"

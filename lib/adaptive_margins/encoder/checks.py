@@ -150,7 +150,7 @@ def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def check_kind(folder: Path, forms: str) -> None:
-    """Raise EncoderError if a folder's Sentence Transformers settings are not those of an encoder."""
+    """Raise EncoderError if a folder's settings are not those of an encoder."""
     path = folder / "config_sentence_transformers.json"
     settings = read_json(path, dict) if path.is_file() else {}
     kind, prompts = settings.get("model_type"), settings.get("prompts", {})
@@ -163,7 +163,7 @@ def check_kind(folder: Path, forms: str) -> None:
 
 
 def module_folders(folder: Path) -> list[Path]:
-    """Folders of an encoder's modules, the transformer's first; EncoderError for modules of others."""
+    """Return an encoder's module folders, transformer first; EncoderError for unknown modules."""
     path = folder / "modules.json"
     if not path.is_file():
         return [folder]
@@ -176,7 +176,7 @@ def module_folders(folder: Path) -> list[Path]:
             raise EncoderError(f"{path}: the path {str(place)!r} leads out of the folder")
         if not kind.startswith("sentence_transformers."):
             raise EncoderError(
-                f"{path} names the custom module {kind!r}: code that comes with a model is never run"
+                f"{path} names the custom module {kind!r}: code that comes with a model is not run"
             )
     if not modules or not modules[0][1].endswith(".Transformer"):
         found = modules[0][1] if modules else "none"

@@ -142,8 +142,8 @@ def embed_shards(
 ) -> np.ndarray:
     """Embeddings of all texts, computed by `embed` once and memory-mapped from ``folder``.
 
-    ``embeddings.npy`` is written ``shard`` rows at a time, and ``shards.json`` lists the shards that
-    are complete: a killed process loses those it was at. Memory holds one shard a device.
+    ``embeddings.npy`` is written ``shard`` rows at a time, and ``shards.json`` lists the complete
+    shards: a killed process loses those it was at. Memory holds one shard a device.
 
     Args:
         model: embeds the texts; moved to the one device, or copied to each of several.

@@ -86,9 +86,9 @@ def _values(
         highest, number = max((max(row.values(), default=0), n) for n, row in judged.items())
         if highest > _GDEVAL_GRADE:
             raise MeasureError(
-                f"{notation} takes grades up to {_GDEVAL_GRADE} (it is computed by gdeval), but query"
-                f" {queries[number]!r} has a judgement of grade {highest}; map the grades to 0 to"
-                f" {_GDEVAL_GRADE}, or use a measure that takes any, such as nDCG@10"
+                f"{notation} takes grades up to {_GDEVAL_GRADE} (it is computed by gdeval), but"
+                f" query {queries[number]!r} has a judgement of grade {highest}; map the grades to"
+                f" 0 to {_GDEVAL_GRADE}, or use a measure that takes any, such as nDCG@10"
             )
     values = dict.fromkeys(queries, 0.0)
     try:

@@ -202,7 +202,7 @@ class LengthSettings(_Settings):
 
 
 class TrainingSettings(_Settings):
-    """The optimiser (names as in transformers' TrainingArguments.optim) and what surrounds a step."""
+    """The optimiser (names as in transformers' TrainingArguments.optim) and other settings."""
 
     learning_rate: LearningRate
     weight_decay: Annotated[Number, Field(ge=0)]
@@ -256,7 +256,7 @@ class _Experiment(_Settings):
 
 
 class StaticSettings(_Experiment):
-    """Section 5.1, Figure 3: a run per ε, with and without in-batch negatives, evaluated at the end."""
+    """Section 5.1, Figure 3: runs per ε, with and without in-batch negatives."""
 
     targets: tuple[Number, ...] = Field(min_length=1)
     triples: Positive

@@ -211,9 +211,9 @@ def search_index(
 ) -> Run:
     """The ``depth`` best passages of each query (all, if there are fewer) by an index.
 
-    ``k_factor`` · ``depth`` passages found by code are ranked again by their exact inner product with
-    the query; the scores are the same numbers that `exact_search` gives. A query whose lists hold
-    fewer passages than wanted is searched again with twice the lists, until it is filled.
+    ``k_factor`` · ``depth`` passages found by code are ranked again by their exact inner product
+    with the query; the scores are the same numbers that `exact_search` gives. A query whose lists
+    hold fewer passages than wanted is searched again with twice the lists, until it is filled.
 
     Args:
         index: from `build_index`.
