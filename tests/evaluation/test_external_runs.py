@@ -11,7 +11,7 @@ import pytrec_eval
 
 from adaptive_margins.data.text import DataError
 from adaptive_margins.data.trec import write_run
-from adaptive_margins.evaluation.external_runs import read_supplied, score
+from adaptive_margins.evaluation.external_runs import read_external_runs, score
 
 SETS = ("TREC-DL19", "TREC-DL20")
 NDCG, RECALL = "nDCG@10", "R(rel=2)@1000"
@@ -52,9 +52,9 @@ def place(folder: Path, run, query_set="TREC-DL19", name="tasb.run") -> Path:
 
 
 def test_no_folder_no_runs(tmp_path):
-    assert read_supplied(tmp_path / "supplied", SETS) == {}
+    assert read_external_runs(tmp_path / "supplied", SETS) == {}
     (tmp_path / "supplied" / "TREC-DL20").mkdir(parents=True)
-    assert read_supplied(tmp_path / "supplied", SETS) == {}
+    assert read_external_runs(tmp_path / "supplied", SETS) == {}
 
 
 def test_names_sets_and_suffixes(tmp_path):
@@ -68,7 +68,7 @@ def test_names_sets_and_suffixes(tmp_path):
             place(tmp_path, run, query_set, name)
     (tmp_path / ".DS_Store").write_bytes(b"\0")
     (tmp_path / "TREC-DL19" / ".tas-b.run.partial").write_text("half a line")
-    found = read_supplied(tmp_path, SETS)
+    found = read_external_runs(tmp_path, SETS)
     assert {name: list(by) for name, by in found.items()} == {
         "bm25": ["TREC-DL19", "TREC-DL20"],
         "other": ["TREC-DL19"],
@@ -96,7 +96,7 @@ def test_what_does_not_belong_is_named(tmp_path, name, message):
     place(tmp_path, run)
     place(tmp_path, run, str(Path(name).parent), Path(name).name)
     with pytest.raises(DataError, match=message):
-        read_supplied(tmp_path, SETS)
+        read_external_runs(tmp_path, SETS)
 
 
 def test_malformed_files_are_named_with_their_lines(tmp_path):
@@ -106,21 +106,21 @@ def test_malformed_files_are_named_with_their_lines(tmp_path):
     lines[6] = lines[6].replace(lines[6].split()[4], "high")
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(DataError) as error:
-        read_supplied(tmp_path, SETS)
+        read_external_runs(tmp_path, SETS)
     assert f"{path}:3: 6 columns expected" in str(error.value)
     assert f"{path}:7: score 'high' is not a finite number" in str(error.value)
     path.write_bytes(b"")
     with pytest.raises(DataError, match=r"tasb\.run: the file is empty"):
-        read_supplied(tmp_path, SETS)
+        read_external_runs(tmp_path, SETS)
     path.rename(path.with_name("tasb.run.gz")).write_bytes(gzip.compress(b"q0 Q0 d1 1 2 x")[:-4])
     with pytest.raises(DataError, match=r"tasb\.run\.gz: truncated"):
-        read_supplied(tmp_path, SETS)
+        read_external_runs(tmp_path, SETS)
 
 
 def test_scores_are_those_of_trec_eval(tmp_path):
     qrels, run = collection()
     place(tmp_path, run)
-    again = read_supplied(tmp_path, SETS)["tasb"]["TREC-DL19"].run
+    again = read_external_runs(tmp_path, SETS)["tasb"]["TREC-DL19"].run
     scored = score(again, qrels, list(TREC))
     assert scored.refused == {} and scored.missing == 0
     for measure in TREC:
@@ -199,7 +199,7 @@ def test_trec_dl19_runs(tmp_path):
     qrels: dict[str, dict[str, int]] = {}
     for judged in ir_measures.read_trec_qrels(str(path)):
         qrels.setdefault(judged.query_id, {})[judged.doc_id] = judged.relevance
-    found = read_supplied(tmp_path, SETS)
+    found = read_external_runs(tmp_path, SETS)
     expected = {"bm25": 0.5058, "tasb": 0.7210, "repllama": 0.7384}
     assert list(found) == sorted(expected)
     for name, value in expected.items():

@@ -19,8 +19,8 @@ SUFFIXES = (".run", ".trec", ".txt")
 
 
 @dataclass(frozen=True)
-class Supplied:
-    """A run file that somebody supplied.
+class ExternalRun:
+    """A run file of another system.
 
     Attributes:
         name: the file's name without its suffix, e.g. "tasb". One that is a key of
@@ -34,14 +34,14 @@ class Supplied:
     run: Run
 
 
-def read_supplied(folder: Path, sets: Sequence[str]) -> dict[str, dict[str, Supplied]]:
+def read_external_runs(folder: Path, sets: Sequence[str]) -> dict[str, dict[str, ExternalRun]]:
     """Read ``folder/SET/NAME.run`` for each SET: name → set → run, names and sets sorted.
 
     Also ``.trec`` and ``.txt``, each with ``.gz`` or without. Hidden files are ignored. A folder
     that does not exist holds no runs.
 
     Args:
-        folder: where they lie, one folder a query set.
+        folder: has a folder for each query set.
         sets: the query sets that there are, e.g. ["TREC-DL19", "TREC-DL20"].
 
     Raises:
@@ -72,15 +72,15 @@ def read_supplied(folder: Path, sets: Sequence[str]) -> dict[str, dict[str, Supp
             else:
                 paths[stem, place.name] = path
     problems.check()
-    found: dict[str, dict[str, Supplied]] = {}
+    found: dict[str, dict[str, ExternalRun]] = {}
     for (name, query_set), path in sorted(paths.items()):
-        found.setdefault(name, {})[query_set] = Supplied(name, path, read_run(path))
+        found.setdefault(name, {})[query_set] = ExternalRun(name, path, read_run(path))
     return found
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What a supplied run scores.
+    """What an external run scores.
 
     Attributes:
         evaluation: over the measures that could be computed; may have none.
