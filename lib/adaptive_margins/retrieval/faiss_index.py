@@ -145,17 +145,7 @@ def build_index(
         raise ValueError(
             f"{n} passages are too few for {settings.factory}; use choose_index({n}, {dim})"
         )
-    for first, block in blocks(embeddings):
-        squared = check_finite(block, "passage", range(n), first)
-        # Rounding a unit vector to float16 changes its squared length by about 2⁻¹⁰ at most.
-        wrong = np.flatnonzero((np.abs(squared - 1) > 1e-3) & (squared > 0))
-        if len(wrong):
-            length = math.sqrt(squared[wrong[0]])
-            raise ValueError(
-                f"embedding in row {first + wrong[0]} has length {length:.4g}, expected 1"
-                " (normalise them)"
-            )
-
+    _check_lengths(embeddings)
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(threads)
     try:
@@ -189,6 +179,20 @@ def build_index(
         return index
     finally:
         faiss.omp_set_num_threads(before)
+
+
+def _check_lengths(embeddings: np.ndarray) -> None:
+    """Raise ValueError for an embedding that is not finite, or not of length 1 or 0."""
+    for first, block in blocks(embeddings):
+        squared = check_finite(block, "passage", range(len(embeddings)), first)
+        # Rounding a unit vector to float16 changes its squared length by about 2⁻¹⁰ at most.
+        wrong = np.flatnonzero((np.abs(squared - 1) > 1e-3) & (squared > 0))
+        if len(wrong):
+            length = math.sqrt(squared[wrong[0]])
+            raise ValueError(
+                f"embedding in row {first + wrong[0]} has length {length:.4g}, expected 1"
+                " (normalise them)"
+            )
 
 
 def _add(index: faiss.Index, embeddings: np.ndarray) -> None:
