@@ -23,7 +23,7 @@ LISTED = (
     ("no distillation", "Static (tuned)", "Rand.", "✓", "ours", 0.470, 0.801, 1280),
     ("no distillation", "Static (ε = 1)", "Rand.", "✗", "ours", 0.431, 0.768, 512),
     ("not in the paper", "Softmax (MNRL)", "Rand.", "✓", "not in the paper", 0.487, 0.824, 1536),
-    ("not in the paper", "Encoder as it comes", "—", "—", "not in the paper", 0.438, 0.771, 0),
+    ("not in the paper", "Zero-shot encoder", "—", "—", "not in the paper", 0.438, 0.771, 0),
 )
 
 

@@ -334,7 +334,7 @@ def pretend_to_execute(site, notebooks, *, force=False):
 def table4() -> pd.DataFrame:
     rows = [
         ("no distillation", "BM25", "—", "ours", 0.50),
-        ("not in the paper", "Encoder as it comes", "—", "not in the paper", 0.40),
+        ("not in the paper", "Zero-shot encoder", "—", "not in the paper", 0.40),
         ("self-distillation", "Adaptive", "✗", "ours", 0.52),
         ("self-distillation", "Adaptive", "✓", "ours", 0.45),
         ("self-distillation", "Distributed", "✓", "ours", 0.55),

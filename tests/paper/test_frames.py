@@ -452,10 +452,10 @@ def test_table_4(frames, files):
         ("BM25", "—"): {"encoder": "bm25"},
         ("Static (ε = 1)", "✗"): {"target": 1.0, "in_batch": False, "patience": 2},
         ("Softmax (MNRL)", "✓"): {"loss": "softmax"},
-        ("Encoder as it comes", "—"): {"kind": "zero-shot"},
+        ("Zero-shot encoder", "—"): {"kind": "zero-shot"},
     }
     rows = frame.groupby(["loss", "in_batch"])
-    whole = ("Whole MiniLM as it comes", "—")
+    whole = ("Whole MiniLM, zero-shot", "—")
     assert set(rows.get_group(whole)["run_id"]) == {files.one(encoder="minilm", kind="zero-shot")}
     assert set(rows.groups) == {*wanted, whole, ("Static (tuned)", "✗"), ("Static (tuned)", "✓")}
     for key, values in wanted.items():

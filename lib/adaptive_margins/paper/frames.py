@@ -281,9 +281,9 @@ def _table4_runs(
         ("no distillation", "Static (ε = 1)", "Rand.", "✗", default),
         ("not in the paper", SOFTMAX, "Rand.", "✓", softmax),
     ]
-    labels = {e: "Encoder as it comes"}
+    labels = {e: "Zero-shot encoder"}
     for name, settings in experiments.profile.untrained.items():
-        labels[name] = f"{settings.label or name} as it comes"
+        labels[name] = f"{settings.label or name}, zero-shot"
     for name, label in labels.items():
         run = _zero_shot(experiments, runner, name)
         listed.append(("not in the paper", label, "—", "—", run))
