@@ -123,7 +123,7 @@ class _Merged(training.TripleCollator):
     """All distinct texts in one forward, padded to the longest."""
 
     def __init__(self, queries: Tokens, passages: Tokens, *_: Any) -> None:
-        super().__init__(queries, passages, 1, None)
+        super().__init__(queries, passages, 1, Tokens.batch)
 
 
 def _plain(model: Any) -> Any:

@@ -47,7 +47,7 @@ def test_a_file_gets_a_plain_line_now_and_then_with_the_time_left(now, capsys):
     assert "\r" not in err
     first, second = err.splitlines()
     assert first.startswith("reading:  40%")
-    assert "400/1000 [00:30<01:00, 10.0 passages/s]" in first
+    assert "400/1000 [00:30<01:00, 10.00 passages/s]" in first
     assert "700/1000 [01:00<00:30" in second
 
 
