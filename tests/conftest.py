@@ -73,6 +73,17 @@ def command(*arguments: str, home: Path, timeout: float = 600, **environment: st
     )  # fmt: skip
 
 
+def papermill(folder: Path, home: Path, notebook: str, **parameters: object) -> None:
+    """Execute a notebook by papermill's command from ``folder``."""
+    options = [str(x) for key, value in parameters.items() for x in ("-p", key, value)]
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / f"{notebook}.ipynb"), "out.ipynb", *options],
+        cwd=folder, env={**os.environ, "ADAPTIVE_MARGINS_HOME": str(home)}, capture_output=True, text=True, timeout=280,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def in_child(work: Callable[[], object]) -> str:
     """What ``work`` says in a forked process: "" or its error, "died" if the process did not live to tell."""
     context = multiprocessing.get_context("fork")
@@ -243,8 +254,8 @@ MINIATURE_SIZES = {
 """In the place of the sizes of profiles/paper.yaml."""
 
 
-MINIATURE_NOTEBOOKS = ("01", "05", "06", "07")
-"""Notebooks that show something else in the profile paper, or that the profile smoke does not execute."""
+MINIATURE_NOTEBOOKS = ("01", "05", "06")
+"""Notebooks that show something else in the profile paper."""
 
 
 def register_miniature(home: Path) -> Any:

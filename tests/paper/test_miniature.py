@@ -64,10 +64,8 @@ def test_only_sizes_places_and_the_device_differ_from_the_profile_paper(miniatur
 
 
 def test_every_run_has_the_papers_settings(configs, miniature):
-    planned = set(
-        miniature.plan().runs["run_id"]
-    )  # without those of the chapter on the released code
-    assert planned < set(configs)
+    planned = set(miniature.plan().runs["run_id"])
+    assert planned == set(configs)
     trained = {i: configs[i] for i in planned if configs[i]["kind"] == "training"}
     assert len(planned) == len(trained) + 4
     for c in trained.values():
@@ -282,8 +280,7 @@ def test_every_row_of_the_books_data_has_its_run(miniature_home, configs):
     for path in data.glob("*.csv"):
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
         columns = [c for c in frame.columns if re.fullmatch(r"(\w+_)?run_ids?|runs", c)]
-        # "optimism" is computed from choices.csv, claims from the frames of figures and tables.
-        assert columns or path.stem.startswith(("optimism", "claims_"))
+        assert columns or path.stem.startswith("claims_")  # computed from the other frames
         assert {i for c in columns for cell in frame[c] for i in cell.split()} <= set(configs)
 
 

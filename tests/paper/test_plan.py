@@ -30,7 +30,7 @@ def test_the_runs_of_the_laptop_take_what_was_expected(tmp_path):
     reproduction = paper.open(
         "laptop",
         tmp_path,
-        collection={"packages": ["networkx", "sklearn"], "max_passages": 1200, "validation": 100, "test": 100},
+        collection={"packages": ["networkx"], "max_passages": 800, "validation": 60, "test": 60},
         static={"triples": 512, "seeds": {}},
         distributed={"triples": 512},
         comparison={"triples": 512, "evaluate_every": 128},

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import pytrec_eval
+import yaml
 from scipy import stats
 
 from adaptive_margins import paper
@@ -34,6 +35,7 @@ from adaptive_margins.paper.released_statistics import (
     pool_qrels,
     summarise,
 )
+from conftest import papermill
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = ["nDCG@10", "R(rel=2)@20"]
@@ -210,8 +212,10 @@ def study(smoke_home, tmp_path_factory):
     home = tmp_path_factory.mktemp("differences")
     for name in ("runs", "collections", "cache"):
         shutil.copytree(smoke_home / name, home / name)
-    settings = {"workers": 1, "static__targets": [0.5, 1.0]}
-    study = Differences(paper.open("smoke", home, **settings), "1")
+    settings = {"workers": 1, "static": {"targets": [0.5, 1.0]}}
+    profile = {"name": "study", "extends": "smoke", "about": "Two values of ε.", **settings}
+    (home / "study.yaml").write_text(yaml.safe_dump(profile))
+    study = Differences(paper.open(home / "study.yaml", home), "1")
     before = set(study.reproduction.store.folder.iterdir())
     study.needed = study.ensure()
     study.made = set(study.reproduction.store.folder.iterdir()) - before
@@ -506,3 +510,14 @@ def test_page_of_the_committed_summary():
     lines = [line for line in page.splitlines() if line.startswith("|")]
     verdicts = [line for line in lines if re.search(r"\| +(better|worse|equivalent|undecided|—) +\|$", line)]  # fmt: skip
     assert len(verdicts) == len(summary["compared"])
+
+
+def test_the_notebook_reads_the_same_runs(study, frames, tmp_path):
+    home, data = study.reproduction.home, tmp_path / "data"
+    before = set(study.reproduction.store.folder.iterdir())
+    parameters = {"seeds": 1, "draws": 40, "data_folder": data}
+    profile = home / "study.yaml"
+    papermill(tmp_path, home, "07_paper_and_released_code", profile=profile, **parameters)
+    assert set(study.reproduction.store.folder.iterdir()) == before
+    for name, frame in frames.items():
+        assert len(pd.read_csv(data / f"{name}.csv")) == len(frame) or name == "optimism", name
