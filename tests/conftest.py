@@ -64,6 +64,29 @@ torch.set_num_threads(1)
 encoder_load.default_device = lambda: "cpu"
 
 
+RANDOM_LENGTH = 9
+"""Tokens of a text of `RANDOM_TEXTS`, at most."""
+_DRAW = np.random.default_rng(5)
+RANDOM_TEXTS = [" ".join(_DRAW.choice(WORDS[5:], size=_DRAW.integers(0, 12))) for _ in range(230)]
+
+
+@pytest.fixture(scope="module")
+def bert(tiny_folder):
+    """A tiny BERT without dropout, read only."""
+    from adaptive_margins.encoder.load import open_encoder
+    from adaptive_margins.profiles.config import EncoderSettings
+
+    return open_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def tokens(bert):
+    """`RANDOM_TEXTS` as its tokens."""
+    from adaptive_margins.encoder.tokens import tokenize
+
+    return tokenize(bert, RANDOM_TEXTS, RANDOM_LENGTH)
+
+
 def command(*arguments: str, home: Path, timeout: float = 600, **environment: str):
     """Run ``adaptive-margins`` in a process of its own; stdout and stderr come together."""
     environment = {**os.environ, "ADAPTIVE_MARGINS_HOME": str(home), **environment}

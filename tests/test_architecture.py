@@ -16,7 +16,7 @@ import adaptive_margins
 
 PACKAGE = Path(adaptive_margins.__file__).parent
 ORDER = [
-    "errors", "losses", "cached_loss", "device", "profiles", "progress", "files", "text_tables", "data", "encoder",
+    "errors", "losses", "cached_loss", "device", "processes", "profiles", "progress", "files", "text_tables", "data", "encoder",
     "retrieval", "evaluation", "runs", "checkpoints", "training_step", "training", "paper", "book", "corpus",
     "terminal", "cli_corpus", "cli",
 ]  # fmt: skip

@@ -19,21 +19,7 @@ from adaptive_margins.encoder.load import open_encoder
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.profiles.config import EncoderSettings
 from conftest import TEXTS as SENTENCES
-from conftest import WORDS, in_child, kill_in
-
-LENGTH = 9
-RNG = np.random.default_rng(5)
-TEXTS = [" ".join(RNG.choice(WORDS[5:], size=RNG.integers(0, 12))) for _ in range(230)]
-
-
-@pytest.fixture(scope="module")
-def bert(tiny_folder):
-    return open_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=0.0)
-
-
-@pytest.fixture(scope="module")
-def tokens(bert):
-    return tokenize(bert, TEXTS, LENGTH)
+from conftest import in_child, kill_in
 
 
 def refuse(*_, **__):

@@ -15,25 +15,11 @@ import torch
 from adaptive_margins.encoder import tokens as encoder_tokens
 from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.encoder.embed import embed
-from adaptive_margins.encoder.load import open_encoder
 from adaptive_margins.encoder.tokens import Tokens, _token_ids, stored_tokens, tokenize
-from adaptive_margins.profiles.config import EncoderSettings
+from conftest import RANDOM_LENGTH as LENGTH
+from conftest import RANDOM_TEXTS as TEXTS
 from conftest import TEXTS as SENTENCES
-from conftest import WORDS, in_child, kill_in
-
-LENGTH = 9
-RNG = np.random.default_rng(5)
-TEXTS = [" ".join(RNG.choice(WORDS[5:], size=RNG.integers(0, 12))) for _ in range(230)]
-
-
-@pytest.fixture(scope="module")
-def bert(tiny_folder):
-    return open_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=0.0)
-
-
-@pytest.fixture(scope="module")
-def tokens(bert):
-    return tokenize(bert, TEXTS, LENGTH)
+from conftest import in_child, kill_in
 
 
 def refuse():

@@ -307,14 +307,20 @@ def test_float16_halves_the_embeddings(retriever, folder, model, tmp_path):
         assert hits == pytest.approx(expected[qid], abs=1e-3)
 
 
-def test_an_interrupted_build_leaves_nothing_and_goes_on(model, folder, tmp_path, monkeypatch):
+def interrupt_build(retriever, encoder, folder, monkeypatch):
+    """Stop a build after the passages are embedded."""
+
     def fail(*_, **__):
         raise MemoryError("in the middle")
 
     with monkeypatch.context() as patch:
         patch.setattr(retrieval_dense_index, "build_index", fail)
         with pytest.raises(MemoryError):
-            DenseIndex.build(DenseRetriever(model, PASSAGES), "S", str(folder), tmp_path / "index")
+            DenseIndex.build(retriever, "S", str(encoder), folder)
+
+
+def test_an_interrupted_build_leaves_nothing_and_goes_on(model, folder, tmp_path, monkeypatch):
+    interrupt_build(DenseRetriever(model, PASSAGES), folder, tmp_path / "index", monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["index.work"]
     with monkeypatch.context() as patch:  # embedded already
         patch.setattr(encoder_embed, "embed", refuse)
@@ -325,13 +331,7 @@ def test_an_interrupted_build_leaves_nothing_and_goes_on(model, folder, tmp_path
 
 
 def test_what_was_embedded_for_other_texts_is_not_used(model, folder, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise MemoryError("in the middle")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(retrieval_dense_index, "build_index", fail)
-        with pytest.raises(MemoryError):
-            DenseIndex.build(DenseRetriever(model, PASSAGES), "S", str(folder), tmp_path / "index")
+    interrupt_build(DenseRetriever(model, PASSAGES), folder, tmp_path / "index", monkeypatch)
     other = Texts(PASSAGES.ids, [*sentences(42, seed=9)])
     retriever = DenseRetriever(model, other)
     built = DenseIndex.build(retriever, "S", str(folder), tmp_path / "index")

@@ -21,11 +21,10 @@ from scipy.stats import kendalltau, t
 
 from adaptive_margins.book.published import Published, count, minutes
 from adaptive_margins.paper import Reproduction
+from adaptive_margins.paper.frames import TAS_B
 from adaptive_margins.paper.store import StoredRun
 
 DRAWS = 1000
-TEACHER = "wang-zuccon-tas-b"
-"""The external run that the paper's Table 4 tests against, by its key in ``published.yaml``."""
 _CURVE = ["encoder", "in_batch", "batch_size", "triples"]
 _KEYS = {
     "figure3": ["encoder", "in_batch", "target"],
@@ -50,8 +49,8 @@ def published_frames(published: Published) -> dict[str, pd.DataFrame]:
         instance[["rho", "target", "loss"]].astype(float).rename(columns={"loss": "loss_table"})
     )
     three, four = published.scores(3), published.scores(4)
-    teacher = four["key"] == TEACHER
-    four["loss"] = four["loss"].mask(teacher, TEACHER)
+    teacher = four["key"] == TAS_B
+    four["loss"] = four["loss"].mask(teacher, TAS_B)
     return {
         "table2": numbers.reset_index(),
         "table3": three.assign(
@@ -387,7 +386,7 @@ def to_teacher(of: Evidence, measure: int) -> np.ndarray:
     frame = of.frames["table4"]
     frame = frame[frame["measure"] == list(dict.fromkeys(frame["measure"]))[measure]]
     means = frame.groupby("loss")["value"].mean()
-    return np.array([means.get("Distributed", np.nan) - means.get(TEACHER, np.nan)])
+    return np.array([means.get("Distributed", np.nan) - means.get(TAS_B, np.nan)])
 
 
 STATISTICS: dict[str, Callable[..., np.ndarray | pd.Series]] = {
@@ -450,7 +449,7 @@ def several_models(of: Evidence) -> str:
 
 def teacher_supplied(of: Evidence) -> str:
     """The run of a teacher-distilled encoder has to be supplied."""
-    if TEACHER in set(of.frames["table4"]["loss"]):
+    if TAS_B in set(of.frames["table4"]["loss"]):
         return ""
     return "No run of a teacher-distilled encoder is available."
 

@@ -55,13 +55,17 @@ def comparison(
 ) -> pd.DataFrame:
     """Scores of Table 3 or 4 that the paper prints for the same row, set and measure.
 
-    Args: data: the frame of Table 3 or 4. published: the paper's numbers. table: which of the two
-        tables. models: this profile's encoder name → model as printed; others are written by
-        `encoder_label`. supplied: for Table 3, the frame of Table 4 with supplied runs; Table 4's
-        frame has them.
+    Args:
+        data: the frame of Table 3 or 4.
+        published: the paper's numbers.
+        table: which of the two tables.
+        models: this profile's encoder name → model as printed; others are written by
+            `encoder_label`.
+        supplied: for Table 3, the frame of Table 4 with supplied runs; Table 4's frame has them.
 
-    Returns: One row a score: key, name and in_batch of the published row; set; measure (this
-        run's); ours, published and their difference (ours - published); verdict ("within ±.02" once
+    Returns:
+        One row a score: key, name and in_batch of the published row; set; measure (this run's);
+        ours, published and their difference (ours - published); verdict ("within ±.02" once
         rounded to three decimals, "higher", "lower"); printed (the number in the paper, as text);
         supplied (the name of the run that ``published`` was computed from, or ""); run_id. No rows
         where nothing matches.

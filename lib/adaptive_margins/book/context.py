@@ -172,8 +172,8 @@ def index_cost(reproduction: Reproduction, data: pd.DataFrame) -> pd.DataFrame:
     """What approximate search costs the runs of Table 3: a row a run, set and measure.
 
     Columns: encoder, run_id, set, measure, full (by the FAISS index), exact (every passage
-        compared),
-    difference, recall (share of the exact search's passages that the index finds), index.
+    compared), difference, recall (share of the exact search's passages that the index finds) and
+    index (its kind).
     """
     p = reproduction.profile
     rows = []

@@ -284,12 +284,17 @@ def datasheet(
 ) -> str:
     """The data sheet in MyST Markdown.
 
-    Args: collection: what is described. candidates: set → the run that encoders rerank. bm25: set →
-        measure in ir_measures' notation → BM25's value. official: whether the candidates come with
-        the collection. scored: set → judgements of the queries that candidates and measures are of;
-        by default all. relevant: the least grade of a relevant passage. book: whether it is a page
-        of the book, which has a bibliography; else references are listed. note: a paragraph of
-        plain text below the first one. runs: "runs" of `collection_facts`.
+    Args:
+        collection: what is described.
+        candidates: set → the run that encoders rerank.
+        bm25: set → measure in ir_measures' notation → BM25's value.
+        official: whether the candidates come with the collection.
+        scored: set → judgements of the queries that candidates and measures are of; by default all.
+        relevant: the least grade of a relevant passage.
+        book: whether it is a page of the book, which has a bibliography; else references are
+            listed.
+        note: a paragraph of plain text below the first one.
+        runs: "runs" of `collection_facts`.
     """
     sets = sorted(collection.queries, key=lambda n: (_SETS.index(n) if n in _SETS else 9, n))
     scored = scored or collection.qrels

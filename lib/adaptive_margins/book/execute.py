@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import ast
 import json
-import multiprocessing
 import os
 import re
 import sys
-import threading
 import time
 from collections.abc import Mapping
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import nbformat
@@ -24,6 +21,7 @@ import papermill
 
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import write_text
+from adaptive_margins.processes import end_with_parent
 
 START_TIMEOUT = 300
 """Seconds a kernel may take to start; on a busy machine importing torch alone takes ten."""
@@ -176,14 +174,7 @@ def tidied(executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def worker_settings(environment: Mapping[str, str]) -> None:
     """Prepare a worker process: the environment of its kernels, and its end with the build's."""
     os.environ.update(environment)
-    if (parent := multiprocessing.parent_process()) is None:
-        return
-
-    def end_with_parent() -> None:
-        wait([parent.sentinel])
-        os._exit(1)  # the kernel watches this process in the same way
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()  # the kernel watches this process in the same way
 
 
 def paths_to_hide(**places: Path) -> dict[str, str]:

@@ -23,7 +23,7 @@ from adaptive_margins.book.render import render
 from adaptive_margins.book.style import measure_label
 from adaptive_margins.paper import Reproduction
 from adaptive_margins.paper.runner import describe as describe_run
-from adaptive_margins.paper.store import StoredRun
+from adaptive_margins.paper.store import StoredRun, package_versions
 from adaptive_margins.profiles.config import Profile
 from adaptive_margins.progress import clock
 
@@ -68,13 +68,8 @@ def versions() -> dict[str, str]:
     """Python and every direct dependency, the installed FAISS included → version."""
     named = importlib.metadata.requires("adaptive-margins") or []
     names = [re.split(r"[^\w.-]", line)[0] for line in named if "extra ==" not in line]
-    found = {"Python": platform.python_version()}
-    for name in [*names, "faiss-cpu", "faiss-gpu-cu12", "faiss"]:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # only one FAISS is installed
-    return found
+    found = package_versions([*names, "faiss-cpu", "faiss-gpu-cu12", "faiss"])
+    return {"Python": platform.python_version(), **found}
 
 
 def machine() -> dict[str, str]:

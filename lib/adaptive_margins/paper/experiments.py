@@ -34,11 +34,11 @@ class Experiments:
         """BM25's order of the candidates, and of all passages."""
         version = f"bm25s {importlib.metadata.version('bm25s')} lucene"
         sets = tuple(self.inputs.evaluated_sets)
-        return BM25Run(**self._common(), **self._full(), version=version, rerank_sets=sets)
+        return BM25Run(**self._common(), **self.full_ranking(), version=version, rerank_sets=sets)
 
     def zero_shot_run(self, encoder: str) -> ZeroShotRun:
         """The pretrained encoder: step 0 of all its training runs."""
-        return ZeroShotRun(**self._encoder_values(encoder), **self._full())
+        return ZeroShotRun(**self._encoder_values(encoder), **self.full_ranking())
 
     def training_run(self, encoder: str, **values: Any) -> TrainingRun:
         """A training run with the profile's values, and ``values`` (fields of TrainingRun) instead.
@@ -98,7 +98,7 @@ class Experiments:
             "keep": s.keep,
             "validation": s.validation or self.profile.sets.validation,
         }
-        common = {**self._curve(s, s.batch_sizes[0]), **_overrides(s), **self._full()}
+        common = {**self._curve(s, s.batch_sizes[0]), **_overrides(s), **self.full_ranking()}
         return self.training_run(encoder, **{**own, **common, **values})
 
     def variant_run(self, encoder: str, target: str, in_batch: bool) -> TrainingRun:
@@ -176,7 +176,8 @@ class Experiments:
             "rerank_measures": p.measures.rerank,
         }
 
-    def _full(self) -> dict[str, Any]:
+    def full_ranking(self) -> dict[str, Any]:
+        """The fields of a run that is ranked in full on the test sets."""
         measures = self.profile.measures
         return {
             "test_sets": self.profile.sets.tests,

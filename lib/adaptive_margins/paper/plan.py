@@ -173,6 +173,7 @@ class _Previous:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.versions = package_versions()
         self.known: dict[str, list[dict[str, Any]]] = {}
         for file in sorted(store.folder.glob("[!.]*/config.json")):
             config = read_object(file)
@@ -186,7 +187,7 @@ class _Previous:
     def why(self, config: RunConfig, inputs: Inputs) -> str:
         """Why a run is missing though a similar one is finished, or how a finished one is stale."""
         if self.store.has(config):
-            then, now = self.store.get(config).result.get("versions", {}), package_versions()
+            then, now = self.store.get(config).result.get("versions", {}), self.versions
             changed = [f"{p} {then.get(p, '—')} → {now[p]}" for p in now if then.get(p) != now[p]]
             return f"computed with other packages: {', '.join(changed)}" if then and changed else ""
         if (inputs.home / "cache" / "work" / config.run_id).is_dir():

@@ -110,12 +110,7 @@ class Differences:
 
     def grid(self) -> dict[float, list[TrainingRun]]:
         """ε → Figure 3's run without in-batch negatives per seed, ranked on the test sets too."""
-        measures = self.profile.measures
-        full = {
-            "test_sets": self.profile.sets.tests,
-            "full_measures": measures.full,
-            "full_depth": measures.full_depth,
-        }
+        full = self.reproduction.experiments.full_ranking()
         static = self.reproduction.experiments.static_run
         return {
             t: [static(self.encoder, t, False, s).model_copy(update=full) for s in self.seeds]
@@ -337,8 +332,7 @@ class Differences:
         reranking.
 
         Columns: what, setting, seed, set, measure (the selection measure), value, run_id. ε has a
-            row
-        on every evaluated set, a step on the set by which its run stops.
+        row on every evaluated set, a step on the set by which its run stops.
         """
         rows: list[tuple[Any, ...]] = []
         for target, configs in self.grid().items():

@@ -14,51 +14,17 @@ from adaptive_margins.evaluation import significance
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.runs import RunConfig
 
+_CASE = ["block", "what", "paper", "code", "kind", "set", "measure"]
 COMPARED = [
-    "block",
-    "what",
-    "paper",
-    "code",
-    "kind",
-    "set",
-    "measure",
-    "seed",
-    "epsilon_paper",
-    "epsilon_code",
-    "step_paper",
-    "step_code",
-    "value_paper",
-    "value_code",
-    "difference",
-    "low",
-    "high",
-    "p",
-    "p_adjusted",
-    "comparisons",
-    "verdict",
-    "run_id",
-    "reference_run_id",
+    *_CASE,
+    *("seed", "epsilon_paper", "epsilon_code", "step_paper", "step_code"),
+    *("value_paper", "value_code", "difference", "low", "high"),
+    *("p", "p_adjusted", "comparisons", "verdict", "run_id", "reference_run_id"),
 ]
 SUMMARY = [
-    "block",
-    "what",
-    "paper",
-    "code",
-    "kind",
-    "set",
-    "measure",
-    "value_paper",
-    "value_code",
-    "difference",
-    "low",
-    "high",
-    "lowest",
-    "highest",
-    "p_adjusted",
-    "comparisons",
-    "verdict",
-    "seeds",
-    "runs",
+    *_CASE,
+    *("value_paper", "value_code", "difference", "low", "high", "lowest", "highest"),
+    *("p_adjusted", "comparisons", "verdict", "seeds", "runs"),
 ]
 
 PerQuery = Mapping[str, float]
@@ -128,16 +94,15 @@ def summarise(frames: Iterable[pd.DataFrame]) -> pd.DataFrame:
     Values are means over the runs; ``lowest`` and ``highest`` the extreme mean differences of
     single runs; ``seeds`` and ``runs`` (ids, the paper's side first) are joined by blanks.
     """
-    keys = ["block", "what", "paper", "code", "kind", "set", "measure"]
     tests = ["difference", "low", "high", "p_adjusted", "comparisons", "verdict"]
     rows = []
     for frame in frames:
-        for key, group in frame.groupby(keys, sort=False):
+        for key, group in frame.groupby(_CASE, sort=False):
             each = group["value_code"] - group["value_paper"]
             runs = dict.fromkeys([*group["reference_run_id"], *group["run_id"]])
             rows.append(
                 {
-                    **dict(zip(keys, key, strict=True)),
+                    **dict(zip(_CASE, key, strict=True)),
                     **group[["value_paper", "value_code"]].mean(),
                     **group.iloc[0][tests],
                     "lowest": each.min(),

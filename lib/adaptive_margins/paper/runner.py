@@ -9,13 +9,11 @@ import hashlib
 import multiprocessing
 import os
 import shutil
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from adaptive_margins.files import alone
 from adaptive_margins.paper.experiments import Experiments
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.store import R, Store, StoredRun
+from adaptive_margins.processes import end_with_parent
 from adaptive_margins.profiles.config import Profile
 from adaptive_margins.progress import bar, say
 from adaptive_margins.retrieval.exact import approximation_recall, exact_search, rerank
@@ -358,14 +357,7 @@ def _start_worker(profile: Profile, home: Path) -> None:
     torch.set_num_threads(1)
     _worker = Runner(Inputs(profile, home), Store(home / "runs"))
     gc.freeze()  # the trainer collects garbage after each run; half a million imported objects stay
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
 def _execute(config: RunConfig) -> StoredRun[RunConfig]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,10 +35,13 @@ class StoreError(AdaptiveMarginsError, RuntimeError):
     """An artefact that is missing, damaged or cannot be written, or a run that does not exist."""
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of the installed packages that numbers may depend on; stored with every run."""
+def package_versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
+    """Versions of those packages that are installed.
+
+    By default of the packages that numbers may depend on; these are stored with every run.
+    """
     found = {}
-    for name in _PACKAGES:
+    for name in packages:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
