@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from adaptive_margins.encoder.load import open_encoder, save_encoder
 from adaptive_margins.encoder.speed import packs
-from adaptive_margins.files import check_output, whole_folder
+from adaptive_margins.files import atomic_folder, check_output
 
 TOLERANCE = 1e-4
 """Largest difference between a number of an ONNX embedding and of PyTorch's."""
@@ -96,7 +96,7 @@ def main(model: str, output: str) -> Path:
     encoder = open_encoder(model, device="cpu").eval()
     if packs(encoder):  # packed attention has a loop over the texts
         encoder[0].model.set_attn_implementation("sdpa")
-    with whole_folder(folder, same=lambda _: False) as partial:
+    with atomic_folder(folder, same=lambda _: False) as partial:
         save_encoder(encoder, partial)
         path = partial / "onnx" / "model.onnx"
         path.parent.mkdir()

@@ -19,9 +19,9 @@ from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import (
     WriteError,
     alone,
+    atomic_file,
+    atomic_folder,
     check_output,
-    whole_file,
-    whole_folder,
     working_folder,
     write_text,
 )
@@ -31,15 +31,15 @@ from conftest import in_child
 def test_a_file_appears_when_it_is_whole(tmp_path):
     path = tmp_path / "a" / "b" / "x.npy"
     for content in ("one", "two"):
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_text(content)
             assert partial.parent == path.parent and partial.name.startswith(".x.npy.")
             assert not path.exists() or path.read_text() == "one"
         assert path.read_text() == content
-    with pytest.raises(KeyboardInterrupt), whole_file(path) as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as partial:
         partial.write_text("thr")
         raise KeyboardInterrupt
-    with pytest.raises(ZeroDivisionError), whole_file(path):
+    with pytest.raises(ZeroDivisionError), atomic_file(path):
         _ = 1 / 0  # before anything was written
     assert path.read_text() == "two"
     assert list(path.parent.iterdir()) == [path]
@@ -47,13 +47,13 @@ def test_a_file_appears_when_it_is_whole(tmp_path):
 
 def test_a_folder_appears_when_it_is_whole(tmp_path):
     path = tmp_path / "a" / "x"
-    with pytest.raises(ZeroDivisionError), whole_folder(path) as partial:
+    with pytest.raises(ZeroDivisionError), atomic_folder(path) as partial:
         (partial / "file").write_text("one")
         _ = 1 / 0
     assert list(path.parent.iterdir()) == []
     umask = os.umask(0o027)
     try:
-        with whole_folder(path) as partial:
+        with atomic_folder(path) as partial:
             (partial / "file").write_text("one")
             assert not path.exists()
     finally:
@@ -65,9 +65,9 @@ def test_a_folder_appears_when_it_is_whole(tmp_path):
 
 def fill_two(path: Path, **options) -> None:
     """The second begins and ends while the first is at work."""
-    with whole_folder(path, **options) as slower:
+    with atomic_folder(path, **options) as slower:
         (slower / "who").write_text("slower")
-        with whole_folder(path) as faster:
+        with atomic_folder(path) as faster:
             (faster / "who").write_text("faster")
 
 
@@ -78,13 +78,13 @@ def test_the_first_of_two_folders_is_kept(tmp_path):
         fill_two(tmp_path / "y", same=lambda path: (path / "who").read_text() == "slower")
     assert (tmp_path / "y" / "who").read_text() == "faster"
     (tmp_path / "z").write_text("a file")
-    with pytest.raises(NotADirectoryError), whole_folder(tmp_path / "z"):
+    with pytest.raises(NotADirectoryError), atomic_folder(tmp_path / "z"):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y", "z"]
 
 
 def test_the_last_of_two_files_is_kept(tmp_path):
-    with whole_file(tmp_path / "x") as slower:
+    with atomic_file(tmp_path / "x") as slower:
         slower.write_text("slower")
         write_text(tmp_path / "x", "faster")
         assert (tmp_path / "x").read_text() == "faster"
@@ -115,7 +115,7 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
             (partial / "half" if partial.is_dir() else partial).write_text("ha")
             os.kill(os.getpid(), signal.SIGKILL)
 
-    places = [(whole_file, "x"), (whole_folder, "x"), (whole_folder, "y")]
+    places = [(atomic_file, "x"), (atomic_folder, "x"), (atomic_folder, "y")]
     for context, name in places:
         assert in_child(lambda c=context, n=name: die(c, n)) == "died"
     names = sorted(p.name.split(".")[1] for p in tmp_path.iterdir())
@@ -128,7 +128,7 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
     write_text(tmp_path / "x", "whole")
     left = sorted(p.name for p in tmp_path.iterdir() if not p.name.startswith(".y."))
     assert left == sorted([*others, "x"])
-    with whole_folder(tmp_path / "y"):
+    with atomic_folder(tmp_path / "y"):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, "x", "y"])
 
@@ -138,7 +138,7 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
 
 def through(path: Path, text: str = "through") -> None:
     check_output(path)
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text(text)
 
 
@@ -181,7 +181,7 @@ def test_the_target_of_a_link_is_replaced(tmp_path):
     assert {path.name for path in (tmp_path / "below").iterdir()} == {"real", "new"}
     (tmp_path / "d").symlink_to("below/folder")
     check_output(tmp_path / "d", folder=True)
-    with whole_folder(tmp_path / "d") as partial:
+    with atomic_folder(tmp_path / "d") as partial:
         (partial / "file").touch()
     assert (tmp_path / "below" / "folder" / "file").is_file()
     (tmp_path / "e").symlink_to("e")
@@ -345,6 +345,6 @@ def test_no_module_but_the_library_locks():
 
 def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
     path = tmp_path / "plot.png"
-    with pytest.raises(OSError) as error, whole_file(path):
+    with pytest.raises(OSError) as error, atomic_file(path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert error.value.filename == str(path)

@@ -50,7 +50,7 @@ def is_stdout(path: Path) -> bool:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A file to write, which becomes ``path`` when the block ends, and is removed after an error.
 
     Folders above ``path`` are created; an existing file is replaced, and its mode kept. Of a
@@ -79,7 +79,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path, *, same: Callable[[Path], bool] = Path.is_dir) -> Iterator[Path]:
+def atomic_folder(path: Path, *, same: Callable[[Path], bool] = Path.is_dir) -> Iterator[Path]:
     """A new folder, which becomes ``path`` when the block ends, and is removed after an error.
 
     If something appeared at ``path`` meanwhile (another process did the same work), and ``same`` of
@@ -103,7 +103,7 @@ def whole_folder(path: Path, *, same: Callable[[Path], bool] = Path.is_dir) -> I
 def write_text(path: Path, text: str) -> None:
     """Write a small UTF-8 file atomically; WriteError if it cannot be written."""
     try:
-        with whole_file(path) as partial:
+        with atomic_file(path) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise WriteError(

@@ -10,7 +10,7 @@ from typing import Any
 from adaptive_margins.data.trec import read_marked_run, read_qrels
 from adaptive_margins.errors import ArgumentError
 from adaptive_margins.evaluation.comparison import compare_runs, run_names
-from adaptive_margins.files import whole_file
+from adaptive_margins.files import atomic_file
 
 PLOTS = (".png", ".svg", ".pdf")
 """What the name of a plot may end in."""
@@ -67,5 +67,5 @@ def _draw(found: Mapping[str, Any], path: Path) -> None:
     from adaptive_margins.book.per_query import per_query_figure
 
     matplotlib.use("agg")
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         per_query_figure(found).savefig(partial, format=path.suffix[1:])

@@ -55,7 +55,7 @@ from adaptive_margins.encoder.load import (
 )
 from adaptive_margins.encoder.speed import default_chunks
 from adaptive_margins.evaluation.measures import evaluate
-from adaptive_margins.files import whole_folder, working_folder
+from adaptive_margins.files import atomic_folder, working_folder
 from adaptive_margins.progress import bar, say
 from adaptive_margins.retrieval.dense import DenseRetriever, hybrid
 from adaptive_margins.runs import TrainingRun
@@ -331,7 +331,7 @@ def _versions() -> dict[str, str]:
 def _complete(job: Job, work: Path) -> Iterator[Path]:
     """The output folder; it appears when it is complete."""
     try:
-        with whole_folder(job.output, same=lambda _: False) as partial:
+        with atomic_folder(job.output, same=lambda _: False) as partial:
             yield partial
     except (OSError, SafetensorError) as problem:
         raise FinetuneError(

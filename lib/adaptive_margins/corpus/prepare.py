@@ -30,7 +30,7 @@ from adaptive_margins.data.triples import check_triples, mine_triples
 from adaptive_margins.encoder.load import default_device, prompts
 from adaptive_margins.encoder.tokens import Tokens, count_truncated, tokenize
 from adaptive_margins.evaluation.measures import evaluate, relevant
-from adaptive_margins.files import whole_file
+from adaptive_margins.files import atomic_file
 from adaptive_margins.progress import say
 from adaptive_margins.retrieval.bm25 import BM25, without_hits
 from adaptive_margins.retrieval.dense import DenseRetriever
@@ -325,7 +325,7 @@ def _zero_shot(
     if known is not None:
         retriever.passage_tokens(retriever.rows)  # counts those that are truncated
         return retriever
-    with whole_file(path) as partial, partial.open("wb") as file:
+    with atomic_file(path) as partial, partial.open("wb") as file:
         np.save(file, retriever.embeddings)
     return retriever
 

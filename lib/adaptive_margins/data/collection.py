@@ -13,7 +13,7 @@ from pathlib import Path
 
 from adaptive_margins.data.text import DataError, Problems, read_columns
 from adaptive_margins.data.trec import MAX_GRADE, Judgements, Qrels, qrels_text, read_judgements
-from adaptive_margins.files import whole_folder
+from adaptive_margins.files import atomic_folder
 
 Triple = tuple[str, str, str]
 """Query id, docid of the positive, docid of the negative."""
@@ -152,7 +152,7 @@ class Collection:
         about = {"name": self.name, "fingerprint": self.fingerprint, "sources": self.sources}
         files["sources.json"] = json.dumps(about, indent=2, sort_keys=True) + "\n"
 
-        with whole_folder(folder, same=self._is_in) as partial:
+        with atomic_folder(folder, same=self._is_in) as partial:
             for filename, text in files.items():
                 (partial / filename).write_bytes(text.encode("utf-8"))
 

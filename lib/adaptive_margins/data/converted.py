@@ -34,7 +34,7 @@ from adaptive_margins.data.stored import (
 )
 from adaptive_margins.data.text import DataError, Problems
 from adaptive_margins.data.trec import Run, qrels_text, read_qrels, read_run, run_text
-from adaptive_margins.files import alone, file_sha256, whole_file, whole_folder, write_text
+from adaptive_margins.files import alone, atomic_file, atomic_folder, file_sha256, write_text
 from adaptive_margins.profiles.config import IrDatasetsSettings
 from adaptive_margins.progress import bar
 
@@ -229,7 +229,7 @@ def _write(settings: IrDatasetsSettings, work: Path) -> str:
             files[f"candidates.{name}.run.gz"] = run_text(run, identifier.replace(" ", "-"))
     for name, text in files.items():
         data = text.encode("utf-8")
-        with whole_file(work / name) as partial:
+        with atomic_file(work / name) as partial:
             partial.write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
     _write_triples(settings, work / "triples.arrow", queries.get("train", Texts([], [])), passages)
     return _write_about(settings, work)
@@ -314,7 +314,7 @@ def _move(work: Path, target: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:  # another file system
             raise
-        with whole_folder(target) as partial:
+        with atomic_folder(target) as partial:
             shutil.copytree(work, partial, dirs_exist_ok=True)
         shutil.rmtree(work)
 

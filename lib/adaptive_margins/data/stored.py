@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from adaptive_margins.data.collection import Texts, Triple
 from adaptive_margins.data.text import DataError, Problems
-from adaptive_margins.files import whole_file
+from adaptive_margins.files import atomic_file
 from adaptive_margins.progress import bar
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def write_texts(
     written: list[pa.Array] = []
     count = 0
     pairs = bar(f"writing {what}", pairs, total=expected, unit="texts")
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         with _stream_writer(partial, _TEXTS) as writer:
             for batch in _batches(pairs, _BATCH):
                 for number, (identifier, text) in enumerate(batch, start=count + 1):
@@ -242,7 +242,7 @@ def write_triples(
                         problems.add(Path(what), number, f"unknown {name} {docid!r}")
 
     count = 0
-    with whole_file(Path(path)) as partial:
+    with atomic_file(Path(path)) as partial:
         with _stream_writer(partial, _TRIPLES) as writer:
             for batch in _batches(numbered(), _BATCH):
                 columns = zip(*batch, strict=True)
@@ -257,7 +257,7 @@ def write_triples(
 def select_triples(path: Path, triples: StoredTriples, numbers: np.ndarray) -> None:
     """Write the triples of these row numbers, in their order. The file is written atomically."""
     chosen = pa.table([triples.column(name)[numbers] for name in COLUMNS], schema=_TRIPLES)
-    with whole_file(Path(path)) as partial, _stream_writer(partial, _TRIPLES) as writer:
+    with atomic_file(Path(path)) as partial, _stream_writer(partial, _TRIPLES) as writer:
         writer.write_table(chosen, max_chunksize=_BATCH)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from adaptive_margins.data.text import DataError, Problems, read_lines
-from adaptive_margins.files import whole_file
+from adaptive_margins.files import atomic_file
 
 Qrels = dict[str, dict[str, int]]
 """Query id → docid → grade."""
@@ -102,7 +102,7 @@ def write_run(run: Run, path: Path, tag: str) -> None:
     data = run_text(run, tag).encode("utf-8")
     if path.suffix == ".gz":
         data = gzip.compress(data, mtime=0)
-    with whole_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_bytes(data)
 
 

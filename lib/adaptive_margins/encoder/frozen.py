@@ -25,7 +25,7 @@ from adaptive_margins.encoder.checks import EncoderError, bert_model
 from adaptive_margins.encoder.embed import token_batches
 from adaptive_margins.encoder.load import encoder_identity, layer_count, open_encoder
 from adaptive_margins.encoder.tokens import Tokens
-from adaptive_margins.files import whole_file
+from adaptive_margins.files import atomic_file
 from adaptive_margins.profiles.config import EncoderSettings
 
 
@@ -148,7 +148,7 @@ def cached_states(
         shape = (rows, model.get_embedding_dimension())
         try:
             with ExitStack() as files:
-                partial = {k: files.enter_context(whole_file(paths[k])) for k in missing}
+                partial = {k: files.enter_context(atomic_file(paths[k])) for k in missing}
                 out = {k: _allocate(partial[k], shape) for k in missing}
                 hidden_states(model, tokens, missing, out)
                 for table in out.values():

@@ -16,7 +16,7 @@ from torch import Tensor
 from adaptive_margins import progress
 from adaptive_margins.encoder.arrays import check_same, read_settings
 from adaptive_margins.encoder.checks import EncoderError
-from adaptive_margins.files import alone, whole_folder
+from adaptive_margins.files import alone, atomic_folder
 
 _TEXTS = 8192  # texts given to a tokenizer at a time: what it returns is a hundred times their size
 
@@ -138,7 +138,7 @@ def stored_tokens(
     with alone(folder):
         if not folder.exists():
             try:
-                with whole_folder(folder) as partial:
+                with atomic_folder(folder) as partial:
                     _write_tokens(tokenizer_of(), texts, max_length, partial, chunk)
             except OSError as error:
                 raise EncoderError(f"tokens could not be written to {folder}: {error}") from error

@@ -17,7 +17,7 @@ from adaptive_margins.data.trec import Run, read_run, write_run
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.evaluation.significance import compare
-from adaptive_margins.files import whole_folder
+from adaptive_margins.files import atomic_folder
 from adaptive_margins.runs import RunConfig, read_run_config
 from adaptive_margins.training import TrainingResult
 
@@ -209,7 +209,7 @@ class Store:
         result = {**_scored(evaluations), **_trained(training), **(extra or {})}
         path = self.path(config)
         try:
-            with whole_folder(path) as folder:
+            with atomic_folder(path) as folder:
                 values = json.dumps(config.model_dump(mode="json"), indent=1)
                 (folder / "config.json").write_text(values + "\n")
                 (folder / "result.json").write_text(json.dumps(result) + "\n")

@@ -19,7 +19,13 @@ from adaptive_margins.data.text import DataError, Problems
 from adaptive_margins.data.trec import Run
 from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.encoder.load import encoder_identity, open_encoder
-from adaptive_margins.files import WriteError, file_sha256, whole_folder, working_folder, write_text
+from adaptive_margins.files import (
+    WriteError,
+    atomic_folder,
+    file_sha256,
+    working_folder,
+    write_text,
+)
 from adaptive_margins.retrieval.dense import DenseRetriever
 from adaptive_margins.retrieval.exact import blocks
 from adaptive_margins.retrieval.faiss_index import (
@@ -131,7 +137,7 @@ class DenseIndex:
         try:
             with (
                 working_folder(folder) as work,
-                whole_folder(folder, same=lambda _: False) as partial,
+                atomic_folder(folder, same=lambda _: False) as partial,
             ):
                 _write_index_files(retriever, about, work, partial)
         except OSError as error:
