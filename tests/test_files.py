@@ -18,10 +18,10 @@ import adaptive_margins
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import (
     WriteError,
-    alone,
     atomic_file,
     atomic_folder,
     check_output,
+    locked,
     working_folder,
     write_text,
 )
@@ -237,7 +237,7 @@ def test_an_unwritable_place_is_refused(tmp_path, monkeypatch):
 def test_a_long_name_is_written(tmp_path):
     path = tmp_path / ("ä" * 120)
     through(path)
-    with alone(path):
+    with locked(path):
         assert len(list(tmp_path.iterdir())) == 2
     assert list(tmp_path.iterdir()) == [path]
 
@@ -247,8 +247,8 @@ def test_a_long_name_is_written(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from adaptive_margins.files import alone
-with alone(Path(sys.argv[1])):
+from adaptive_margins.files import locked
+with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
 """
@@ -270,10 +270,10 @@ def test_a_lock_is_waited_for_or_refused(tmp_path, capsys):
     with held(path, 0.5) as process:
         with (
             pytest.raises(WriteError, match=f"another process is writing {path}"),
-            alone(path, wait=False),
+            locked(path, wait=False),
         ):
             pass
-        with alone(path):
+        with locked(path):
             process.wait(20)
             assert process.returncode == 0
     assert capsys.readouterr().err == f"another process is writing {path}: waiting for it\n"
@@ -285,7 +285,7 @@ def test_a_killed_holder_does_not_block(tmp_path):
     with held(path, 60) as process:
         process.kill()
         process.wait()
-    with alone(path, wait=False):
+    with locked(path, wait=False):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -295,10 +295,10 @@ def test_one_at_a_time(tmp_path):
     program = """
 import sys
 from pathlib import Path
-from adaptive_margins.files import alone
+from adaptive_margins.files import locked
 path = Path(sys.argv[1])
 for _ in range(25):
-    with alone(path):
+    with locked(path):
         path.write_text(str(int(path.read_text()) + 1))
 """
     path = tmp_path / "number"

@@ -112,7 +112,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def alone(path: Path, *, wait: bool = True) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold the lock of ``path``, a file next to it that is removed at the end.
 
     Another process that holds it is waited for, with a message. The lock of a process ends with the
@@ -160,7 +160,7 @@ def working_folder(path: Path) -> Iterator[Path]:
     kept = work.exists()
     made = [folder for folder in path.parents if not folder.exists()]
     try:
-        with alone(path, wait=False):
+        with locked(path, wait=False):
             check_output(path, folder=True)  # another process may have written it just now
             try:
                 yield work

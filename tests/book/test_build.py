@@ -20,7 +20,7 @@ from adaptive_margins.book import build as build_module
 from adaptive_margins.book import pages
 from adaptive_margins.book.build import BuildError, Site, build, select
 from adaptive_margins.book.execute import NotebookError, execute, parameter_defaults
-from adaptive_margins.files import WriteError, alone
+from adaptive_margins.files import WriteError, locked
 from adaptive_margins.profiles.config import load_profile
 from conftest import run_config
 
@@ -251,7 +251,7 @@ def test_a_full_disk_leaves_no_page_and_no_receipt(site, tmp_path, monkeypatch):
 def test_two_builds_do_not_mix(tmp_path):
     write_notebook(tmp_path / "notebooks" / "01_x.ipynb")
     (tmp_path / "_config.yml").touch()
-    with alone(tmp_path / "_build"), pytest.raises(WriteError, match="another process is writing"):
+    with locked(tmp_path / "_build"), pytest.raises(WriteError, match="another process is writing"):
         build("smoke", home=tmp_path, source=tmp_path)
 
 

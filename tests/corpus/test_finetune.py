@@ -29,7 +29,7 @@ from adaptive_margins.corpus.validation import Validation, gain
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.errors import ArgumentError
 from adaptive_margins.evaluation.measures import Evaluation
-from adaptive_margins.files import WriteError, alone
+from adaptive_margins.files import WriteError, locked
 from adaptive_margins.training import TrainingError, newest_checkpoint
 from conftest import SPECIAL, in_child, kill_in, write_tokenizer
 
@@ -292,7 +292,7 @@ def test_an_output_that_holds_something_is_left_alone(tmp_path):
         finetune("no such folder", tmp_path)
     with pytest.raises(WriteError, match="is not an empty folder"):
         finetune("no such folder", tmp_path / "thesis.txt")
-    with alone(tmp_path / "new"), pytest.raises(WriteError, match="another process is writing"):
+    with locked(tmp_path / "new"), pytest.raises(WriteError, match="another process is writing"):
         finetune("no such folder", tmp_path / "new")
     assert (tmp_path / "thesis.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -24,7 +24,7 @@ from adaptive_margins.encoder.load import (
     save_encoder,
     weights_folder,
 )
-from adaptive_margins.files import WriteError, alone
+from adaptive_margins.files import WriteError, locked
 from adaptive_margins.profiles.config import EncoderSettings
 from adaptive_margins.retrieval import dense as retrieval_dense
 from adaptive_margins.retrieval import dense_index as retrieval_dense_index
@@ -341,7 +341,7 @@ def test_what_was_embedded_for_other_texts_is_not_used(model, folder, tmp_path, 
 def test_what_cannot_be_indexed(built, retriever, model, folder, tmp_path):
     with pytest.raises(WriteError, match="it exists and is not an empty folder"):
         DenseIndex.build(retriever, "S", str(folder), built.folder)
-    with alone(tmp_path / "locked"), pytest.raises(WriteError, match="another process is writing"):
+    with locked(tmp_path / "locked"), pytest.raises(WriteError, match="another process is writing"):
         DenseIndex.build(retriever, "S", str(folder), tmp_path / "locked")
     with pytest.raises(DataError, match=r"S: none of the 2 passages has a text"):
         empty = DenseRetriever(model, Texts(["a", "b"], ["", " "]))

@@ -35,7 +35,7 @@ from adaptive_margins.book.execute import (
     worker_settings,
 )
 from adaptive_margins.errors import AdaptiveMarginsError
-from adaptive_margins.files import HOME_VARIABLE, alone, file_sha256, read_object, write_text
+from adaptive_margins.files import HOME_VARIABLE, file_sha256, locked, read_object, write_text
 from adaptive_margins.files import home as default_home
 from adaptive_margins.profiles.config import Profile, load_profile
 from adaptive_margins.progress import bar, clock, say
@@ -100,7 +100,7 @@ def build(
     for notebook in chosen:
         check_parameters(notebook, site.parameters(notebook))
     site.pages.mkdir(parents=True, exist_ok=True)
-    with alone(home / "_build", wait=False):
+    with locked(home / "_build", wait=False):
         if run is not None:
             run()
         site.execute(chosen, force=force)

@@ -34,7 +34,7 @@ from adaptive_margins.data.stored import (
 )
 from adaptive_margins.data.text import DataError, Problems
 from adaptive_margins.data.trec import Run, qrels_text, read_qrels, read_run, run_text
-from adaptive_margins.files import alone, atomic_file, atomic_folder, file_sha256, write_text
+from adaptive_margins.files import atomic_file, atomic_folder, file_sha256, locked, write_text
 from adaptive_margins.profiles.config import IrDatasetsSettings
 from adaptive_margins.progress import bar
 
@@ -181,7 +181,7 @@ def convert(settings: IrDatasetsSettings, work: Path, collections: Path) -> Stor
         DataError: an unknown ir_datasets id, or one without what is needed from it; malformed,
             unknown or repeated ids; a number that differs from ``settings.counts``.
     """
-    with alone(work):
+    with locked(work):
         work.mkdir(exist_ok=True)
         receipt = work / "fingerprint"
         if receipt.is_file():

@@ -21,7 +21,7 @@ from adaptive_margins import progress
 from adaptive_margins.encoder.arrays import check_same, read_array, read_settings
 from adaptive_margins.encoder.checks import EmbeddingError, EncoderError, one_line
 from adaptive_margins.encoder.tokens import Tokens
-from adaptive_margins.files import alone, write_text
+from adaptive_margins.files import locked, write_text
 
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
@@ -171,7 +171,7 @@ def embed_shards(
             f" {settings}, {devices!r}"
         )
     path, about = folder / "embeddings.npy", folder / "shards.json"
-    with alone(folder):
+    with locked(folder):
         done: list[int] = []
         if about.exists():
             found = read_settings(about)

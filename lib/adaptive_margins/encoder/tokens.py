@@ -16,7 +16,7 @@ from torch import Tensor
 from adaptive_margins import progress
 from adaptive_margins.encoder.arrays import check_same, read_settings
 from adaptive_margins.encoder.checks import EncoderError
-from adaptive_margins.files import alone, atomic_folder
+from adaptive_margins.files import atomic_folder, locked
 
 _TEXTS = 8192  # texts given to a tokenizer at a time: what it returns is a hundred times their size
 
@@ -135,7 +135,7 @@ def stored_tokens(
         EncoderError: the folder holds tokens of other texts, is damaged, or cannot be written.
     """
     folder = Path(folder)
-    with alone(folder):
+    with locked(folder):
         if not folder.exists():
             try:
                 with atomic_folder(folder) as partial:

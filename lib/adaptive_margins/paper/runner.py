@@ -25,7 +25,7 @@ from adaptive_margins.encoder.embed import embed, embed_shards
 from adaptive_margins.encoder.frozen import LoadedEncoder
 from adaptive_margins.encoder.load import save_encoder
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
-from adaptive_margins.files import alone
+from adaptive_margins.files import locked
 from adaptive_margins.paper.experiments import Experiments
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.store import R, Store, StoredRun
@@ -144,7 +144,7 @@ class Runner:
         computes the same run, this call waits for it and returns its result.
         """
         work = self.inputs.home / "cache" / "work" / config.run_id
-        with alone(work):
+        with locked(work):
             if self.store.has(config):
                 return self.store.get(config)
             if isinstance(config, BM25Run):
