@@ -30,7 +30,7 @@ from adaptive_margins.corpus.finetuned import RUNS, Finetuned, compared
 from adaptive_margins.corpus.settings import FinetuneError, Settings, Target
 from adaptive_margins.corpus.validation import SELECTION
 from adaptive_margins.data.collection import Collection
-from adaptive_margins.data.mining import guard
+from adaptive_margins.data.mining import filter_negatives
 from adaptive_margins.data.stored import seeded_order
 from adaptive_margins.data.trec import top
 from adaptive_margins.data.triples import mine_triples
@@ -294,7 +294,8 @@ def batch(
 ) -> tuple[pd.DataFrame, Embeddings]:
     """Return a triple for each of ``size`` test queries, and its embeddings by an encoder.
 
-    A triple is a query, a relevant passage, and one that BM25 finds and nobody judged (`guard`).
+    A triple is a query, a relevant passage, and an unjudged one that BM25 finds
+    (`filter_negatives`).
 
     Returns:
         Columns qid, positive, negative; and query, positive, negative, each (B, D) of length 1.
@@ -302,7 +303,7 @@ def batch(
     qrels, passages = done.qrels, collection.passages
     qids = sorted(qrels)
     judged = {qids[row]: qrels[qids[row]] for row in seeded_order(len(qids), seed)[: 4 * size]}
-    found, _ = guard(done.run("bm25"), judged, passages, similarity=None, seed=seed)
+    found, _ = filter_negatives(done.run("bm25"), judged, passages, similarity=None, seed=seed)
     judged = {qid: judged[qid] for qid in found}
     count = max(1, min(size, len(judged)))
     triples = mine_triples(judged, found, passages, count=count, seed=seed)

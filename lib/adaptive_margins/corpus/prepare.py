@@ -20,7 +20,7 @@ import numpy as np
 from adaptive_margins.corpus.settings import FinetuneError, Job, Settings
 from adaptive_margins.corpus.validation import Validation, with_positive
 from adaptive_margins.data.collection import Collection, Texts, Triple
-from adaptive_margins.data.mining import guard
+from adaptive_margins.data.mining import filter_negatives
 from adaptive_margins.data.pseudo_queries import about, pseudo_collection
 from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.splits import MOST_TEST, MOST_VALIDATION, split_queries
@@ -156,16 +156,16 @@ def mined_triples(
         return scores
 
     found = miner.search(texts, settings.negatives_depth)
-    candidates, guarded = guard(found, qrels, passages, similarity=similarity, seed=seed)
+    candidates, counts = filter_negatives(found, qrels, passages, similarity=similarity, seed=seed)
     if not candidates:
-        raise FinetuneError(f"{collection.name} has no triple to train on; {guarded.none_left()}")
+        raise FinetuneError(f"{collection.name} has no triple to train on; {counts.none_left()}")
     qrels = {qid: qrels[qid] for qid in candidates}
     triples = mine_triples(qrels, candidates, passages, count=count, seed=seed)
     positives = {qid: sum(grade > 0 for grade in judged.values()) for qid, judged in qrels.items()}
     facts = {
         "available": sum(len(hits) * positives[qid] for qid, hits in candidates.items()),
         "negatives": "bm25" if isinstance(miner, BM25) else "encoder",
-        "guarded": dataclasses.asdict(guarded),
+        "guarded": dataclasses.asdict(counts),
     }
     return triples, facts
 

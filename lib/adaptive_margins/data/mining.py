@@ -29,8 +29,8 @@ _RANDOM = 10  # random passages that a query without any other negative may get
 
 
 @dataclass(frozen=True)
-class Guarded:
-    """What `guard` examined and dropped; a candidate counts once, for the first filter.
+class FilterCounts:
+    """What `filter_negatives` examined and dropped; a candidate counts once, for the first filter.
 
     Attributes:
         queries: queries with a positive that has a text.
@@ -74,9 +74,9 @@ class Guarded:
         )
 
 
-def guard(
+def filter_negatives(
     candidates: Run, qrels: Qrels, passages: Texts, *, similarity: Similarity | None, seed: int = 1
-) -> tuple[Run, Guarded]:
+) -> tuple[Run, FilterCounts]:
     """Drop candidates that are relevant, or may be although they are not judged (false negatives).
 
     In this order: judged passages, passages without text, passages with a positive's text, near
@@ -118,7 +118,7 @@ def guard(
             positives[qid] = found
 
     wanted = {qid: candidates.get(qid, {}) for qid in positives}
-    kept, dropped = _guarded(wanted, positives, qrels, passages, similarity)
+    kept, dropped = _filtered(wanted, positives, qrels, passages, similarity)
 
     drawn: Run = {}
     for qid in positives:
@@ -126,10 +126,10 @@ def guard(
             rng = random.Random(f"{seed} {qid} negatives")
             rows = rng.sample(range(len(passages)), min(len(passages), 5 * _RANDOM))
             drawn[qid] = {passages.ids[row]: 0.0 for row in rows}
-    instead, _ = _guarded(drawn, positives, qrels, passages, similarity)
+    instead, _ = _filtered(drawn, positives, qrels, passages, similarity)
     for qid, hits in instead.items():
         kept[qid] = dict(list(hits.items())[:_RANDOM])
-    return {qid: hits for qid, hits in kept.items() if hits}, Guarded(
+    return {qid: hits for qid, hits in kept.items() if hits}, FilterCounts(
         queries=len(positives),
         candidates=sum(len(hits) for hits in wanted.values()),
         **dropped,
@@ -138,7 +138,7 @@ def guard(
     )
 
 
-def _guarded(
+def _filtered(
     candidates: Run,
     positives: Mapping[str, Sequence[str]],
     qrels: Qrels,
@@ -192,7 +192,7 @@ def _words(text: str) -> list[str]:
 
 
 def _resembles(form: _Form, positives: Sequence[_Form]) -> str:
-    """Why a candidate may be relevant by its text alone, as `Guarded` names it; "" if it is not."""
+    """The field of `FilterCounts` that a candidate is dropped for by its text; "" if for none."""
     if form.text is None:
         return "without_text"
     if any(form.text == other.text for other in positives):

@@ -81,7 +81,7 @@ def sample_triples(
 def mine_triples(
     qrels: Qrels, candidates: Run, passages: Texts, *, count: int, seed: int
 ) -> list[Triple]:
-    """Draw ``count`` triples of the best 100 candidates of `mining.guard`, as `sample_triples`.
+    """Draw ``count`` triples as `sample_triples`, from the best 100 of `filter_negatives`.
 
     A positive has at least grade 1, and a text.
 
