@@ -324,7 +324,7 @@ def test_ranks_that_contradict_scores_and_scores_that_tie_are_told_once_a_file(t
     contradict, tie = warned(written(tmp_path / "x.run", "\n".join(lines) + "\n"))
     assert contradict.startswith("ranks contradict scores") and "(2 of 6 queries)" in contradict
     assert "all scores" in tie and "(1 of 6 queries)" in tie
-    assert warned(tmp_path / "x.run", own=True) == []
+    assert warned(tmp_path / "x.run", trusted=True) == []
 
 
 def test_a_run_that_was_written_here_has_no_contradiction(tmp_path):

@@ -63,16 +63,16 @@ class Finetuned:
     @property
     def queries(self) -> Texts:
         """The test queries."""
-        return read_queries(self.folder / "queries.test.tsv", own=True)
+        return read_queries(self.folder / "queries.test.tsv", trusted=True)
 
     @property
     def qrels(self) -> Qrels:
         """The judgements of the test queries."""
-        return read_qrels(self.folder / "qrels.test.txt", own=True)
+        return read_qrels(self.folder / "qrels.test.txt", trusted=True)
 
     def run(self, name: str) -> Run:
         """The ranking of all passages for the test queries by one of `RUNS`."""
-        return read_run(self.folder / "runs" / f"{name}.test.run.gz", own=True)
+        return read_run(self.folder / "runs" / f"{name}.test.run.gz", trusted=True)
 
     def per_query(self, measure: str = SELECTION) -> pd.DataFrame:
         """Return the values of a measure: a row per test query with judgements.

@@ -238,16 +238,16 @@ def read_about(path: Path, problems: Problems) -> dict:
     return {"name": "", "fingerprint": "", "sources": {}}
 
 
-def read_queries(path: Path, *, own: bool = False) -> Texts:
+def read_queries(path: Path, *, trusted: bool = False) -> Texts:
     """Read query ids and queries, a line each with a tab between them.
 
-    ``own``: whether this library wrote the file: then it may be empty.
+    ``trusted``: whether this library wrote the file: then it may be empty.
 
     Raises:
         DataError: names the first line of each kind of fault.
     """
     problems = Problems()
-    queries = read_texts(Path(path), problems, empty=own)
+    queries = read_texts(Path(path), problems, empty=trusted)
     problems.check()
     return queries
 

@@ -98,12 +98,12 @@ class StoredCollection(Collection):
 def _open(folder: Path, name: str, sources: dict[str, str], fingerprint: str) -> StoredCollection:
     passages = StoredTexts(folder / "passages.arrow")
     queries = {
-        path.name.split(".")[1]: read_queries(path, own=True)
+        path.name.split(".")[1]: read_queries(path, trusted=True)
         for path in sorted(folder.glob("queries.*.tsv"))
     }
-    qrels = {part: read_qrels(folder / f"qrels.{part}.txt", own=True) for part in queries}
+    qrels = {part: read_qrels(folder / f"qrels.{part}.txt", trusted=True) for part in queries}
     candidates = {
-        path.name.split(".")[1]: read_run(path, own=True)
+        path.name.split(".")[1]: read_run(path, trusted=True)
         for path in sorted(folder.glob("candidates.*.run.gz"))
     }
     train = queries.get("train", Texts([], []))

@@ -117,12 +117,12 @@ def run_tag(name: str, run: Run, depth: int, passages: int) -> str:
     return f"{name}+complete{most}" if most < depth or most >= passages else name
 
 
-def read_run(path: Path, *, own: bool = False) -> Run:
+def read_run(path: Path, *, trusted: bool = False) -> Run:
     """Read the run of `read_marked_run`."""
-    return read_marked_run(path, own=own)[0]
+    return read_marked_run(path, trusted=trusted)[0]
 
 
-def read_marked_run(path: Path, *, own: bool = False) -> tuple[Run, bool]:
+def read_marked_run(path: Path, *, trusted: bool = False) -> tuple[Run, bool]:
     """Read a TREC run, gzipped or not, and whether it is marked as complete (`run_tag`).
 
     Ranks and the order of lines are ignored, as in trec_eval; a UserWarning is given if ranks
@@ -130,7 +130,7 @@ def read_marked_run(path: Path, *, own: bool = False) -> tuple[Run, bool]:
 
     Args:
         path: a file, or a pipe.
-        own: whether this library wrote it: then it may be empty, and there are no warnings.
+        trusted: whether this library wrote it: then it may be empty, and there are no warnings.
 
     Raises:
         DataError: the file is empty or of another kind; or names the first line of each kind of
@@ -142,7 +142,7 @@ def read_marked_run(path: Path, *, own: bool = False) -> tuple[Run, bool]:
     run: Run = {}
     ranks: dict[str, array[float]] = {}
     tags: set[str] = set()
-    for number, line in read_lines(path, problems, empty=own):
+    for number, line in read_lines(path, problems, empty=trusted):
         cells = line.split()
         if len(cells) != 6 or cells[0] == "#":
             problems.add(path, number, _no_run(line, cells))
@@ -161,7 +161,7 @@ def read_marked_run(path: Path, *, own: bool = False) -> tuple[Run, bool]:
             problems.add(path, number, f"passage {docid!r} occurs twice for query {qid!r}")
         else:
             hits[docid] = value
-            if not own:
+            if not trusted:
                 ranks.setdefault(qid, array("d")).append(_number(rank))
     problems.check()
     _check_order(path, run, ranks)
@@ -284,10 +284,10 @@ def qrels_text(qrels: Qrels) -> str:
     )
 
 
-def read_qrels(path: Path, *, own: bool = False) -> Qrels:
+def read_qrels(path: Path, *, trusted: bool = False) -> Qrels:
     """Read judgements: query id, any, docid, grade; or BEIR's three columns under their header.
 
-    ``own``: whether this library wrote the file: then it may be empty.
+    ``trusted``: whether this library wrote the file: then it may be empty.
 
     Raises:
         DataError: there are no judgements, or the file is of another kind; or names the first line
@@ -297,7 +297,7 @@ def read_qrels(path: Path, *, own: bool = False) -> Qrels:
     """
     problems = Problems()
     qrels: Qrels = {}
-    for _, qid, docid, grade in read_judgements(Path(path), problems, empty=own):
+    for _, qid, docid, grade in read_judgements(Path(path), problems, empty=trusted):
         qrels.setdefault(qid, {})[docid] = grade
     problems.check()
     return qrels

@@ -177,7 +177,7 @@ class Inputs:
         path = self.home / "collections" / self.fingerprint / f"{name}.run.gz"
         if not path.is_file():
             write_run(compute(), path, BM25_NAME)
-        return read_run(path, own=True)
+        return read_run(path, trusted=True)
 
     @functools.cache  # noqa: B019
     def candidate_rows(self, query_set: str) -> np.ndarray:

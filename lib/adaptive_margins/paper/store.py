@@ -164,7 +164,7 @@ def _read_result(file: Path) -> dict[str, Any]:
 def _read_ranking(file: Path) -> Run:
     if not file.stat().st_size:
         raise ValueError("the file is empty")  # without any hit, it would still be a gzip file
-    return read_run(file, own=True)
+    return read_run(file, trusted=True)
 
 
 class Store:
