@@ -48,7 +48,7 @@ bench: $(STAMP)  ## time training, encoding and the loss against Sentence Transf
 	$(BIN)/python benchmarks/pages.py
 
 bench-full: $(STAMP)  ## time a large encoder, reranking, memory, and how things grow (an hour)
-	$(BIN)/python benchmarks/full.py
+	$(BIN)/python benchmarks/run.py --parts rerank large memory growth index
 	$(BIN)/python benchmarks/pages.py
 
 clean:  ## remove the built book and caches of tools; keeps .venv, runs/, collections/ and cache/

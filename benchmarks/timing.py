@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -17,6 +16,7 @@ import numpy as np
 import psutil
 import torch
 
+from adaptive_margins.book import pages
 from adaptive_margins.files import write_text
 
 LATEST = Path(__file__).parent / "latest.json"
@@ -38,22 +38,13 @@ def use_processor_time() -> None:
     torch.set_num_threads(1)
 
 
-def machine() -> str:
-    """Processor, threads and the version of torch."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    counted = "processor time" if _clock is time.process_time else "wall time"
-    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
-    return f"{model}, {os.cpu_count()} cores, {threads}, {counted}, torch {torch.__version__}"
-
-
 def stamp() -> dict[str, str]:
     """Where and when a figure was measured."""
-    return {"machine": machine(), "date": datetime.date.today().isoformat()}
+    counted = "processor time" if _clock is time.process_time else "wall time"
+    threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
+    parts = [pages.machine()["processor"], f"{os.cpu_count()} cores", threads, counted]
+    machine = ", ".join([*parts, f"torch {torch.__version__}"])
+    return {"machine": machine, "date": datetime.date.today().isoformat()}
 
 
 def rounds(
@@ -61,17 +52,17 @@ def rounds(
 ) -> dict[str, list[float]]:
     """What each contestant returns (seconds or a rate) in each of ``number`` rounds; their order turns round by round.
 
-    It is said on stderr if other processes had more than a twentieth of the processor meanwhile.
+    A line on stderr warns if other processes used more than a twentieth of the processor meanwhile.
     """
     names = list(contestants)
     found: dict[str, list[float]] = {name: [] for name in names}
-    started, busy, own = time.perf_counter(), _busy(), time.process_time()
+    started, busy, used = time.perf_counter(), _busy(), time.process_time()
     for r in range(number):
         for name in names if r % 2 == 0 else reversed(names):
             found[name].append(contestants[name](r))
             print(f"  round {r + 1} of {number}: {name} {found[name][-1]:.4g}", file=sys.stderr)
     seconds = (time.perf_counter() - started) * (os.cpu_count() or 1)
-    others = (_busy() - busy - (time.process_time() - own)) / seconds
+    others = (_busy() - busy - (time.process_time() - used)) / seconds
     if others > 0.05 and _clock is not time.process_time:
         print(
             f"  other processes had {others:.0%} of the processor: measure again", file=sys.stderr
@@ -135,20 +126,17 @@ def keep(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write ``rows`` to ``path``; what it held of other names or settings stays."""
     old = json.loads(path.read_text()) if path.is_file() else []
     new = {(r["name"], r["setting"]) for r in rows}
-    write_rows(path, [r for r in old if (r["name"], r["setting"]) not in new] + rows)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write ``rows`` as JSON in the place of what ``path`` held."""
-    write_text(path, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    kept = [r for r in old if (r["name"], r["setting"]) not in new]
+    write_text(path, json.dumps(kept + rows, indent=1, ensure_ascii=False) + "\n")
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print a line per figure."""
+    """Print a line per figure: of `row`, or of `growth`."""
     for r in rows:
-        low, high = r["spread"]
-        print(
-            f"{r['name']:<58} {r['ratio']:6.2f} [{low:.2f}, {high:.2f}]  {r['ours']:.4g} / {r['peer']:.4g} {r['unit']}"
-            f"  ({r['setting']})",
-            flush=True,
-        )
+        if "sizes" in r:
+            values = dict(zip(r["sizes"], (f"{v:.3g}" for v in r["values"]), strict=True))
+            text = f"exponent {r['exponent']:.2f} {values}"
+        else:
+            low, high = r["spread"]
+            text = f"{r['ratio']:6.2f} [{low:.2f}, {high:.2f}] {r['ours']:.4g} / {r['peer']:.4g}"
+        print(f"{r['name']:<58} {text} {r['unit']}  ({r['setting']})", flush=True)

@@ -1,8 +1,8 @@
 """Build and read triples at the size of MS MARCO: 39.8 million, in seeded random order, in bounded memory.
 
 Synthetic ids and rows, texts of a few characters: what is measured is the file of triples. Building starts from ids as
-ir_datasets yields them; reading goes once through all triples in batches, as training does. Each is a process of its own,
-whose peak resident memory counts the mapped pages of the files, too.
+ir_datasets yields them; reading goes once through all triples in batches, as training does. Each runs in
+a separate process, whose peak resident memory includes the mapped pages of the files.
 
     python benchmarks/triples.py [--triples N] [--batch-size B] [--folder F]
 """
@@ -49,16 +49,15 @@ def triples(count: int, qids: np.ndarray) -> Iterator[tuple[str, str, str]]:
         yield from zip(*(pa.array(c).cast(pa.string()).to_pylist() for c in columns), strict=True)
 
 
-def report(what: str, seconds: float, count: int) -> None:
+def report(what: str, started: float, count: int) -> None:
+    seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(
-        f"{what}: {seconds:.0f} s, {count / seconds:,.0f} a second, peak RSS {peak:.2f} GiB",
-        flush=True,
-    )
+    rate = f"{seconds:.0f} s, {count / seconds:,.0f} a second"
+    print(f"{what}: {rate}, peak RSS {peak:.2f} GiB", flush=True)
 
 
-def size(path: Path) -> str:
-    return f"{path.name} {path.stat().st_size / 1e6:,.0f} MB"
+def stored(folder: Path) -> list[StoredTexts]:
+    return [StoredTexts(folder / f"{name}.arrow") for name in ("queries", "passages")]
 
 
 def build_texts(folder: Path) -> None:
@@ -69,13 +68,11 @@ def build_texts(folder: Path) -> None:
     write_texts(folder / "queries.arrow", texts(qids), what="queries", expected=QUERIES)
     passages = texts(np.arange(PASSAGES))
     write_texts(folder / "passages.arrow", passages, what="passages", expected=PASSAGES)
-    report(
-        "texts (a few characters each) written", time.perf_counter() - started, PASSAGES + QUERIES
-    )
+    report("texts (a few characters each) written", started, PASSAGES + QUERIES)
 
 
 def build_triples(folder: Path, count: int) -> None:
-    queries, passages = (StoredTexts(folder / f"{n}.arrow") for n in ("queries", "passages"))
+    queries, passages = stored(folder)
     qids = np.array(queries.ids[:], dtype=np.int64)
     path = folder / "triples.arrow"
     if path.is_file():
@@ -86,12 +83,12 @@ def build_triples(folder: Path, count: int) -> None:
     print(f"(making {count:,} synthetic triples alone: {time.perf_counter() - started:.0f} s)")
     started = time.perf_counter()
     write_triples(path, triples(count, qids), queries, passages, expected=count)
-    report("triples written, making them included", time.perf_counter() - started, count)
-    print(size(path), flush=True)
+    report("triples written, making them included", started, count)
+    print(f"{path.name} {path.stat().st_size / 1e6:,.0f} MB", flush=True)
 
 
 def read(folder: Path, count: int, batch_size: int) -> None:
-    queries, passages = (StoredTexts(folder / f"{n}.arrow") for n in ("queries", "passages"))
+    queries, passages = stored(folder)
     rows = StoredTriples(folder / "triples.arrow", queries, passages).rows
     batches = BatchSampler(seeded_order(count, 1), batch_size, drop_last=True)
     seen = np.zeros(count, dtype=bool)
@@ -103,7 +100,7 @@ def read(folder: Path, count: int, batch_size: int) -> None:
         seen[numbers] = True
         total += sum(row["positive"] for row in batch)
         done += len(batch)
-    report(f"one pass in batches of {batch_size}", time.perf_counter() - started, done)
+    report(f"one pass in batches of {batch_size}", started, done)
     print(f"{seen.sum():,} different rows, mean passage {total / seen.sum():,.0f} of {PASSAGES:,}")
 
 
@@ -111,9 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--triples", type=int, default=TRIPLES)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument(
-        "--folder", type=Path, help="where to leave the files, and to use those that are there"
-    )
+    parser.add_argument("--folder", type=Path, help="keep the files here, and use existing ones")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)

@@ -18,8 +18,8 @@ from adaptive_margins.losses import MarginLoss
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 with pytest.MonkeyPatch.context() as _patch:  # the scripts import each other by their names
     _patch.syspath_prepend(FOLDER)
-    full, material, pages, run, schemes, timing = map(
-        importlib.import_module, ("full", "material", "pages", "run", "schemes", "timing")
+    material, pages, run, schemes, timing = map(
+        importlib.import_module, ("material", "pages", "run", "schemes", "timing")
     )
 
 WORDS = "the shape of an array is returned unless np.ndarray.reshape raises ValueError: out-of-range".split()  # noqa: SIM905
@@ -165,14 +165,14 @@ def test_rows_replace_their_like_and_leave_the_others(tmp_path):
 
 
 def test_reranking_and_encoding_compare_equal_work(encoder, monkeypatch):
-    monkeypatch.setattr(full, "minilm", lambda _: encoder)
-    rows = full.reranking(2, queries=3, depth=4) + run.encoding(lambda _: encoder, "tiny", 8, 2)
+    monkeypatch.setattr(run, "minilm", lambda _: encoder)
+    rows = run.reranking(2, queries=3, depth=4) + run.encoding(lambda _: encoder, "tiny", 8, 2)
     assert {"name", "ours", "peer", "ratio", "spread", "unit", "setting"} <= rows[0].keys()
     assert all(r["ours"] > 0 and r["peer"] > 0 for r in rows)
 
 
 def test_growth_of_the_index_in_small():
-    rows = full.index_growth((200, 400), dim=8)
+    rows = run.index_growth((200, 400), dim=8)
     assert [r["name"] for r in rows] == ["building an index", "searching it", "searching exactly"]
     assert all(r["sizes"] == [200, 400] and min(r["values"]) > 0 for r in rows)
 
