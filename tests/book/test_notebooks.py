@@ -16,9 +16,9 @@ import pandas as pd
 import pytest
 
 from adaptive_margins.book.claims import rules
+from adaptive_margins.book.context import PARAMETERS, ParameterError, check_parameters
 from adaptive_margins.book.execute import parameter_defaults
 from adaptive_margins.book.pages import OWN
-from adaptive_margins.book.parameters import PARAMETERS, ParameterError, check_parameters
 from adaptive_margins.profiles.config import ProfileError
 from conftest import papermill
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,7 @@ class Site:
         return index
 
 
+@cache
 def library_hash() -> str:
     """Hash of the library's files, as far as they can change a page."""
     digest = hashlib.sha256()

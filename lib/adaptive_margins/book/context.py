@@ -1,29 +1,169 @@
-"""What notebooks show next to figures and tables: set-up, collection, provenance.
+"""What notebooks show next to figures and tables: parameters, set-up, collection, provenance.
 
 Every number comes from the profile, the collection, a run, or the published tables.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
+from typing import Annotated, Any
 
 import pandas as pd
 from IPython.display import Markdown
+from pandas.io.formats.style import Styler
+from pydantic import Field, TypeAdapter, ValidationError
 
 from adaptive_margins.book import tables
-from adaptive_margins.book.parameters import check_parameters as check_parameters
 from adaptive_margins.book.published import load
-from adaptive_margins.book.setup import setup as setup
-from adaptive_margins.book.style import encoder_label
+from adaptive_margins.book.style import encoder_label, measure_label
 from adaptive_margins.book.tables import shorten
 from adaptive_margins.data.collection import Collection
 from adaptive_margins.data.trec import top
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.paper import Reproduction
 from adaptive_margins.paper.frames import external_runs
 from adaptive_margins.paper.store import StoredRun
-from adaptive_margins.profiles.config import available
+from adaptive_margins.profiles.config import CurveSettings, StaticSettings, available
+
+_NUMBER = Annotated[float, Field(allow_inf_nan=False)]
+_NATURAL = Annotated[int, Field(ge=0)]
+_RATE = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_LISTED = Annotated[str, Field(pattern=r"^\d+(,\d+)*$")]
+_NAMED = Annotated[str, Field(pattern="^(adaptive|distributed)$")]
+_TEXT = Annotated[str, Field(pattern=r"\S")], "text"
+_COUNT = Annotated[int, Field(ge=1)] | None, "a whole number from 1 on, or None"
+PARAMETERS: dict[str, tuple[Any, str]] = {
+    "profile": _TEXT,
+    "data_folder": (str, "text, empty for no folder"),
+    "source": _TEXT,
+    "output": _TEXT,
+    "model": _TEXT,
+    "target": (_NUMBER | _NAMED, 'a number, "adaptive" or "distributed"'),
+    "epsilon": (_NUMBER, "a number"),
+    "query_set": (_TEXT[0] | None, "text or None"),
+    "encoder": (_TEXT[0] | None, "text or None"),
+    "first": (_NATURAL, "a whole number from 0 on"),
+    "seed": (_NATURAL | None, "a whole number from 0 on, or None"),
+    "seeds": (_NATURAL | _LISTED | None, 'whole numbers from 0 on, such as "1,2,3", or None'),
+    "triples": _COUNT,
+    "window": _COUNT,
+    "patience": _COUNT,
+    "draws": _COUNT,
+    "learning_rate": (_RATE | None, "a number above 0, or None"),
+}
+"""Parameter of a notebook → its type, and that type in words."""
+OPTIMIZERS = {"adamw_torch_fused": "AdamW", "adamw_torch": "AdamW", "adamw_8bit": "8-bit AdamW"}
+
+
+class ParameterError(AdaptiveMarginsError, ValueError):
+    """A parameter of a notebook has a value of another type; the message names the expected one."""
+
+
+def check_parameters(namespace: Mapping[str, Any]) -> None:
+    """Check the parameters among the `globals` of a notebook.
+
+    Raises:
+        ParameterError: a parameter has a value of another type.
+    """
+    for name, (kind, words) in PARAMETERS.items():
+        if name not in namespace:
+            continue
+        value = namespace[name]
+        try:
+            TypeAdapter(kind).validate_python(value, strict=True)
+        except ValidationError:
+            way_out = ""
+            if words.startswith("text") and value is not None and not isinstance(value, str):
+                way_out = f"; papermill passes {value} as text with -r in the place of -p"
+            raise ParameterError(f"{name} is {value!r}; expected {words}{way_out}") from None
+
+
+# --- set-up ---------------------------------------------------------------------------------------
+
+
+def setup(reproduction: Reproduction, *parts: str) -> Styler:
+    """Parts of the set-up (keys of ``setup`` in ``published.yaml``): the paper's, and this run's.
+
+    Raises:
+        KeyError: an unknown part.
+    """
+    paper, here = load().setup, _setup(reproduction)
+    rows = {part: (paper[part]["text"], here[part]) for part in parts}
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=["Paper", "Here"])
+    styler = frame.rename(index=lambda part: part.replace("_", " ").capitalize()).style
+    caption = f"Set-up, profile {reproduction.profile.name}"
+    return styler.format(escape="html").set_caption(caption).set_uuid("setup")
+
+
+def _setup(reproduction: Reproduction) -> dict[str, str]:
+    p, c = reproduction.profile, reproduction.inputs.collection
+    t, s, comparison = p.training, p.static, p.comparison
+    stopping = comparison.validation or p.sets.validation
+    listed = "passages of BM25" if p.candidates.source == "bm25" else "official BM25 candidates"
+    seeds = [
+        f"{encoder_label(e)} with seeds {', '.join(map(str, dict.fromkeys([p.seed, *more])))}"
+        for e, more in s.seeds.items()
+    ]
+    static = f"ε in {', '.join(f'{x:g}' for x in s.targets)}; {s.triples:,} triples per run"
+
+    def queries(names: Iterable[str]) -> str:
+        return "; ".join(f"{name}, {len(c.queries[name]):,} queries" for name in names)
+
+    def measures(names: Iterable[str]) -> str:
+        return ", ".join(map(measure_label, names))
+
+    return {
+        "collection": f"{c.name}, {len(c.passages):,} passages, {len(c.triples):,} triples",
+        "encoders": "; ".join(
+            f"{encoder_label(name)}: {e.label or e.base}" for name, e in p.encoders.items()
+        ),
+        "lengths": f"at most {p.lengths.query} tokens per query, {p.lengths.passage} per passage",
+        "optimizer": f"{OPTIMIZERS[t.optimizer]}, {t.precision}, learning rate"
+        f" {_rate(t.learning_rate)}, weight decay {t.weight_decay:g}, seed {p.seed}",
+        "tuning": queries([p.sets.validation]),
+        "tests": queries(p.sets.tests),
+        "rerank": f"the first {p.candidates.depth} {listed} are reranked;"
+        f" {measures(p.measures.rerank)}",
+        "full": "every passage is ranked, by a FAISS index sized for the collection and exact"
+        f" re-ranking, to depth {p.measures.full_depth}; {measures(p.measures.full)}",
+        "static": "; ".join([f"{static}, batches of {s.batch_size}", *seeds]) + _own(s),
+        "adaptive": _curve(p.adaptive, p.adaptive.batch_sizes[:1]),
+        "distributed": _curve(p.distributed, p.distributed.batch_sizes),
+        "target_plot": f"rolling mean over {p.target_plot.window} batches, the first and last"
+        f" {p.target_plot.span} batches",
+        "comparison": f"{_curve(comparison, comparison.batch_sizes[:1])}, decay γ ="
+        f" {comparison.decay:g} per step; early stopping after {comparison.patience} evaluations"
+        f" without a gain in {measure_label(p.measures.selection)} on {stopping};"
+        f" {comparison.keep} checkpoint",
+        "reference": f"{encoder_label(p.reference_encoder)}; † against the underlined run",
+    }
+
+
+def _curve(experiment: CurveSettings, batch_sizes: Iterable[int]) -> str:
+    every = (
+        f"every {experiment.evaluate_every:,} triples"
+        if experiment.evaluate_every
+        else f"every {experiment.evaluate_every_steps:,} steps"
+    )
+    triples = "all" if experiment.triples is None else f"{experiment.triples:,}"
+    sizes = " and ".join(map(str, batch_sizes))
+    return f"{triples} triples per run, batches of {sizes}, evaluated {every}{_own(experiment)}"
+
+
+def _own(experiment: StaticSettings | CurveSettings) -> str:
+    """The learning rate and the seed of an experiment, where they are not the profile's."""
+    rate, seed = experiment.learning_rate, experiment.seed
+    text = "" if rate is None else f"; learning rate {_rate(rate)}"
+    return text + ("" if seed is None else f"; seed {seed}")
+
+
+def _rate(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
+
+
+# --- tables and files -----------------------------------------------------------------------------
 
 
 def heading(reproduction: Reproduction) -> str:
