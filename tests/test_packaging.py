@@ -152,7 +152,7 @@ def test_installed_package_has_version_command_and_data():
         "book/printed/table3.csv",
         "book/templates/tables.html",
         "book/figures.mplstyle",
-        "corpus/model_card.md.j2",
+        "book/templates/model_card.md",
     ):
         assert (package / name).is_file(), name
 

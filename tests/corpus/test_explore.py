@@ -228,18 +228,6 @@ def test_texts_are_escaped(helped):
         assert "alert(1)" in html.get_text()
 
 
-def test_the_menu_has_all_queries(helped, monkeypatch):
-    table, calls = explore.changes(helped.done), []
-    monkeypatch.setattr(explore, "interact", lambda draw, **controls: calls.append((draw, controls)))  # fmt: skip
-    explore.browse(helped.done, helped.collection, table)
-    ((draw, controls),) = calls
-    _, menu = controls["qid"]
-    assert list(menu["options"].values()) == table["qid"].tolist()[::-1]
-    assert menu["value"] == table["qid"].iloc[-1]
-    expected = rows_of(explore.side_by_side(helped.done, helped.collection, menu["value"]))
-    assert rows_of(draw(menu["value"])) == expected
-
-
 # ---- a batch -----------------------------------------------------------------------------------------
 
 

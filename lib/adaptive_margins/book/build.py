@@ -336,7 +336,7 @@ def library_hash() -> str:
     """Hash of the library's files, as far as they can change a page."""
     digest = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*")):
-        if file.suffix in (".py", ".yaml", ".csv", ".md", ".html", ".j2"):
+        if file.suffix in (".py", ".yaml", ".csv", ".md", ".html"):
             digest.update(f"{file.relative_to(_PACKAGE)} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
 

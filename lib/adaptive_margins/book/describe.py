@@ -230,7 +230,7 @@ def profile_datasheet(reproduction: Reproduction) -> str:
 
 
 def collection_page(
-    collection: Collection, *, note: str = "", runs: Mapping[str, Mapping[str, Any]] | None = None
+    collection: Collection, *, runs: Mapping[str, Mapping[str, Any]] | None = None
 ) -> str:
     """The data sheet of any collection as an HTML page that loads nothing from elsewhere.
 
@@ -240,7 +240,6 @@ def collection_page(
 
     Args:
         collection: it may have no queries, no triples, and passages without text.
-        note: plain text below the first paragraph, e.g. how the queries were split.
         runs: "runs" of `collection_facts`, to be listed.
     """
     relevant = pydocs.NEAR if is_pydocs(collection) else 1
@@ -254,7 +253,7 @@ def collection_page(
         queries = Texts(list(qrels), [collection.queries[name][qid] for qid in qrels])
         candidates[name] = bm25.search(queries, DEPTH)
         scores[name] = evaluate(qrels, candidates[name], measures).mean
-    options: dict[str, Any] = {"scored": scored, "relevant": relevant, "note": note, "runs": runs}
+    options: dict[str, Any] = {"scored": scored, "relevant": relevant, "runs": runs}
     text = datasheet(collection, candidates, scores, book=False, **options)
     return html_page(f"Data sheet of {collection.name}", text)
 
@@ -279,7 +278,6 @@ def datasheet(
     scored: Mapping[str, Qrels] | None = None,
     relevant: int = 2,
     book: bool = True,
-    note: str = "",
     runs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """The data sheet in MyST Markdown.
@@ -293,7 +291,6 @@ def datasheet(
         relevant: the least grade of a relevant passage.
         book: whether it is a page of the book, which has a bibliography; else references are
             listed.
-        note: a paragraph of plain text below the first one.
         runs: "runs" of `collection_facts`.
     """
     sets = sorted(collection.queries, key=lambda n: (_SETS.index(n) if n in _SETS else 9, n))
@@ -306,7 +303,6 @@ def datasheet(
         place="book" if book else "page",
         name=plain(collection.name),
         fingerprint=collection.fingerprint,
-        note=plain(note),
         pydocs=is_pydocs(collection),
         rules=pydocs,
         passages=len(collection.passages),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -29,6 +30,14 @@ def markdown(frame: pd.DataFrame) -> str:
         for column in cells
     ]
     return cells.to_markdown(index=False, disable_numparse=True, colalign=align)
+
+
+def words(values: Mapping[str, Any]) -> str:
+    """Names and values in a row; a mapping among them is taken apart."""
+    return ", ".join(
+        words(value) if isinstance(value, Mapping) else f"{name.replace('_', ' ')} {value}"
+        for name, value in values.items()
+    )
 
 
 def html_page(title: str, text: str) -> str:
@@ -59,6 +68,7 @@ _TEMPLATES = Environment(
     keep_trailing_newline=True,
 )
 _TEMPLATES.filters["table"] = markdown
+_TEMPLATES.filters["words"] = words
 _TEMPLATES.filters["thousands"] = "{:,}".format
 
 

@@ -21,9 +21,8 @@ from pandas.io.formats.style import Styler
 from torch import Tensor
 
 from adaptive_margins.book.figures import GREY, PALE, WIDTH, drawing
-from adaptive_margins.book.loss_figures import interact
 from adaptive_margins.book.per_query import per_query_figure
-from adaptive_margins.book.style import measure_label, score, signed
+from adaptive_margins.book.style import measure_label, score
 from adaptive_margins.book.tables import shorten
 from adaptive_margins.corpus.finetune import finetune
 from adaptive_margins.corpus.finetuned import RUNS, Finetuned, compared
@@ -274,16 +273,6 @@ def side_by_side(
     frame = pd.DataFrame(columns, index=range(1, depth + 1))
     style = show(frame, f"{query} ({qid})")
     return style.map(lambda cell: "font-weight: bold" if cell.startswith("✓") else "")
-
-
-def browse(done: Finetuned, collection: Collection, table: pd.DataFrame) -> None:
-    """Show `side_by_side` of the query that gained most, and a menu of all test queries."""
-    queries = {
-        f"{signed(row['difference'])}  {shorten(row['query'], 90)} ({row['qid']})": row["qid"]
-        for row in table[::-1].to_dict("records")
-    }
-    menu = {"options": queries, "value": table["qid"].iloc[-1], "layout": {"width": "95%"}}
-    interact(lambda qid: side_by_side(done, collection, qid), qid=("Dropdown", menu))
 
 
 # ---- one batch under each loss ----------------------------------------------------------------

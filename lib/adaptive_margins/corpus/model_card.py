@@ -1,7 +1,8 @@
 """Report of a fine-tuning → model card: README.md as the Hugging Face hub reads it.
 
 Every number of a card is one of the report. What the report does not contain, such as the licence
-of the data, is named as unknown. The text is in ``model_card.md.j2``.
+of the data, is named as unknown. The text is in
+``book/templates/model_card.md``.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from adaptive_margins.book.render import render
 from adaptive_margins.losses import MarginLoss
 
 _SHIPPED = {"minilm": ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0")}
@@ -45,16 +46,9 @@ def model_card(report: Mapping[str, Any]) -> str:
     what = "kept as it was for" if unchanged else "fine-tuned on"
     title = f"{start.split('/')[-1]} {what} {name}"
     target, equations = _TARGETS.get(str(report["target"]), (report["target"], "Equations 1 and 4"))
-    environment = Environment(
-        loader=PackageLoader("adaptive_margins", "corpus"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["words"] = _words
     hidden = ("guarded", "left_out")  # they are sentences
-    return environment.get_template("model_card.md.j2").render(
+    return render(
+        "model_card.md",
         report=report,
         header=_header(report, title, base, licence).to_yaml(),
         title=title,
@@ -106,11 +100,3 @@ def _base(name: str) -> tuple[str | None, str | None]:
         return _SHIPPED[name]
     hub_id, at, _ = name.partition("@")
     return (hub_id if at else None), None
-
-
-def _words(values: Mapping[str, Any]) -> str:
-    """Names and values in a row; a mapping among them is taken apart."""
-    return ", ".join(
-        _words(value) if isinstance(value, Mapping) else f"{name.replace('_', ' ')} {value}"
-        for name, value in values.items()
-    )
