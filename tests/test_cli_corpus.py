@@ -339,15 +339,6 @@ def test_compare_reads_pipes_to_their_end(answer, two_runs, tmp_path):
     assert found["pairs"][0]["difference"] == expected["pairs"][0]["difference"]
 
 
-def test_compare_in_a_process_of_its_own(two_runs):
-    command = [sys.executable, "-m", "adaptive_margins.cli", "compare", "--qrels", "qrels.txt", "--json"]  # fmt: skip
-    for other, status in (("bad.run", 0), ("none.run", 1)):
-        done = subprocess.run([*command, "good.run", other], cwd=two_runs, capture_output=True, text=True)  # fmt: skip
-        assert done.returncode == status
-        assert done.stderr == ("adaptive-margins: none.run: file not found\n" if status else "")
-        assert not status or done.stdout == ""
-
-
 # ---- evaluate ----------------------------------------------------------------------------------------
 
 

@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -161,7 +159,7 @@ def test_gradient_in_float32_is_that_in_float64(settings):
         torch.testing.assert_close(single * norm, double.grad * norm, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=name)
+@every_setting
 def test_stop_gradient_takes_targets_as_constants(settings):
     parts = embeddings(3, seed=4)
     query, positive, negative = parts
@@ -192,10 +190,8 @@ def test_stop_gradient_takes_targets_as_constants(settings):
     assert same == [True, *([not isinstance(settings["target"], str)] * 2)]
 
 
-@every_setting
+@pytest.mark.parametrize("settings", [s for s in SETTINGS if s["orientation"] == "paper"], ids=name)
 def test_orientation_matters_where_there_is_a_matrix_of_terms(settings):
-    if settings["orientation"] == "released":
-        return
     released = {**settings, "orientation": "released"}
     for size in (1, 6, 7):  # large enough for terms of both signs, without which |l| tells nothing
         parts = embeddings(size, seed=5)
@@ -330,11 +326,6 @@ def test_distributed_targets_are_their_mean_and_their_variance():
     margins = torch.cosine_similarity(query, positive) - torch.cosine_similarity(query, negative)
     mean = (margins - targets.mean(1)).square().mean()
     assert loss.item() == pytest.approx((mean + targets.var(1, correction=0).mean()).item())
-
-
-def test_whole_numbers_are_targets():
-    parts = embeddings(3)
-    assert margin_loss(*parts, target=1).item() == margin_loss(*parts, target=1.0).item()
 
 
 @pytest.mark.parametrize(
@@ -497,12 +488,6 @@ def test_examples_of_the_documentation_run(tiny_encoder, tmp_path, monkeypatch):
         assert variables.pop("trainer").state.global_step > 0
 
 
-def test_margin_loss_needs_only_torch():
-    code = "import sys, adaptive_margins.losses; print('sentence_transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
-
-
 # With gradient caching ---------------------------------------------------------------------------
 
 WORDS = ["wild", "rice", "grows", "in", "shallow", "lakes", "and", "slow", "streams", "of", "the", "north"]  # fmt: skip
@@ -651,7 +636,9 @@ def wrapped(loss, model, kind):
 
 
 @pytest.mark.parametrize("kind", ["all", "weighted", "one"])
-@pytest.mark.parametrize("settings", [s for s in SETTINGS if s["error"] == "squared"], ids=name)
+@pytest.mark.parametrize(
+    "settings", [{"target": 0.3}, {"target": "adaptive", "in_batch": True}, {}], ids=str
+)
 def test_matryoshka_loss_around_the_cached_loss(tiny_encoder, settings, kind):
     model = tiny_encoder().double().train()
     features = features_of(model)

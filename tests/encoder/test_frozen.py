@@ -72,9 +72,8 @@ def test_put_back_gives_an_ordinary_model(tiny_folder, tmp_path, trained, poolin
     )
 
 
-@pytest.mark.parametrize("name", ["minilm-3", "minilm-4"])
-def test_cached_layers_equal_the_plain_forward_for_every_text(smoke, name):
-    loaded = smoke.inputs.encoder(name)
+def test_cached_layers_equal_the_plain_forward_for_every_text(smoke):
+    loaded = smoke.inputs.encoder("minilm-4")
     profile = smoke.profile
     for cached, texts, length in (
         (loaded.queries, smoke.inputs.queries.texts, profile.lengths.query),

@@ -151,7 +151,7 @@ def test_bm25_errors():
         BM25(PASSAGES).search(Texts(["q"], ["array"]), -2)
 
 
-def test_bm25_does_not_depend_on_the_hash_seed_and_prints_nothing():
+def test_bm25_does_not_depend_on_the_hash_seed_and_prints_nothing(capsys):
     code = (
         "from adaptive_margins.retrieval.bm25 import BM25\n"
         "from adaptive_margins.data.collection import Texts\n"
@@ -160,16 +160,10 @@ def test_bm25_does_not_depend_on_the_hash_seed_and_prints_nothing():
         "bm25 = BM25(Texts([str(i) for i in range(60)], texts))\n"
         "print(bm25.search(Texts(['q'], ['kappa alpha theta zeta beta']), 20))\n"
     )
-    outputs = set()
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert done.stderr == ""
-        outputs.add(done.stdout)
-    assert len(outputs) == 1
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
+    exec(code, {})  # with this process's hash seed
+    assert done.stdout == capsys.readouterr().out
