@@ -36,20 +36,21 @@ SHARED_MINIATURE = "ADAPTIVE_MARGINS_TEST_MINIATURE"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [
     *SPECIAL,
-    "the",
-    "a",
-    "graph",
-    "node",
-    "edge",
-    "array",
-    "matrix",
-    "of",
-    "sort",
-    "return",
-    "shape",
-    "path",
+    *[
+        "the",
+        "a",
+        "graph",
+        "node",
+        "edge",
+        "array",
+        "matrix",
+        "of",
+        "sort",
+        "return",
+        "shape",
+        "path",
+    ],
 ]
-
 TEXTS = [
     "the shape of a matrix",
     "sort the array of a graph, return the shape of the path of the node, the edge, the array and the matrix",
@@ -96,17 +97,6 @@ def command(*arguments: str, home: Path, timeout: float = 600, **environment: st
     )  # fmt: skip
 
 
-def papermill(folder: Path, home: Path, notebook: str, **parameters: object) -> None:
-    """Execute a notebook by papermill's command from ``folder``."""
-    options = [str(x) for key, value in parameters.items() for x in ("-p", key, value)]
-    done = subprocess.run(
-        [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / f"{notebook}.ipynb"), "out.ipynb", *options],
-        cwd=folder, env={**os.environ, "ADAPTIVE_MARGINS_HOME": str(home)}, capture_output=True, text=True, timeout=280,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 def in_child(work: Callable[[], object]) -> str:
     """What ``work`` says in a forked process: "" or its error, "died" if the process did not live to tell."""
     context = multiprocessing.get_context("fork")
@@ -149,6 +139,15 @@ def kill_in(owner: object, name: str, number: int) -> None:
     setattr(owner, name, deadly)
 
 
+# Two workers make one home each; the one that is done first goes on with a long file that needs none.
+FIRST = ("test_miniature.py", "test_book.py", "test_losses.py")
+
+
+def pytest_configure(config):
+    # xdist would begin with the files of most tests, and those that take longest have few.
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
     # What takes longest begins first; whichever test of a home comes first waits for its reproduction.
     homes = [{"smoke_home", "miniature_home"} & set(getattr(i, "fixturenames", ())) for i in items]
@@ -156,7 +155,12 @@ def pytest_collection_modifyitems(items):
     for item, used in zip(items, homes, strict=True):
         if used:
             item.add_marker(pytest.mark.timeout(900))
-    items.sort(key=lambda item: (item.path not in slow, "miniature" not in item.path.name))
+
+    def place(item) -> int:
+        named = item.path.name in FIRST
+        return FIRST.index(item.path.name) if named else len(FIRST) + (item.path not in slow)
+
+    items.sort(key=place)
 
 
 def shared(factory: pytest.TempPathFactory, name: str) -> Path:
@@ -230,21 +234,13 @@ def write_encoder(folder: Path, kind: str, words: Sequence[str] = WORDS) -> Path
     from transformers import AutoConfig, AutoModel
 
     pad = 1 if kind in ("roberta", "mpnet") else 0
-    sizes = {
-        "vocab_size": len(words), "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
-        "intermediate_size": 24, "max_position_embeddings": 64,
-    }  # fmt: skip
+    names = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
     if kind == "distilbert":
-        names = (
-            "vocab_size",
-            "dim",
-            "n_layers",
-            "n_heads",
-            "hidden_dim",
-            "max_position_embeddings",
-        )
-        sizes = dict(zip(names, sizes.values(), strict=True))
-    config = AutoConfig.for_model(kind, pad_token_id=pad, initializer_range=0.5, **sizes)
+        names = ["dim", "n_layers", "n_heads", "hidden_dim"]
+    sizes = dict(zip(names, (16, 3, 2, 24), strict=True))
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(words), max_position_embeddings=64, pad_token_id=pad, initializer_range=0.5, **sizes
+    )  # fmt: skip
     torch.manual_seed(7)
     AutoModel.from_config(config).save_pretrained(folder)
     write_tokenizer(folder, kind, words)
@@ -319,7 +315,6 @@ def write_miniature(home: Path, extends: str = "paper", **values: Any) -> Path:
             }
             for kind in ("distilbert", "roberta", "mpnet")
         },
-        "workers": 2,
         "device": "cpu",
         **MINIATURE_SIZES,
         **values,
@@ -356,16 +351,23 @@ def miniature(miniature_home):
     return paper.open(miniature_home / "miniature-paper.yaml", miniature_home)
 
 
+# Values of the smallest configurations of runs, of each kind.
+RUN_VALUES = {
+    "collection": "f" * 16, "depth": 8, "validation": "validation", "rerank_measures": ["nDCG@10"], "code_version": 1,
+}  # fmt: skip
+ENCODER_VALUES = {
+    **RUN_VALUES, "encoder": "tiny", "weights": "0" * 64, "pooling": "mean", "layers": None, "trained_layers": None,
+    "query_length": 8, "passage_length": 12, "precision": "fp32",
+}  # fmt: skip
+TRAINING_VALUES = {
+    **ENCODER_VALUES, "target": "distributed", "in_batch": False, "batch_size": 4, "triples": 28, "learning_rate": 1e-2,
+    "weight_decay": 0.0, "decay": 1.0, "optimizer": "adamw_torch_fused", "dropout": 0.0, "seed": 1, "evaluate_every": 2,
+    "patience": 0, "keep": "best", "selection": "nDCG@10",
+}  # fmt: skip
+
+
 def run_config(**values: Any) -> Any:
     """The configuration of a small training run, ``values`` in the place of its own."""
     from adaptive_margins.runs import TrainingRun
 
-    config = {
-        "encoder": "tiny", "weights": "0" * 64, "pooling": "mean", "layers": None, "trained_layers": None,
-        "query_length": 8, "passage_length": 12, "loss": "margin", "target": "distributed", "in_batch": False,
-        "batch_size": 4, "triples": 28, "learning_rate": 1e-2, "weight_decay": 0.0, "decay": 1.0,
-        "optimizer": "adamw_torch_fused", "precision": "fp32", "dropout": 0.0, "seed": 1, "evaluate_every": 2,
-        "patience": 0, "keep": "best", "selection": "nDCG@10", "validation": "validation", "depth": 8,
-        "rerank_measures": ("nDCG@10",), "collection": "f" * 16, "code_version": 1,
-    }  # fmt: skip
-    return TrainingRun.model_validate({**config, **values})
+    return TrainingRun.model_validate({**TRAINING_VALUES, **values})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import importlib.resources
 import os
@@ -36,13 +37,8 @@ def pins(lines: list[str]) -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in (x.split("==") for x in lines)}
 
 
-CONSTRAINTS = pins(
-    [
-        line
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if line and not line.startswith("#")
-    ]
-)
+PINNED = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if x and x[0] != "#"]
+CONSTRAINTS = pins(PINNED)
 
 
 @pytest.mark.parametrize("requirement", DIRECT, ids=lambda r: r.name)
@@ -51,10 +47,8 @@ def test_direct_dependency_is_pinned_within_its_range(requirement):
 
 
 def test_constraints_name_public_versions_once():
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    pinned = [line for line in lines if not line.startswith("#")]
-    assert len(pinned) == len(CONSTRAINTS)
-    assert not [line for line in pinned if not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
+    assert len(PINNED) == len(CONSTRAINTS)
+    assert not [line for line in PINNED if not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
     assert CONSTRAINTS["torch"] == "2.13.0"
     assert not {"pip", "setuptools", "wheel", "adaptive-margins"} & set(CONSTRAINTS)
 
@@ -85,6 +79,9 @@ def imported(file: Path) -> set[str]:
     return modules
 
 
+packages_distributions = functools.cache(importlib.metadata.packages_distributions)
+
+
 @pytest.mark.parametrize(
     ("folder", "allowed"),
     [
@@ -100,7 +97,7 @@ def test_imports_are_direct_dependencies(folder, allowed):
     names = {canonicalize_name(r.name) for r in allowed}
     if folder == "tests":
         names.add("packaging")  # pytest itself is built on it
-    owners = importlib.metadata.packages_distributions()
+    owners = packages_distributions()
     unnamed = {
         module
         for module in used
@@ -128,7 +125,7 @@ NOT_IMPORTED = {
 def test_dependencies_are_imported():
     """The other direction: what is declared for users is imported, or listed with its use."""
     files = [f for folder in ("lib", "examples", "benchmarks") for f in (ROOT / folder).rglob("*.py")]  # fmt: skip
-    owners = importlib.metadata.packages_distributions()
+    owners = packages_distributions()
     used = {
         canonicalize_name(owner)
         for module in set().union(*map(imported, files))

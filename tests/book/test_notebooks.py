@@ -7,8 +7,11 @@ The one for a custom corpus is no page of the book, and executed in test_explore
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -20,7 +23,6 @@ from adaptive_margins.book.context import PARAMETERS, ParameterError, check_para
 from adaptive_margins.book.execute import parameter_defaults
 from adaptive_margins.book.pages import OWN
 from adaptive_margins.profiles.config import ProfileError
-from conftest import papermill
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -205,7 +207,17 @@ def test_papermill_from_any_folder_reads_what_is_there_and_trains_what_is_not(sm
     before = runs(home)
     data = tmp_path / "data"
     ours = pd.read_csv(smoke_home / "book" / "_executed" / "data" / "figure4.csv")
-    papermill(tmp_path, home, "03_adaptive_targets", profile="smoke", data_folder=data, seed=9)
+    profile = home / "one.yaml"
+    profile.write_text(
+        "extends: smoke\nname: one\nabout: Without processes for the runs.\nworkers: 1\n"
+    )
+    parameters = ["-p", "profile", profile, "-p", "data_folder", data, "-p", "seed", "9"]
+    done = subprocess.run(
+        [sys.executable, "-m", "papermill", ROOT / "notebooks" / "03_adaptive_targets.ipynb", "out.ipynb", *parameters],
+        cwd=tmp_path, env={**os.environ, "ADAPTIVE_MARGINS_HOME": str(home)}, capture_output=True, text=True,
+        timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
     after = runs(home)
     assert {name: after[name] for name in before} == before  # those that were there are left alone
     other = pd.read_csv(data / "figure4.csv")

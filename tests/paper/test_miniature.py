@@ -55,7 +55,7 @@ def read_ranking(path):
 def test_only_sizes_places_and_the_device_differ_from_the_profile_paper(miniature):
     full, small = (p.model_dump() for p in (load_profile("paper"), miniature.profile))
     differing = {k for k in full if full[k] != small[k]}
-    assert differing == {*MINIATURE_SIZES, "name", "about", "collection", "encoders", "workers", "device"}  # fmt: skip
+    assert differing == {*MINIATURE_SIZES, "name", "about", "collection", "encoders", "device"}  # fmt: skip
     for part, sizes in MINIATURE_SIZES.items():
         assert {k for k in full[part] if full[part][k] != small[part][k]} <= set(sizes)
     for name in ENCODERS:
@@ -153,9 +153,7 @@ def test_embedding_goes_on_after_an_interruption(miniature, tmp_path, monkeypatc
     """A run stopped while embedding leaves whole shards, and the next call makes only the others."""
     from adaptive_margins.paper import runner
 
-    other = paper.open(
-        miniature.home / "miniature-paper.yaml", tmp_path, workers=1, ranking__devices=["cpu"]
-    )
+    other = paper.open(miniature.home / "miniature-paper.yaml", tmp_path, ranking__devices=["cpu"])
     (tmp_path / "collections").symlink_to(miniature.home / "collections")
     (tmp_path / "cache").mkdir()
     for name in ("collections", "tokens"):
@@ -300,7 +298,6 @@ def test_the_profile_released_in_small(tmp_path):
         tmp_path,
         "released",
         collection={"triples_per_query": 8},
-        workers=1,
         comparison={"triples": None, "evaluate_every_steps": 2, "patience": 2, "batch_sizes": [16]},
     )
     released = paper.open(path, tmp_path)

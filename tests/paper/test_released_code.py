@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import papermill
 import pytest
 import pytrec_eval
 import yaml
@@ -35,7 +36,6 @@ from adaptive_margins.paper.released_statistics import (
     pool_qrels,
     summarise,
 )
-from conftest import papermill
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = ["nDCG@10", "R(rel=2)@20"]
@@ -512,12 +512,19 @@ def test_page_of_the_committed_summary():
     assert len(verdicts) == len(summary["compared"])
 
 
-def test_the_notebook_reads_the_same_runs(study, frames, tmp_path):
+def test_the_notebook_reads_the_same_runs(study, frames, tmp_path, monkeypatch):
     home, data = study.reproduction.home, tmp_path / "data"
     before = set(study.reproduction.store.folder.iterdir())
-    parameters = {"seeds": 1, "draws": 40, "data_folder": data}
-    profile = home / "study.yaml"
-    papermill(tmp_path, home, "07_paper_and_released_code", profile=profile, **parameters)
+    monkeypatch.setenv("ADAPTIVE_MARGINS_HOME", str(home))
+    values = {
+        "profile": str(home / "study.yaml"),
+        "seeds": 1,
+        "draws": 40,
+        "data_folder": str(data),
+    }
+    papermill.execute_notebook(
+        ROOT / "notebooks" / "07_paper_and_released_code.ipynb", tmp_path / "out.ipynb", values, progress_bar=False
+    )  # fmt: skip
     assert set(study.reproduction.store.folder.iterdir()) == before
     for name, frame in frames.items():
         assert len(pd.read_csv(data / f"{name}.csv")) == len(frame) or name == "optimism", name

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import resource
 import shutil
-import signal
 import time
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from adaptive_margins.paper import store as store_module
 from adaptive_margins.paper.store import Store, StoredRun, StoreError
 from adaptive_margins.runs import CODE_VERSION, BM25Run, TrainingRun, ZeroShotRun, read_run_config
 from adaptive_margins.training import TrainingResult
-from conftest import in_child, run_config
+from conftest import ENCODER_VALUES, RUN_VALUES, TRAINING_VALUES, die, in_child, run_config
 
 EVALUATION = Evaluation({"nDCG@10": 0.5}, {"nDCG@10": {"q1": 0.25, "q2": 0.75}})
 RUN = {"q1": {"d1": 0.1 + 0.2, "d2": 0.1}, "q2": {"d2": 1.0}}
@@ -153,22 +152,11 @@ def test_a_collection_as_used_is_there(smoke_home):
 
 # ---- ids -----------------------------------------------------------------------------------------
 
-BASE = {
-    "collection": "f" * 16, "depth": 8, "validation": "validation", "rerank_measures": ["nDCG@10"], "code_version": 1,
-}  # fmt: skip
-ENCODER = {
-    **BASE, "encoder": "tiny", "weights": "0" * 64, "pooling": "mean", "layers": None, "trained_layers": None,
-    "query_length": 8, "passage_length": 12, "precision": "fp32",
-}  # fmt: skip
 KINDS = {
-    BM25Run: {**BASE, "version": "1", "rerank_sets": ["validation"]},
-    ZeroShotRun: ENCODER,
-    TrainingRun: {
-        **ENCODER, "target": "distributed", "in_batch": False, "batch_size": 4, "triples": 28, "learning_rate": 1e-2,
-        "weight_decay": 0.0, "decay": 1.0, "optimizer": "adamw_torch_fused", "dropout": 0.0, "seed": 1,
-        "evaluate_every": 2, "patience": 0, "keep": "best", "selection": "nDCG@10",
-    },
-}  # fmt: skip
+    BM25Run: {**RUN_VALUES, "version": "1", "rerank_sets": ["validation"]},
+    ZeroShotRun: ENCODER_VALUES,
+    TrainingRun: TRAINING_VALUES,
+}
 OTHER = {
     "encoder": "other", "weights": "1" * 64, "pooling": "cls", "layers": 3, "trained_layers": 1, "query_length": 9,
     "passage_length": 13, "target": 0.5, "in_batch": True, "orientation": "released", "error": "absolute",
@@ -279,10 +267,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def test_what_a_killed_process_left_goes_when_the_run_is_stored(store):
-    def die(_):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    assert in_child(lambda: put(store, save_model=die)) == "died"
+    assert in_child(lambda: put(store, save_model=lambda _: die())) == "died"
     assert not store.has(run_config())
     assert len(list(store.folder.iterdir())) == 1
     stored = put(store)
