@@ -1,4 +1,4 @@
-"""Fine-tune on some collections with several seeds, and keep what came out: the book's page "What to expect".
+"""Fine-tune on some collections with several seeds, and save the reports, for the book's page "What to expect".
 
     python benchmarks/expect.py benchmarks/expect.json WORK NAME=SOURCE… --models "MiniLM=minilm" --seeds 1 2 3
 

@@ -98,14 +98,16 @@ def passages(count: int, seed: int = 1) -> list[str]:
 
 
 def triples(count: int, seed: int = 1) -> Triples:
-    """Queries are summaries, cut to 30 tokens; positives and negatives are different passages."""
+    """Queries are summaries, truncated to 30 tokens; positives and negatives are different passages."""
     texts = passages(2 * count, seed)
     summaries = _pydocs()[0]
     chosen = np.random.default_rng(seed).choice(len(summaries), count, replace=False)
     tokenizer = minilm(0.0).tokenizer
     queries = [summaries[i] for i in chosen]
-    cut = tokenizer(queries, truncation=True, max_length=QUERY_LENGTH, return_offsets_mapping=True)
-    ends = [max(end for _, end in offsets) for offsets in cut["offset_mapping"]]
+    truncated = tokenizer(
+        queries, truncation=True, max_length=QUERY_LENGTH, return_offsets_mapping=True
+    )
+    ends = [max(end for _, end in offsets) for offsets in truncated["offset_mapping"]]
     queries = [query[:end] for query, end in zip(queries, ends, strict=True)]
     return Triples(queries, texts[:count], texts[count:])
 

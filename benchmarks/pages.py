@@ -21,11 +21,11 @@ COMMAND = "% Written by benchmarks/pages.py from benchmarks/*.json.\n\n"
 SPEED = """\
 # Speed
 
-The paper is about cost, so this page shows what this project's code costs. Every figure is a
+The paper is about cost, so this page shows the cost of this project's code. Every figure is a
 **ratio** measured in one process, both sides in turns: the median of the rounds, with quartiles in
 brackets. Above 1, this project is faster or needs less. `make bench` measures the first ones again
 in less than ten minutes, `make bench-full` the others; `benchmarks/NOTES.md` lists what was tried
-and left out.
+and rejected.
 """
 GROWTH = """\
 ## Growth
@@ -38,15 +38,15 @@ EXPECT = """\
 
 Fine-tuning helps on some corpora and not on others. This page shows both: `adaptive-margins train`
 on collections that this project does not ship, with the seeds listed below. A seed decides which
-queries are trained on, validated on and tested on (where a collection comes without such sets),
+queries are trained on, validated on and tested on (where a collection has no such sets),
 which negatives are drawn, and in which order. Targets are distributed. Nothing was tuned for a
 collection: each training is the command with a path, an encoder and a seed. The test queries are
-never looked at before the end.
+used only at the end.
 
 The shipped encoder, all-MiniLM-L6-v2, was trained by its authors on more than a billion pairs of
-texts. Hundreds of queries made from a package's docstrings improved it for such queries; the few
-dozen queries with judgements of the classic collections did not. Then the command keeps the
-original: a trained encoder replaces it only if its selected checkpoint is better on the validation
+texts. Fine-tuning on hundreds of queries from a package's docstrings improved it for such queries; the few
+dozen queries with judgements of the classic collections did not. Then the command selects
+the original: a trained encoder replaces it only if its selected checkpoint is better on the validation
 queries by more than one standard error.
 """
 SETTING = """\

@@ -1,4 +1,4 @@
-"""Ways to make the same training step: this project's, Sentence Transformers' own, every text padded to its limit."""
+"""The same training step in several ways: this project's, Sentence Transformers', every text padded to its limit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ WARM = 4  # triples of the step before the one that is timed
 class _Batches:
     """A batch sampler: a first step of a few triples, then all of them, and again.
 
-    The first step makes the optimiser's state and whatever a run makes once. The third batch is fetched, as a run fetches one
+    The first step creates the optimiser's state and everything else that a run creates once. The third batch is fetched, as a run fetches one
     ahead, and not trained on.
     """
 
@@ -127,7 +127,7 @@ class _Merged(training.TripleCollator):
 
 
 def _plain(model: Any) -> Any:
-    """A copy with torch's own dropout, as anybody but this project has it."""
+    """A copy with torch's dropout in place of this project's."""
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -224,7 +224,7 @@ def tokens_of(model: Any, triples: Triples) -> tuple[Tokens, Tokens]:
 
 
 def config(size: int, chunks: int) -> TrainingRun:
-    """Three steps of ``size`` triples, of which `_Batches` makes others, and the last is not taken."""
+    """Three steps of ``size`` triples; `_Batches` changes their sizes, and the last is not trained on."""
     return TrainingRun(
         encoder="benchmark", weights="", pooling="mean", layers=None, trained_layers=None, query_length=QUERY_LENGTH,
         passage_length=PASSAGE_LENGTH, loss="margin", target=TARGET, in_batch=False, batch_size=size, chunks=chunks,

@@ -1,4 +1,4 @@
-"""Ratios measured in one process and in turns, printed as a table and kept as JSON."""
+"""Ratios measured in one process and in turns, printed as a table and saved as JSON."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def growth(
 
 
 def keep(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write ``rows`` to ``path``; what it held of other names or settings stays."""
+    """Write ``rows`` to ``path``; rows of other names or settings stay."""
     old = json.loads(path.read_text()) if path.is_file() else []
     new = {(r["name"], r["setting"]) for r in rows}
     kept = [r for r in old if (r["name"], r["setting"]) not in new]

@@ -5,7 +5,7 @@
 
 The graph has inputs ``input_ids`` and ``attention_mask``, (B, L) int64, and outputs
 ``last_hidden_state`` (B, L, D) and ``sentence_embedding`` (B, D), float32. The folder has the names
-and places that the ONNX backend of Sentence Transformers reads; its own exporter, optimum-onnx,
+and places that the ONNX backend of Sentence Transformers reads; its exporter, optimum-onnx,
 does not work with transformers 5.
 """
 

@@ -3,7 +3,7 @@
     python examples/package_docs.py networkx docs-networkx
     adaptive-margins train docs-networkx --output docs-encoder
 
-``train`` then makes pseudo-queries from the texts.
+``train`` then generates pseudo-queries from the texts.
 """
 
 from __future__ import annotations

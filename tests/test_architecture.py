@@ -59,6 +59,14 @@ def test_every_module_has_a_place():
     assert {name.split(".")[0] for name in MODULES if name} == set(ORDER)
 
 
+def test_every_module_is_listed_for_contributors():
+    text = (PACKAGE.parents[1] / "CONTRIBUTING.md").read_text("utf-8")
+    rows = "".join(line for line in text.splitlines() if line.startswith("| `"))
+    for path in PACKAGE.iterdir():
+        name = f"{path.name}/" if path.is_dir() else path.name
+        assert name in ("__pycache__/", "py.typed") or f"`{name}`" in rows, name
+
+
 def test_modules_import_from_the_left():
     for name, path in MODULES.items():
         if not name:  # the public names, which are imported when they are used

@@ -42,7 +42,7 @@ def _open(profile: str) -> Reproduction:
 @app.command()
 def plan(
     profile: Profile = "laptop",
-    every: Annotated[bool, Option("--every", help="A line for every run.")] = False,
+    every: Annotated[bool, Option("--every", help="One line per run.")] = False,
 ) -> None:
     """List a profile's runs: finished, or missing and why; time, disk, downloads. Computes none."""
     print(printable(_open(profile).plan().text(every=every)))
@@ -63,7 +63,7 @@ def reproduce(
         Option(help="Execute only this notebook (number or name), build no book. Repeatable."),
     ] = None,
     every: Annotated[
-        bool, Option("--all", help="With the chapter on the released code, which takes longer.")
+        bool, Option("--all", help="Include the chapter on the released code, which takes longer.")
     ] = False,
     force: Annotated[
         bool, Option("--force", help="Execute notebooks that are finished, too.")
@@ -74,7 +74,7 @@ def reproduce(
 ) -> None:
     """Compute all runs of a profile, execute the notebooks and build the book.
 
-    An interrupted call goes on where it was.
+    An interrupted call is resumed.
     """
     from adaptive_margins.book.build import build
     from adaptive_margins.data.ir_datasets import ACCEPT_VARIABLE
@@ -100,7 +100,7 @@ def reproduce(
 
 @app.command()
 def profiles() -> None:
-    """Names of the profiles that come with the library."""
+    """List the packaged profiles."""
     from adaptive_margins.profiles.config import available
 
     print("\n".join(available()))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 commands = typer.Typer()
 
-_PANEL = "Your own corpus"
+_PANEL = "Your corpus"
 _EXAMPLES = """\
 train my_corpus --output my_encoder
 train my_corpus --output my_encoder --json > report.json
@@ -96,8 +96,10 @@ def train(
     model: Model = "minilm",
     target: Annotated[str, Option(help="distributed, adaptive, or a margin ε.")] = "distributed",
     seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of split, triples and dropout.")] = 1,
-    negatives: Annotated[Miner, Option(help="Whose best passages become negatives.")] = "bm25",
-    triples: Annotated[int | None, Option(min=2, help="How many (default: for minutes).")] = None,
+    negatives: Annotated[Miner, Option(help="Retriever that negatives are mined with.")] = "bm25",
+    triples: Annotated[
+        int | None, Option(min=2, help="How many (default: for some minutes).")
+    ] = None,
     measures: Measures = "nDCG@10 R@100",
     device: Device = None,
     report_to: Annotated[
@@ -106,12 +108,12 @@ def train(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Fine-tune an encoder on a corpus, and report whether it became better.
+    """Fine-tune an encoder on a corpus, and report whether it improved.
 
-    The test queries are ranked by the encoder before and after, by BM25, and
-    by both together; a paired test states whether differences are more than
-    chance. If training does not help on validation queries, the original
-    encoder is kept. An interrupted call goes on where it was.
+    The test queries are ranked by the encoder before and after training, by
+    BM25, and by the fusion of both; paired tests compare them. If training does
+    not help on the validation queries, the original
+    encoder is kept. An interrupted call is resumed.
     """
     with working(verbose, model):
         names = _measures(measures)
@@ -166,15 +168,15 @@ def _train_text(report: Mapping[str, Any], path: str) -> str:
 def evaluate(
     path: Source,
     model: Model,
-    mode: Annotated[Mode, Option(help="Rank all passages, or order candidates again.")] = "full",
+    mode: Annotated[Mode, Option(help="Rank all passages, or rerank candidates.")] = "full",
     query_set: Annotated[
         str | None, Option("--set", help="Which queries (default: test, or the only set).")
     ] = None,
     candidates: Annotated[
-        Path | None, Option(parser=old_path, help="With --mode rerank: a TREC run, not BM25's.")
+        Path | None, Option(parser=old_path, help="With --mode rerank: the TREC run to rerank.")
     ] = None,
     depth: Annotated[
-        int | None, Option(min=1, help="Passages a query (default: 100, or what measures need).")
+        int | None, Option(min=1, help="Passages per query (default: 100, or as measures need).")
     ] = None,
     run_out: RunOut = None,
     measures: Measures = "nDCG@10 R@100",
@@ -188,7 +190,7 @@ def evaluate(
 ) -> None:
     """Rank a set of queries with an encoder and score the ranking.
 
-    If the encoder was trained on a part of these very queries, only its test queries are ranked.
+    If the encoder was trained on some of these queries, only its test queries are ranked.
     """
     with working(verbose, model):
         names = _measures(measures)
@@ -306,7 +308,7 @@ def index(
 ) -> None:
     """Embed all passages and write an index to search in.
 
-    An interrupted call goes on where it was.
+    An interrupted call is resumed.
     """
     with working(verbose, model):
         from adaptive_margins.data.sources import open_collection
@@ -347,12 +349,12 @@ def search(
     folder: Annotated[Path, Argument(metavar="DIR", parser=old_path, help="What `index` wrote.")],
     query: Annotated[str | None, Argument(metavar="QUERY", help="One query.")] = None,
     queries: Annotated[
-        Path | None, Option(parser=old_path, help="Many queries: a line each, id, tab, text.")
+        Path | None, Option(parser=old_path, help="A file of queries: id, tab, text per line.")
     ] = None,
-    depth: Annotated[int, Option(min=1, help="Passages for a query.")] = 10,
+    depth: Annotated[int, Option(min=1, help="Passages per query.")] = 10,
     run_out: RunOut = None,
     model: Annotated[
-        str | None, Option(parser=expanded, help="The index's encoder, if it has been moved.")
+        str | None, Option(parser=expanded, help="The index's encoder, if its folder was moved.")
     ] = None,
     device: Device = None,
     as_json: Json = False,
@@ -435,9 +437,9 @@ def collection(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Check a collection and describe it: a data sheet.
+    """Check a collection and print its data sheet.
 
-    Runs in its folder (NAME.run or NAME.trec) are listed, too.
+    Runs in its folder (NAME.run or NAME.trec) are listed as well.
     """
     with working(verbose):
         from adaptive_margins.book import describe

@@ -1,8 +1,8 @@
-"""`make book`: runs → executed notebooks → book. What is finished is not repeated.
+"""`make book`: runs → executed notebooks → book. Finished steps are not repeated.
 
-An executed notebook is finished if its receipt matches: written last, it holds the hashes of what
-went in (notebook, parameters, library, package versions, results read) and of what came out. The
-book is finished if ``_build/`` holds the hash of all pages. Whatever is interrupted has no receipt.
+An executed notebook is finished if its receipt matches. The receipt is written last and holds the
+hashes of all inputs (notebook, parameters, library, package versions, results) and outputs. The
+book is finished if ``_build/`` holds the hash of all pages. An interrupted step has no receipt.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def select(folder: Path, names: Sequence[str] | None = None) -> list[Path]:
 
 @dataclass(frozen=True)
 class Site:
-    """What the build writes: ``HOME/book/_executed`` and ``HOME/_build``."""
+    """Output of the build: ``HOME/book/_executed`` and ``HOME/_build``."""
 
     home: Path
     profile: str
@@ -139,7 +139,7 @@ class Site:
         return self.home / "book" / "_executed"
 
     def receipt(self, notebook: Path) -> Path:
-        """Where the receipt of a notebook lies, or would."""
+        """Path of a notebook's receipt."""
         return self.pages / "receipts" / f"{notebook.stem}.json"
 
     def _workplace(self, notebook: Path) -> Path:
@@ -153,11 +153,11 @@ class Site:
         return {"profile": self.profile, "data_folder": str(self._workplace(notebook))}
 
     def key(self, notebook: Path) -> dict[str, Any]:
-        """What determines an executed notebook, apart from results of runs."""
-        own = Path(self.profile)  # the profiles that come with the library are part of its hash
+        """Inputs that determine an executed notebook, apart from results of runs."""
+        path = Path(self.profile)  # the packaged profiles are part of the library's hash
         return {
             "notebook": file_sha256(notebook),
-            "profile": [self.profile, file_sha256(own) if own.suffix and own.is_file() else ""],
+            "profile": [self.profile, file_sha256(path) if path.suffix and path.is_file() else ""],
             "library": library_hash(),
             "versions": pages.versions(),
         }
@@ -210,7 +210,7 @@ class Site:
                 except BrokenProcessPool:
                     failures.append(f"{notebook.name}: the process executing it was killed")
                 except (OSError, ValueError) as error:
-                    failures.append(f"{notebook.name}: its results could not be kept: {error}")
+                    failures.append(f"{notebook.name}: its results could not be saved: {error}")
                 if failures:
                     pool.shutdown(wait=False, cancel_futures=True)
         if failures:

@@ -3,7 +3,7 @@
 Confidence intervals are over queries: every statistic is computed again on 1000 random halves of
 the queries (drawn without replacement, so that the spread over halves is the standard error over
 all queries), and the interval spans the middle 95 %. A statistic that first chooses (the best ε,
-the best step) chooses on the other half, so that no score is flattered by its own choice. Where a
+the best step) chooses on the other half, so that no score is inflated by the choice. Where a
 configuration has several seeds, each draw also draws among its seeds. What has no value for a query
 (times, similarities) has a t interval over the encoders.
 """
@@ -206,11 +206,11 @@ def tuning_gain(of: Evidence) -> np.ndarray:
 def gain_of_own_target(of: Evidence) -> np.ndarray:
     """Score with each encoder's best ε minus score with the ε that is best for all encoders."""
     score, choose = of.scores("figure3"), of.scores("figure3", other=True)
-    own = best((score, choose), "target")[0].groupby(level="in_batch").mean()
+    single = best((score, choose), "target")[0].groupby(level="in_batch").mean()
     means = [x.groupby(level=["in_batch", "target"]).mean() for x in (score, choose)]
     if score.index.get_level_values("encoder").nunique() < 2:
         return np.array([np.nan])
-    return _chosen(own - best(means, "target")[0])
+    return _chosen(single - best(means, "target")[0])
 
 
 def gain_of_own_measure(of: Evidence) -> np.ndarray:

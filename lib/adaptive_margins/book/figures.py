@@ -252,7 +252,7 @@ def _curve(
         where = f"{axis.get_label()}, {encoder}"
         raise ValueError(f"{where}: expected one row with maximum, got {len(maxima)}")
     best = maxima.iloc[0]
-    own = rows[rows["seed"] == best["seed"]].sort_values(x)
+    line = rows[rows["seed"] == best["seed"]].sort_values(x)
     others = rows[rows["seed"] != best["seed"]]
     color, marker = look.color, look.marker
     if len(others):
@@ -262,11 +262,13 @@ def _curve(
         seeds = {"color": color, "markersize": 2, "alpha": 0.7, "gid": f"seeds {encoder}"}
         axis.plot(others[x], others["value"], marker, **seeds)
     hollow = {"marker": marker, "markerfacecolor": "white", "markeredgewidth": 0.9}
-    every = max(1, len(own) // 24)
-    axis.plot(own[x], own["value"], color=color, markevery=every, gid=f"curve {encoder}", **hollow)
+    every = max(1, len(line) // 24)
+    axis.plot(
+        line[x], line["value"], color=color, markevery=every, gid=f"curve {encoder}", **hollow
+    )
     filled = {"markersize": 7, "markeredgecolor": "white", "zorder": 5, "gid": f"maximum {encoder}"}
     axis.plot([best[x]], [best["value"]], marker, color=color, **filled)
-    return float(own["value"].iloc[-1]), (float(best[x]), float(best["value"]))
+    return float(line["value"].iloc[-1]), (float(best[x]), float(best["value"]))
 
 
 def _starts(axis: Axes, panel: pd.DataFrame) -> list[End]:
@@ -327,9 +329,9 @@ def _broken(axis: Axes, steps: pd.Series, position: int, parts: int) -> None:
     last.set_horizontalalignment("right")
     axis.margins(x=0)
     axis.spines["left"].set_visible(position == 0)
-    cuts = [0] * (position > 0) + [1] * (position < parts - 1)
+    breaks = [0] * (position > 0) + [1] * (position < parts - 1)
     slash = {"marker": [(-1, -1.6), (1, 1.6)], "markersize": 7, "color": PALE, "clip_on": False}
-    axis.plot(cuts, [0] * len(cuts), " ", transform=axis.transAxes, gid="cut", **slash)
+    axis.plot(breaks, [0] * len(breaks), " ", transform=axis.transAxes, gid="cut", **slash)
 
 
 def _target(phi: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the loss wants of a few embeddings, drawn for `notebooks/00_the_loss.ipynb`.
+"""Targets and gradients of the loss for a few embeddings (`notebooks/00_the_loss.ipynb`).
 
 The figure is the paper's Figure 2 for real passages. A passage d is a point: to the right is its
 similarity to the positive, φ(d⁺, d), upwards its similarity to the query, φ(q, d). In these two
@@ -29,7 +29,7 @@ _STEP = 1e-4  # of gradient descent, short enough for the change of φ to be its
 
 @dataclass(frozen=True)
 class Push:
-    """One query's part of the loss, and what it does to the passages of the batch.
+    """One query's part of the loss, and its effect on the passages of the batch.
 
     Attributes:
         places: (B + 1, 2) coordinates φ(d⁺, d) and φ(q, d) of the positive and of the B negatives.
@@ -51,13 +51,13 @@ def push(
     target: float | str,
     in_batch: bool = False,
 ) -> Push:
-    """Where the terms of one query push the passages of a batch.
+    """Gradient of one query's loss terms with respect to the passages of a batch.
 
     Args:
         query: (B, D) embeddings of queries.
         positive: (B, D) embeddings of their positives.
         negative: (B, D) embeddings of their negatives.
-        row: the query that is looked at.
+        row: the query that is shown.
         target: as in `margin_loss`.
         in_batch: as in `margin_loss`.
 
@@ -157,9 +157,9 @@ def _passages(axis: Axes, one: Push, row: int, everyone: bool) -> None:
             axis.annotate(
                 "", place + arrow, place, arrowprops={**style, "mutation_scale": 8}, gid="push"
             )
-        own = number == row + 1
-        color = BLUE if own else GREY if number else BLACK
-        face = color if own or everyone or not number else "white"
+        paired = number == row + 1
+        color = BLUE if paired else GREY if number else BLACK
+        face = color if paired or everyone or not number else "white"
         marker = "o" if number else "s"
         axis.plot(*place, marker, color=color, markerfacecolor=face, markersize=5)
 

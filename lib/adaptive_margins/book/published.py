@@ -35,9 +35,8 @@ class Published:
         return [note["text"] for note in self.notes if table in note["tables"]]
 
     def scores(self, table: int) -> pd.DataFrame:
-        """Table 3 or 4, one row a score: the columns that are no scores, then the score's own.
-
-        These are set, measure, printed (text without marks), value (the number), bold and dagger.
+        """Table 3 or 4, one row per score: the row's other columns, then those of the score:
+        set, measure, printed (text without marks), value (the number), bold and dagger.
         """
         frame = self.tables[table].reset_index(names="row")
         columns = [column for column in frame if "@" in str(column)]

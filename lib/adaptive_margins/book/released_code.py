@@ -2,7 +2,8 @@
 measured of it.
 
 Numbers come from the frames of `adaptive_margins.paper.released_code`. The chapter is computed on
-request only; the default book shows the page that `summary_page` makes of a committed `summary`.
+request only; the default book shows the page that `summary_page` renders from a
+committed `summary`.
 """
 
 from __future__ import annotations
@@ -188,24 +189,28 @@ def overview(compared: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for d in load():
         status = d.status + ("; executed on small inputs" if d.executed else "")
-        own = compared[compared["block"] == d.block]
-        own = own[own["what"].str.contains(d.what, regex=False)]
-        effect = d.matters or (_effect(own) if len(own) else "Nothing to compare in this profile.")
+        found = compared[compared["block"] == d.block]
+        found = found[found["what"].str.contains(d.what, regex=False)]
+        effect = d.matters or (
+            _effect(found) if len(found) else "Nothing to compare in this profile."
+        )
         rows.append((d.where, d.paper, d.code, status[0].upper() + status[1:], effect))
     columns = ["Where", "The paper", "The released code", "How it is known", "Does it matter?"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _effect(own: pd.DataFrame) -> str:
+def _effect(found: pd.DataFrame) -> str:
     """Verdicts of the comparisons, and the range of the differences of scores."""
-    counts = own["verdict"].value_counts()
-    told = ", ".join(f"{verdict} in {counts[verdict]}" for verdict in STYLES if verdict in counts)
-    scores = own.loc[~own["measure"].str.match("Filled@|Exact@"), "difference"]
+    counts = found["verdict"].value_counts()
+    verdicts = ", ".join(
+        f"{verdict} in {counts[verdict]}" for verdict in STYLES if verdict in counts
+    )
+    scores = found.loc[~found["measure"].str.match("Filled@|Exact@"), "difference"]
     low, high = signed(scores.min()), signed(scores.max())
     spread = low if low == high else f"{low} to {high}"
-    if (own["block"] == UNTESTED).all():
+    if (found["block"] == UNTESTED).all():
         return f"Another definition; difference {spread}."
-    return f"Code: {told} of {len(own)}; difference {spread}."
+    return f"Code: {verdicts} of {len(found)}; difference {spread}."
 
 
 def read_frames(folder: Path) -> dict[str, pd.DataFrame]:

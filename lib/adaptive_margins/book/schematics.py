@@ -43,9 +43,9 @@ def scene(
 ) -> Scene:
     """Put a query at 90°, its positive and negatives at these angles, and compute their shifts.
 
-    With a number or "adaptive", each negative makes a triple with the query and the positive. With
-    "distributed" the first one does; the others come from other triples of the batch, whose own
-    queries and positives are zero vectors: φ = 0, no gradient, hence no part in the picture.
+    With a number or "adaptive", each negative forms a triple with the query and the positive. With
+    "distributed" only the first one does; the others belong to other triples of the batch, whose
+    queries and positives are zero vectors: φ = 0 and no gradient, so they do not contribute.
     """
 
     def points(*angles: float) -> torch.Tensor:

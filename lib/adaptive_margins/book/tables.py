@@ -130,7 +130,7 @@ def table3(
     """Table 3, every encoder and target in full ranking.
 
     ``data`` is the frame of ``Reproduction.table3``, a row a run, set and measure. † stands where
-    ``equivalent`` is true and the run is not its own reference. ``supplied``: the frame of Table 4,
+    ``equivalent`` is true and the run is not the reference. ``supplied``: the frame of Table 4,
     whose supplied runs replace printed numbers.
     """
     require(data, ["encoder", "target", "epsilon", "seconds", "sweep_seconds", *SCORED], "table3")
@@ -424,7 +424,7 @@ def _code(id: str) -> str:
 
 
 def _below(runs: pd.DataFrame, commands: Commands | None) -> list[str]:
-    """What stands below the name of a row: its run, which opens to its commands."""
+    """Below the name of a row: its run id, which opens to the commands."""
     found = []
     for id in runs["run_id"]:
         if id.startswith(SUPPLIED):

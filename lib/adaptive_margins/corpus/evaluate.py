@@ -98,7 +98,7 @@ def evaluate_encoder(
         run = retriever.search(queries, depth or CANDIDATES, exclude_self=exclude_self)
     else:
         run = retriever.rerank(queries, _candidates(collection, name, given, depth, exclude_self))
-    # The ranking of this call has all hits that could be found; other candidates may be cut off.
+    # A ranking by this call is complete; external candidates may be truncated.
     complete = complete and not (candidates and depth)
     passages = len(collection.passages) - exclude_self
     scored = score(run, qrels, measures, passages=passages, complete=complete)
@@ -215,7 +215,7 @@ def _warn_of_self(queries: Texts, passages: Texts) -> None:
 def _check_scores(
     scored: Scored, candidates: Path | None, run: Run, qrels: Qrels, judged: dict[str, Qrels]
 ) -> None:
-    """Raise DataError for a measure that was refused; warn of what makes the scores doubtful."""
+    """Raise DataError for a measure that was refused; warn where scores are unreliable."""
     if scored.refused:
         raise DataError(f"{candidates}: {'; '.join(scored.refused.values())}")
     if scored.missing and candidates:

@@ -44,7 +44,7 @@ NAMES = {
     "bm25": "BM25",
     "hybrid": "after + BM25",
 }
-"""Labels of `RUNS`. After: what lies in the output, even if that is the encoder of before."""
+"""Labels of `RUNS`. "After" is the encoder in the output folder, even if it is the original one."""
 _, _ORANGE, _, _GREEN, _, _BLUE, _, _ = color_sequences["okabe_ito"]
 
 Embeddings = tuple[Tensor, Tensor, Tensor]
@@ -72,7 +72,7 @@ def train_or_load(
     seed: int,
     triples: int | None,
 ) -> Finetuned:
-    """Fine-tune with a live learning curve; or load what the same call left in ``output``.
+    """Fine-tune with a live learning curve; or load the result of the same call from ``output``.
 
     ``collection`` is that of `open_split` for ``source``, ``seed`` and ``triples``.
 
@@ -110,7 +110,7 @@ def _check_same(
     seed: int,
     triples: int | None,
 ) -> None:
-    """Raise FinetuneError unless the same call made what is there, wherever its files lie."""
+    """Raise FinetuneError unless the same call trained ``done``, wherever its files are."""
     report, used = done.report, done.report["settings"]
     wanted = triples or Settings.for_device(used["device"]).triples
     pairs = {
@@ -132,8 +132,8 @@ def _check_same(
 def learning_curve(curve: pd.DataFrame, report: Mapping[str, Any] | None = None) -> Figure:
     """Draw `SELECTION` on the validation queries by step, and its value at step 0.
 
-    With a report, the selected step has a bar of the standard errors by which it had to exceed step
-    0: the trained encoder is kept if the bar ends above the line.
+    With a report, the selected step has an error bar, the standard errors by which it must exceed
+    step 0: the trained encoder is selected if the bar ends above the line.
     """
     steps, values = curve["step"].to_numpy(), curve[SELECTION].to_numpy()
     title = f"step {steps[-1]:,}: {score(values[-1])}"
@@ -212,9 +212,9 @@ def comparison_figure(table: pd.DataFrame) -> Figure:
 
 
 def other(done: Finetuned) -> str:
-    """Return what the trained encoder's queries are compared with.
+    """Name of the system that the trained encoder is compared with, query by query.
 
-    "start"; or "bm25" if the encoder of before was kept, which has no difference to itself.
+    "start"; or "bm25" if the original encoder was selected.
     """
     return "start" if done.report["kept"] == "trained" else "bm25"
 
@@ -309,8 +309,8 @@ def batch(
 def descend(embeddings: Embeddings, steps: int, rate: float = 0.02, **loss: Any) -> Embeddings:
     """Return the embeddings after gradient descent on the loss of this batch, at length 1.
 
-    The embeddings move one by one; an encoder would move all texts at once. ``rate`` is that of a
-    triple: the loss is a mean, so a step is B times as long.
+    Each embedding moves by itself; training an encoder moves all texts at once. ``rate`` is that
+    of a triple: the loss is a mean, so a step is B times as long.
     """
     moved = list(embeddings)
     for _ in range(steps):
@@ -327,7 +327,7 @@ def descend(embeddings: Embeddings, steps: int, rate: float = 0.02, **loss: Any)
 def batch_figure(embeddings: Embeddings, *, steps: int = 10, **loss: Any) -> Figure:
     """Draw margins and targets of a batch before and after ``steps`` of `descend`.
 
-    The loss pulls the points to the dotted line, where a margin is its target. On the right is
+    The loss moves the points to the dotted line, where margin equals target. On the right is
     margin − target of triple i with the negative of triple j, grey where the loss has no such pair.
     ``loss`` are arguments of `margin_loss`.
     """

@@ -1,8 +1,8 @@
 """Custom corpus → fine-tuned encoder, and whether it is better than the zero-shot encoder and BM25.
 
-The loss has no hyperparameters to tune (Section 3), so there is one way: queries are split if they
-are not, negatives are mined if there are no triples, validation stops the training, and the
-zero-shot encoder is kept unless the trained one is better by more than chance explains. All
+The loss has no hyperparameters to tune (Section 3), so the procedure is fixed: queries are split
+unless the collection has query sets, negatives are mined if there are no triples, validation stops
+the training, and the zero-shot encoder is selected unless the gain exceeds its standard error. All
 measures are of a full, exact ranking of the test queries.
 """
 
@@ -81,8 +81,8 @@ def finetune(
 ) -> Finetuned:
     """Fine-tune an encoder on a collection, and compare it with the zero-shot encoder and BM25.
 
-    Work is kept in ``OUTPUT.work`` next to the output: the same call goes on where a killed one
-    stopped. The output appears when it is complete: the encoder as a Sentence Transformers folder
+    Intermediate files are in ``OUTPUT.work`` next to the output: the same call resumes a killed
+    one. The output appears once it is complete: the encoder as a Sentence Transformers folder
     with a model card, ``training.json`` (the report), ``curve.parquet``, ``targets.parquet``,
     ``runs/NAME.test.run.gz`` of `RUNS`, ``qrels.test.txt`` and ``queries.test.tsv``. Deterministic
     for a seed on one machine. Stages, evaluations and the time left go to stderr.
@@ -94,7 +94,7 @@ def finetune(
         target: ε, "adaptive" or "distributed" (Section 3).
         seed: of splitting, mining, the order of triples, and dropout; 0 to 2³² − 1.
         measures: on the test queries, in ir_measures' notation; the first one is compared.
-        negatives: whose best passages the negatives are mined from, if there are no triples.
+        negatives: the retriever that negatives are mined with, if there are no triples.
         device: as torch calls it; None takes a GPU if there is one.
         triples: to train on, at least 2; None leaves it to ``settings``.
         report_to: see `train`.
@@ -171,7 +171,7 @@ def _finetune(job: Job, work: Path) -> Finetuned:
     report["verdict"] = verdict(report)
     report["seconds"] = {name: round(seconds, 1) for name, seconds in stages.seconds.items()}
     report["versions"] = _versions()
-    report = json.loads(json.dumps(report))  # what is read again is what was returned
+    report = json.loads(json.dumps(report))  # as it will be loaded again
     with _complete(job, work) as partial:
         save_encoder(encoder, partial)
         write_results(partial, report, result, runs, data.collection)
@@ -329,12 +329,12 @@ def _versions() -> dict[str, str]:
 
 @contextmanager
 def _complete(job: Job, work: Path) -> Iterator[Path]:
-    """The output folder; it appears when it is complete."""
+    """The output folder, written atomically."""
     try:
         with atomic_folder(job.output, same=lambda _: False) as partial:
             yield partial
     except (OSError, SafetensorError) as problem:
         raise FinetuneError(
-            f"{job.output} could not be written: {problem}; the work is kept in {work}, and the"
-            " same call goes on from there"
+            f"{job.output} could not be written: {problem}; intermediate files are in {work}, and"
+            " the same call resumes from them"
         ) from problem

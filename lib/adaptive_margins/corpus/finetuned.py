@@ -144,7 +144,7 @@ def comparisons(
 
 
 def compared(a: Evaluation, b: Evaluation, measure: str, untested: str = "") -> dict[str, Any]:
-    """Return `compare` by a measure; with ``untested`` no test is made, and that is the verdict."""
+    """Return `compare` by a measure; ``untested``, if given, is the verdict without a test."""
     x, y = a.per_query[measure], b.per_query[measure]
     if len(x) >= 2 and not untested:
         return {"measure": measure, **asdict(compare(x, y, however_small=True))}
@@ -169,7 +169,9 @@ _WORDS = {
 
 def verdict(report: Mapping[str, Any]) -> str:
     """Return the outcome of a report in sentences, with 95 % confidence intervals."""
-    pseudo = "All queries are pseudo-queries made from the passages: real queries would tell more"
+    pseudo = (
+        "All queries are pseudo-queries from the passages; real queries would be better evidence"
+    )
     sentences = [
         _kept(report) if report["kept"] == "start" else _compared(report, "trained", "start"),
         _compared(report, "trained", "bm25"),

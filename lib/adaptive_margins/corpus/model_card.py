@@ -46,7 +46,7 @@ def model_card(report: Mapping[str, Any]) -> str:
     what = "kept as it was for" if unchanged else "fine-tuned on"
     title = f"{start.split('/')[-1]} {what} {name}"
     target, equations = _TARGETS.get(str(report["target"]), (report["target"], "Equations 1 and 4"))
-    hidden = ("guarded", "left_out")  # they are sentences
+    hidden = ("guarded", "left_out")  # the template states them in sentences
     return render(
         "model_card.md",
         report=report,
@@ -95,7 +95,7 @@ def _header(
 
 
 def _base(name: str) -> tuple[str | None, str | None]:
-    """Hub id and licence of an encoder of `open_encoder`, as far as its name tells them."""
+    """Hub id and licence of an encoder of `open_encoder`, as far as its name contains them."""
     if name in _SHIPPED:
         return _SHIPPED[name]
     hub_id, at, _ = name.partition("@")

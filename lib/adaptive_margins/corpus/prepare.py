@@ -54,7 +54,7 @@ class SplitCollection:
 
 
 def open_split(source: str, triples: int | None, seed: int) -> SplitCollection:
-    """Open a collection and split its queries; pseudo-queries are made if it has none.
+    """Open a collection and split its queries; pseudo-queries are generated if it has none.
 
     Args:
         source: a folder, "pydocs" or an ir_datasets id (`open_collection`).
@@ -67,7 +67,7 @@ def open_split(source: str, triples: int | None, seed: int) -> SplitCollection:
     collection = open_collection(source)
     if any(len(queries) for queries in collection.queries.values()):
         return SplitCollection(*split_queries(collection, seed=seed), None)
-    say(f"{collection.name} has no queries: making pseudo-queries")
+    say(f"{collection.name} has no queries: generating pseudo-queries")
     collection = pseudo_collection(
         collection.passages,
         collection.name,
@@ -90,7 +90,8 @@ def given_triples(
 ) -> tuple[list[Triple], dict[str, Any]]:
     """Choose among the triples of a collection by seed; all of them several times if they are few.
 
-    Those that contradict the judgements or teach nothing are left out, with a warning.
+    Triples that contradict the judgements or have no difference to learn are left out, with a
+    warning.
 
     Returns:
         The triples, and what the report states of them.
@@ -98,8 +99,8 @@ def given_triples(
     Raises:
         FinetuneError: none is left.
     """
-    own, wanted = collection.triples, asked or settings.triples
-    drawn = (own[row] for row in seeded_order(len(own), seed))
+    available, wanted = collection.triples, asked or settings.triples
+    drawn = (available[row] for row in seeded_order(len(available), seed))
     queries, qrels = collection.queries["train"], collection.qrels["train"]
     chosen, checked = check_triples(drawn, queries, qrels, collection.passages, wanted=wanted)
     if checked.reasons:
@@ -114,7 +115,7 @@ def given_triples(
         wanted = asked or max(len(chosen), min(wanted, settings.passes * pairs))
         chosen = [chosen[i % len(chosen)] for i in range(wanted)]
     facts = {
-        "available": len(own),
+        "available": len(available),
         "distinct": distinct,
         "negatives": "given",
         "left_out": dataclasses.asdict(checked),
@@ -207,7 +208,7 @@ class Stages:
 
 
 def check_test_set(data: SplitCollection, measures: Sequence[str]) -> int:
-    """The number of test queries with a relevant passage; what cannot be computed is an error."""
+    """The number of test queries with a relevant passage; or a MeasureError."""
     collection = data.collection
     sizes = ", ".join(
         f"{len(collection.qrels[name]):,} {name}" for name in ("train", "validation", "test")
@@ -227,7 +228,7 @@ def check_test_set(data: SplitCollection, measures: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the training and the report need of BM25 and of the zero-shot encoder.
+    """Inputs of training and report that need BM25 or the zero-shot encoder.
 
     Attributes:
         runs: "start" and "bm25" → ranking of the test queries.
@@ -314,7 +315,7 @@ def prepare(
 def _zero_shot(
     job: Job, work: Path, data: SplitCollection, encoder: Any, identity: str
 ) -> DenseRetriever:
-    """The zero-shot encoder with the passages' embeddings, kept for the call after a kill."""
+    """The zero-shot encoder with the passages' embeddings, cached for a resumed call."""
     passages, precision = data.collection.passages, job.settings.precision
     path = work / f"embeddings-{_digest([identity, data.collection.fingerprint, precision])}.npy"
     try:

@@ -78,18 +78,18 @@ class Differences:
     @functools.cached_property
     def poolings(self) -> Reproduction:
         """The reproduction with the reference encoder under every pooling, named by `_pooled`."""
-        own = self.profile.encoders[self.encoder]
+        reference = self.profile.encoders[self.encoder]
         pooled = {
-            self._pooled(p): own.model_copy(update={"pooling": p, "label": ""})
+            self._pooled(p): reference.model_copy(update={"pooling": p, "label": ""})
             for p in POOLINGS
-            if p != own.pooling
+            if p != reference.pooling
         }
         profile = self.profile.model_copy(update={"encoders": {**self.profile.encoders, **pooled}})
         return Reproduction(profile, self.reproduction.home)
 
     def _pooled(self, pooling: str) -> str:
-        own = self.profile.encoders[self.encoder].pooling
-        return self.encoder if pooling == own else f"{self.encoder}-{pooling}"
+        default = self.profile.encoders[self.encoder].pooling
+        return self.encoder if pooling == default else f"{self.encoder}-{pooling}"
 
     def _ensure(self, configs: Iterable[RunConfig]) -> list[StoredRun[Any]]:
         return self.poolings.runner.ensure(configs)
@@ -99,13 +99,13 @@ class Differences:
         self._ensure(self.reproduction.experiments.figure3_runs())
 
     def variant(self, target: str, in_batch: bool, **values: Any) -> list[TrainingRun]:
-        """A row of Table 3 for each seed, with ``values`` instead of the row's own."""
+        """A row of Table 3 for each seed, with ``values`` instead of the row's settings."""
         base = self.reproduction.experiments.variant_run(self.encoder, target, in_batch)
         runs = [
             base.model_copy(update={"orientation": "paper", **values, "seed": seed})
             for seed in self.seeds
         ]
-        # Only Table 3's own run has its model saved.
+        # Only the run of Table 3 itself has its model saved.
         return [c if c == base else c.model_copy(update={"save_model": False}) for c in runs]
 
     def grid(self) -> dict[float, list[TrainingRun]]:
@@ -118,7 +118,7 @@ class Differences:
         }
 
     def comparisons(self) -> dict[str, list[Comparison]]:
-        """What is compared, by block; ε must be known. Of "choice" only the checkpoints."""
+        """Comparisons by block, with ε tuned; of the block "choice", only the checkpoints."""
         in_batch = [("static", True), ("adaptive", True), ("distributed", False)]
         adaptive = [("adaptive", False), ("adaptive", True), ("distributed", False)]
         plain = [("distributed", False), ("static", False)]
