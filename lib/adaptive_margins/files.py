@@ -1,4 +1,4 @@
-"""Atomic writes: files and folders get a temporary name, and theirs once they are complete."""
+"""Atomic writes: files and folders are written under a temporary name and renamed at the end."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class WriteError(AdaptiveMarginsError, OSError):
 
 
 def check_output(path: Path, *, folder: bool = False) -> None:
-    """Raise WriteError unless ``path`` can become a file, or with ``folder`` a new folder.
+    """Raise WriteError unless ``path`` can be written as a file, or with ``folder`` as a folder.
 
-    A file may exist, and may be a pipe, a device or a symbolic link; a folder may exist if it is
-    empty. Nothing is created.
+    A file may exist, also as a pipe, a device or a symbolic link; a folder must be empty. Nothing
+    is created.
     """
     try:
         reason = _why_not_folder(path) if folder else _why_not_file(path)
@@ -45,17 +45,17 @@ def check_output(path: Path, *, folder: bool = False) -> None:
 
 
 def is_stdout(path: Path) -> bool:
-    """Whether what is written to ``path`` goes to the standard output, as with /dev/stdout."""
+    """Whether ``path`` is the standard output, as /dev/stdout is."""
     return _destination(path) == 1
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A file to write, which becomes ``path`` when the block ends, and is removed after an error.
+    """Yield a temporary file, which replaces ``path`` at the end, and is removed after an error.
 
-    Folders above ``path`` are created; an existing file is replaced, and its mode kept. Of a
-    symbolic link the target is replaced. A pipe, a device or a descriptor (/dev/stdout, /dev/fd/N)
-    is written into. Errors pass through.
+    Parent folders are created, and the mode of an existing file is preserved. Of a symbolic link
+    the target is replaced. The content is copied into a pipe, a device or a descriptor
+    (/dev/stdout, /dev/fd/N). Errors pass through.
     """
     place = _destination(path)
     if isinstance(place, int) or _is_special(place):
@@ -80,10 +80,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path, *, same: Callable[[Path], bool] = Path.is_dir) -> Iterator[Path]:
-    """A new folder, which becomes ``path`` when the block ends, and is removed after an error.
+    """Yield a temporary folder, renamed to ``path`` at the end, and removed after an error.
 
-    If something appeared at ``path`` meanwhile (another process did the same work), and ``same`` of
-    it is true, it is kept. Of a symbolic link the target is created. Errors pass through.
+    If ``path`` exists by then (another process did the same work) and ``same(path)`` is true, it is
+    left unchanged. Of a symbolic link the target is created. Errors pass through.
     """
     place = Path(os.path.realpath(path))
     partial = _partial(place)
@@ -107,19 +107,16 @@ def write_text(path: Path, text: str) -> None:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise WriteError(
-            f"{path} could not be written: {error.strerror or error}; what stood there is unchanged"
+            f"{path} could not be written: {error.strerror or error}; its old content is unchanged"
         ) from error
 
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of ``path``, a file next to it that is removed at the end.
-
-    Another process that holds it is waited for, with a message. The lock of a process ends with the
-    process.
+    """Hold the lock of ``path`` (a file next to it, removed at the end), and wait for it if needed.
 
     Raises:
-        WriteError: another process holds it, and ``wait`` is False.
+        WriteError: another process holds the lock, and ``wait`` is False.
     """
     from filelock import FileLock, Timeout
 
@@ -133,7 +130,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     except Timeout:
         if not wait:
             raise WriteError(
-                f"another process is writing {path}; wait until it has ended, or name another place"
+                f"another process is writing {path}; wait for its end, or name another path"
             ) from None
         say(f"another process is writing {path}: waiting for it")
         lock.acquire()
@@ -147,40 +144,36 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 @contextmanager
 def working_folder(path: Path) -> Iterator[Path]:
-    """OUTPUT.work, which the next call resumes from if this one is killed; the output is locked.
+    """Yield PATH.work, the folder that a killed call is resumed from; ``path`` is locked.
 
-    The folder is removed at the end. It is also removed after an error of this library, unless it
-    existed before or a file could not be written.
+    The folder is removed at the end, and after an error of this library unless it existed before or
+    a file could not be written.
 
     Raises:
-        WriteError: the output exists (`check_output`), or another process writes to it.
+        WriteError: ``path`` cannot be written (`check_output`), or another process writes to it.
     """
     check_output(path, folder=True)
     work = path.with_name(f"{path.name}.work")
-    kept = work.exists()
-    made = [folder for folder in path.parents if not folder.exists()]
+    resumed = work.exists()
+    created = [folder for folder in path.parents if not folder.exists()]
     try:
         with locked(path, wait=False):
             check_output(path, folder=True)  # another process may have written it just now
             try:
                 yield work
             except AdaptiveMarginsError as error:
-                if not kept and not isinstance(error.__cause__, OSError):
+                if not resumed and not isinstance(error.__cause__, OSError):
                     shutil.rmtree(work, ignore_errors=True)
                 raise
             shutil.rmtree(work, ignore_errors=True)
     finally:
-        for folder in made:
+        for folder in created:
             with suppress(OSError):  # it is not empty
                 folder.rmdir()
 
 
 def home() -> Path:
-    """The folder of results.
-
-    $ADAPTIVE_MARGINS_HOME, else the checkout that this library is installed from, else the current
-    folder.
-    """
+    """Return $ADAPTIVE_MARGINS_HOME, else this checkout, else the current folder: for results."""
     if given := os.environ.get(HOME_VARIABLE):
         place = Path(os.path.expanduser(given)).resolve()
         if place.exists() and not place.is_dir():
@@ -191,12 +184,17 @@ def home() -> Path:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object that a file holds; {} if there is none or it is damaged."""
+    """The JSON object in a file; {} if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def digest(value: Any) -> str:
+    """16 hex digits of the SHA-256 of a value as JSON with sorted keys; names cached results."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def file_sha256(path: Path) -> str:
@@ -211,7 +209,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def _destination(path: Path) -> Path | int:
-    """What ``path`` links to: a path, or the number of an open descriptor of this process."""
+    """The target of ``path``: a path, or the number of an open descriptor of this process."""
     for _ in range(40):
         folder = Path(os.path.realpath(path.parent))
         descriptors = (Path(f"/proc/{os.getpid()}/fd"), Path("/dev/fd"))
@@ -225,7 +223,7 @@ def _destination(path: Path) -> Path | int:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether there is something that is neither a file nor a folder: a pipe or a device."""
+    """Whether ``path`` is a pipe or a device."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
@@ -253,7 +251,7 @@ def _why_not_folder(path: Path) -> str:
 
 
 def _why_not_in(place: Path) -> str:
-    """Why nothing new can be made in the folder that ``place`` lies in, or is to lie in."""
+    """Why nothing can be created in the (future) parent folder of ``place``; "" if it can."""
     place.exists()  # a name that is too long raises an error
     above = next(folder for folder in place.parents if folder.exists())
     if not above.is_dir():
@@ -263,7 +261,7 @@ def _why_not_in(place: Path) -> str:
 
 @contextmanager
 def _named(partial: Path, path: Path) -> Iterator[None]:
-    """Let errors name ``path`` instead of ``partial``, and where the disk is full."""
+    """Let errors name ``path`` instead of ``partial``, also if the disk is full."""
     try:
         yield
     except OSError as error:
@@ -276,7 +274,7 @@ def _named(partial: Path, path: Path) -> Iterator[None]:
 
 
 def _partial(path: Path) -> Path:
-    """A free temporary name for ``path``; what killed processes of this machine left is removed."""
+    """An unused temporary name for ``path``; leftovers of this machine's killed processes go."""
     path.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{path.name[:_NAME]}.{platform.node()}."
     for left in path.parent.glob(f"{glob.escape(prefix)}*.partial"):

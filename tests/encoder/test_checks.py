@@ -159,8 +159,11 @@ FAULTS = {
     "limit text": (edit("sentence_bert_config.json", max_seq_length="9"), "max_seq_length is '9'"),
     "limit in parts": (edit("sentence_bert_config.json", max_seq_length=12.5), r"is 12\.5"),
     "limit not a number": (edit("tokenizer_config.json", model_max_length="64"), "is '64'"),
-    "damaged tokenizer": (write("tokenizer.json", ""), r"tokenizer\.json is damaged"),
-    "damaged pooling": (write("1_Pooling/config.json", "{"), r"1_Pooling/config\.json is damaged"),
+    "damaged tokenizer": (write("tokenizer.json", ""), r"tokenizer\.json cannot be read"),
+    "damaged pooling": (
+        write("1_Pooling/config.json", "{"),
+        r"1_Pooling/config\.json cannot be read",
+    ),
     "unknown activation": (edit("config.json", hidden_act="foo"), "KeyError 'foo'"),
     "no prompts": (edit("config_sentence_transformers.json", prompts=None), "not None"),
     "prompts": (edit("config_sentence_transformers.json", prompts=["a"]), r"not \['a'\]"),

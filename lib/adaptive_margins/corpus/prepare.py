@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import time
 import warnings
@@ -30,7 +28,7 @@ from adaptive_margins.data.triples import check_triples, mine_triples
 from adaptive_margins.encoder.load import default_device, prompts
 from adaptive_margins.encoder.tokens import Tokens, count_truncated, tokenize
 from adaptive_margins.evaluation.measures import evaluate, relevant
-from adaptive_margins.files import atomic_file
+from adaptive_margins.files import atomic_file, digest
 from adaptive_margins.progress import say
 from adaptive_margins.retrieval.bm25 import BM25, without_hits
 from adaptive_margins.retrieval.dense import DenseRetriever
@@ -260,7 +258,7 @@ class Prepared:
         """A name for everything that determines the training."""
         validation = self.validation
         ids = [validation.queries.ids, validation.passages.ids]
-        return _digest([config.run_id, self.rows.tolist(), *ids])
+        return digest([config.run_id, self.rows.tolist(), *ids])
 
 
 def prepare(
@@ -317,7 +315,7 @@ def _zero_shot(
 ) -> DenseRetriever:
     """The zero-shot encoder with the passages' embeddings, cached for a resumed call."""
     passages, precision = data.collection.passages, job.settings.precision
-    path = work / f"embeddings-{_digest([identity, data.collection.fingerprint, precision])}.npy"
+    path = work / f"embeddings-{digest([identity, data.collection.fingerprint, precision])}.npy"
     try:
         known = np.load(path)
     except (EOFError, OSError, ValueError):  # there is none, or the disk was full or lost power
@@ -352,7 +350,3 @@ def batches(settings: Settings, triples: int) -> tuple[int, int]:
     """Triples a step, and steps between two evaluations."""
     batch_size = min(settings.batch_size, triples)
     return batch_size, math.ceil(triples // batch_size / settings.checks)
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]

@@ -1,37 +1,24 @@
-"""Arrays in files, and the settings that they were computed with: checked when they are read."""
+"""Arrays in files, and the settings that they were computed with, checked when they are read."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from adaptive_margins.encoder.checks import EncoderError
+from adaptive_margins.encoder.checks import EncoderError, read_json
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read a JSON object; EncoderError if there is none."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        if isinstance(found, dict):
-            return found
-        why = "not an object"
-    except (OSError, ValueError) as error:
-        why = str(error)
-    raise EncoderError(f"{path} cannot be read ({why}); delete {path.parent} to compute it again")
-
-
-def check_same(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise EncoderError if settings read from ``path`` are not the expected ones."""
+def read_settings(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a JSON object; EncoderError unless it has the ``expected`` values."""
+    again = f"delete {path.parent} to compute it again"
+    found = read_json(path, dict, again)
     for key, value in expected.items():
         if found.get(key) != value:
-            raise EncoderError(
-                f"{path} has {key} {found.get(key)!r}, expected {value!r}; delete {path.parent} to"
-                " compute it again"
-            )
+            raise EncoderError(f"{path} has {key} {found.get(key)!r}, expected {value!r}; {again}")
+    return found
 
 
 def read_array(path: Path, shape: tuple[int, int | None], dtype: Any) -> np.ndarray:

@@ -64,25 +64,15 @@ def one_line(error: object) -> str:
 # ---- files ------------------------------------------------------------------------------------
 
 
-def read_json(path: Path, kind: type) -> Any:
-    """Read a JSON file of a model. Raises EncoderError if it does not hold a ``kind``."""
+def read_json(path: Path, kind: type, way_out: str = "download it again") -> Any:
+    """Read a JSON file. Raises EncoderError if it does not hold a ``kind``."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise EncoderError(f"{path} cannot be read: {error}") from None
+        raise EncoderError(f"{path} cannot be read ({one_line(error)}); {way_out}") from None
     if not isinstance(found, kind):
-        raise EncoderError(f"{path}: expected a JSON {kind.__name__}, not {found!r}")
+        raise EncoderError(f"{path}: expected a JSON {kind.__name__}, not {found!r}; {way_out}")
     return found
-
-
-def unreadable(folder: Path) -> str:
-    """Return which JSON file of an encoder is damaged, and where; "" if none is."""
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            return f"{path} is damaged ({one_line(error)}); download it again"
-    return ""
 
 
 def check_folder(place: Path) -> None:

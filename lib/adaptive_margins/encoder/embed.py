@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptive_margins import progress
-from adaptive_margins.encoder.arrays import check_same, read_array, read_settings
+from adaptive_margins.encoder.arrays import read_array, read_settings
 from adaptive_margins.encoder.checks import EmbeddingError, EncoderError, one_line
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.files import locked, write_text
@@ -172,11 +172,7 @@ def embed_shards(
         )
     path, about = folder / "embeddings.npy", folder / "shards.json"
     with locked(folder):
-        done: list[int] = []
-        if about.exists():
-            found = read_settings(about)
-            check_same(about, found, settings)
-            done = found.get("done", [])
+        done = read_settings(about, settings).get("done", []) if about.exists() else []
         missing = sorted(set(range(-(-rows // shard))) - set(done))
         size = sum(min(shard, rows - k * shard) for k in missing) * dim * np.dtype(dtype).itemsize
         needed = f"{folder}: {len(missing)} shards need {size / 1e9:.2g} GB of disk"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.metadata
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,7 +24,7 @@ from adaptive_margins.encoder.checks import EncoderError, bert_model
 from adaptive_margins.encoder.embed import token_batches
 from adaptive_margins.encoder.load import encoder_identity, layer_count, open_encoder
 from adaptive_margins.encoder.tokens import Tokens
-from adaptive_margins.files import atomic_file
+from adaptive_margins.files import atomic_file, digest
 from adaptive_margins.profiles.config import EncoderSettings
 
 
@@ -77,13 +76,13 @@ def for_training(
     tokens = queries + passages
     texts = hashlib.sha256(tokens.ids.tobytes() + tokens.offsets.tobytes()).hexdigest()
     versions = [f"{name}-{importlib.metadata.version(name)}" for name in ("torch", "transformers")]
-    key = json.dumps([encoder_identity(settings), texts, *versions]).encode()
+    key = digest([encoder_identity(settings), texts, *versions])
     full = settings.model_copy(update={"layers": None})
     tables = cached_states(
         lambda: open_encoder(full, dropout=0.0, device=str(whole.device)),
         tokens,
         sorted(layers),
-        cache / hashlib.sha256(key).hexdigest()[:16],
+        cache / key,
     )
     table = tables[layer_count(settings) - settings.trained_layers]
     numbers, start = np.arange(tokens.offsets[-1]), queries.offsets[-1]

@@ -200,8 +200,9 @@ def _loaded(
                 config_kwargs=config,
             )
     except Exception as error:  # a tokenizer file that is damaged is a bare Exception
-        why = checks.unreadable(folder) or one_line(error)
-        raise EncoderError(f"encoder {name!r} could not be loaded: {why}") from error
+        for path in sorted(folder.rglob("*.json")):
+            checks.read_json(path, object)
+        raise EncoderError(f"encoder {name!r} could not be loaded: {one_line(error)}") from error
 
 
 def _with_pooling(

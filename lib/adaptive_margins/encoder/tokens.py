@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adaptive_margins import progress
-from adaptive_margins.encoder.arrays import check_same, read_settings
+from adaptive_margins.encoder.arrays import read_settings
 from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.files import atomic_folder, locked
 
@@ -142,9 +142,8 @@ def stored_tokens(
                     _write_tokens(tokenizer_of(), texts, max_length, partial, chunk)
             except OSError as error:
                 raise EncoderError(f"tokens could not be written to {folder}: {error}") from error
-    about = folder / "tokens.json"
-    found = read_settings(about)
-    check_same(about, found, {"texts": len(texts), "max_length": max_length})
+    expected = {"texts": len(texts), "max_length": max_length}
+    found = read_settings(folder / "tokens.json", expected)
     offsets = _mapped(folder / "offsets.bin", np.int64, len(texts) + 1)
     ids = _mapped(folder / "ids.bin", np.dtype(found["dtype"]), int(offsets[-1]))
     return Tokens(ids, offsets, found["pad"])

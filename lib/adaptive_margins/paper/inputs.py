@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from adaptive_margins.data.triples import sample_triples
 from adaptive_margins.encoder.frozen import LoadedEncoder, for_training
 from adaptive_margins.encoder.load import encoder_identity, open_encoder, weights_folder
 from adaptive_margins.encoder.tokens import Tokens, stored_tokens
-from adaptive_margins.files import file_sha256, write_text
+from adaptive_margins.files import digest, file_sha256, write_text
 from adaptive_margins.profiles.config import (
     EncoderSettings,
     IrDatasetsSettings,
@@ -61,7 +60,7 @@ class Inputs:
         else:
             key["sources"] = _versions("ir-datasets")
             key["format"] = converted.FORMAT
-        return self.home / "cache" / "collections" / f"{_digest(key)}.json"
+        return self.home / "cache" / "collections" / f"{digest(key)}.json"
 
     @property
     def built(self) -> Path | None:
@@ -221,7 +220,7 @@ class Inputs:
         """Queries and passages, tokenised once for all encoders with the same tokenizer."""
         lengths, passages = self.profile.lengths, self.collection.passages.texts
         key = [self.fingerprint, self.evaluated_sets, lengths.model_dump(), _tokenizer(settings)]
-        folder = self.home / "cache" / "tokens" / _digest(key)
+        folder = self.home / "cache" / "tokens" / digest(key)
 
         def tokenizer() -> Any:
             return whole.tokenizer
@@ -278,7 +277,3 @@ def _tokenizer(settings: EncoderSettings) -> list[str]:
 
 def _versions(*packages: str) -> list[str]:
     return [f"{name}-{importlib.metadata.version(name)}" for name in packages]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

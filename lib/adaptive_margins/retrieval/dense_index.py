@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from itertools import compress
 from pathlib import Path
@@ -22,6 +21,7 @@ from adaptive_margins.encoder.load import encoder_identity, open_encoder
 from adaptive_margins.files import (
     WriteError,
     atomic_folder,
+    digest,
     file_sha256,
     working_folder,
     write_text,
@@ -240,9 +240,7 @@ def _write_index_files(
     pairs = zip(passages.ids, passages.texts, strict=True)
     with_text = compress(pairs, np.isin(np.arange(len(passages)), rows))
     write_texts(stored, with_text, what="passages", expected=len(rows))
-    key = json.dumps([about, file_sha256(stored)]).encode()
-    place = work / hashlib.sha256(key).hexdigest()[:16]
-    embeddings = retriever.stored_embeddings(place, dtype)
+    embeddings = retriever.stored_embeddings(work / digest([about, file_sha256(stored)]), dtype)
     _write_matrix(folder / "embeddings.npy", embeddings, np.dtype(dtype))
     n, dim = embeddings.shape
     settings = IndexSettings("Flat", dim) if n < EXACT_BELOW else choose_index(n, dim)
