@@ -32,12 +32,8 @@ def bar(
 ) -> tqdm:
     """Return a progress bar over ``items``, or one moved by ``update(n)`` in a ``with`` block.
 
-    Args:
-        what: what is computed, e.g. "embedding passages".
-        items: iterated over, if given.
-        unit: what is counted, in the plural.
-        total: how many there are, for the time left; by default ``len(items)`` where there is one.
-        done: how many an earlier, interrupted call has finished.
+    ``what`` is computed, e.g. "embedding passages"; ``unit`` is counted, in the plural. ``total``
+    is by default ``len(items)``; ``done`` of them were finished by an earlier, interrupted call.
     """
     from tqdm import tqdm
 
@@ -58,7 +54,7 @@ def bar(
 
 
 def say(text: str, *, always: bool = False) -> None:
-    """Print a line on stderr, above the bars of a terminal; ``always``: even if `quiet`."""
+    """Print a line on stderr above the progress bars; ``always`` prints it even if `quiet`."""
     from tqdm import tqdm
 
     if always or not _quiet:
@@ -66,13 +62,13 @@ def say(text: str, *, always: bool = False) -> None:
 
 
 def quiet(on: bool = True) -> None:
-    """Show no progress from now on in this process, or (``quiet(False)``) show it again."""
+    """Turn progress of this process off, or with ``quiet(False)`` on again."""
     global _quiet
     _quiet = on
 
 
 def clear() -> None:
-    """Close the bars that an error left on the terminal."""
+    """Close bars that an error left open."""
     if "tqdm" in sys.modules:
         from tqdm import tqdm
 
@@ -81,7 +77,7 @@ def clear() -> None:
 
 
 def printable(text: str) -> str:
-    r"""Escape the characters that a terminal would obey, e.g. as ``\x1b``."""
+    r"""Escape control characters, e.g. as ``\x1b``."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 

@@ -1,7 +1,6 @@
-"""The one place between commands and the terminal: paths, progress, warnings, errors, output.
+"""Between commands and the terminal: paths, progress, warnings, errors and output.
 
-Everything printed is text that a terminal may show: control characters are escaped, and characters
-that the encoding of stdout lacks are, too.
+Control characters, and characters that the encoding of stdout lacks, are printed escaped.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from adaptive_margins import progress
 from adaptive_margins.errors import AdaptiveMarginsError, ArgumentError
 from adaptive_margins.progress import printable
 
-_OPTIONS = {"query_set": "--set", "runs": "RUN"}
-"""Parameters whose name is not that of their option."""
+_OPTIONS = {"query_set": "--set", "runs": "RUN"}  # parameters with another name than their option
 
 
 # ---- arguments --------------------------------------------------------------------------------
@@ -46,17 +44,8 @@ def old_path(value: str) -> Path:
     return Path(expanded(value))
 
 
-def new_file(value: str) -> Path:
-    """Parse the name of a file to write; WriteError if it cannot be written."""
-    return _checked(value, folder=False)
-
-
-def new_folder(value: str) -> Path:
-    """Parse the name of a folder to write; WriteError if it cannot be written."""
-    return _checked(value, folder=True)
-
-
-def _checked(value: str, *, folder: bool) -> Path:
+def new_file(value: str, *, folder: bool = False) -> Path:
+    """Parse the name of a file or folder to write; WriteError if it cannot be written."""
     from adaptive_margins.files import check_output
 
     path = old_path(value)
@@ -64,8 +53,13 @@ def _checked(value: str, *, folder: bool) -> Path:
     return path
 
 
+def new_folder(value: str) -> Path:
+    """Parse the name of a folder to write; WriteError if it cannot be written."""
+    return new_file(value, folder=True)
+
+
 def check_arguments(arguments: list[str]) -> None:
-    """Raise AdaptiveMarginsError if an argument has bytes that are no text."""
+    """Raise AdaptiveMarginsError if an argument is not text in the file system's encoding."""
     for argument in arguments:
         if any("\ud800" <= character <= "\udfff" for character in argument):
             raise AdaptiveMarginsError(
@@ -80,14 +74,14 @@ def check_arguments(arguments: list[str]) -> None:
 
 @contextmanager
 def working(verbose: bool = False, model: str = "") -> Iterator[None]:
-    """Keep stdout clean, show progress on a terminal only, and print a warning as one line.
+    """Send prints to stderr, show progress on a terminal only, and print warnings as one line.
 
     Args:
-        verbose: show progress wherever stderr goes.
-        model: the encoder; without ``@`` in its name nothing reaches the hub.
+        verbose: show progress also if stderr is not a terminal.
+        model: the encoder; the hub is reached only if its name has an ``@``.
 
     Raises:
-        typer.BadParameter: in the place of an ArgumentError.
+        typer.BadParameter: replaces an ArgumentError.
     """
     offline(model)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -105,7 +99,7 @@ def working(verbose: bool = False, model: str = "") -> Iterator[None]:
 
 
 def offline(model: str = "") -> None:
-    """Keep this process off the hub, unless an encoder of the hub is named."""
+    """Disable access to the hub, unless an encoder of the hub is named."""
     if "@" not in model:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -119,10 +113,7 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def show(result: Mapping[str, Any], as_json: bool, text: str, written: Path | None = None) -> None:
-    """Print the outcome of a command, as JSON or as text.
-
-    It goes to stdout, or to stderr if a file was ``written`` to stdout.
-    """
+    """Print a result as JSON or text, to stdout, or to stderr if a file was ``written`` there."""
     from adaptive_margins.files import is_stdout
 
     stream = sys.stderr if written and is_stdout(written) else sys.stdout
@@ -133,7 +124,7 @@ def show(result: Mapping[str, Any], as_json: bool, text: str, written: Path | No
 
 
 def prepare_streams() -> None:
-    """Make the standard streams take whatever is printed, and silence remarks about caches."""
+    """Make the standard streams accept any text, and silence messages about caches."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # it was closed
         pass
     os.close(descriptor)
@@ -146,7 +137,7 @@ def prepare_streams() -> None:
 
 
 def forget_output() -> None:
-    """Drop what could not be written to stdout, or Python tries again at its end and complains."""
+    """Drop output that could not be written to stdout, or Python tries again when it exits."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -157,7 +148,7 @@ def forget_output() -> None:
 
 
 def exit_code(error: Exception) -> int | str | None:
-    """Return the process's exit status, or a text that goes with status 1. None: trace a bug."""
+    """Return the exit status, or a message for status 1; None for a bug, to be traced."""
     progress.clear()
     if hasattr(error, "format_message"):  # of click
         return _usage(error)
@@ -169,7 +160,7 @@ def exit_code(error: Exception) -> int | str | None:
 
 
 def _usage(error: Any) -> int:
-    """Print a wrong call on one line (help, if nothing was asked for); return its exit status."""
+    """Print a usage error on one line (help, if there are no arguments); return its status."""
     context = getattr(error, "ctx", None)
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
