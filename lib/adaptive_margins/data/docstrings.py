@@ -17,20 +17,21 @@ from functools import lru_cache
 from pathlib import Path
 
 import Stemmer
-from bm25s.stopwords import STOPWORDS_EN
+
+from adaptive_margins.data.words import STOP_WORDS, words_of
 
 QUERY_WORDS = (4, 30)
 """Fewest and most words of a query."""
 MIN_PASSAGE_WORDS = 20
 """Fewest words of a passage."""
 MIN_PROSE_WORDS = 10
-"""Fewest words of a docstring without its summary and its lists of parameters and results. Many
+"""Fewest words of a docstring outside of its summary and its lists of parameters and results. Many
 methods of estimators have no more than "X: training data. y: ignored.", which answers nothing."""
 _SKIPPED_FOLDERS = {
-    # Tests, byte code, installed packages, and the programs within the standard library;
+    # Tests, byte code, installed packages, and programs of the standard library;
     *("test", "tests", "testing", "__pycache__", "site-packages", "dist-packages"),
     *("idlelib", "lib2to3", "turtledemo"),
-    # copies of other people's packages.
+    # copies of other packages.
     *("_lib", "_vendor", "_vendored", "vendor", "vendored", "extern", "externals", "third_party"),
 }
 
@@ -61,7 +62,7 @@ class Documented:
 
 
 def package_root(package: str) -> Path:
-    """The folder, or the file, that a package's source is in."""
+    """Return the folder or file of a package's source; ValueError if there is none."""
     if package == "stdlib":
         return Path(sysconfig.get_path("stdlib"))
     try:
@@ -78,7 +79,7 @@ def package_root(package: str) -> Path:
 
 
 def scan(package: str, root: Path, max_words: int) -> Iterator[Documented]:
-    """All usable docstrings of a package, in an order that no file system decides."""
+    """Yield all usable docstrings of a package, sorted by module."""
     files: list[tuple[str, Path]] = [(package, root)] if root.is_file() else []
     top = () if package == "stdlib" else (package,)
     for folder, subfolders, names in os.walk(root):
@@ -136,9 +137,8 @@ def _docstrings(path: Path) -> list[tuple[str, str, str]]:
 
 # ── From a docstring to a query and a passage ─────────────────────────────────────────────────────
 
-# The parts of a docstring in the order in which a passage shows them: what somebody wrote about
-# this object first, field by field descriptions after it. The encoder may read no more than the
-# first 32 tokens, and most numpydoc bodies begin with near-identical parameter lists.
+# Rank of each section in a passage: prose before lists of fields, because an encoder may read no
+# more than 32 tokens, and most numpydoc bodies begin with near-identical parameter lists.
 _ORDER = {
     **dict.fromkeys(("return", "returns", "yield", "yields"), 1),
     **dict.fromkeys(("note", "notes", "warning", "warnings"), 2),
@@ -155,13 +155,13 @@ _KEPT_DIRECTIVES = {"note", "warning", "important", "tip", "hint", "caution", "a
 def parse_docstring(
     docstring: str, name: str, kind: str, max_words: int
 ) -> tuple[str, str, tuple[str, ...]] | None:
-    """Query, passage and "See Also" names of a docstring; None where it does not give both texts.
+    """Return query, passage and "See Also" names of a docstring; None if a text is too short.
 
     Args:
         docstring: with its indentation cleaned, as `ast.get_docstring` does.
         name: the documented object's name, masked by ``kind`` in both texts.
         kind: "function", "method" or "class".
-        max_words: passages are cut after this many words.
+        max_words: passages are truncated after this many words.
     """
     sections = _sections(_without_code(docstring.splitlines()))
     lead, *paragraphs = _paragraphs(sections[0][1]) or [""]
@@ -198,10 +198,7 @@ def _indent(line: str) -> int:
 
 
 def _without_code(lines: list[str]) -> list[str]:
-    """Drop doctests with their output, literal blocks, tables' rules, comments and directives.
-
-    Of notes, warnings and the like the text stays; "seealso" becomes a section.
-    """
+    """Drop doctests, literal blocks, comments and directives, except the text of notes etc."""
     kept: list[str] = []
     rest = deque(lines)
     while rest:
@@ -225,7 +222,7 @@ def _without_code(lines: list[str]) -> list[str]:
 
 
 def _block(rest: deque[str], line: str) -> list[str]:
-    """Take the lines that belong to ``line``: blank ones, and those further indented."""
+    """Remove and return the following lines that are blank or further indented than ``line``."""
     block = []
     while rest and (not rest[0].strip() or _indent(rest[0]) > _indent(line)):
         block.append(rest.popleft())
@@ -233,7 +230,7 @@ def _block(rest: deque[str], line: str) -> list[str]:
 
 
 def _directive(kind: str | None, argument: str, block: list[str], indent: int) -> list[str]:
-    """What stays of a reST directive."""
+    """The lines that a reST directive is replaced by."""
     if kind == "seealso":
         return ["See Also", "--------", *(line.strip() for line in [argument, *block]), ""]
     if kind in _KEPT_DIRECTIVES:
@@ -262,7 +259,7 @@ def _paragraphs(lines: list[str]) -> list[str]:
 
 
 def _fields(lines: list[str], *, named: bool) -> list[str]:
-    """The descriptions of a field list, with the fields' names but without their types."""
+    """The descriptions of a field list, without types, and without names unless ``named``."""
     fields: list[list[str]] = []
     for line in textwrap.dedent("\n".join(lines)).splitlines():
         if not line.strip():
@@ -336,31 +333,22 @@ def _plain(text: str, name: str, kind: str) -> str:
 def mask_name(text: str, name: str, kind: str) -> str:
     """Replace an object's name by its kind wherever it is code.
 
-    Code is: in backticks, qualified ("np.sort", "sort.axis"), called ("sort(a)"), or an identifier
-    that no word of English looks like (with an underscore, a digit, or capitals within). The plain
-    word "sort" stays.
+    Code is in backticks, qualified ("np.sort", "sort.axis"), called ("sort(a)"), or no possible
+    English word (with an underscore, a digit, or inner capitals). The plain word "sort" stays.
     """
     if name not in text:
         return text
-    own = rf"(?<![\w.])(?:[A-Za-z_]\w*\.)*{name}(?!\w)"  # with what qualifies it
+    qualified = rf"(?<![\w.])(?:[A-Za-z_]\w*\.)*{name}(?!\w)"
     if re.search(r"[_0-9]|[a-z][A-Z]|[A-Z]{2}[a-z]", name):
-        return re.sub(own, kind, text)
-    marked = re.sub(r"`+[^`]+`+", lambda match: re.sub(own, kind, match[0]), text)
+        return re.sub(qualified, kind, text)
+    marked = re.sub(r"`+[^`]+`+", lambda match: re.sub(qualified, kind, match[0]), text)
     code = rf"(?<![\w.])(?:(?:[A-Za-z_]\w*\.)+{name}(?!\w)|{name}(?=\(|\.[A-Za-z_]))"
     return re.sub(code, kind, marked)
 
 
-# ── Words ─────────────────────────────────────────────────────────────────────────────────────────
-
 _stem = lru_cache(maxsize=None)(Stemmer.Stemmer("english").stemWord)
-_STOP_WORDS = frozenset(STOPWORDS_EN)
-
-
-def words_of(text: str) -> list[str]:
-    """The words of a text, lower case."""
-    return re.findall(r"[^\W_]+", text.lower())
 
 
 def normal_form(query: str) -> tuple[str, ...]:
-    """The stemmed content words of a query, in their order."""
-    return tuple(_stem(word) for word in words_of(query) if word not in _STOP_WORDS)
+    """Return the stemmed content words of a query, in their order."""
+    return tuple(_stem(word) for word in words_of(query) if word not in STOP_WORDS)

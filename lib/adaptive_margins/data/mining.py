@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,35 +12,33 @@ import numpy as np
 
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.trec import Qrels, Run
-from adaptive_margins.data.words import terms, without_spaces
+from adaptive_margins.data.words import terms, without_spaces, words_of
 from adaptive_margins.progress import bar
 
 Similarity = Callable[[str, list[str]], np.ndarray]
 """Cosines of a query (by id) and passages (by docid), shape (number of docids,), in [-1, 1]."""
 SAME_PASSAGE = 0.9
-"""Jaccard similarity of two passages' sets of words from which on they count as near duplicates: of
-100 different words each, 95 are then the same. Passages on one topic stay below: some 400 abstracts
-of Cranfield and of Vaswani each, compared with the 20 that BM25 finds most similar, reach .71
-unless they are the same text."""
+"""Least Jaccard similarity of the words of near duplicates: of 100 words each, 95 are shared. 400
+abstracts of Cranfield and of Vaswani each reach .71 with the 20 most similar by BM25, unless they
+are the same text."""
 MARGIN = 0.95
 """Share of a positive's score above which a candidate may be relevant; the best in NV-Retriever."""
-_RANDOM = 10  # random passages that a query without any other negative may get
+_RANDOM = 10  # most random passages of a query that has no other negative
 
 
 @dataclass(frozen=True)
 class FilterCounts:
-    """What `filter_negatives` examined and dropped; a candidate counts once, for the first filter.
+    """Candidates examined and dropped by `filter_negatives`, each counted for the first filter.
 
     Attributes:
         queries: queries with a positive that has a text.
         candidates: their candidates.
-        judged: candidates that the query's qrels judge, whatever the grade; the positives are among
-            them.
+        judged: candidates that the query's qrels judge with any grade, the positives included.
         without_text: candidates that are empty.
         same_text: candidates whose text is a positive's, case and white space aside.
         near_duplicate: candidates that share `SAME_PASSAGE` of their words with a positive.
-        too_similar: candidates that the encoder scores too close to the positive, or above it.
-        random: queries with no candidate left, whose negatives are random passages instead.
+        too_similar: candidates that the encoder scores above `MARGIN` of the positive's score.
+        random: queries with no candidate left, whose negatives are random passages.
         without_negative: queries for which no random passage passed the filters either.
     """
 
@@ -56,7 +53,7 @@ class FilterCounts:
     without_negative: int = 0
 
     def none_left(self) -> str:
-        """Return why there is no negative for any query, in words."""
+        """Return why there is no negative for any query, for an error."""
         if not self.queries:
             return "no training query has a relevant passage with text"
         counts = {
@@ -77,39 +74,35 @@ class FilterCounts:
 def filter_negatives(
     candidates: Run, qrels: Qrels, passages: Texts, *, similarity: Similarity | None, seed: int = 1
 ) -> tuple[Run, FilterCounts]:
-    """Drop candidates that are relevant, or may be although they are not judged (false negatives).
+    """Drop candidates that are judged, or probably relevant although unjudged (false negatives).
 
-    In this order: judged passages, passages without text, passages with a positive's text, near
-    duplicates of a positive (`SAME_PASSAGE`), and those that the encoder scores above `MARGIN` ×
-    the score of the query's positive. The last is TopK-PercPos of NV-Retriever (Moreira et al.,
-    arXiv 2407.15831, 2024). Two things that the paper leaves open are done as in
-    `mine_hard_negatives` of Sentence Transformers: of several positives the lowest score counts,
-    which is the safe side; and the threshold is p − (1 − `MARGIN`) · |p|, so that it lies below a
-    negative score p, too. Measured on Cranfield with MiniLM, half of each query's positives hidden:
-    among BM25's best 100, the filters drop .90 of the hidden positives and .44 of the others (.38
-    and .11 by the highest score instead).
+    The filters, in this order: judged passages, passages without text, passages with a positive's
+    text, near duplicates of a positive (`SAME_PASSAGE`), and passages that the encoder scores above
+    `MARGIN` × the score of the query's positive: TopK-PercPos of NV-Retriever (Moreira et al.,
+    arXiv 2407.15831, 2024). As in `mine_hard_negatives` of Sentence Transformers, the lowest score
+    of several positives counts, and the threshold is p − (1 − `MARGIN`) · |p|, which is below a
+    negative p, too. On Cranfield with MiniLM and half of each query's positives hidden, the filters
+    drop .90 of the hidden positives and .44 of the others among BM25's best 100 (.38 and .11 by the
+    highest score).
 
-    A query with no candidate left gets up to 10 random passages that pass the same filters, drawn
-    by ``seed`` and the query id: easy negatives, without which a small corpus would lose the query.
+    A query with no candidate left gets up to 10 random passages that pass the filters, drawn by
+    ``seed`` and the query id, so that small corpora do not lose the query.
 
     Args:
-        candidates: query id → docid → score, of BM25 or of the encoder itself.
-        qrels: query id → docid → grade; a positive has at least grade 1. Queries that it does not
-            have are left out.
+        candidates: query id → docid → score, of BM25 or of the encoder.
+        qrels: query id → docid → grade; a positive has at least grade 1. Other queries are left
+            out.
         passages: all passages.
-        similarity: by the encoder that training starts from, called at least once a query. None: no
-            such filter.
+        similarity: of the zero-shot encoder; None for no such filter.
         seed: of the random passages.
 
     Returns:
-        Query id → docid → score of the candidates left, in their order; random passages score 0.
-        Queries without a positive that has a text, or without any negative, are not in it. And the
-        counts.
+        Query id → docid → score of the remaining candidates, in their order (random passages: 0),
+        without queries that have no positive with a text or no negative; and the counts.
 
     Raises:
-        ValueError: ``similarity`` gave another shape or is not finite.
-        KeyError: a candidate or a judged passage that ``passages`` does not have; the message names
-            it.
+        ValueError: ``similarity`` returns another shape, or is not finite.
+        KeyError: ``passages`` lacks a candidate or a judged passage; the message names it.
     """
     positives: dict[str, list[str]] = {}
     for qid, judged in sorted(qrels.items()):
@@ -145,7 +138,7 @@ def _filtered(
     passages: Texts,
     similarity: Similarity | None,
 ) -> tuple[Run, Counter[str]]:
-    """The candidates that pass every filter, for each query, and how many each filter dropped."""
+    """Candidates of each query that pass all filters, and how many each filter dropped."""
     forms: dict[str, _Form] = {}
 
     def form(docid: str) -> _Form:
@@ -156,10 +149,10 @@ def _filtered(
     dropped = Counter[str]()
     kept: Run = {}
     for qid, hits in bar("comparing candidates with positives", candidates.items(), unit="queries"):
-        own = [form(docid) for docid in positives[qid]]
+        relevant = [form(docid) for docid in positives[qid]]
         clear = []
         for docid in hits:
-            reason = "judged" if docid in qrels[qid] else _resembles(form(docid), own)
+            reason = "judged" if docid in qrels[qid] else _resembles(form(docid), relevant)
             if reason:
                 dropped[reason] += 1
             else:
@@ -181,14 +174,11 @@ class _Form(NamedTuple):
 
 
 def _form(text: str) -> _Form:
-    parts = text.lower().split()
-    words = set(map(hash, _words(text.lower())))
-    return _Form(hash(tuple(parts)) if parts else None, np.array(sorted(words), dtype=np.int64))
-
-
-def _words(text: str) -> list[str]:
-    """What near duplicates share: words, or bigrams too where a text is written without spaces."""
-    return terms(text, shortest=1) if without_spaces(text) else re.findall(r"[^\W_]+", text)
+    text = text.lower()
+    parts = text.split()
+    words = terms(text, shortest=1) if without_spaces(text) else words_of(text)
+    hashes = sorted(set(map(hash, words)))
+    return _Form(hash(tuple(parts)) if parts else None, np.array(hashes, dtype=np.int64))
 
 
 def _resembles(form: _Form, positives: Sequence[_Form]) -> str:

@@ -1,9 +1,9 @@
 """Pseudo-queries for a corpus without queries: titles, first sentences, and the inverse cloze task.
 
-They are weaker than real queries. A part of a passage uses its author's words, which a searcher
-does not know; it is a statement, no question; and only its passage counts as relevant, though
-others may answer it as well. An encoder can adapt to a corpus with them, and two rankings can be
-compared with care; they do not measure how well users are served.
+They are weaker than real queries: they use the words of the passage's author, which a searcher does
+not know; they are statements; and only their passage counts as relevant. An encoder can adapt to a
+corpus with them, and rankings can be compared with care; they do not measure how well users are
+served.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from bm25s.stopwords import STOPWORDS_EN
 
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.text import DataError
-from adaptive_margins.data.words import without_spaces
+from adaptive_margins.data.words import STOP_WORDS, without_spaces, words_of
 from adaptive_margins.progress import bar
 
 KINDS = ("title", "first sentence", "inverse cloze")
@@ -34,9 +33,8 @@ MIN_CONTENT = {"title": 2, "first sentence": 3, "inverse cloze": 3}
 MIN_TEXT_WORDS = 10
 """Fewest words that a passage has left without its query."""
 CUT = 0.9
-"""Share of inverse cloze queries whose sentence is cut out of its passage (Lee et al. 2019)."""
+"""Share of inverse cloze queries whose sentence is removed from its passage (Lee et al. 2019)."""
 _SPAN = (6, 14)  # words of a query from text without sentence ends
-_STOP_WORDS = frozenset(STOPWORDS_EN)
 
 
 def pseudo_collection(
@@ -63,26 +61,23 @@ def pseudo_collection(
     grade 1. Words are what white space separates, so text written without spaces gives none.
     Limits: `QUERY_WORDS`, `TITLE_WORDS`, `MIN_CONTENT`, `MIN_TEXT_WORDS`.
 
-    The passage of a query does not contain it, as PyDocs has docstrings without their summaries.
-    With the sentence in its passage, matching words alone would find it (300 test queries of
-    Cranfield, nDCG@10 of first sentences and inverse cloze: BM25 .98 and .99, MiniLM .93 and .70;
-    cut, BM25 .74 and .47, MiniLM .71 and .45). In "train" alone, the passages of a tenth of the
-    inverse cloze queries stay complete, so that the encoder does not unlearn to match words (Lee,
+    A query is removed from its passage, or matching words would suffice to find it (300 test
+    queries of Cranfield, nDCG@10 of first sentences and inverse cloze: BM25 .98 and .99, MiniLM .93
+    and .70; removed, BM25 .74 and .47, MiniLM .71 and .45). Only in "train", a tenth of the inverse
+    cloze queries stay in their passages, so that the encoder does not unlearn to match words (Lee,
     Chang & Toutanova, Latent Retrieval for Weakly Supervised Open Domain Question Answering, ACL
     2019, Section 4). For searching, index the original passages.
-
-    All passages are read twice at most; 8 bytes are held of each sentence.
 
     Args:
         passages: docids and texts; unchanged.
         name: the collection's.
         sources: where the texts come from; an entry on the pseudo-queries is added.
-        titles: docid → title, of those passages that have one; None if there are none.
+        titles: docid → title, of passages that have one, if any.
         count: queries to train on, at most.
         test: queries to measure with; at most a quarter of all.
         validation: queries to stop by; at most an eighth of all.
-        seed: of the queries and of the split. More queries to train on leave the other sets
-            unchanged, unless a quarter or an eighth of all limits those.
+        seed: of the queries and of the split. The other sets do not depend on ``count``, unless
+            they are limited to a quarter or an eighth of all.
 
     Raises:
         ValueError: a number below 1.
@@ -188,7 +183,7 @@ def _draw(passages: Texts, titles: Mapping[str, str], count: int, seed: int) -> 
 
 
 def _in_turn(iterators: list[Iterator[_Drawn]]) -> Iterator[_Drawn]:
-    """An item of each iterator, again and again, as long as any has one."""
+    """Items of the iterators in turn (round robin) until all are exhausted."""
     while iterators:
         for iterator in list(iterators):
             item = next(iterator, None)
@@ -231,23 +226,23 @@ def _parts(text: str, title: str) -> tuple[str, str]:
 
 
 def _title(title: str, body: str, rng: random.Random, repeated: set[int]) -> tuple[str, str] | None:
-    asks = _asks("title", title, _count(body), repeated)
+    asks = _asks("title", title, len(words_of(body)), repeated)
     return (_trimmed(title), body) if asks else None
 
 
 def _first_sentence(
     title: str, body: str, rng: random.Random, repeated: set[int]
 ) -> tuple[str, str] | None:
-    first = next(_sentences(body), "")
+    first = next(sentences(body), "")
     rest = body[len(first) :].strip()
-    asks = _asks("first sentence", first, _count(rest), repeated)
+    asks = _asks("first sentence", first, len(words_of(rest)), repeated)
     return (_trimmed(first), rest) if asks else None
 
 
 def _inverse_cloze(
     title: str, body: str, rng: random.Random, repeated: set[int]
 ) -> tuple[str, str] | None:
-    parts = sentences(body)
+    parts = list(sentences(body))
     choices = list(range(len(parts)))
     if len(parts) == 1 and not _MARK.search(body):
         words = body.split()
@@ -258,7 +253,7 @@ def _inverse_cloze(
         parts, choices = [" ".join(part) for part in cut], [1]
     else:
         rng.shuffle(choices)
-    counts = [_count(part) for part in parts]
+    counts = [len(words_of(part)) for part in parts]
     total = sum(counts)
     for i in choices:
         if _asks("inverse cloze", parts[i], total - counts[i], repeated):
@@ -274,11 +269,11 @@ _MAKERS: dict[str, Callable[[str, str, random.Random, set[int]], tuple[str, str]
 
 
 def _asks(kind: str, query: str, left: int, repeated: set[int]) -> bool:
-    """Whether it is a query: not short, long or repeated; ``left``: the passage's other words."""
+    """Whether a text is a usable query of a ``kind`` whose passage has ``left`` other words."""
     form = _form(query)
     words = form.split()
     low, high = TITLE_WORDS if kind == "title" else QUERY_WORDS
-    content = {word for word in words if word not in _STOP_WORDS and not word.isdigit()}
+    content = {word for word in words if word not in STOP_WORDS and not word.isdigit()}
     return (
         low <= len(words) <= high
         and len(content) >= MIN_CONTENT[kind]
@@ -301,25 +296,19 @@ _ABBREVIATION = re.compile(
     re.IGNORECASE,
 )  # the last: initials, and "U.S."
 _SOLID = re.compile(r"\S")
-_WORDS = re.compile(r"[^\W_]+")
 
 
-def sentences(text: str) -> list[str]:
-    """Split a text at its sentence ends; nothing is lost but white space around them.
+def sentences(text: str) -> Iterator[str]:
+    """Split a text at its sentence ends; only white space around them is lost.
 
     A sentence ends at ".", "!", "?" or "…" (and closing quotes or brackets) before white space,
     unless a lower-case letter follows, or a full stop belongs to a common English abbreviation, an
-    initial, or a number. A mark between white space ends one, too, whatever follows, as in
-    tokenised text.
+    initial, or a number. A mark between white space always ends one, as in tokenised text.
     """
-    return list(_sentences(text))
-
-
-def _sentences(text: str) -> Iterator[str]:
     text = text.strip()
     start = letter = 0
     for mark in _MARK.finditer(text):
-        # Each character is looked at once, however many marks end no sentence: "1. Introduction".
+        # Each character is read once, also if many marks end no sentence ("1. Introduction").
         while letter < mark.start() and not text[letter].isalpha():
             letter += 1
         if letter < mark.start() and _ends(text, start, mark.start(), mark.end()):
@@ -348,10 +337,5 @@ def _ends(text: str, start: int, mark: int, end: int) -> bool:
 
 
 def _form(text: str) -> str:
-    """The words of a text, lower case, by which two texts count as the same."""
-    return " ".join(_WORDS.findall(text.lower()))
-
-
-def _count(text: str) -> int:
-    """The number of words of a text's `_form`."""
-    return sum(1 for _ in _WORDS.finditer(text.lower()))
+    """A text's words: two texts with the same words count as the same."""
+    return " ".join(words_of(text))

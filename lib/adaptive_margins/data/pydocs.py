@@ -25,11 +25,11 @@ from adaptive_margins.data.docstrings import (
     normal_form,
     package_root,
     scan,
-    words_of,
 )
 from adaptive_margins.data.docstrings import MIN_PROSE_WORDS as MIN_PROSE_WORDS  # for data sheets
 from adaptive_margins.data.docstrings import QUERY_WORDS as QUERY_WORDS
 from adaptive_margins.data.trec import Qrels
+from adaptive_margins.data.words import words_of
 
 RULES = 1
 """Raised by hand whenever the same packages would give other texts, qrels, negatives or triples."""
@@ -40,8 +40,8 @@ SAME_PASSAGE = 0.9
 NEAR_QUERY = 0.8
 """Jaccard similarity of stemmed content words from which on two queries are near-identical."""
 OWN, NEAR, NEIGHBOUR = 3, 2, 1
-"""Grades: the rest of the query's docstring; the rest of a docstring whose summary is
-near-identical; what the query's docstring names under "See Also"."""
+"""Grades: the rest of the query's docstring; of one with a near-identical summary; an object named
+under "See Also"."""
 
 
 def build_pydocs(
@@ -63,13 +63,12 @@ def build_pydocs(
         max_passages: most passages (complete connected components are left out).
         max_words: passages are truncated after this many words.
 
-    Near-identical passages become one passage, and queries of the same content words in the same
-    order one query, which all their passages answer (grade 3). A near-identical query differs in a
-    word that may be decisive ("encode", "decode") or not ("by", "via"), so the passage of one gets
-    grade 2 for the other: no correct answer counts as wrong. Passages that a docstring names under
-    "See Also" have grade 1: its authors call them related, but they document something else.
-    Queries that share a passage of grade 2 or 3 go into the same set, near-identical ones therefore
-    too.
+    Near-identical passages are merged, and so are queries of the same content words in the same
+    order; all passages of a merged query answer it (grade 3). Near-identical queries may differ in
+    a decisive word ("encode", "decode") or not ("by", "via"), so the passage of one has grade 2 for
+    the other, and no correct answer counts as wrong. Passages named under "See Also" have grade 1:
+    they are related, but document something else. Queries that share a passage of grade 2 or 3 are
+    in the same set.
 
     Raises:
         ValueError: a package that is not installed, or too few queries for the sets asked for.
@@ -122,10 +121,7 @@ def build_pydocs(
 
 
 class _Judged(NamedTuple):
-    """Passages and queries, each standing for all texts that count as the same, and the judgements.
-
-    ``judged``: for each query, passage → grade.
-    """
+    """Merged passages, merged queries, and of each query: passage → grade."""
 
     passages: list[str]
     queries: list[str]
@@ -141,13 +137,13 @@ def _judge(docs: Sequence[Documented]) -> _Judged:
     judged: list[dict[int, int]] = [{} for _ in forms]
     for query, neighbours in zip(query_of, _see_also(docs), strict=True):
         judged[query].update((passage_of[i], NEIGHBOUR) for i in neighbours)
-    own: list[set[int]] = [set() for _ in forms]
+    answers: list[set[int]] = [set() for _ in forms]
     for query, passage in zip(query_of, passage_of, strict=True):
-        own[query].add(passage)
+        answers[query].add(passage)
     for one, other in similar_pairs([frozenset(form) for form in forms], NEAR_QUERY):
-        judged[one].update(dict.fromkeys(own[other], NEAR))
-        judged[other].update(dict.fromkeys(own[one], NEAR))
-    for query, found in enumerate(own):
+        judged[one].update(dict.fromkeys(answers[other], NEAR))
+        judged[other].update(dict.fromkeys(answers[one], NEAR))
+    for query, found in enumerate(answers):
         judged[query].update(dict.fromkeys(found, OWN))
     passages = _representatives(passage_of, [doc.passage for doc in docs])
     return _Judged(passages, _representatives(query_of, [doc.query for doc in docs]), judged)
@@ -227,11 +223,11 @@ def similar_pairs(sets: Sequence[frozenset[Any]], threshold: float) -> list[tupl
         return sparse.csr_matrix((np.ones(len(columns), dtype=np.int32), columns, starts), shape)
 
     rows = [sorted(number[member] for member in members) for members in sets]
-    whole = matrix(rows)
+    complete = matrix(rows)
     # The small number is for products such as 0.9 × 70, which floats put above 63.
     prefix = matrix([row[: len(row) - math.ceil(threshold * len(row) - 1e-9) + 1] for row in rows])
     left, right = sparse.triu(prefix @ prefix.T, k=1).nonzero()
-    shared = np.asarray(whole[left].multiply(whole[right]).sum(axis=1)).ravel()
+    shared = np.asarray(complete[left].multiply(complete[right]).sum(axis=1)).ravel()
     size = np.array([len(row) for row in rows])
     same = shared >= threshold * (size[left] + size[right] - shared) - 1e-9
     return sorted(zip(left[same].tolist(), right[same].tolist(), strict=True))
@@ -253,13 +249,10 @@ def _representatives(labels: Sequence[int], texts: Sequence[str]) -> list[str]:
 
 
 def _see_also(docs: Sequence[Documented]) -> list[list[int]]:
-    """For each object, the objects of its package that its "See Also" names.
-
-    A name fits an object with the same last part whose full name has the other parts in this order
-    (packages re-export: "numpy.sort" is numpy._core.fromnumeric.sort). Of several that fit, the one
-    of exactly this name wins, then those of the same class, then those of the same module; a name
-    that still fits several is ignored.
-    """
+    """For each object, the objects of its package that its "See Also" names."""
+    # A name fits an object with the same last part whose full name has the other parts in order
+    # (packages re-export: "numpy.sort" is numpy._core.fromnumeric.sort). Of several, the one of
+    # exactly this name wins, then those of the same class, then of the same module.
     by_name: dict[tuple[str, str], list[int]] = defaultdict(list)
     for i, doc in enumerate(docs):
         by_name[doc.package, doc.qualname.rpartition(".")[2]].append(i)

@@ -1,4 +1,4 @@
-"""Terms of a text: words, and character bigrams where a script is written without spaces."""
+"""Words of a text, and its terms: words, or bigrams in scripts without spaces between words."""
 
 from __future__ import annotations
 
@@ -6,26 +6,14 @@ import re
 import unicodedata
 
 import regex
+from bm25s.stopwords import STOPWORDS_EN
 
+STOP_WORDS = frozenset(STOPWORDS_EN)
 _SCRIPTS = (
-    "Han",
-    "Hiragana",
-    "Katakana",
-    "Bopomofo",
-    "Yi",
-    "Thai",
-    "Lao",
-    "Khmer",
-    "Myanmar",
-    "Tibetan",
-    "Tai_Le",
-    "New_Tai_Lue",
-    "Tai_Tham",
-    "Tai_Viet",
-    "Javanese",
-    "Balinese",
+    "Han Hiragana Katakana Bopomofo Yi Thai Lao Khmer Myanmar Tibetan Tai_Le New_Tai_Lue Tai_Tham"
+    " Tai_Viet Javanese Balinese"
 )
-_SCRIPT = "".join(rf"\p{{Script={script}}}" for script in _SCRIPTS)
+_SCRIPT = "".join(rf"\p{{Script={script}}}" for script in _SCRIPTS.split())
 _SCRIPT += "〆ー\u3099\u309aｰﾞﾟ"  # shared by scripts: marks of sound and length, and an ideograph
 _FORMS = r"\p{Block=Halfwidth_And_Fullwidth_Forms}\p{Block=CJK_Compatibility}"
 _WITHOUT_SPACES = regex.compile(rf"(?V1)([[{_SCRIPT}]&&[\p{{L}}\p{{N}}\p{{M}}]]+)")
@@ -36,18 +24,23 @@ _PLAIN = re.compile(r"[\x00-\u02df\u0370-\u0482\u048a-\u0590\u2000-\u20cf\u2100-
 _PLAIN_WORD = re.compile(r"\w+")
 
 
+def words_of(text: str) -> list[str]:
+    """Return the runs of letters and digits of a text, lower case."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
 def without_spaces(text: str) -> bool:
-    """Whether a text has letters of a script without spaces between words (Chinese, Thai, …)."""
+    """Return whether a text has letters of a script without spaces (Chinese, Thai, …)."""
     return not _PLAIN.fullmatch(text) and bool(_WITHOUT_SPACES.search(text))
 
 
 def terms(text: str, *, shortest: int = 2) -> list[str]:
     """Return a text's words of at least ``shortest`` characters, and bigrams, in their order.
 
-    A word is a run of letters, digits, combining marks and underscores. A run of characters of a
-    script that is written without spaces between words (Chinese, Japanese, Thai, …; Korean has
-    spaces) becomes its overlapping bigrams; a single character is a term, too. Such characters
-    and half- and full-width forms are compared in form NFKC, everything else in form NFC.
+    A word is a run of letters, digits, combining marks and underscores. Of a run of characters in a
+    script without spaces (Chinese, Japanese, Thai, …; Korean has spaces) the terms are its
+    overlapping bigrams, or its single character. Such characters and half- and full-width forms are
+    normalised to NFKC, all others to NFC.
     """
     text = unicodedata.normalize("NFC", text)
     if _PLAIN.fullmatch(text):
