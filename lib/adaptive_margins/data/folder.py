@@ -1,7 +1,7 @@
 """Collections in folders: BEIR, TREC/TSV, a Hugging Face dataset, or what `Collection.save` wrote.
 
-A line that does not fit is reported with its file and number, and all of them at once. Sets are
-called "train", "validation" and "test"; any of them may be missing.
+All faults are reported at once, with file and line. Sets are called "train", "validation" and
+"test"; any of them may be missing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SETS = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
-"""Name of a set → what files and splits of that set may be called."""
+"""Name of a set → names of its files and splits."""
 _STANDARD = {called: name for name, names in SETS.items() for called in names}
 _ENDS = {"test": ("",), "train": ("_train",), "validation": ("_validation", "_dev")}
 QUERY_COLUMNS = ("query", "anchor", "question")
@@ -54,7 +54,7 @@ Passages alone (corpus.jsonl or collection.tsv) are enough. A text file may be g
 
 
 def read_folder(folder: Path) -> Collection:
-    """Read a collection; its layout is known by its files.
+    """Read a collection; its files determine its layout.
 
     - **BEIR**: ``corpus.jsonl`` (``_id``, ``text``, perhaps ``title``; a passage is title, space,
       text), ``queries.jsonl`` (``_id``, ``text``) and ``qrels/train.tsv``, ``dev.tsv``,
@@ -71,15 +71,15 @@ def read_folder(folder: Path) -> Collection:
     - What `Collection.save` wrote; sets that are neither "train" nor "validation" are joined as
       "test".
 
-    Passages without queries are a collection, too. In texts, tabs and line breaks become spaces. A
-    UserWarning names empty passages, and queries of two sets that have the same text.
+    A collection may lack queries. In texts, tabs and line breaks become spaces. A UserWarning names
+    empty passages, and queries of two sets that have the same text.
 
     Raises:
-        DataError: the folder has none of these layouts, or two of them; or names the first line of
-            each kind of fault in a file: columns or keys that are missing, ids that repeat or have
-                white space,
-            empty queries, judgements of unknown queries or passages, grades that are not integers,
-            a pair judged twice, a query in two sets, bad UTF-8, a line longer than `text.MAX_LINE`.
+        DataError: the folder has none of these layouts, or two; or names the first line of each
+            kind of fault in a file: columns or keys that are missing, ids that repeat or have white
+            space, empty queries, judgements of unknown queries or passages, grades that are not
+            integers, a pair judged twice, a query in two sets, bad UTF-8, a line longer than
+            `text.MAX_LINE`.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -155,44 +155,44 @@ def _read_trec(folder: Path, problems: Problems) -> Collection:
         problems.check()
     lines: Lines = {}  # of the query ids of all sets together
     judged: dict[str, Path] = {}
-    own: dict[str, Texts] = {}  # set → queries of its own file
+    listed: dict[str, Texts] = {}  # set → queries of its queries file
     queries: dict[str, Texts] = {}
     qrels: dict[str, Qrels] = {}
     for name, ends in _ENDS.items():
-        if own_path := _only(folder, *(f"queries{end}.tsv" for end in ends), problems=problems):
-            own[name] = read_texts(own_path, problems, lines=lines)
-        asked = own.get(name, own.get("test"))
+        if queries_path := _only(folder, *(f"queries{end}.tsv" for end in ends), problems=problems):
+            listed[name] = read_texts(queries_path, problems, lines=lines)
+        asked = listed.get(name, listed.get("test"))
         if judging := _only(folder, *(f"qrels{end}.txt" for end in ends), problems=problems):
             if asked is None:
                 problems.add(judging, 0, f"there is no queries{ends[0]}.tsv, which it judges")
             rows = read_judgements(judging, problems)
             qrels[name] = known_judgements(judging, rows, asked, passages, problems, judged)
-            queries[name] = own[name] if name in own else _some(asked, qrels[name])
+            queries[name] = listed[name] if name in listed else _some(asked, qrels[name])
     triples: list[Triple] = []
     if triples_path := _only(folder, "triples.tsv", problems=problems):
-        triples = _train_on(triples_path, own, queries, qrels, passages, judged, problems)
-    shared = {qid for name in queries.keys() - own.keys() for qid in queries[name].ids}
+        triples = _train_on(triples_path, listed, queries, qrels, passages, judged, problems)
+    shared = {qid for name in queries.keys() - listed.keys() for qid in queries[name].ids}
     if "test" in queries and shared:
         queries["test"] = _some(queries["test"], set(queries["test"].ids) - shared)
-    for name in sorted(own.keys() - queries.keys()):
+    for name in sorted(listed.keys() - queries.keys()):
         if name != "test" or not shared:
-            what = f"file not found; it judges queries{_ENDS[name][0]}.tsv"
+            what = f"file not found; it should judge queries{_ENDS[name][0]}.tsv"
             problems.add(folder / f"qrels{_ENDS[name][0]}.txt", 0, what)
     return _finish(folder, "TREC", path, passages, queries, qrels, triples, problems)
 
 
 def _train_on(
     path: Path,
-    own: Mapping[str, Texts],
+    listed: Mapping[str, Texts],
     queries: dict[str, Texts],
     qrels: dict[str, Qrels],
     passages: Texts,
     judged: Mapping[str, Path],
     problems: Problems,
 ) -> list[Triple]:
-    """Read ``triples.tsv``; training queries or judgements that are missing follow from it."""
-    known = queries.get("train", own.get("train"))
-    asked = own.get("test") if known is None else known
+    """Read ``triples.tsv``; derive training queries and judgements from it if there are none."""
+    known = queries.get("train", listed.get("train"))
+    asked = listed.get("test") if known is None else known
     if asked is None:
         problems.add(path, 0, "there is no queries_train.tsv, which it refers to")
     others = judged if known is None else None
@@ -210,10 +210,9 @@ def read_dataset(folder: Path) -> Collection:
 
     Columns: ``query`` (or ``anchor``, ``question``), ``positive``, and perhaps ``negative``. A
     Dataset is the training set; the splits of a DatasetDict are ``train``, ``validation`` (or
-    ``dev``) and ``test``. Each different text is a passage (d1, d2, … in the order of their first
-    occurrence) or a query of its set (q1, q2, …). A query's positives have grade 1. If there are
-    negatives, the rows of the training set are its triples; those of other sets are passages. Tabs
-    and line breaks become spaces.
+    ``dev``) and ``test``. Distinct texts are passages (d1, d2, … by first occurrence) or queries of
+    their set (q1, q2, …). A query's positives have grade 1. Training rows with negatives are
+    triples; negatives of other sets are passages. Tabs and line breaks become spaces.
 
     Raises:
         DataError: other columns or splits, a row (from 1) with a value that is not a text or is
@@ -242,7 +241,13 @@ def read_dataset(folder: Path) -> Collection:
         rows, where = splits[split], folder if splits[split] is loaded else folder / split
         columns = _dataset_columns(rows.column_names)
         if columns is None:
-            problems.add(folder, 0, f"split {split!r} {_other_columns(rows.column_names)}")
+            problems.add(
+                folder,
+                0,
+                f"split {split!r} has the columns {', '.join(rows.column_names)}; expected"
+                f" {' or '.join(QUERY_COLUMNS)}, positive, and perhaps negative:"
+                " dataset.rename_columns({old: new}), dataset.select_columns([name, …])",
+            )
             continue
         first = 1 + sum(map(len, queries.values()))
         qids: dict[str, str] = {}  # query → id
@@ -262,7 +267,7 @@ def read_dataset(folder: Path) -> Collection:
 def _dataset_rows(
     rows: Dataset, columns: list[str], where: Path, problems: Problems
 ) -> Iterator[list[str]]:
-    """Query, positive and perhaps negative of each row; what is wrong is noted in ``problems``."""
+    """Query, positive and perhaps negative of each row; faults are noted in ``problems``."""
     values = zip(*(rows[column][:] for column in columns), strict=True)
     listed = bar(f"reading {where.name}", values, total=len(rows), unit="rows")
     for number, row in enumerate(listed, start=1):
@@ -286,25 +291,11 @@ def _dataset_columns(found: Iterable[str]) -> list[str] | None:
     return None
 
 
-def _other_columns(found: list[str]) -> str:
-    """What is wrong with the columns, and how to come to those expected."""
-    accepted = f"{' or '.join(QUERY_COLUMNS)}, positive, and perhaps negative"
-    query = next((name for name in QUERY_COLUMNS if name in found), "query")
-    missing = [name for name in (query, "positive") if name not in found]
-    other = [name for name in found if name not in (query, "positive", "negative")]
-    names = dict(zip(other, missing, strict=False))
-    kept = [query, "positive", *(["negative"] if "negative" in found else [])]
-    how = f".rename_columns({names})" if names else ""
-    how += f".select_columns({kept})" if len(names) < len(other) else ""
-    hint = f"; for example: dataset{how}" if len(names) == len(missing) else ""
-    return f"has the columns {', '.join(found)}; expected {accepted}{hint}"
-
-
 def standard_sets(collection: Collection, where: str) -> Collection:
-    """The collection with the sets "train", "validation" and "test", to which all others go.
+    """Join all sets but "train" and "validation" as "test"; ``where`` they were read from.
 
     Raises:
-        DataError: sets that are joined share a query id. ``where`` names what they were read from.
+        DataError: joined sets share a query id.
     """
     parts: dict[str, list[str]] = {}
     for name in sorted(collection.queries):
@@ -343,17 +334,14 @@ def _finish(
 
 
 def warn(passages: Texts, queries: Mapping[str, Texts], where: str, unit: str = "line") -> None:
-    """Give UserWarnings for empty passages, and for queries of two sets that have the same text.
-
-    ``where``: what the texts were read from, one passage a ``unit``.
-    """
+    """Warn of empty passages (one a ``unit`` of ``where``), and of equal queries in two sets."""
     empty = [
         f"{docid!r} ({unit} {number})"
         for number, (docid, text) in enumerate(_pairs(passages), start=1)
         if not text.strip()
     ]
     if empty:
-        what = "passages without text are kept, and never returned by a search"
+        what = "passages without text are never returned by a search"
         warnings.warn(f"{where}: {what}: {_first(empty)}", stacklevel=4)
     for one, other in itertools.combinations([name for name in SETS if name in queries], 2):
         qids = {text: qid for qid, text in _pairs(queries[one])}
@@ -379,7 +367,7 @@ def _first(items: list[str]) -> str:
 
 
 def _variants(folder: Path, *names: str) -> list[Path]:
-    """Those of the files that are there, gzipped or not, dangling links included."""
+    """Those of the files that exist, gzipped or not, dangling links included."""
     paths = [folder / (name + end) for name in names for end in ("", ".gz")]
     return [path for path in paths if os.path.lexists(path)]
 
@@ -388,7 +376,7 @@ def _only(folder: Path, *names: str, problems: Problems) -> Path | None:
     """The file with one of these names, gzipped or not, if any. Several are a problem."""
     found = _variants(folder, *names)
     for other in found[1:]:
-        problems.add(other, 0, f"{found[0].name} is there, too; keep one of them")
+        problems.add(other, 0, f"{found[0].name} exists, too; keep one of them")
     return found[0] if found else None
 
 
@@ -418,7 +406,7 @@ def _json_rows(path: Path, problems: Problems) -> Iterator[tuple[int, tuple[str,
 
 
 def _other_json(first: str) -> str:
-    """What a file is whose first line begins something else than JSON lines, and the way out."""
+    """What a file that is not JSON lines is, by its first line, and the way out; "" if it is."""
     if first in ("[", "{"):
         way = "jq -c '.[]'" if first == "[" else "jq -c ."
         return f"JSON over several lines; convert it: {way}"

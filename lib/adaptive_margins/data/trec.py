@@ -1,7 +1,4 @@
-"""TREC's files: runs (rankings) and qrels (judgements), ordered as in trec_eval.
-
-Where scores tie, the order is trec_eval's: docids descending. A run lists its hits in that order.
-"""
+"""TREC's files: runs (rankings) and qrels (judgements), ordered as in trec_eval."""
 
 from __future__ import annotations
 
@@ -36,10 +33,10 @@ _HEX = re.compile(r"[+-]?0[xX]")
 
 
 def top(scores: Mapping[str, float], depth: int | None = None) -> list[tuple[str, float]]:
-    """Return the ``depth`` best (docid, score): score descending, ties by docid descending.
+    """Return the ``depth`` best (docid, score), or all: by score, then by docid, both descending.
 
-    Scores are compared as 32-bit floats, as trec_eval does, and returned unchanged: those beyond 32
-    bits are infinite, and tie. ``depth`` None returns all.
+    As in trec_eval, scores are compared as 32-bit floats (beyond their range they are infinite, and
+    tie); they are returned unchanged.
 
     Raises:
         ValueError: ``depth`` is below 1, or a score is not a finite number.
@@ -56,7 +53,7 @@ def top(scores: Mapping[str, float], depth: int | None = None) -> list[tuple[str
 
 
 def check_depth(depth: int | None) -> None:
-    """Raise ValueError if a depth is below 1; None is any depth."""
+    """Raise ValueError if a depth is below 1; None is allowed."""
     if depth is not None and depth < 1:
         raise ValueError(f"depth must be at least 1, not {depth}")
 
@@ -107,11 +104,10 @@ def write_run(run: Run, path: Path, tag: str) -> None:
 
 
 def run_tag(name: str, run: Run, depth: int, passages: int) -> str:
-    """Return the tag of a run: ``name``, with a mark if the run is complete.
+    """Return the tag of a run that was ranked to ``depth``: ``name``, with a mark if complete.
 
-    It is complete if no query has ``depth`` hits, to which it was ranked, or one has all
-    ``passages``. The mark holds the most hits of a query, so that a part of the file is not taken
-    for complete.
+    A run is complete if no query has ``depth`` hits, or one has all ``passages``. The mark has the
+    most hits of a query, so that a part of the file does not count as complete.
     """
     most = max(map(len, run.values()), default=0)
     return f"{name}+complete{most}" if most < depth or most >= passages else name
@@ -130,12 +126,12 @@ def read_marked_run(path: Path, *, trusted: bool = False) -> tuple[Run, bool]:
 
     Args:
         path: a file, or a pipe.
-        trusted: whether this library wrote it: then it may be empty, and there are no warnings.
+        trusted: whether this library wrote it; it may then be empty, and there are no warnings.
 
     Raises:
         DataError: the file is empty or of another kind; or names the first line of each kind of
-            fault: not six columns, a score that is not a finite number as C reads it, a docid twice
-                for a query.
+            fault: not six columns, a score that is not a finite number in C's notation, a docid
+            twice for a query.
     """
     path = Path(path)
     problems = Problems()
@@ -146,7 +142,7 @@ def read_marked_run(path: Path, *, trusted: bool = False) -> tuple[Run, bool]:
         cells = line.split()
         if len(cells) != 6 or cells[0] == "#":
             problems.add(path, number, _no_run(line, cells))
-            if number == 1 and line.strip():  # another kind of file: all lines would be named
+            if number == 1 and line.strip():  # another kind of file: all lines would be faults
                 break
             continue
         qid, _, docid, rank, score, tag = cells
@@ -169,46 +165,37 @@ def read_marked_run(path: Path, *, trusted: bool = False) -> tuple[Run, bool]:
     return run, bool(tags) and all(tag.endswith(f"+complete{most}") for tag in tags)
 
 
-def run_files(folder: Path) -> dict[str, Path]:
-    """Name → TREC run file in a folder, sorted: NAME.run or NAME.trec, gzipped (``.gz``) or not.
+def read_runs(folder: Path) -> dict[str, Run]:
+    """Read NAME.run and NAME.trec of a folder, gzipped (``.gz``) or not: name → run, sorted.
+
+    Files that cannot be read as a run are left out, with a UserWarning.
 
     Raises:
-        DataError: two files have one name.
+        DataError: two files have the same name.
     """
     found: dict[str, Path] = {}
-    problems = Problems()
     for path in visible(Path(folder)):
         if (match := _RUN.fullmatch(path.name)) and not path.is_dir():
             if (name := match[1]) in found:
-                problems.add(path, 0, f"{found[name].name} is a run named {name!r}, too")
+                raise DataError(f"{path}: {found[name].name} is a run named {name!r}, too")
             found[name] = path
-    problems.check()
-    return found
-
-
-def read_runs(folder: Path) -> dict[str, Run]:
-    """Name → run of the `run_files` of a folder. What is no run is left out, with a UserWarning.
-
-    Raises:
-        DataError: as `run_files`.
-    """
     runs = {}
-    for name, path in run_files(folder).items():
+    for name, path in found.items():
         try:
             runs[name] = read_run(path)
         except DataError as error:
             first = str(error).removeprefix("malformed data\n").splitlines()[0].strip()
-            warnings.warn(f"left out, as it is no run: {first}", stacklevel=2)
+            warnings.warn(f"left out, as it is not a run: {first}", stacklevel=2)
     return runs
 
 
 def visible(folder: Path) -> list[Path]:
-    """What a folder holds, sorted, without hidden files, as macOS and editors leave them."""
+    """Return the sorted content of a folder, without hidden files, as macOS and editors write."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _number(text: str) -> float:
-    """As C's strtod reads it, in ASCII digits without underscores; NaN if it is none."""
+    """A number in the notation of C's strtod, in ASCII; NaN if it is not one."""
     if "_" in text or not text.isascii():
         return math.nan
     try:
@@ -235,7 +222,7 @@ def _check_order(path: Path, run: Run, ranks: Mapping[str, array[float]]) -> Non
 
 
 def _no_run(line: str, cells: list[str]) -> str:
-    """What a line is that does not have the six columns of a run, and the way out."""
+    """Expected and found columns of a line that is not of a run, and the way out."""
     expected = f"6 columns expected ({_RUN_COLUMNS})"
     if common := _no_columns(line):
         return f"{expected}, found {common}"
@@ -259,7 +246,7 @@ def _header(number: int, text: str) -> str:
 
 
 def _no_columns(line: str) -> str:
-    """What is no line of TREC's files, runs or qrels; "" if it may be one."""
+    """What a line is that belongs to neither runs nor qrels; "" if it may belong to one."""
     text = line.strip()
     if not text:
         return r"a blank line; remove such lines: sed -i '/^\s*$/d' FILE"
@@ -287,13 +274,12 @@ def qrels_text(qrels: Qrels) -> str:
 def read_qrels(path: Path, *, trusted: bool = False) -> Qrels:
     """Read judgements: query id, any, docid, grade; or BEIR's three columns under their header.
 
-    ``trusted``: whether this library wrote the file: then it may be empty.
+    ``trusted``: whether this library wrote the file, which may then be empty.
 
     Raises:
         DataError: there are no judgements, or the file is of another kind; or names the first line
-            of each kind of fault: a wrong number of columns, a grade that is not an integer or
-                beyond `MAX_GRADE`,
-            a passage judged twice for a query.
+            of each kind of fault: a wrong number of columns, a grade that is not an integer or is
+            beyond `MAX_GRADE`, a passage judged twice for a query.
     """
     problems = Problems()
     qrels: Qrels = {}
@@ -306,8 +292,7 @@ def read_qrels(path: Path, *, trusted: bool = False) -> Qrels:
 def read_judgements(path: Path, problems: Problems, *, empty: bool = False) -> Judgements:
     """Yield line number (from 1), query id, docid and grade of each judgement, TREC's or BEIR's.
 
-    What is wrong is noted in ``problems`` and left out. ``empty``: whether there may be no
-    judgement.
+    Wrong lines are noted in ``problems`` and left out. ``empty``: whether there may be none.
     """
     beir, count = False, 0
     seen: dict[tuple[str, str], str] = {}
@@ -320,7 +305,7 @@ def read_judgements(path: Path, problems: Problems, *, empty: bool = False) -> J
         if len(cells) != (3 if beir else 4) or cells[0] == "#":
             problems.add(path, number, _no_judgement(line, cells, beir))
             if number == 1 and line.strip()[:1] not in ("", "#"):
-                return  # another kind of file: all lines would be named
+                return  # another kind of file: all lines would be faults
             continue
         qid, docid, text = cells[0], cells[-2], cells[-1]
         if fault := _wrong_grade(text):
@@ -347,7 +332,7 @@ def _wrong_grade(text: str) -> str:
 
 
 def _no_judgement(line: str, cells: list[str], beir: bool) -> str:
-    """What a line is that does not have the columns of a judgement, and the way out."""
+    """Expected and found columns of a line that is not a judgement, and the way out."""
     columns = ", ".join(_BEIR_HEADER) if beir else _QRELS_COLUMNS
     expected = f"{3 if beir else 4} columns expected ({columns})"
     if common := _no_columns(line):

@@ -1,8 +1,4 @@
-"""Runs of other systems: TREC run files in a folder, scored as this project's runs are.
-
-A run that is not deep enough for a measure gets no score for it: Recall@1000 of 100 hits is another
-measure.
-"""
+"""Runs of other systems: TREC run files in a folder, scored as this project's runs are."""
 
 from __future__ import annotations
 
@@ -18,31 +14,12 @@ SUFFIXES = (".run", ".trec", ".txt")
 """What a run file's name may end in; ``.gz`` may follow."""
 
 
-@dataclass(frozen=True)
-class ExternalRun:
-    """A run file of another system.
+def read_external_runs(folder: Path, sets: Sequence[str]) -> dict[str, dict[str, Run]]:
+    """Read ``folder/SET/NAME.run`` for each of ``sets``: name → set → run, both sorted.
 
-    Attributes:
-        name: the file's name without its suffix, e.g. "tasb". One that is a key of
-            ``book/printed/table3.csv`` or ``table4.csv`` stands for that row of the paper.
-        path: the file.
-        run: query id → docid → score, of whichever queries the file has.
-    """
-
-    name: str
-    path: Path
-    run: Run
-
-
-def read_external_runs(folder: Path, sets: Sequence[str]) -> dict[str, dict[str, ExternalRun]]:
-    """Read ``folder/SET/NAME.run`` for each SET: name → set → run, names and sets sorted.
-
-    Also ``.trec`` and ``.txt``, each with ``.gz`` or without. Hidden files are ignored. A folder
-    that does not exist holds no runs.
-
-    Args:
-        folder: has a folder for each query set.
-        sets: the query sets that there are, e.g. ["TREC-DL19", "TREC-DL20"].
+    The suffix may be any of `SUFFIXES`, with ``.gz`` or without. A NAME that is a key of
+    ``book/printed/table3.csv`` or ``table4.csv`` is that row of the paper. Hidden files are
+    ignored; a folder that does not exist has no runs.
 
     Raises:
         DataError: a folder is not one of ``sets``, a file has another suffix or lies elsewhere,
@@ -72,20 +49,20 @@ def read_external_runs(folder: Path, sets: Sequence[str]) -> dict[str, dict[str,
             else:
                 paths[stem, place.name] = path
     problems.check()
-    found: dict[str, dict[str, ExternalRun]] = {}
+    found: dict[str, dict[str, Run]] = {}
     for (name, query_set), path in sorted(paths.items()):
-        found.setdefault(name, {})[query_set] = ExternalRun(name, path, read_run(path))
+        found.setdefault(name, {})[query_set] = read_run(path)
     return found
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What an external run scores.
+    """Scores of a run.
 
     Attributes:
-        evaluation: over the measures that could be computed; may have none.
+        evaluation: of the measures that could be computed, perhaps none.
         refused: measure → why it was not computed.
-        missing: how many judged queries the run has no hits for. They count 0.
+        missing: number of judged queries without hits, which count 0.
     """
 
     evaluation: Evaluation
@@ -104,21 +81,21 @@ def score(
     """Score a run by the measures that it is deep enough for.
 
     Every judged query counts, as with ``trec_eval -c``; others are ignored. A measure with a cutoff
-    k is refused if no judged query has k hits, and every measure if no judged query is in the run.
-    A measure without a cutoff is computed from the hits that there are.
+    k is refused if no judged query has k hits (Recall@1000 of 100 hits is another measure), and
+    every measure if no judged query is in the run.
 
     Args:
         run: query id → docid → score.
         qrels: query id → docid → grade.
         measures: in ir_measures' notation, e.g. "R(rel=2)@1000".
         passages: passages of the collection, if known: a run of all of them is deep enough.
-        complete: whether the run has all hits that could be found: then any depth is enough.
+        complete: whether the run has all hits that could be found, so that any depth is enough.
 
     Raises:
         ValueError: as `evaluate`.
     """
     depths = [len(run[qid]) for qid in qrels if run.get(qid)]
-    evaluation = evaluate(qrels, run, measures)  # of all: it says what is wrong with a measure
+    evaluation = evaluate(qrels, run, measures)  # raises for a wrong measure
     refused = {}
     for notation in measures:
         needed = cutoff(notation)

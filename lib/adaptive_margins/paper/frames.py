@@ -12,9 +12,10 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from adaptive_margins.data.stored import seeded_order
+from adaptive_margins.data.trec import Run
 from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.tokens import tokenize
-from adaptive_margins.evaluation.external_runs import ExternalRun, read_external_runs, score
+from adaptive_margins.evaluation.external_runs import read_external_runs, score
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.evaluation.significance import compare, paired_interval
 from adaptive_margins.losses import margin_loss
@@ -315,7 +316,7 @@ def _ranked(run: StoredRun[Any], profile: Profile) -> _Ranked:
     return _Ranked(run.run_id, {name: run.evaluation("full", name) for name in profile.sets.tests})
 
 
-def external_runs(runner: Runner) -> dict[str, dict[str, ExternalRun]]:
+def external_runs(runner: Runner) -> dict[str, dict[str, Run]]:
     """Run files of other systems in ``supplied/SET/`` of the home folder, for the test sets."""
     folder, sets = runner.inputs.home / "supplied", runner.profile.sets.tests
     if not any((folder / name).is_dir() for name in sets):
@@ -323,11 +324,11 @@ def external_runs(runner: Runner) -> dict[str, dict[str, ExternalRun]]:
     return read_external_runs(folder, sets)
 
 
-def _ranked_external(name: str, runs: Mapping[str, ExternalRun], runner: Runner) -> _Ranked:
+def _ranked_external(name: str, runs: Mapping[str, Run], runner: Runner) -> _Ranked:
     collection, measures = runner.inputs.collection, runner.profile.measures.full
     scored = {
-        key: score(one.run, collection.qrels[key], measures, passages=len(collection.passages))
-        for key, one in runs.items()
+        key: score(run, collection.qrels[key], measures, passages=len(collection.passages))
+        for key, run in runs.items()
     }
     return _Ranked(
         f"supplied: {name}",
