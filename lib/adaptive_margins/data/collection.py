@@ -65,14 +65,14 @@ class Collection:
     """Passages, query sets, qrels, and the triples to train on.
 
     Attributes:
-        name: what the collection is called, e.g. "PyDocs".
+        name: e.g. "PyDocs".
         passages: docids and passage texts.
         queries: set name ("train", "validation", "test1", "test2") → query ids and texts.
         qrels: the same set names → query id → docid → grade (an integer).
-        sources: where the texts come from: distribution → version.
-        triples: what encoders are trained on, in order; may be empty.
-        titles: docid → title, of passages that have one. The passages hold them, too; they are
-            neither saved nor part of the fingerprint.
+        sources: of the texts: distribution → version.
+        triples: training triples in order; may be empty.
+        titles: docid → title, of passages that have one, which is also in their text. Neither saved
+            nor part of the fingerprint.
 
     Raises:
         DataError: queries and qrels have different sets, qrels or triples name an unknown query or
@@ -129,11 +129,10 @@ class Collection:
         return hashlib.sha256(canonical.encode("utf-8")).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
-        """Write it as a folder of text files.
+        """Write ``collection.tsv`` (docid, passage) and further text files to a folder, atomically.
 
-        ``collection.tsv`` (docid, passage), ``queries.SET.tsv`` (query id, query),
-        ``qrels.SET.txt`` (TREC: query id, 0, docid, grade), ``triples.tsv`` and ``sources.json``.
-        The folder is written atomically; one that already holds this collection is left unchanged.
+        ``queries.SET.tsv`` (query id, query), ``qrels.SET.txt`` (TREC: query id, 0, docid, grade),
+        ``triples.tsv`` and ``sources.json``. A folder with this collection is left unchanged.
 
         Raises:
             DataError: an id or text that a line of a file cannot hold.
@@ -171,8 +170,7 @@ class Collection:
             FileNotFoundError: there is no such folder.
             DataError: names the first line of each kind of fault in a file (`Problems`): wrong
                 number of columns, bad UTF-8, duplicate id, empty text, unknown id, a grade that is
-                not an integer; or the texts do not have the recorded fingerprint, or not the one
-                that the folder is named by.
+                not an integer; or the fingerprint is not the recorded one, or the folder's name.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -206,7 +204,7 @@ class Collection:
 
 
 def tsv(texts: Texts) -> str:
-    """Ids and texts, a line each with a tab between them."""
+    """Return lines of id, tab, text."""
     lines = []
     for identifier, text in zip(texts.ids, texts.texts, strict=True):
         if identifier.split() != [identifier]:
@@ -221,7 +219,7 @@ def tsv(texts: Texts) -> str:
 
 
 def read_about(path: Path, problems: Problems) -> dict:
-    """The content of ``sources.json``; what is wrong is noted in ``problems``."""
+    """Read ``sources.json``; faults are noted in ``problems``."""
     fault = 'expected {"name": text, "fingerprint": text, "sources": {text: text}}'
     try:
         about = json.loads(path.read_bytes())
@@ -239,12 +237,9 @@ def read_about(path: Path, problems: Problems) -> dict:
 
 
 def read_queries(path: Path, *, trusted: bool = False) -> Texts:
-    """Read query ids and queries, a line each with a tab between them.
+    """Read lines of query id, tab, query; DataError names the first line of each kind of fault.
 
-    ``trusted``: whether this library wrote the file: then it may be empty.
-
-    Raises:
-        DataError: names the first line of each kind of fault.
+    ``trusted``: whether this library wrote the file, which may then be empty.
     """
     problems = Problems()
     queries = read_texts(Path(path), problems, empty=trusted)
@@ -252,7 +247,7 @@ def read_queries(path: Path, *, trusted: bool = False) -> Texts:
     return queries
 
 
-# ---- checked rows of files; what is wrong is noted in ``problems`` -------------------------------
+# ---- rows of files; faults are noted in ``problems`` --------------------------------------------
 
 Rows = Iterator[tuple[int, str, str]]
 """Line number (from 1), id, text."""
@@ -269,16 +264,16 @@ def read_texts(
     blank: bool = False,
     lines: Lines | None = None,
 ) -> Texts:
-    """Ids and texts of a file: of ``rows``, by default a line each with a tab between them.
+    """Read ids and texts from ``rows``, by default lines of id, tab, text.
 
-    ``empty``: whether there may be none; ``blank``: whether a text may be empty. ``lines``: the ids
-    of all files whose ids must differ; this one's are added.
+    ``empty``: whether there may be none; ``blank``: whether a text may be empty. ``lines``: ids of
+    all files whose ids must differ, to which this file's are added.
     """
     if rows is None:
         columns = read_columns(path, 2, problems, empty=empty)
         rows = ((number, identifier, text) for number, (identifier, text) in columns)
     lines = {} if lines is None else lines
-    own = lines.setdefault(path, {})
+    numbers = lines.setdefault(path, {})
     texts: dict[str, str] = {}
     for number, identifier, text in rows:
         before = next((file for file, known in lines.items() if identifier in known), None)
@@ -289,7 +284,7 @@ def read_texts(
             at = f"line {line}" if before == path else f"{before.name}:{line}"
             problems.add(path, number, f"id {identifier!r} occurs already in {at}")
         else:
-            own[identifier] = number
+            numbers[identifier] = number
             texts[identifier] = text
             if not text.strip() and not blank:
                 problems.add(path, number, f"the text of {identifier!r} is empty")
@@ -304,9 +299,9 @@ def known_judgements(
     problems: Problems,
     judged: dict[str, Path] | None = None,
 ) -> Qrels:
-    """The judgements of a file whose query and passage are known; ``queries`` None are not checked.
+    """Return the judgements with known passages and (unless None) known queries.
 
-    ``judged``: query id → file, of all sets, which must not share queries; this one's are added.
+    ``judged``: query id → file, of all sets, which must not share queries; this file's are added.
     """
     judged = {} if judged is None else judged
     qrels: Qrels = {}
@@ -333,10 +328,10 @@ def read_triples(
     empty: bool = False,
     judged: Mapping[str, Path] | None = None,
 ) -> list[Triple]:
-    """Training triples of a file: query id, docid of the positive, docid of the negative.
+    """Read training triples: query id, docid of the positive, docid of the negative.
 
-    ``queries`` are the training queries; None are not checked. ``judged`` (query id → file), if
-    given: there are no training queries yet, and a triple's query becomes one unless it is judged.
+    ``queries``: the training queries; None are not checked. With ``judged`` (query id → file), they
+    are all queries, and those of triples become training queries and must not be judged.
     """
     triples: list[Triple] = []
     for number, (qid, *docids) in read_columns(path, 3, problems, empty=empty):

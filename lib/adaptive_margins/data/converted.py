@@ -20,6 +20,7 @@ from adaptive_margins.data.ir_datasets import (
     check_licence,
     files_behind,
     find_dataset,
+    missing,
     read_records,
     read_set,
 )
@@ -32,7 +33,7 @@ from adaptive_margins.data.stored import (
     write_texts,
     write_triples,
 )
-from adaptive_margins.data.text import DataError, Problems
+from adaptive_margins.data.text import DataError, Problems, check_file
 from adaptive_margins.data.trec import Run, qrels_text, read_qrels, read_run, run_text
 from adaptive_margins.files import atomic_file, atomic_folder, file_sha256, locked, write_text
 from adaptive_margins.profiles.config import IrDatasetsSettings
@@ -45,16 +46,12 @@ _HASHED = 10_000  # texts hashed at once
 
 @dataclass(frozen=True)
 class StoredCollection(Collection):
-    """A `Collection` that `convert` wrote; passages and triples stay on disk.
-
-    ``passages`` are `StoredTexts`, ``triples`` are `StoredTriples`; queries and qrels are in
-    memory.
+    """A `Collection` that `convert` wrote: `StoredTexts` as passages, and `StoredTriples`.
 
     Attributes:
-        candidates: set name → the lists that come with the collection, for those sets that have
-            some. Scores are those of ir_datasets, all 0 where the official lists have none (TREC
-            DL).
-        folder: its files.
+        candidates: set name → official candidates, for sets that have some. Scores are those of
+            ir_datasets, all 0 if the official lists have none (TREC DL).
+        folder: of its files.
         fingerprint: 16 hex digits, see `fingerprint_of`.
     """
 
@@ -63,17 +60,15 @@ class StoredCollection(Collection):
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
-        """Nothing: `convert` checked the ids, which takes minutes for 40 million triples."""
+        """Check nothing: `convert` did, which takes minutes for 40 million triples."""
 
     @classmethod
     def load(cls, folder: Path) -> StoredCollection:
-        """Open what `convert` wrote.
-
-        The sizes of all files are checked, and the SHA-256 of those that are not memory-mapped.
+        """Open what `convert` wrote; file sizes are checked, and SHA-256s unless memory-mapped.
 
         Raises:
             FileNotFoundError: there is no such folder.
-            DataError: files that are missing or have changed.
+            DataError: files are missing or changed.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -82,13 +77,7 @@ class StoredCollection(Collection):
         about = read_about(folder / "sources.json", problems)
         problems.check()
         for name, size in about.get("files", {}).items():
-            path = folder / name
-            if not path.is_file():
-                problems.add(path, 0, "file not found")
-            elif path.stat().st_size != size:
-                problems.add(path, 0, f"{size} bytes expected, {path.stat().st_size} found")
-            elif _unmapped_sha256(path) != about.get("sha256", {}).get(name):
-                problems.add(path, 0, "was changed after the collection was converted")
+            check_file(folder / name, size, about.get("sha256", {}).get(name), problems)
         if re.fullmatch(r"[0-9a-f]{16}", folder.name) and folder.name != about["fingerprint"]:
             problems.add(folder / "sources.json", 0, f"is of the collection {about['fingerprint']}")
         problems.check()
@@ -122,19 +111,17 @@ def _open(folder: Path, name: str, sources: dict[str, str], fingerprint: str) ->
 
 
 def _unmapped_sha256(path: Path) -> str | None:
-    """SHA-256 of a file; None for one that is memory-mapped, which may have gigabytes."""
+    """SHA-256 of a file; None for one that is memory-mapped, which may be gigabytes large."""
     return None if path.suffix in (".arrow", ".npy") else file_sha256(path)
 
 
 def fingerprint_of(collection: Collection, candidates: dict[str, Run]) -> str:
-    """16 hex digits of a SHA-256 over all content, read once from start to end.
+    """16 hex digits of a SHA-256 over all content, read once.
 
-    In this order, everything as UTF-8 lines: the name; the number of passages, then docid, length
-    in characters and text of each; for every set, by name: its name and number of queries, its
-    queries like the passages, its judgements (query id, docid, grade) sorted by ids, its candidates
-    (query id, docid, score) sorted by ids; the number of triples, then their rows as little-endian
-    32-bit integers. It depends neither on the sizes of any batches nor on the order of qrels or
-    candidates.
+    UTF-8 lines, in this order: the name; the number of passages, then docid, length in characters
+    and text of each; for every set, by name: its name and number of queries, its queries like the
+    passages, its judgements (query id, docid, grade) and candidates (query id, docid, score) sorted
+    by ids; the number of triples, then their rows as little-endian 32-bit integers.
     """
     digest = hashlib.sha256(f"{collection.name}\n".encode())
 
@@ -170,16 +157,15 @@ def fingerprint_of(collection: Collection, candidates: dict[str, Run]) -> str:
 def convert(settings: IrDatasetsSettings, work: Path, collections: Path) -> StoredCollection:
     """Fetch a collection through ir_datasets and convert it to ``collections/FINGERPRINT/``.
 
-    Passages and triples are written atomically to ``work``: after an error or a kill, the next call
-    continues with what is missing. ``work`` must belong to these settings alone; afterwards it
-    holds only the fingerprint, and a further call opens the finished collection. A second process
-    that converts the same waits for the first.
+    Passages and triples are written atomically to ``work``, a folder of these settings only: after
+    an error or a kill, the next call writes the missing ones. Afterwards it holds the fingerprint,
+    from which further calls open the collection. Other processes wait.
 
     Raises:
         LicenceError: ``settings.licence`` names terms that were not accepted.
         DownloadError: something could not be fetched.
-        DataError: an unknown ir_datasets id, or one without what is needed from it; malformed,
-            unknown or repeated ids; a number that differs from ``settings.counts``.
+        DataError: an ir_datasets id that is unknown or lacks some data; malformed, unknown or
+            repeated ids; a number that differs from ``settings.counts``.
     """
     with locked(work):
         work.mkdir(exist_ok=True)
@@ -323,22 +309,19 @@ def _move(work: Path, target: Path) -> None:
 
 
 def downloads(settings: IrDatasetsSettings) -> list[tuple[str, int]]:
-    """What ir_datasets would still fetch for a collection: (URL, bytes); 0 bytes where unknown.
-
-    Reads ir_datasets' list and looks which files exist; opens neither a connection nor data.
+    """Missing files that ir_datasets would fetch: (URL, bytes), 0 bytes if unknown.
 
     Raises:
-        DataError: an unknown ir_datasets id, or one without what is needed from it.
+        DataError: an ir_datasets id is unknown or lacks some data.
     """
     _check_ids(settings)
-    missing = {
-        file.url: file.size
+    files = (
+        file
         for place, kinds in _uses(settings)
         for kind in kinds
         for file in files_behind(find_dataset(*place), kind)
-        if not file.here
-    }
-    return list(missing.items())
+    )
+    return [(file.url, file.size) for file in missing(files)]
 
 
 def _uses(settings: IrDatasetsSettings) -> Iterator[tuple[tuple[str, str], list[str]]]:

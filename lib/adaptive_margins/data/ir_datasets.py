@@ -1,4 +1,4 @@
-"""Collections from ir_datasets, read into memory; its files, downloads and licences."""
+"""Collections of ir_datasets in memory; files, downloads and licences of ir_datasets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from adaptive_margins.progress import bar
 
 ACCEPT_VARIABLE = "ADAPTIVE_MARGINS_ACCEPT_LICENCE"
 MAX_TRIPLES = 1_000_000
-"""Most triples that `read_collection` takes, at even distances; MS MARCO has 270 million."""
+"""Most triples that `read_collection` takes; MS MARCO has 270 million."""
 _SETS = {
     "train": ("train",),
     "validation": ("dev", "validation", "valid", "val"),
@@ -27,30 +27,30 @@ _T = TypeVar("_T")
 
 
 class DownloadError(DataError):
-    """Something could not be fetched. The message names it, the reason and the way out."""
+    """A file could not be fetched; the message names it, the reason and the way out."""
 
 
 class LicenceError(DataError):
-    """The terms of a collection were not accepted. The message names them and the way out."""
+    """The terms of a collection were not accepted; the message has them and the way out."""
 
 
 # ---- into memory ---------------------------------------------------------------------------------
 
 
 def read_collection(source: str) -> Collection:
-    """Read an ir_datasets id into memory, with the sets "train", "validation" and "test" it has.
+    """Read an ir_datasets id into memory, with its sets "train", "validation" and "test".
 
     If the id ends in ``/train``, ``/dev`` or ``/test``, its siblings over the same passages are the
     other sets; if it has children of these names, they are the sets; otherwise it is the test set
-    (the training set, if it has triples), or, without judgements, passages alone. Of more than
-    `MAX_TRIPLES` triples, some at even distances. What does not fit (`read_set`) is left out with a
-    warning.
+    (the training set, if it has triples), or, without judgements, only passages. Of more than
+    `MAX_TRIPLES` triples, some are taken at even distances. Faulty judgements and queries
+    (`read_set`) are left out with a warning.
 
     Raises:
-        DataError: there are no passages; an id of a text is not one word or repeats; files are
+        DataError: there are no passages; the id of a text is not one word, or repeats; files are
             damaged.
-        LicenceError: something would have to be fetched, and its terms have not been accepted.
-        DownloadError: something could not be fetched.
+        LicenceError: files would have to be fetched, and their terms have not been accepted.
+        DownloadError: a file could not be fetched.
     """
     import ir_datasets
 
@@ -107,11 +107,10 @@ def _is_judged(identifier: str) -> bool:
 
 
 def _check_fetching(source: str, uses: Iterable[tuple[str, str]]) -> None:
-    """Raise LicenceError if something would be fetched that the user did not accept."""
-    files = [f for i, kind in uses for f in files_behind(find_dataset(kind, i), kind)]
-    missing = {file.url: file for file in files if file.url and not file.here}
-    if missing:
-        listed = "".join(f"\n    {file.url} ({file.size_text})" for file in missing.values())
+    """Raise LicenceError if files would be fetched whose terms the user did not accept."""
+    files = (f for i, kind in uses for f in files_behind(find_dataset(kind, i), kind))
+    if to_fetch := missing(files):
+        listed = "".join(f"\n    {file.url} ({file.size_text})" for file in to_fetch)
         page = f"https://ir-datasets.com/{source.split('/')[0]}.html"
         terms = f"those of its publishers, see {page}. To be fetched:{listed}"
         check_licence(source, source, terms)
@@ -227,11 +226,7 @@ def is_known(identifier: str) -> bool:
 
 
 def find_dataset(key: str, identifier: str) -> Any:
-    """Return the data set of an ir_datasets id.
-
-    Raises:
-        DataError: there is none; names ``key``, the setting it came from, and ids like it.
-    """
+    """Return the data set of an ir_datasets id; DataError, with its setting ``key``, if unknown."""
     import ir_datasets
 
     try:
@@ -263,21 +258,21 @@ def read_records(key: str, identifier: str, kind: str) -> Iterator[Any]:
         yield from getattr(dataset, f"{kind}_iter")()
     except Exception as error:  # whatever the readers, the archives and the network raise
         files = files_behind(dataset, kind)
-        missing = list({file.url: file for file in files if file.url and not file.here}.values())
+        to_fetch = missing(files)
         message = (
             f"collection.{key}: the {kind} of {identifier!r} could not be read:"
             f" {type(error).__name__}: {error}"
         )
-        if missing:
-            message += "\nNot here yet:"
-            for file in missing:
+        if to_fetch:
+            message += "\nMissing:"
+            for file in to_fetch:
                 message += f"\n  {file.url} ({file.size_text}, MD5 {file.md5 or 'not known'})"
                 message += f"\n    without a network, put it at {file.path}{file.note}"
         if here := sorted({str(file.path) for file in files if file.here}):
-            message += "\nRead from (remove a damaged file, and it is fetched or made again):"
+            message += "\nRead from (remove a damaged file, and it is fetched or built again):"
             message += "".join(f"\n  {path}" for path in here)
-        message += "\nWhat was finished before is kept: the same command goes on from here."
-        raise (DownloadError if missing else DataError)(message) from error
+        message += "\nFinished files are reused: run the same command again."
+        raise (DownloadError if to_fetch else DataError)(message) from error
 
 
 class _File(NamedTuple):
@@ -296,13 +291,18 @@ class _File(NamedTuple):
 
 
 def files_behind(dataset: Any, kind: str) -> list[_File]:
-    """The files that a data set reads, found in the parts that ir_datasets built it from."""
+    """The files of a data set, found in the objects that ir_datasets built it from."""
     found: list[_File] = []
     handler = handler_of(dataset, f"{kind}_handler")
     _collect(handler, found, set())
     if hasattr(handler, "_lazy_qids"):  # only what is judged: the qrels are read first
         _collect(handler_of(dataset, "qrels_handler"), found, set())
     return found
+
+
+def missing(files: Iterable[_File]) -> list[_File]:
+    """Those of the files that have to be fetched, each URL once."""
+    return list({file.url: file for file in files if file.url and not file.here}.values())
 
 
 def handler_of(part: Any, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""A collection by one word: a folder, installed packages (PyDocs), or an ir_datasets id."""
+"""Open a collection by name: a folder, installed packages (PyDocs), or an ir_datasets id."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PYDOCS = "pydocs"
 PYDOCS_SIZES = (150, 300)
 """Queries of the set "validation", and of each half of "test", of PyDocs."""
 PYDOCS_SHARES = (10, 5)
-"""The same of a small collection: its queries divided by this."""
+"""The same for small collections: the number of queries divided by this."""
 _EXPECTED = f"""\
 a folder with one of these layouts
 {EXPECTED}
@@ -25,7 +25,7 @@ an id of ir_datasets (https://ir-datasets.com), e.g. beir/scifact"""
 
 
 def open_collection(source: str | Path) -> Collection:
-    """Read a collection, with the sets "train", "validation" and "test" as far as it has them.
+    """Read a collection with its sets "train", "validation" and "test".
 
     ``source`` is, in this order:
 
@@ -37,8 +37,7 @@ def open_collection(source: str | Path) -> Collection:
 
     Raises:
         DataError: the source is none of these; or the data are malformed.
-        LicenceError: something would have to be fetched, and its terms have not been accepted.
-        DownloadError: something could not be fetched.
+        LicenceError, DownloadError: as `ir_datasets.read_collection`.
     """
     source, path = str(source), Path(source).expanduser()
     if source and (path.is_dir() or (path.is_symlink() and not path.exists())):
@@ -51,8 +50,8 @@ def open_collection(source: str | Path) -> Collection:
         known = ir_datasets.known_ids()
     except OSError as error:  # it creates its folder when it is imported
         raise DataError(
-            f"there is no collection {source!r}: it is no folder, and whether ir_datasets has it is"
-            f" unknown, as its folder cannot be created ({error.filename}: {error.strerror};"
+            f"there is no collection {source!r}: it is not a folder, and ir_datasets cannot be used"
+            f" because its folder cannot be created ({error.filename}: {error.strerror};"
             " IR_DATASETS_HOME names another)"
         ) from error
     if ir_datasets.is_known(source):
@@ -84,7 +83,7 @@ def _pydocs(source: str) -> Collection:
     try:
         try:
             collection = build(*PYDOCS_SIZES)
-        except ValueError:  # too few queries, or something that is wrong for any sizes
+        except ValueError:  # too few queries, or an error for any sizes
             collection = build(1, 1)
         count = sum(len(texts) for texts in collection.queries.values())
         shares = zip(PYDOCS_SIZES, PYDOCS_SHARES, strict=True)

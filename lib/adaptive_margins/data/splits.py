@@ -1,4 +1,4 @@
-"""Query sets "train", "validation" and "test", split by seed where some are missing."""
+"""Splitting queries into "train", "validation" and "test" where sets are missing."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ FEW = 20
 
 
 def split_queries(collection: Collection, *, seed: int) -> tuple[Collection, str]:
-    """Return the collection with all three sets, and a sentence on the split ("" if there is none).
+    """Return the collection with all three sets, and a sentence on the split ("" if unchanged).
 
-    Only queries with a passage of grade 1 or more are taken, and queries of the same text stay
-    together.
+    Only queries with a passage of grade 1 or more are used; those of the same text stay together.
 
     - All three sets exist: nothing changes.
     - "train" and "test": a fifth of "train", at most `MOST_VALIDATION` queries, becomes
@@ -57,7 +56,7 @@ def split_queries(collection: Collection, *, seed: int) -> tuple[Collection, str
             "test": min(round(0.4 * count), MOST_TEST),
             "validation": min(round(0.2 * count), MOST_VALIDATION),
         }
-    parts = _dealt(collection, source, given[source], sizes, seed)
+    parts = _assigned(collection, source, given[source], sizes, seed)
     sentence = _sentence(parts, source, others, seed)
     members = {part: (source, qids) for part, qids in parts.items()}
     if others:
@@ -73,10 +72,10 @@ def _judged(qrels: Qrels) -> list[str]:
     return [qid for qid, grades in qrels.items() if any(grade >= 1 for grade in grades.values())]
 
 
-def _dealt(
+def _assigned(
     collection: Collection, name: str, qids: list[str], sizes: dict[str, int], seed: int
 ) -> dict[str, list[str]]:
-    """Deal queries in random order, those of one text together: to ``sizes``, then to "train"."""
+    """Assign queries in random order, equal ones together: to ``sizes``, then to "train"."""
     same: dict[str, list[str]] = {}
     texts = collection.queries[name]
     for qid in qids:
@@ -124,7 +123,7 @@ def _sentence(parts: dict[str, list[str]], source: str, others: list[str], seed:
 
 
 def _with_sets(collection: Collection, members: dict[str, tuple[str, list[str]]]) -> Collection:
-    """The collection with these sets: name → (set that its queries come from, their ids)."""
+    """The collection with other sets: name → (set of origin, query ids)."""
     queries, qrels = {}, {}
     for name, (source, qids) in members.items():
         texts, judged = collection.queries[source], collection.qrels[source]

@@ -28,11 +28,9 @@ _TRIPLES = pa.schema(dict.fromkeys(COLUMNS, pa.int32()))
 
 
 def seeded_order(n: int, seed: int) -> np.ndarray:
-    """Return ``numpy.random.default_rng(seed).permutation(n)``: 0 to n − 1 in random order.
+    """Return ``numpy.random.default_rng(seed).permutation(n)`` as int32 (int64 from 2³¹ on).
 
-    int32, 4 bytes a number (int64 from 2³¹ on). Shorter runs take the beginning of it, so that they
-    see the first triples of longer ones. A run makes at most one pass, so that one seed is one
-    order.
+    Runs see triples in this order, at most once; shorter runs see the first ones of longer runs.
     """
     order = np.arange(n, dtype=np.int32 if n < 2**31 else np.int64)
     np.random.default_rng(seed).shuffle(order)
@@ -62,7 +60,7 @@ class _Strings(Sequence[str]):
 
 
 class _Counting(Mapping[str, int]):
-    """Rows of the ids "0", "1", "2", …, as MS MARCO numbers its passages; takes no memory."""
+    """Rows of the ids "0", "1", "2", … (as in MS MARCO), without a dictionary in memory."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -83,8 +81,8 @@ class _Counting(Mapping[str, int]):
 class StoredTexts(Texts):
     """`Texts` in a memory-mapped Arrow file that `write_texts` wrote.
 
-    ``ids`` and ``texts`` are read when items are asked for; a slice is a list. The first lookup of
-    an id builds a dictionary of all ids, unless they count the rows.
+    A slice of ``ids`` or ``texts`` is a list. The first lookup of an id builds a dictionary of all
+    ids, unless they are the row numbers.
 
     Raises:
         DataError: the file is missing, damaged, or has other columns.
@@ -96,7 +94,7 @@ class StoredTexts(Texts):
 
     def __init__(self, path: Path) -> None:
         table = _mapped(path, _TEXTS)
-        # A frozen dataclass sets its fields this way, too.
+        # As frozen dataclasses set their fields.
         object.__setattr__(self, "path", path)
         object.__setattr__(self, "ids", _Strings(table["id"]))
         object.__setattr__(self, "texts", _Strings(table["text"]))
@@ -117,19 +115,13 @@ def _are_counted(ids: pa.ChunkedArray) -> bool:
 def write_texts(
     path: Path, pairs: Iterable[tuple[str, str]], *, what: str, expected: int | None = None
 ) -> StoredTexts:
-    """Write (id, text) pairs in their order; only the ids are in memory together.
+    """Write (id, text) pairs in their order, atomically; only ids are all in memory.
 
-    The file is written atomically. A text may be empty, an id may not.
-
-    Args:
-        path: the file; an existing one is replaced.
-        pairs: ids and texts.
-        what: what the texts are ("passages"), for errors and progress.
-        expected: how many there must be; None for any number.
+    ``what`` the texts are ("passages") is for errors and progress.
 
     Raises:
         DataError: an id that is empty, has white space or occurs twice (with both positions, from
-            1), or another number of texts than ``expected``.
+            1), or another number of texts than ``expected`` (None: any).
     """
     path = Path(path)
     written: list[pa.Array] = []
@@ -221,10 +213,11 @@ def write_triples(
 ) -> StoredTriples:
     """Write (query id, docid, docid) triples in their order, as rows, atomically.
 
+    ``what`` the triples are is for errors and progress.
+
     Raises:
-        DataError: ids that ``queries`` or ``passages`` do not have (with the position of the first
-            of each kind, from 1), or another number of triples than ``expected``. ``what`` names
-            the triples.
+        DataError: unknown ids (with the position of the first of each kind, from 1), or another
+            number of triples than ``expected`` (None: any).
     """
     problems = Problems()
     query_row, passage_row = queries.row, passages.row
@@ -255,7 +248,7 @@ def write_triples(
 
 
 def select_triples(path: Path, triples: StoredTriples, numbers: np.ndarray) -> None:
-    """Write the triples of these row numbers, in their order. The file is written atomically."""
+    """Write the triples with these row numbers, in this order, atomically."""
     chosen = pa.table([triples.column(name)[numbers] for name in COLUMNS], schema=_TRIPLES)
     with atomic_file(Path(path)) as partial, _stream_writer(partial, _TRIPLES) as writer:
         writer.write_table(chosen, max_chunksize=_BATCH)
@@ -264,8 +257,8 @@ def select_triples(path: Path, triples: StoredTriples, numbers: np.ndarray) -> N
 def first_per_query(queries: np.ndarray, count: int) -> np.ndarray:
     """Row numbers, ascending, of the first ``count`` rows of each query that has so many.
 
-    ``queries`` is the (N,) column of query rows. The authors' released code chooses its triples
-    this way (count 128). Needs about 24 bytes a row while it works.
+    ``queries`` is the (N,) column of query rows. The authors' released code selects its triples
+    this way (count 128). Takes about 24 bytes a row.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
@@ -296,7 +289,7 @@ def _stream_writer(path: Path, schema: pa.Schema) -> Iterator[Any]:
 
 
 def check_count(what: str, count: int, expected: int | None) -> None:
-    """Raise `DataError`, naming both numbers, if another one was ``expected``."""
+    """Raise `DataError` if another number was ``expected``; None is any."""
     if expected is not None and count != expected:
         raise DataError(f"{what}: {expected:,} expected, {count:,} found")
 

@@ -1,4 +1,4 @@
-"""The reader of all text files that a user names, and the collector of what is wrong in them."""
+"""Reading the text files that a user names, and collecting the faults in them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from adaptive_margins.errors import AdaptiveMarginsError
+from adaptive_margins.files import file_sha256
 from adaptive_margins.progress import bar
 
 MAX_LINE = 1 << 20
 """Most bytes of a line. In a longer one, line feeds were probably lost."""
 _SHOWN = 20  # kinds of faults listed in one error
-_HEAD = 4096  # bytes by which a file's kind is known
-_COMPARED = 100_000  # known ids that an unknown one is compared with: a hint must not take minutes
+_HEAD = 4096  # bytes that a file's kind is determined from
+_COMPARED = 100_000  # known ids that an unknown one is compared with, for a hint in seconds
 _BOM = b"\xef\xbb\xbf"
 _GZIP = b"\x1f\x8b"
 # The longer marks first: UTF-32's little-endian one begins as UTF-16's does.
@@ -59,9 +60,9 @@ class DataError(AdaptiveMarginsError, ValueError):
 
 
 class Problems:
-    """Collects what is wrong with some files, so that one error can report all of it.
+    """Collects faults in files, so that one error can report all of them.
 
-    Faults of one kind in one file differ in quoted values and numbers only: the first is named, the
+    Of faults in one file that differ only in quoted values and numbers, the first is named and the
     others are counted.
     """
 
@@ -71,7 +72,7 @@ class Problems:
         self._unknown: dict[tuple[Path, str], tuple[dict[str, None], Iterable[str]]] = {}
 
     def add(self, path: Path, line: int, what: str) -> None:
-        """Note that line ``line`` (from 1; 0 for the whole file) of ``path`` is wrong."""
+        """Note a fault in line ``line`` (from 1; 0 for the complete file) of ``path``."""
         kind = path, re.sub(r"'[^']*'|\"[^\"]*\"|\d+|\(.*?\)", "", what)
         self._first.setdefault(kind, f"{path}:{line}: {what}" if line else f"{path}: {what}")
         self._count[kind] = self._count.get(kind, 0) + 1
@@ -79,7 +80,7 @@ class Problems:
     def unknown(
         self, path: Path, line: int, what: str, identifier: str, known: Iterable[str]
     ) -> None:
-        """Note that a line names an unknown query or passage (``what``), for a hint in `text`."""
+        """Note that a line names an unknown query or passage (``what``), and give a hint."""
         self.add(path, line, f"unknown {what} {identifier!r}")
         self._unknown.setdefault((path, f"unknown {what} "), ({}, known))[0][identifier] = None
 
@@ -102,24 +103,33 @@ class Problems:
             raise DataError(f"malformed data\n{text}" if "\n" in text else text)
 
 
+def check_file(path: Path, size: int, sha256: str | None, problems: Problems) -> None:
+    """Note in ``problems`` if a file is missing or has another size or SHA-256 (None: any)."""
+    if not path.is_file():
+        problems.add(path, 0, "file not found")
+    elif (found := path.stat().st_size) != size:
+        problems.add(path, 0, f"{found} bytes, expected {size}; the file was changed or truncated")
+    elif sha256 and (found_sha256 := file_sha256(path)) != sha256:
+        problems.add(path, 0, f"SHA-256 is {found_sha256}, expected {sha256}; the file was changed")
+
+
 def read_lines(path: Path, problems: Problems, *, empty: bool = False) -> Iterator[tuple[int, str]]:
     """Yield number (from 1) and text of each line of a UTF-8 file, gzipped or not.
 
-    The file is opened once. A byte order mark is dropped and Windows line ends are read, with a
-    UserWarning each. Lines end at line feeds only: other Unicode line separators may occur inside a
-    text. What cannot be read is noted in ``problems`` and left out: a file that is missing, a
-    folder, of another encoding or no text at all; a line that is not UTF-8 or longer than
-    `MAX_LINE`.
+    A byte order mark is dropped and Windows line ends are read, with a UserWarning each. Lines end
+    at line feeds only: other Unicode line separators may occur inside a text. Faults are noted in
+    ``problems`` and left out: a path that is missing, a folder, of another encoding or not text; a
+    line that is not UTF-8 or longer than `MAX_LINE`.
 
     Args:
         path: a file, or a pipe, which is read to its end.
-        problems: what is wrong is noted there; `Problems.check` raises it.
+        problems: where faults are noted; `Problems.check` raises them.
         empty: whether an empty file is allowed.
     """
     zipped = False
     try:
         with path.open("rb") as opened:
-            # A pipe cannot be rewound, so that it is kept in memory.
+            # A pipe cannot be rewound, so it is read into memory.
             file: Any = opened if opened.seekable() else io.BytesIO(opened.read())
             while (head := _head(file)).startswith(_GZIP):
                 zipped = True
@@ -165,10 +175,9 @@ def read_columns(
 
 
 def alike(unknown: Iterable[str], known: Iterable[str]) -> str:
-    """Name an unknown id that looks like a known one, and in what the two differ; "" if none does.
+    """Name an unknown id that is similar to a known one, and their difference; "" if none is.
 
-    They may differ in Unicode normalisation, case, characters around them, or a prefix; both are
-    escaped.
+    They may differ in Unicode normalisation, case, surrounding characters, or a prefix.
     """
     left, there = dict.fromkeys(unknown), dict.fromkeys(itertools.islice(known, _COMPARED))
     for what, form in _FORMS:
@@ -188,18 +197,18 @@ def alike(unknown: Iterable[str], known: Iterable[str]) -> str:
 
 
 def _end(identifier: str) -> str:
-    """What follows the last character that is neither letter nor digit."""
+    """The letters and digits at the end."""
     return re.split(r"[\W_]", identifier)[-1]
 
 
 def _surrounded(identifier: str) -> str:
-    """Without what is neither a letter nor a digit around it, and without invisible characters."""
+    """Without invisible characters, and surrounding ones that are neither letters nor digits."""
     visible = "".join(c for c in identifier if unicodedata.category(c) not in ("Cf", "Cc"))
     return re.sub(r"^[\W_]+|[\W_]+$", "", visible)
 
 
 def _number(identifier: str) -> str:
-    """Without leading zeros and a final .0, which ids lose or get if they are read as numbers."""
+    """Without leading zeros and a final .0, which conversion to numbers removes or adds."""
     found = re.fullmatch(r"(.*?)0*([0-9]+?)(\.0*)?", identifier)
     return f"{found[1]}{found[2]}" if found else identifier
 
@@ -220,14 +229,14 @@ def _head(file: BinaryIO) -> bytes:
 
 
 def _not_text(head: bytes, path: Path) -> str:
-    """What a file is, by its first bytes, and the way out; "" if it is UTF-8 text."""
+    """The kind of a file that is not UTF-8 text, by its first bytes, and the way out; else ""."""
     encoding = next((name for mark, name in _MARKS if head.startswith(mark)), "")
     nuls = head.count(0)
     if not encoding:
         for pattern, what in _KINDS:
             if re.match(pattern, head):
                 return f"UTF-8 text expected, found {what.format(path=path.name)}"
-        # Half or more of ASCII's bytes are 0 in these encodings.
+        # At least half of the bytes of ASCII text are 0 in these encodings.
         if nuls > len(head) * 0.6:
             encoding = "UTF-32LE" if head[:1] != b"\0" else "UTF-32BE"
         elif head[1::2].count(0) > len(head) * 0.3:
@@ -288,7 +297,7 @@ _MAC = r"a carriage return (CR) within the line; if lines end with it: tr '\r' '
 
 
 def _once(warned: set[str], path: Path, what: str) -> None:
-    """Warn once of each kind, which is the first word."""
+    """Warn once of each kind (the first word)."""
     if (kind := what.split()[0]) not in warned:
         warned.add(kind)
         warnings.warn(f"{path}: {what}", stacklevel=4)

@@ -1,4 +1,4 @@
-"""Training triples (query, relevant passage, negative): drawn from candidates, or checked."""
+"""Training triples (query, positive, negative): drawn from candidates, or checked."""
 
 from __future__ import annotations
 
@@ -25,14 +25,11 @@ def sample_triples(
 ) -> list[Triple]:
     """Draw ``count`` triples, one per query and pass.
 
-    A positive is a passage of grade ≥ ``min_grade``. A negative is a candidate at a rank in
-    [``ranks[0]``, ``ranks[1]``), counted from 1 (score descending, ties by docid descending, as
-    trec_eval orders), that the query's qrels do not judge at all, whatever the grade. Each pass
-    goes through the queries in a fresh order and takes each query's next positive and negative;
-    both are reused only after the last one. Queries without a positive or an eligible negative
-    are skipped and their number is logged.
-
-    Deterministic for a seed; fewer triples are a prefix of more.
+    A positive is a passage of grade ≥ ``min_grade``. A negative is an unjudged candidate at a rank
+    in [``ranks[0]``, ``ranks[1]``), counted from 1 in the order of `top`. Each pass takes the next
+    positive and negative of each query, in a new random order of queries; both are reused only
+    after the last one. Queries without a positive or a negative are skipped, and their number is
+    logged. Fewer triples of a seed are a prefix of more.
 
     Raises:
         ValueError: ``count`` or ``ranks`` out of range, or no query has an eligible negative.
@@ -97,7 +94,7 @@ def mine_triples(
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check_triples` examined and left out; a triple counts once, for the first reason.
+    """Triples examined and left out by `check_triples`, each counted for the first reason.
 
     Attributes:
         checked: triples examined.
@@ -119,7 +116,7 @@ class Checked:
 
     @property
     def reasons(self) -> str:
-        """The counts in words, those above 0."""
+        """The counts above 0, in words."""
         counts = ((getattr(self, name), what) for name, what in _REASONS.items())
         return ", ".join(f"{count:,} {what}" for count, what in counts if count)
 
@@ -142,13 +139,10 @@ def check_triples(
     *,
     wanted: int | None = None,
 ) -> tuple[list[Triple], Checked]:
-    """Leave out triples that contradict the judgements or teach nothing (`Checked`).
+    """Leave out triples that contradict the judgements or are useless (`Checked`).
 
-    Args:
-        triples: what is checked, in this order.
-        queries, qrels: those of the triples' set; a passage is relevant from grade 1 on.
-        passages: all passages.
-        wanted: stop when so many triples are found; None checks all.
+    ``queries`` and ``qrels`` are those of the triples' set; a passage is relevant from grade 1 on.
+    The check ends when ``wanted`` triples are found (None: at the end).
     """
     counts: Counter[str] = Counter()
     found: dict[Triple, None] = {}
@@ -166,17 +160,17 @@ def check_triples(
 
 
 def check_sample(collection: Collection, most: int = 100_000) -> Checked:
-    """`check_triples` of a collection's triples, of at most about ``most`` at even distances."""
-    own = collection.triples
-    if not len(own):
+    """Check a collection's triples, or about ``most`` of them at even distances."""
+    triples = collection.triples
+    if not len(triples):
         return Checked()
-    some = (own[row] for row in range(0, len(own), max(1, -(-len(own) // most))))
+    some = (triples[row] for row in range(0, len(triples), max(1, -(-len(triples) // most))))
     queries, qrels = collection.queries["train"], collection.qrels["train"]
     return check_triples(some, queries, qrels, collection.passages)[1]
 
 
 def _wrong(triple: Triple, queries: Texts, qrels: Qrels, passages: Texts) -> str:
-    """Why a triple is left out, as `Checked` names it; empty if it is not."""
+    """The field of `Checked` for which a triple is left out; "" if it is not."""
     qid, positive, negative = triple
     judged = qrels.get(qid, {})
     one, other = passages[positive].lower().split(), passages[negative].lower().split()

@@ -14,7 +14,7 @@ import numpy as np
 import adaptive_margins
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.stored import StoredTexts, write_texts
-from adaptive_margins.data.text import DataError, Problems
+from adaptive_margins.data.text import DataError, Problems, check_file
 from adaptive_margins.data.trec import Run
 from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.encoder.load import encoder_identity, open_encoder
@@ -163,7 +163,10 @@ class DenseIndex:
                     f"{path}: format {about['format']!r} is not {_FORMAT}, which this version"
                     " reads; build the index again"
                 )
-            _check_files(path.parent, about["files"])
+            problems = Problems()
+            for file, expected in about["files"].items():
+                check_file(path.parent / file, expected["bytes"], expected["sha256"], problems)
+            problems.check()
             return cls(path.parent, about)
         except DataError:
             raise
@@ -265,17 +268,3 @@ def _write_matrix(path: Path, embeddings: np.ndarray, dtype: np.dtype) -> None:
         np.lib.format.write_array_header_1_0(file, {**header, "shape": embeddings.shape})
         for _, block in blocks(embeddings):
             file.write(block.astype(dtype, copy=False).data)
-
-
-def _check_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Raise DataError that lists the files of an index that are not as they were written."""
-    problems = Problems()
-    for name, expected in files.items():
-        file = folder / name
-        if not file.is_file():
-            problems.add(file, 0, "file not found")
-        elif (size := file.stat().st_size) != expected["bytes"]:
-            problems.add(file, 0, f"{size} bytes, expected {expected['bytes']}")
-        elif (found := file_sha256(file)) != expected["sha256"]:
-            problems.add(file, 0, f"SHA-256 is {found}, expected {expected['sha256']}")
-    problems.check()
