@@ -1,8 +1,4 @@
-"""`CachedMarginLoss`: large batches with the memory of a mini-batch.
-
-A module of its own, because its base class needs Sentence Transformers when it is defined; import
-the class from `losses`.
-"""
+"""`CachedMarginLoss`: large batches with the memory of a mini-batch; import it from `losses`."""
 
 from __future__ import annotations
 
@@ -29,21 +25,19 @@ if TYPE_CHECKING:
 class CachedMarginLoss(CachedLossMixin, MarginLoss):
     """`MarginLoss` of large batches with the memory of a mini-batch, by gradient caching.
 
-    `MarginLoss` keeps the activations of the encoder for all texts of a batch until its backward
-    pass. This class embeds the texts in mini-batches without activations, computes the gradient of
-    each embedding, and embeds each mini-batch again, with the same dropout, to propagate its
-    gradients back. Loss and gradients are those of `MarginLoss`, for the time of one more forward
-    pass. Beside a mini-batch there remain the (B, D) embeddings and (B, B) targets.
+    It embeds the texts in mini-batches without activations, computes the gradient of each
+    embedding, and embeds each mini-batch again, with the same dropout, for the backward pass. Loss
+    and gradients are those of `MarginLoss`, for the time of one more forward pass. Memory holds
+    the activations of a mini-batch, the (B, D) embeddings and the (B, B) targets.
 
     Args:
         model: the SentenceTransformer to train.
         target, in_batch, orientation, error, stop_gradient: as `MarginLoss` has them.
-        mini_batch_size: how many texts are embedded at a time, at least 1. Loss and gradients do
-            not depend on it, but the random numbers of dropout do.
+        mini_batch_size: texts embedded at a time, at least 1. Loss and gradients do not depend on
+            it, except for the random numbers of dropout.
 
     Raises:
-        ValueError: a setting that `MarginLoss` does not have, a `mini_batch_size` that is not a
-            whole number of at least 1, data with other than three text columns, or an
+        ValueError: as `MarginLoss`; a `mini_batch_size` that is not an integer of at least 1; or an
             `AdaptiveLayerLoss` around this loss.
 
     References:
@@ -52,8 +46,7 @@ class CachedMarginLoss(CachedLossMixin, MarginLoss):
 
     Relations:
         - :class:`MatryoshkaLoss` around this loss equals that around `MarginLoss`.
-        - :class:`AdaptiveLayerLoss` and :class:`Matryoshka2dLoss` cannot go around a loss that
-          embeds again later; they need `MarginLoss`.
+        - :class:`AdaptiveLayerLoss` and :class:`Matryoshka2dLoss` need `MarginLoss`.
     """
 
     def __init__(
@@ -77,11 +70,11 @@ class CachedMarginLoss(CachedLossMixin, MarginLoss):
         )
         if isinstance(model, BaseModel) and has_static_embedding_input(model):
             raise ValueError(
-                "the model looks up embeddings (StaticEmbedding), which cannot be cut into "
+                "the model looks up embeddings (StaticEmbedding), which cannot be split into "
                 "mini-batches and needs no gradient caching; use MarginLoss"
             )
-        whole = isinstance(mini_batch_size, Integral) and not isinstance(mini_batch_size, bool)
-        if not whole or mini_batch_size < 1:
+        integral = isinstance(mini_batch_size, Integral) and not isinstance(mini_batch_size, bool)
+        if not integral or mini_batch_size < 1:
             raise ValueError(
                 f"mini_batch_size is {mini_batch_size!r}; expected a whole number of at least 1"
             )
@@ -93,19 +86,19 @@ class CachedMarginLoss(CachedLossMixin, MarginLoss):
         """Embed the token features of the three columns and return their loss, a scalar tensor."""
         columns, orders = zip(*map(_longest_first, sentence_features), strict=True)
         try:
-            return super().forward_cached(columns, orders)  # no labels: their place is free
+            return super().forward_cached(columns, orders)  # in place of labels
         except KeyError as error:
             if "all_layer_embeddings" not in error.args:
                 raise
             raise ValueError(
-                "AdaptiveLayerLoss and Matryoshka2dLoss cannot go around CachedMarginLoss, "
+                "AdaptiveLayerLoss and Matryoshka2dLoss do not support CachedMarginLoss, "
                 "which embeds the texts again in the backward pass; give them MarginLoss"
             ) from None
 
     def calculate_loss(
         self, reps: list[list[Tensor]], orders: Any = None, *, with_backward: bool = False
     ) -> Tensor:
-        """Return the loss of each column's mini-batches of embeddings, put back in order."""
+        """Return the loss of each column's mini-batches of embeddings, in their old order."""
         columns = [torch.cat(rep)[order] for rep, order in zip(reps, orders, strict=True)]
         loss = self.compute_loss_from_embeddings(columns)
         if with_backward:
@@ -116,7 +109,7 @@ class CachedMarginLoss(CachedLossMixin, MarginLoss):
     def embed_minibatch(
         self, *args: Any, random_state: RandContext | None = None, **kwargs: Any
     ) -> tuple[Tensor, RandContext | None]:
-        """Embed under the autocast of the first pass; a backward pass is mostly outside of it."""
+        """Embed under the autocast of the first pass; the backward pass is mostly outside of it."""
         with getattr(random_state, "autocast", nullcontext()):
             reps, state = super().embed_minibatch(*args, random_state=random_state, **kwargs)
         if state is not None:
@@ -125,7 +118,7 @@ class CachedMarginLoss(CachedLossMixin, MarginLoss):
                 kind,
                 dtype=torch.get_autocast_dtype(kind),
                 enabled=torch.is_autocast_enabled(kind),
-                cache_enabled=False,  # what was cast without gradients is of no use with them
+                cache_enabled=False,  # casts of the first pass have no gradients
             )
         return reps, state
 
@@ -150,16 +143,14 @@ class CachedMarginLoss(CachedLossMixin, MarginLoss):
 
 
 def _longest_first(features: dict[str, Any]) -> tuple[dict[str, Any], Tensor | slice]:
-    """Token features from the longest text to the shortest, and what restores the order.
-
-    Mini-batches of texts of similar length hold little padding: half the time for passages.
-    """
+    """Token features by descending text length, and the index that restores the order."""
+    # Mini-batches of texts of similar length have little padding: half the time for passages.
     prompt_length = features.get("prompt_length")
-    if isinstance(prompt_length, Tensor):  # one number for all texts, not to be cut into rows
+    if isinstance(prompt_length, Tensor):  # one number for all texts
         features = {**features, "prompt_length": int(prompt_length.flatten()[0])}
     mask = features.get("attention_mask")
     tensors = {key: value for key, value in features.items() if isinstance(value, Tensor)}
-    # Images, and texts that are packed without padding, have tensors with other rows than texts.
+    # The tensors of images, and of packed texts, have other rows than texts.
     if mask is None or any(value.shape[:1] != mask.shape[:1] for value in tensors.values()):
         return features, slice(None)
     order = mask.sum(dim=1).argsort(descending=True, stable=True)

@@ -85,20 +85,19 @@ def margin_loss(
         positive: (B, D) embeddings of each query's positive passage.
         negative: (B, D) embeddings of each query's negative passage.
         target: a finite number (the paper tries 0 to 1), "adaptive" or "distributed".
-        in_batch: compare every query with the negatives of the whole batch. Not to be set for
-            "distributed", which always takes its targets from them.
-        orientation: "paper" as above. "released" is what the authors' published code computes: the
-            (B,) vector φ(q_i, d⁺_i), or the margin in "distributed", is broadcast along rows, so
-            that it has index j instead of i. Both are the same where l has no index j.
+        in_batch: compare every query with all negatives of the batch; not allowed for
+            "distributed", whose targets always use them.
+        orientation: "paper" as above. "released" is the authors' published code: the (B,) vector
+            φ(q_i, d⁺_i), or the margin in "distributed", is broadcast along rows, so that it has
+            index j instead of i. Both are the same where l has no index j.
         error: "squared" l² (the paper), "absolute" ``|l|`` or "soft" log(1 + exp(−l)).
-        stop_gradient: take the targets as constants. Else the gradient flows through them.
+        stop_gradient: treat the targets as constants, without a gradient.
         return_targets: return the targets as well.
 
     Returns:
-        The loss, a scalar tensor. With `return_targets` a pair (loss, T), T detached, of shape ()
-        for a number, (B,) for "adaptive", (B, B) for "adaptive" in-batch and "distributed". Both
-        are float32, or float64 if an embedding is, also under autocast. A zero vector has φ = 0
-        with everything and gets a zero gradient.
+        The loss, a scalar tensor; with `return_targets` (loss, T), T detached, with the shapes of
+        `margins_and_targets`. Both are float32, or float64 if an embedding is, also under autocast.
+        A zero vector has φ = 0 with all vectors, and a zero gradient.
 
     Raises:
         ValueError: a setting or a shape that is not one of the above.
@@ -122,10 +121,10 @@ def margins_and_targets(
     in_batch: bool = False,
     orientation: str = "paper",
 ) -> tuple[Tensor, Tensor]:
-    """Return the relevance margins of a batch of triples and the targets that they should have.
+    """Return the relevance margins of a batch of triples and their targets.
 
-    Arguments, number formats and errors are those of `margin_loss`, which is the mean error of
-    margins − targets. The gradient flows through both.
+    Arguments, types and errors are those of `margin_loss`, the mean error of margins − targets.
+    Both have gradients.
 
     Returns:
         Margins: (B, B) in-batch, with row i the query and column j the negative; (B, 1) for
@@ -158,7 +157,7 @@ def margins_and_targets(
 
 
 def _by_row(values: Tensor, orientation: str) -> Tensor:
-    """(B,) to a matrix: value i in row i; in column i as the released code broadcasts it."""
+    """Broadcast (B,) along columns (value i in row i), or along rows as the released code does."""
     return values[:, None] if orientation == "paper" else values[None, :]
 
 
@@ -173,7 +172,7 @@ def _phi_ij(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    """Rows divided by their norms; a zero row stays zero and gets a zero gradient."""
+    """Rows divided by their norms; a zero row stays zero, with a zero gradient."""
     # First by the largest component, so that no norm over- or underflows. φ does not depend on
     # the scale of its arguments, so the gradient is exact although that divisor is a constant.
     largest = vectors.detach().abs().amax(dim=1, keepdim=True)
@@ -229,17 +228,16 @@ def _check_embeddings(query: Tensor, positive: Tensor, negative: Tensor) -> None
 class MarginLoss(nn.Module):
     """`margin_loss` for the trainer of Sentence Transformers.
 
-    It needs triples only, no teacher model and no scores: with "adaptive" and "distributed" targets
-    the encoder in training itself says, by the similarity of the two passages, how far apart their
-    similarities to the query should be.
+    It needs triples only, no teacher model and no scores: "adaptive" and "distributed" targets are
+    computed from the similarity of the two passages by the encoder in training.
 
     Args:
         model: the SentenceTransformer to train.
         target, in_batch, orientation, error, stop_gradient: as `margin_loss` has them.
 
     Raises:
-        ValueError: a setting that `margin_loss` does not have (already when constructed), or data
-            with other than three text columns.
+        ValueError: a setting that `margin_loss` does not have, or data with other than three text
+            columns.
 
     References:
         - Gienapp et al. 2025, Section 3: https://doi.org/10.1145/3731120.3744594
@@ -255,7 +253,7 @@ class MarginLoss(nn.Module):
 
     Recommendations:
         - With ``in_batch=True`` use ``BatchSamplers.NO_DUPLICATES``, or the negative of one triple
-          may be the positive of another. "distributed" compares a query with its own negative only.
+          may be the positive of another. "distributed" margins have one negative a query.
         - With several processes, the batch is that of each process.
 
     Relations:
@@ -294,7 +292,7 @@ class MarginLoss(nn.Module):
         self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None
     ) -> Tensor:
         """Embed the token features of the three columns and return their loss, a scalar tensor."""
-        # Imported here, so that whoever wants `margin_loss` alone needs nothing but torch.
+        # Imported here, because `margin_loss` needs only torch.
         from sentence_transformers.base.losses.merged_forward import embed_columns
 
         embeddings = embed_columns(self.model, sentence_features)
@@ -309,7 +307,7 @@ class MarginLoss(nn.Module):
                 f"the data has {len(embeddings)} text columns; "
                 "expected 3: query, positive, negative"
             )
-        # Of this class, because a subclass may have settings that `margin_loss` does not have.
+        # A subclass may have settings that `margin_loss` does not have.
         return margin_loss(*embeddings, **MarginLoss.get_config_dict(self))
 
     def get_config_dict(self) -> dict[str, Any]:

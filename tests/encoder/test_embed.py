@@ -47,7 +47,7 @@ def test_chunks_have_the_least_padding_of_all_cuts(chunks):
 
 @pytest.mark.parametrize(("count", "chunks"), [(0, 1), (3, 0), (3, -1)])
 def test_chunks_that_cannot_be(count, chunks):
-    with pytest.raises(ValueError, match=rf"{count} texts cannot be cut into {chunks} chunks"):
+    with pytest.raises(ValueError, match=rf"{count} texts cannot be split into {chunks} chunks"):
         length_chunks(np.ones(count, int), chunks)
 
 

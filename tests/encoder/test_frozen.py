@@ -157,6 +157,6 @@ def test_a_full_disk_is_an_error_that_says_so(bert, tmp_path):
         cached_states(lambda: bert, tokens, [1], tmp_path / "states")
 
     told = in_child(fill)
-    assert told.startswith(f"EncoderError: {tmp_path / 'states'} could not be filled with")
+    assert told.startswith(f"EncoderError: {tmp_path / 'states'}: ")
     assert "File too large" in told
     assert not list((tmp_path / "states").iterdir())

@@ -419,7 +419,7 @@ def test_another_encoder_is_refused(built, folder, model, tmp_path):
     with pytest.raises(EncoderError, match=r"changed' is now \w+; build the index again"):
         built.open_encoder(str(tmp_path / "changed"))
     minilm = open_encoder("minilm")
-    with pytest.raises(EncoderError, match="embeds its passages otherwise"):
+    with pytest.raises(EncoderError, match="embeds its passages differently"):
         built.search(minilm, QUERIES, 3)
 
     shutil.copytree(folder, tmp_path / "moved")

@@ -1,4 +1,4 @@
-"""Checks of an encoder: whether its files are complete, and weights, configuration, tokenizer and
+"""Checks that an encoder's files are complete, and that weights, configuration, tokenizer and
 length limit fit each other. Each fault is one EncoderError, before anything is embedded.
 """
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 DEFAULT_LENGTH = 512
-"""Tokens of a text at most, if an encoder names no limit of its own."""
+"""Maximum length of a text in tokens, if an encoder has no limit."""
 MOST_LENGTH = 1 << 20
-"""Longest limit that counts as one: tokenizers without a limit have a huge number."""
+"""Largest limit that counts as one: tokenizers without a limit have a huge number."""
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _READ = (".safetensors", ".json", ".txt", ".model")
@@ -44,7 +44,7 @@ _POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "w
 
 
 class EncoderError(AdaptiveMarginsError, RuntimeError):
-    """Weights or files that are missing, not the expected ones, or cannot be written or used."""
+    """Weights or files that are missing, unexpected, or cannot be written or used."""
 
 
 class EmbeddingError(EncoderError):
@@ -52,13 +52,10 @@ class EmbeddingError(EncoderError):
 
 
 def one_line(error: object) -> str:
-    """Return an error's text on one line, with its type if that is no text or only a key."""
+    """Return an error's text on one line, with its type if it is empty or only a key."""
     text = " ".join(str(error).split())
-    return (
-        f"{type(error).__name__} {text}".rstrip()
-        if isinstance(error, KeyError) or not text
-        else text
-    )
+    bare = isinstance(error, KeyError) or not text
+    return f"{type(error).__name__} {text}".rstrip() if bare else text
 
 
 # ---- files ------------------------------------------------------------------------------------
@@ -175,9 +172,9 @@ def module_folders(folder: Path) -> list[Path]:
 
 
 def check_config(place: Path, *, plain: bool) -> None:
-    """Raise EncoderError unless a folder holds a text encoder's configuration and a tokenizer.
+    """Raise EncoderError unless a folder has a text encoder's configuration and a tokenizer.
 
-    ``plain``: there is no modules.json, so that nothing but the architecture names the kind.
+    ``plain``: without a modules.json, only the architecture states the kind of model.
     """
     from transformers import CONFIG_MAPPING, __version__
 
@@ -186,10 +183,10 @@ def check_config(place: Path, *, plain: bool) -> None:
         raise EncoderError(f"{place} has no config.json; copy all files of the model")
     config = read_json(path, dict)
     kind = config.get("model_type")
-    code = " (its own code, which comes with it, is never run)" if "auto_map" in config else ""
+    code = " (code that comes with a model is never run)" if "auto_map" in config else ""
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise EncoderError(
-            f"{path}: model_type is {kind!r}, which transformers {__version__} does not know{code}"
+            f"{path}: model_type is {kind!r}, unknown to transformers {__version__}{code}"
         )
     if "quantization_config" in config:
         raise EncoderError(
@@ -225,9 +222,9 @@ def bert_model(model: Any) -> Any:
 
 
 def check_weights(name: str, model: SentenceTransformer, files: Sequence[Path]) -> None:
-    """Raise EncoderError for weights that are random, left over, or not finite.
+    """Raise EncoderError for weights that are random, unused, or not finite.
 
-    A pooler may be missing: no text goes through it.
+    A pooler may be missing, because it is not used.
     """
     found = {key: shape for path in files for key, (_, shape) in tensors(path).items()}
     transformer: Any = model[0].model
@@ -282,9 +279,9 @@ def check_tokenizer(name: str, model: SentenceTransformer) -> None:
 
 
 def limit_length(name: str, model: SentenceTransformer) -> None:
-    """Set ``max_seq_length`` to what the model can read, with a warning if it named more or none.
+    """Limit ``max_seq_length`` to the model's positions, with a warning if it is larger or missing.
 
-    Raises EncoderError if it is not a positive whole number.
+    Raises EncoderError if it is not a positive integer.
     """
     transformer: Any = model[0].model
     config = transformer.config.get_text_config()
@@ -300,7 +297,7 @@ def limit_length(name: str, model: SentenceTransformer) -> None:
         known = positions or getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
         model.max_seq_length = min(known, DEFAULT_LENGTH)
         warnings.warn(
-            f"encoder {name!r} names no length limit: its texts are truncated at"
+            f"encoder {name!r} has no length limit: its texts are truncated at"
             f" {model.max_seq_length} tokens (max_seq_length in sentence_bert_config.json"
             " changes that)",
             stacklevel=2,
@@ -308,8 +305,8 @@ def limit_length(name: str, model: SentenceTransformer) -> None:
     elif positions is not None and limit > positions:
         model.max_seq_length = positions
         warnings.warn(
-            f"encoder {name!r} names a length limit of {limit} tokens, but has positions for"
-            f" {positions} only: its texts are truncated at {positions}",
+            f"encoder {name!r} has a length limit of {limit} tokens, but positions for {positions}"
+            f" only: its texts are truncated at {positions}",
             stacklevel=2,
         )
     else:
@@ -317,7 +314,7 @@ def limit_length(name: str, model: SentenceTransformer) -> None:
 
 
 def _positions(transformer: nn.Module) -> Iterator[int]:
-    """Yield the tokens that each table of learned positions has room for."""
+    """Yield the number of tokens of each table of learned positions."""
     for name, module in transformer.named_modules():
         if name.split(".")[-1] in _POSITIONS and isinstance(module, nn.Embedding):
             first = 0 if module.padding_idx is None else module.padding_idx + 1  # as RoBERTa

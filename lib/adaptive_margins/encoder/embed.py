@@ -30,7 +30,7 @@ _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def token_batches(order: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """Slices of ``order`` (ascending lengths) of at most ``batch_tokens`` padded tokens each."""
+    """Split ``order`` (ascending lengths) into batches of up to ``batch_tokens`` padded tokens."""
     batches, start = [], 0
     for end in range(1, len(order) + 1):
         if end == len(order) or (end + 1 - start) * lengths[order[end]] > batch_tokens:
@@ -47,14 +47,11 @@ def embed(
     batch_tokens: int = 2048,
     precision: Precision = "fp32",
 ) -> np.ndarray:
-    """Embeddings of the texts in ``rows`` (all if None), of length 1; a zero embedding stays zero.
+    """Embed the texts in ``rows`` (all if None), batched by length: (len(rows), D) float32.
 
-    Texts are batched by length, so that little is padded. ``precision`` is that of the model's
+    Embeddings have length 1; a zero embedding stays zero. ``precision`` is that of the model's
     matrix products (autocast, as in training; Section 4's mixed precision); pooled embeddings are
     normalised in float32 in any case.
-
-    Returns:
-        (len(rows), D) float32.
 
     Raises:
         EncoderError: an unknown precision.
@@ -91,16 +88,15 @@ def embed(
 
 
 def length_chunks(lengths: np.ndarray, chunks: int) -> list[np.ndarray]:
-    """Positions in ascending order of ``lengths`` (tokens of each text), cut where least is padded.
+    """Split positions, sorted by ``lengths`` (tokens), into ``chunks`` with the least padding.
 
-    Of all ways to make ``chunks`` parts of the sorted texts (fewer, if there are fewer different
-    lengths), each padded to its longest text, this one has the fewest tokens, padding included.
+    Each chunk is padded to its longest text. There are fewer, if there are fewer different lengths.
 
     Raises:
         ValueError: no text, or fewer than one chunk.
     """
     if not len(lengths) or chunks < 1:
-        raise ValueError(f"{len(lengths)} texts cannot be cut into {chunks} chunks")
+        raise ValueError(f"{len(lengths)} texts cannot be split into {chunks} chunks")
     order = np.argsort(lengths, kind="stable")
     values, counts = np.unique(lengths, return_counts=True)
     first = np.concatenate([[0], np.cumsum(counts)])
@@ -119,12 +115,11 @@ def length_chunks(lengths: np.ndarray, chunks: int) -> list[np.ndarray]:
 
 
 def embed_chunks(model: Any, chunks: Sequence[Mapping[str, Tensor]], rows: Tensor) -> Tensor:
-    """Embeddings with gradients, (*rows.shape, D), of texts that are encoded chunk by chunk.
+    """Embed distinct texts chunk by chunk, with gradients: (*rows.shape, D).
 
-    ``chunks`` are the features of distinct texts, padded or packed; ``rows`` (int64) counts texts
-    through all chunks, and a text may occur in it any number of times. Without dropout the result
-    is that of any other batching, but for rounding. With dropout all occurrences of a text share
-    its one mask; texts do not, as in any batch.
+    ``chunks`` are features of texts, padded or packed; ``rows`` (int64) are positions of texts in
+    all chunks together, any number of times each. Without dropout, the result equals that of any
+    other batching but for rounding; with dropout, all occurrences of a text share a mask.
     """
     return torch.cat([model(dict(chunk))["sentence_embedding"] for chunk in chunks])[rows]
 
@@ -140,27 +135,22 @@ def embed_shards(
     precision: Precision = "fp32",
     batch_tokens: int = 2048,
 ) -> np.ndarray:
-    """Embeddings of all texts, computed by `embed` once and memory-mapped from ``folder``.
+    """Embed all texts once, by `embed`, into ``folder``: (n, D) of ``dtype``, memory-mapped.
 
     ``embeddings.npy`` is written ``shard`` rows at a time, and ``shards.json`` lists the complete
-    shards: a killed process loses those it was at. Memory holds one shard a device.
+    shards, so that a killed process loses only unfinished ones. Memory holds one shard a device.
 
     Args:
-        model: embeds the texts; moved to the one device, or copied to each of several.
+        model: the encoder; moved to the one device, or copied to each of several.
         tokens: of all texts, in order.
-        folder: its name should follow from model, texts and precision, which are not checked.
+        folder: its name should depend on model, texts and precision, which are not checked.
         shard: rows that are embedded at a time.
-        dtype: of the file. Float16 halves it; the squared length of a row may then differ from 1 by
-            up to about 2⁻¹⁰.
-        devices: of one node, e.g. ("cuda:0", "cuda:1"); each takes the next missing shard, so the
-            result does not depend on their number.
+        dtype: of the file. With float16, the squared length of a row may differ from 1 by 2⁻¹⁰.
+        devices: of one node, e.g. ("cuda:0", "cuda:1"); the result does not depend on them.
         precision, batch_tokens: see `embed`.
 
-    Returns:
-        (n, D) of ``dtype``, memory-mapped.
-
     Raises:
-        EncoderError: the folder was begun with other settings, or the disk has not enough room.
+        EncoderError: the folder has other settings, or the disk lacks space.
     """
     folder = Path(folder)
     rows, dim = len(tokens), model.get_embedding_dimension()

@@ -1,6 +1,6 @@
-"""Frozen lower layers, computed once for all runs: training runs the upper layers alone.
+"""Outputs of frozen lower layers, cached for all runs, so that training computes the upper layers.
 
-`for_training` is the door. Without it training gives the same numbers, but takes longer.
+Training without this module (`for_training`) gives the same numbers, but takes longer.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from adaptive_margins.profiles.config import EncoderSettings
 
 @dataclass(frozen=True)
 class LoadedEncoder:
-    """An encoder, the part of it that is trained, and what that reads.
+    """An encoder, its trained part, and the inputs of that part.
 
     Attributes:
-        whole: the ordinary model.
-        model: what is trained: the same, or its upper layers over cached states.
-        queries, passages: what ``model`` reads: token ids, or numbers of cached tokens.
+        whole: the complete model.
+        model: the trained part: the same, or its upper layers on cached states.
+        queries, passages: inputs of ``model``: token ids, or numbers of cached tokens.
     """
 
     whole: Any
@@ -44,11 +44,11 @@ class LoadedEncoder:
     passages: Tokens
 
     def fresh(self) -> Any:
-        """A copy of ``model`` to train."""
+        """Return a copy of ``model`` to train."""
         return copy.deepcopy(self.model)
 
     def whole_with(self, trained: Any) -> Any:
-        """The ordinary model with the trained layers of ``trained``."""
+        """Return the complete model with the layers of ``trained``."""
         return trained if self.model is self.whole else put_back(self.whole, trained)
 
 
@@ -61,10 +61,10 @@ def for_training(
     others: Sequence[EncoderSettings],
     cache: Path,
 ) -> LoadedEncoder:
-    """The trained part of an encoder: all of it, or its last ``trained_layers`` layers.
+    """Return the trained part of an encoder: all of it, or its last ``trained_layers`` layers.
 
-    The outputs of the frozen layers are kept in a folder of ``cache``, computed once for all
-    encoders of ``others`` that have the same base.
+    The outputs of the frozen layers are cached in a folder of ``cache``, for all encoders of
+    ``others`` with the same base.
 
     Raises:
         EncoderError: as `open_encoder`, or the cache is damaged or cannot be written.
@@ -95,7 +95,7 @@ def for_training(
 
 
 class ContextualTokens(nn.Module):
-    """In place of a BERT model's embeddings: precomputed hidden states, by token number."""
+    """Precomputed hidden states by token number, in place of a BERT model's embeddings."""
 
     def __init__(self, table: np.ndarray) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class ContextualTokens(nn.Module):
 
 
 def upper_layers(encoder: Any, trained_layers: int, table: np.ndarray) -> Any:
-    """A copy of ``encoder`` with its last ``trained_layers`` layers, which read from ``table``."""
+    """Copy ``encoder`` with only its last ``trained_layers`` layers, which read from ``table``."""
     upper = copy.deepcopy(encoder)
     model = bert_model(upper[0].model)
     model.embeddings = ContextualTokens(table)
@@ -121,23 +121,25 @@ def upper_layers(encoder: Any, trained_layers: int, table: np.ndarray) -> Any:
 
 
 def put_back(encoder: Any, upper: Any) -> Any:
-    """A copy of ``encoder`` with the layers of `upper_layers` and the modules after them."""
-    whole = copy.deepcopy(encoder)
+    """Copy ``encoder`` with the layers of `upper_layers` and the modules after them."""
+    complete = copy.deepcopy(encoder)
     trained = bert_model(upper[0].model).encoder.layer
-    last = bert_model(whole[0].model).encoder.layer[-len(trained) :]
+    last = bert_model(complete[0].model).encoder.layer[-len(trained) :]
     # The linear layer of cls+linear is trained too.
-    for target, source in zip([*last, *list(whole)[1:]], [*trained, *list(upper)[1:]], strict=True):
+    for target, source in zip(
+        [*last, *list(complete)[1:]], [*trained, *list(upper)[1:]], strict=True
+    ):
         target.load_state_dict(source.state_dict())
-    return whole
+    return complete
 
 
 def cached_states(
     encoder: Callable[[], Any], tokens: Tokens, layers: Sequence[int], folder: Path
 ) -> dict[int, np.ndarray]:
-    """`hidden_states` of ``layers``, computed once and memory-mapped from ``folder`` (float32).
+    """Return `hidden_states` of ``layers``, cached in ``folder`` and memory-mapped (float32).
 
-    ``encoder`` loads the encoder; it is called if a layer is missing. Raises EncoderError for a
-    file that cannot be written, or is not what was written.
+    ``encoder()`` loads the encoder if a layer is missing. Raises EncoderError for a file that
+    cannot be written, or has changed.
     """
     paths = {k: folder / f"layer{k}.npy" for k in layers}
     missing = [k for k, path in paths.items() if not path.is_file()]
@@ -155,7 +157,7 @@ def cached_states(
         except OSError as error:
             size = len(missing) * shape[0] * shape[1] * 4 / 1e9
             raise EncoderError(
-                f"{folder} could not be filled with {size:.2g} GB of hidden states: {error};"
+                f"{folder}: {size:.2g} GB of hidden states could not be written: {error};"
                 " nothing was left there"
             ) from error
     return {k: read_array(path, (rows, None), np.float32) for k, path in paths.items()}
@@ -170,7 +172,7 @@ def hidden_states(
 ) -> None:
     """Write the output of the first k transformer layers, (tokens, D), to ``out[k]``."""
     model = copy.deepcopy(bert_model(encoder[0].model)).eval()
-    model.encoder.layer = model.encoder.layer[: max(1, *layers)]  # without any, no states are given
+    model.encoder.layer = model.encoder.layer[: max(1, *layers)]  # without layers, no states
     model.pooler = None
     order = np.argsort(tokens.lengths, kind="stable")
     with torch.inference_mode():
@@ -186,10 +188,8 @@ def hidden_states(
 
 
 def _allocate(path: Path, shape: tuple[int, int]) -> np.memmap:
-    """An empty table on disk, its room reserved where the system can do that.
-
-    On a disk that is full only later, a mapped write would end the process without an error.
-    """
+    """An empty table on disk whose space is reserved, if the system can do that."""
+    # If the disk became full later, a memory-mapped write would kill the process.
     table = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:

@@ -1,4 +1,4 @@
-"""Open an encoder, whatever it comes from; pin its weights; save it."""
+"""Opening an encoder from the package, a folder or the hub, pinning its weights, and saving it."""
 
 from __future__ import annotations
 
@@ -53,25 +53,25 @@ def open_encoder(
 ) -> SentenceTransformer:
     """Open an encoder by name, or a profile's by its settings, with float32 parameters.
 
-    By name, it is what plain ``SentenceTransformer(folder)`` loads. By settings, its transformer
-    (the first ``layers``) is followed by the given pooling, and embeddings are not normalised: the
-    loss and the ranking compute the cosine (Section 4). Code that comes with a model is never run,
-    a pickle never read. Warnings are given for an encoder without pooling (its token embeddings
-    are averaged), without a length limit or with one above its positions, with prompts that are
-    not used, and with another similarity than the cosine.
+    By name, the model is that of ``SentenceTransformer(folder)``. By settings, its transformer (the
+    first ``layers``) is followed by the given pooling, and embeddings are not normalised: the loss
+    and the ranking compute the cosine (Section 4). Code that comes with a model is never run, and
+    no pickle is loaded. There are warnings for an encoder without pooling (its token embeddings
+    are averaged), without a length limit or with one above its positions, with unused prompts, and
+    with another similarity than the cosine.
 
     Args:
         encoder: "minilm", the shipped encoder; a Sentence Transformers folder, or one of plain
-            transformers weights; or "organisation/name@revision" of the Hugging Face hub. The
-            network is used for the latter alone, if the files are not in the hub's cache.
+            transformers weights; or "organisation/name@revision" of the Hugging Face hub, which is
+            the only one to use the network, if the files are not in the hub's cache.
         device: as torch names it; by default `default_device`.
         dropout: replaces every dropout probability of the transformer, if given.
-        seed: of weights that come from no file: the linear layer of the pooling ``cls+linear`` and
-            ``cls+pooler`` (the same, followed by tanh: the released code's for RoBERTa).
+        seed: of random weights: the linear layer of the pooling ``cls+linear`` and ``cls+pooler``
+            (the same, followed by tanh: the released code's for RoBERTa).
 
     Raises:
-        EncoderError: there is no such encoder, its files are not as expected or do not fit each
-            other, or the device cannot be used.
+        EncoderError: there is no such encoder, its files are unexpected or do not fit each other,
+            or the device cannot be used.
     """
     name, settings = _named(encoder)
     folder, weights = _files(name, settings)
@@ -102,10 +102,10 @@ def open_encoder(
 
 
 def encoder_identity(encoder: str | EncoderSettings) -> str:
-    """What pins an encoder's weights: the SHA-256 of model.safetensors, or hub id and commit.
+    """Return what pins an encoder's weights: the SHA-256 of their file, or hub id and commit.
 
-    Weights in several files (a linear layer has its own) are pinned by the SHA-256 of their names
-    and SHA-256s. Raises EncoderError as `open_encoder` does.
+    For several files (a linear layer has one) it is the SHA-256 of their names and SHA-256s. Raises
+    EncoderError as `open_encoder` does.
     """
     name, settings = _named(encoder)
     if settings is not None and _is_hub_name(name):
@@ -120,13 +120,13 @@ def encoder_identity(encoder: str | EncoderSettings) -> str:
 
 
 def weights_folder(settings: EncoderSettings) -> Path | None:
-    """Local folder of a profile's encoder, its SHA-256 checked; None if it comes from the hub."""
+    """Return the local folder of a profile's encoder, SHA-256 checked; None if it is on the hub."""
     name, _ = _named(settings)
     return None if _is_hub_name(name) else _files(name, settings)[0]
 
 
 def layer_count(settings: EncoderSettings) -> int:
-    """Layers of a profile's encoder."""
+    """Return the number of layers of a profile's encoder."""
     if settings.layers is not None:
         return settings.layers
     _, weights = _files(*_named(settings))
@@ -139,21 +139,21 @@ def save_encoder(model: Any, folder: Path) -> None:
         model.save_pretrained(str(folder), create_model_card=False)
 
 
-# ---- what is read of an encoder ---------------------------------------------------------------
+# ---- prompts and lengths ----------------------------------------------------------------------
 
 
 def prompts(model: SentenceTransformer) -> tuple[str, str]:
-    """What stands before each query and before each passage; "" for most encoders.
+    """Return the prompts of queries and of passages, which `tokenize` does not add.
 
     These are the model's prompt "query", and the first of its prompts "document", "passage" and
-    "corpus" that is not empty. `tokenize` adds none.
+    "corpus" that is not empty; "" if there is none.
     """
     found = (model.prompts.get(key) for key in ("document", "passage", "corpus"))
     return model.prompts.get("query") or "", next(filter(None, found), "")
 
 
 def length_limits(model: SentenceTransformer) -> tuple[int, int]:
-    """Tokens that the model reads of a query and of a passage, special tokens included."""
+    """Return the maximum tokens of a query and of a passage, special tokens included."""
     limits = (getattr(model[0], name, None) for name in ("query_length", "document_length"))
     longest = model.max_seq_length
     query, passage = (longest if limit is None else min(limit, longest) for limit in limits)
@@ -164,8 +164,8 @@ def check_prompt(model: SentenceTransformer, what: str, prompt: str, length: int
     """Raise EncoderError if a prompt and special tokens leave no token of ``length`` for a text."""
     if (taken := len(model.tokenizer(prompt, verbose=False)["input_ids"])) >= length:
         raise EncoderError(
-            f"{what} are read up to {length} tokens, and {taken} of them go to the prompt"
-            f" ({len(prompt):,} characters) and special tokens: nothing of a text would be read;"
+            f"{what} are truncated at {length} tokens, and the prompt ({len(prompt):,} characters)"
+            f" and special tokens have {taken}: nothing of a text would be read;"
             " shorten the prompt, or raise max_seq_length in sentence_bert_config.json"
         )
 
@@ -176,10 +176,8 @@ def check_prompt(model: SentenceTransformer, what: str, prompt: str, length: int
 def _loaded(
     name: str, folder: Path, settings: EncoderSettings | None, dropout: float | None, seed: int
 ) -> SentenceTransformer:
-    """Load the modules, or with ``settings`` the transformer alone, on the CPU.
-
-    Weights of other shapes than config.json's are left random here; `checks` refuses them.
-    """
+    """Load all modules, or with ``settings`` the transformer, on the CPU."""
+    # Weights of other shapes than in config.json are random here; `checks` refuses them.
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Transformer
 
@@ -233,12 +231,12 @@ def _with_pooling(
 
 
 def _check_use(name: str, folder: Path, model: SentenceTransformer) -> None:
-    """Refuse what the loss and the ranking would not do as the encoder does; settle prompts."""
+    """Refuse what the loss and the ranking do not support; set the prompts."""
     if model.truncate_dim is not None:
         raise EncoderError(
-            f"{folder / 'config_sentence_transformers.json'} cuts embeddings at"
-            f" {model.truncate_dim} dimensions (truncate_dim), which a loss would not; set it to"
-            " null"
+            f"{folder / 'config_sentence_transformers.json'} truncates embeddings to"
+            f" {model.truncate_dim} dimensions (truncate_dim), which the loss does not support; set"
+            " it to null"
         )
     used = prompts(model)
     if any(used) and not all(getattr(module, "include_prompt", True) for module in model):
@@ -252,12 +250,12 @@ def _check_use(name: str, folder: Path, model: SentenceTransformer) -> None:
     model.prompts["document"] = used[1]
     if other := [key for key, prompt in model.prompts.items() if prompt and prompt not in used]:
         told = (
-            f"encoder {name!r}: its prompts {', '.join(map(repr, other))} are not used; before"
-            f" each query stands {used[0]!r}, before each passage {used[1]!r}"
+            f"encoder {name!r}: its prompts {', '.join(map(repr, other))} are not used; the prompt"
+            f" of queries is {used[0]!r}, that of passages {used[1]!r}"
         )
         warnings.warn(told, stacklevel=3)
     if (similarity := model.similarity_fn_name) != "cosine":
-        told = f"encoder {name!r} names {similarity!r} as its similarity; here, the cosine is used"
+        told = f"encoder {name!r} has the similarity {similarity!r}; here, the cosine is used"
         warnings.warn(told, stacklevel=3)
         model.similarity_fn_name = "cosine"
 
@@ -280,7 +278,7 @@ def _is_hub_name(name: str) -> bool:
 
 
 def _files(name: str, settings: EncoderSettings | None) -> tuple[Path, list[Path]]:
-    """Folder and weights of an encoder, checked as far as that can be done without loading it."""
+    """Folder and weights of an encoder, checked without loading it."""
     folder = _folder(name)
     checks.check_folder(folder)
     checks.check_kind(folder, _FORMS)
@@ -313,7 +311,7 @@ def _files(name: str, settings: EncoderSettings | None) -> tuple[Path, list[Path
 
 
 def _folder(name: str) -> Path:
-    """Local folder of an encoder; one of the hub is fetched if it is not in the hub's cache."""
+    """Local folder of an encoder, fetched from the hub if it is not in the hub's cache."""
     if name == "minilm":
         spec = importlib.util.find_spec(_MINILM_PACKAGE)
         if spec is None or spec.origin is None:
@@ -322,7 +320,16 @@ def _folder(name: str) -> Path:
             )
         return Path(spec.origin).parent / "model"
     if _is_hub_name(name):
-        return _snapshot(name)
+        from huggingface_hub import snapshot_download
+
+        hub_id, _, revision = name.partition("@")
+        try:
+            return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
+        except (OSError, ValueError) as error:
+            raise EncoderError(
+                f"encoder {name!r} is not in the hub's cache and could not be fetched:"
+                f" {one_line(error).rstrip('.')}. {_FORMS}"
+            ) from error
     folder = Path(name)
     if not folder.is_dir():
         there = f"{name} is a file" if folder.exists() else f"there is no folder {name}"
@@ -332,23 +339,9 @@ def _folder(name: str) -> Path:
     return folder
 
 
-def _snapshot(name: str) -> Path:
-    """Local folder of a hub id and revision: the hub's cache, filled if it must be."""
-    from huggingface_hub import snapshot_download
-
-    hub_id, _, revision = name.partition("@")
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=_HUB_FILES))
-    except (OSError, ValueError) as error:
-        raise EncoderError(
-            f"encoder {name!r} is not in the hub's cache and could not be fetched:"
-            f" {one_line(error).rstrip('.')}. {_FORMS}"
-        ) from error
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the bars and notes of loading and saving weights."""
+    """Silence the progress bars and messages of loading and saving weights."""
     from transformers.utils import logging as transformers_logging
 
     bar = transformers_logging.is_progress_bar_enabled()

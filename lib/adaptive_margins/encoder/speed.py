@@ -1,10 +1,5 @@
-"""What makes training fast on a CPU; nothing else depends on how it is done.
-
-- Texts of a step are read end to end, without padding: the work is done for real tokens alone.
-- Dropout draws one random number for four elements.
-
-`adapt` prepares a model as it is loaded, and `batcher` chooses how its texts are laid out. (Layers
-that stay frozen are in `frozen`.)
+"""Fast training on a CPU: texts of a step are packed without padding, and dropout draws one random
+number for four elements. `adapt` prepares a model, and `batcher` lays out its texts.
 """
 
 from __future__ import annotations
@@ -26,10 +21,7 @@ _PACKABLE = ("bert", "distilbert", "roberta")  # MPNet's position bias is one of
 
 
 def adapt(transformer: Any) -> None:
-    """Let a transformer read packed texts, and draw dropout faster on a CPU.
-
-    Padded texts are read as before.
-    """
+    """Let a transformer read packed texts as well as padded ones, and draw dropout faster."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -48,15 +40,15 @@ def adapt(transformer: Any) -> None:
 
 
 def packs(model: Any) -> bool:
-    """Whether a model reads packed texts, and gains by it.
+    """Return whether a model reads packed texts, faster than padded ones.
 
-    On a GPU so many small attention kernels would cost more than padding does.
+    On a GPU, that many small attention kernels cost more than padding.
     """
     return model[0].model.config._attn_implementation == _PACKED and model.device.type == "cpu"
 
 
 def batcher(model: Any) -> Callable[[Tokens, Rows], dict[str, Tensor]]:
-    """How the texts of a training step become features of the model: packed or padded."""
+    """Return the function from texts to features of the model: packed or padded."""
     if not packs(model):
         return Tokens.batch
     config = model[0].model.config
@@ -65,15 +57,14 @@ def batcher(model: Any) -> Callable[[Tokens, Rows], dict[str, Tensor]]:
 
 
 def default_chunks(model: Any) -> int:
-    """In how many parts, sorted by length, the texts of a step are encoded: 1 without padding."""
+    """Return the number of chunks, by length, of the texts of a step: 1 without padding."""
     return 1 if packs(model) else 4
 
 
 def packed(tokens: Tokens, rows: Rows, first_position: int) -> dict[str, Tensor]:
-    """Features of the texts in ``rows`` end to end, nothing padded.
+    """Features of the texts in ``rows`` end to end, as in Sentence Transformers' FlashAttention.
 
-    These are the features that Sentence Transformers makes for FlashAttention: ``input_ids`` and
-    ``position_ids``, (1, T), and ``cu_seq_lens_q``.
+    ``input_ids`` and ``position_ids``, (1, T), and ``cu_seq_lens_q``.
     """
     texts = tokens.take(rows)
     position = np.arange(texts.offsets[-1]) - np.repeat(texts.offsets[:-1], texts.lengths)
@@ -92,10 +83,7 @@ class _Dropout(nn.Dropout):
 
 
 def _drop(x: Tensor, p: float) -> Tensor:
-    """Dropout of ``p``, rounded to 1 / 65,536 on a CPU: a 64-bit random number serves 4 elements.
-
-    torch draws one number for each element, which takes four times as long.
-    """
+    """Dropout of ``p``, rounded to 1 / 65,536 on a CPU: a 64-bit random number for 4 elements."""
     threshold = round(p * 65_536)
     if x.device.type != "cpu" or not 0 < threshold < 65_536:
         return nn.functional.dropout(x, p)
@@ -107,12 +95,10 @@ def _drop(x: Tensor, p: float) -> Tensor:
 def _mask(
     *, attention_mask: Tensor | None, allow_is_bidirectional_skip: bool, **kwargs: Any
 ) -> Any:
-    """The mask of padded texts; None where nothing is padded.
-
-    Not on a GPU: to find out whether something is padded would make the host wait.
-    """
+    """The mask of padded texts; None if nothing is padded."""
     from transformers.masking_utils import sdpa_mask
 
+    # On a GPU, the host would wait for the answer whether something is padded.
     on_host = attention_mask is None or attention_mask.device.type == "cpu"
     return sdpa_mask(
         attention_mask=attention_mask,
@@ -132,10 +118,7 @@ def _packed_attention(
     cu_seq_lens_q: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each text of (1, H, T, D / H) packed ones.
-
-    Neighbours of equal length are computed together, without a mask.
-    """
+    """Attention within each text of (1, H, T, D / H) packed ones, equal neighbours together."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if cu_seq_lens_q is None:

@@ -18,15 +18,14 @@ from adaptive_margins.encoder.arrays import read_settings
 from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.files import atomic_folder, locked
 
-_TEXTS = 8192  # texts given to a tokenizer at a time: what it returns is a hundred times their size
+_TEXTS = 8192  # texts tokenised at a time; the output is a hundred times their size
 
 
 @dataclass(frozen=True)
 class Tokens:
     """Tokenised texts, end to end: text i is ``ids[offsets[i]:offsets[i + 1]]``.
 
-    ``ids`` may have any integer type, and both arrays may be memory-mapped. ``pad`` is the token
-    that fills batches.
+    ``ids`` has any integer type, and both arrays may be memory-mapped. ``pad`` fills batches.
     """
 
     ids: np.ndarray
@@ -42,7 +41,7 @@ class Tokens:
         return np.diff(self.offsets)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Tokens:
-        """The texts in ``rows``, in that order, in memory."""
+        """Return the texts in ``rows``, in that order, in memory."""
         rows = np.asarray(rows, dtype=np.int64)
         start, lengths = self.offsets[rows], self.offsets[rows + 1] - self.offsets[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -50,16 +49,16 @@ class Tokens:
         return Tokens(self.ids[position], offsets, self.pad)
 
     def __add__(self, other: Tokens) -> Tokens:
-        """These texts, then the other ones, in memory; both must have the same ``pad``."""
+        """Concatenate texts with the same ``pad``, in memory."""
         if self.pad != other.pad:
             raise ValueError(f"texts padded with {self.pad} and with {other.pad} cannot be joined")
         offsets = np.concatenate([self.offsets, other.offsets[1:] + self.offsets[-1]])
         return Tokens(np.concatenate([self.ids, other.ids]), offsets, self.pad)
 
     def batch(self, rows: Sequence[int] | np.ndarray) -> dict[str, Tensor]:
-        """Features of the texts in ``rows``, padded to the longest.
+        """Features of the texts in ``rows``, padded to the longest of L tokens.
 
-        These are ``input_ids`` and ``attention_mask``, both (len(rows), L) int64.
+        ``input_ids`` and ``attention_mask``, (len(rows), L) int64.
         """
         rows = np.asarray(rows)
         lengths = self.offsets[rows + 1] - self.offsets[rows]
@@ -74,7 +73,7 @@ class Tokens:
 
 
 def tokenize(encoder: Any, texts: Sequence[str], max_length: int) -> Tokens:
-    """Token ids of ``texts``, truncated at ``max_length`` (special tokens included), in memory."""
+    """Tokenise ``texts``, truncated at ``max_length`` (special tokens included), in memory."""
     tokenizer = encoder.tokenizer
     ids, lengths = _token_ids(tokenizer, texts, max_length)
     return Tokens(ids, np.concatenate([[0], np.cumsum(lengths)]), tokenizer.pad_token_id)
@@ -102,7 +101,7 @@ def _token_ids(
 
 
 def count_truncated(encoder: Any, texts: Sequence[str], tokens: Tokens, max_length: int) -> int:
-    """How many of ``texts`` are longer than ``max_length``; ``tokens`` is `tokenize`'s result."""
+    """Return how many ``texts`` are longer than ``max_length``; ``tokens`` are from `tokenize`."""
     full, count = np.flatnonzero(tokens.lengths >= max_length), 0
     for start in range(0, len(full), _TEXTS):
         some = [texts[row] for row in full[start : start + _TEXTS].tolist()]
@@ -119,20 +118,18 @@ def stored_tokens(
     *,
     chunk: int = 100_000,
 ) -> Tokens:
-    """What `tokenize` returns, computed once and memory-mapped from ``folder``.
-
-    The folder appears once it is complete; of several processes one writes while the others wait.
+    """Return what `tokenize` does, cached in ``folder`` (written atomically) and memory-mapped.
 
     Args:
-        tokenizer_of: loads the tokenizer; called if the folder does not exist.
+        tokenizer_of: loads the tokenizer, if the folder does not exist.
         texts: any sequence whose slices are lists of strings.
         max_length: maximum length of a text in tokens, special tokens included.
-        folder: its name should follow from the texts and the tokenizer: only their number and
+        folder: its name should depend on texts and tokenizer, of which only the number of texts and
             ``max_length`` are checked.
         chunk: texts in memory at a time.
 
     Raises:
-        EncoderError: the folder holds tokens of other texts, is damaged, or cannot be written.
+        EncoderError: the folder has tokens of other texts, is damaged, or cannot be written.
     """
     folder = Path(folder)
     with locked(folder):

@@ -1,4 +1,4 @@
-"""Runs compared pair by pair, as data and as text."""
+"""Pairwise comparison of runs, as data and as text."""
 
 from __future__ import annotations
 
@@ -34,30 +34,28 @@ def compare_runs(
 ) -> dict[str, Any]:
     """Compare every two of the runs over all judged queries (`significance.compare`).
 
-    A UserWarning says if judged queries have no hits, if only one query has a relevant passage, or
-    if a run has none of the relevant passages. In the latter two cases nothing is decided, nor if
-    both runs have the value 0 for every query.
+    There is a UserWarning if judged queries have no hits, if only one query has a relevant passage,
+    or if a run has none of the relevant passages. In the latter two cases, and if both runs have
+    the value 0 for every query, the verdict is "undecided".
 
     Args:
-        qrels: query id → docid → grade. A query that a run has no hits for counts 0.
+        qrels: query id → docid → grade. A query without hits in a run counts 0.
         runs: name → run; at least two.
-        measure: in ir_measures' notation; one that needs a relevance level and has none gets 1.
+        measure: in ir_measures' notation; a missing relevance level is 1.
         margin: the largest mean difference that counts as equivalent.
-        complete: names of runs that have all hits that could be found, so that any depth is enough.
+        complete: names of runs with all hits that could be found, so that any depth is enough.
 
     Returns:
-        ``measure``, ``margin``, ``alpha``, ``queries`` (judged ones), ``relevant_queries`` (of
-        them, those with a relevant passage); ``runs``: name → ``mean`` and ``missing`` (queries
-        without hits); ``per_query``: name → query id → value; ``pairs``: a dict each with ``a``,
-        ``b``, the fields of `Comparison`, ``p_t_adjusted``, ``p_tost_adjusted`` (Bonferroni: times
-        the number of pairs, at most 1), and ``words``, a sentence. The ``verdict`` of a pair has
-        one word, "different", for "better" and "worse"; ``difference`` has the sign.
+        ``measure``, ``margin``, ``alpha``, ``queries`` (judged ones), ``relevant_queries`` (with a
+        relevant passage); ``runs``: name → ``mean`` and ``missing`` (queries without hits);
+        ``per_query``: name → query id → value; ``pairs``: dicts of ``a``, ``b``, the fields of
+        `Comparison` with the ``verdict`` "different" for "better" and "worse", ``p_t_adjusted``,
+        ``p_tost_adjusted`` (Bonferroni), and ``words``, a sentence.
 
     Raises:
         ComparisonError: fewer than two runs or judged queries, or a run is not deep enough for the
             measure.
-        MeasureError: as `evaluate` and `relevant`.
-        ValueError: as `evaluate` and `significance.compare`.
+        MeasureError, ValueError: as `evaluate`, `relevant` and `significance.compare`.
     """
     if len(runs) < 2:
         raise ComparisonError(f"at least two runs are needed, got {len(runs)}")
@@ -116,7 +114,7 @@ def _pair(
 def _warn(
     qrels: Qrels, wanted: Qrels, runs: Mapping[str, Run], scored: Mapping[str, Scored]
 ) -> dict[str, str]:
-    """Warn of what makes a comparison doubtful; run → why nothing is decided about it."""
+    """Warn of doubtful comparisons; run → why its comparisons are undecided."""
     if missing := [f"{name} {s.missing:,}" for name, s in scored.items() if s.missing]:
         told = f"judged queries without hits count 0: {', '.join(missing)}, of {len(qrels):,}"
         warnings.warn(told, stacklevel=3)
@@ -139,7 +137,7 @@ def _warn(
 
 
 def _words(a: str, b: str, found: Comparison, measure: str, pairs: int) -> str:
-    """The outcome of a comparison in a sentence, whose subject is the run with the higher mean."""
+    """A sentence on a comparison; its subject is the run with the higher mean."""
     low, high = found.ci
     if found.difference < 0:
         a, b, low, high = b, a, -high, -low
@@ -160,7 +158,7 @@ def _p(value: float) -> str:
 
 
 def comparison_text(found: Mapping[str, Any]) -> str:
-    """What `compare_runs` returned as two tables, of runs and of pairs, and a sentence a pair."""
+    """Return a result of `compare_runs` as text: tables of runs and pairs, a sentence a pair."""
     runs = [["run", f"mean {found['measure']}", "queries without hits"]]
     runs += [
         [name, f"{run['mean']:.4f}", f"{run['missing']:,}"] for name, run in found["runs"].items()
@@ -191,9 +189,9 @@ def comparison_text(found: Mapping[str, Any]) -> str:
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """A name for each run file: its stem, without .gz; with folders in front of equal stems.
+    """Return a name for each run file: its stem without .gz, after folders if stems are equal.
 
-    Files of one folder and stem, as the same file given twice, are numbered.
+    Files with equal folders and stems are numbered.
     """
     places = [
         (*path.resolve().parent.parts[1:], Path(path.name.removesuffix(".gz")).stem)

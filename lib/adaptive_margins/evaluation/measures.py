@@ -22,12 +22,12 @@ _EXAMPLES = '"nDCG@10", "Success(rel=2)@5", "R(rel=2)@50", "RR(rel=2)@10"'
 
 
 class MeasureError(AdaptiveMarginsError, ValueError):
-    """A measure that is unknown or cannot be computed; the message names it, and says why."""
+    """A measure that is unknown or cannot be computed; the message names it and the reason."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a run scores.
+    """Scores of a run.
 
     Attributes:
         mean: measure → mean over the queries of the qrels.
@@ -41,9 +41,9 @@ class Evaluation:
 def evaluate(qrels: Qrels, run: Run, measures: Sequence[str]) -> Evaluation:
     """Score a run by measures in ir_measures' notation, e.g. "nDCG@10" or "Success(rel=2)@5".
 
-    Each query of the qrels counts; one without hits, or without a relevant passage, counts 0.
-    Queries of the run that the qrels do not judge are ignored. Hits are ranked as trec_eval does
-    (`top`), whatever tool computes the measure.
+    Each query of the qrels counts; one without hits or relevant passages counts 0. Other queries
+    of the run are ignored. Hits are ranked as in trec_eval (`top`), whatever tool computes the
+    measure.
 
     Raises:
         MeasureError: a measure is unknown or cannot be computed, e.g. for the given grades.
@@ -54,8 +54,8 @@ def evaluate(qrels: Qrels, run: Run, measures: Sequence[str]) -> Evaluation:
     if not measures:
         raise ValueError("no measure was given")
     parsed = {notation: _measure(notation) for notation in measures}
-    # What tools make of ids, ties and empty lists differs. So queries are numbered, and a hit is
-    # called by its rank; the other judged passages get numbers after that.
+    # Tools differ in their handling of ids, ties and empty lists. So queries are numbered, hits are
+    # named by their ranks, and other judged passages by the next numbers.
     queries = {str(number): qid for number, qid in enumerate(qrels, start=1)}
     judged: Qrels = {}
     ranked: Run = {}
@@ -81,7 +81,7 @@ def _values(
     ranked: Run,
     queries: Mapping[str, str],
 ) -> list[float]:
-    """The measure of each of the ``queries`` (number → id), 0 where the tool has none."""
+    """Values of a measure for ``queries`` (number → id), 0 if the tool returns none."""
     if ir_measures.gdeval.supports(measure):
         highest, number = max((max(row.values(), default=0), n) for n, row in judged.items())
         if highest > _GDEVAL_GRADE:
@@ -108,9 +108,7 @@ def _values(
 
 
 def relevant(qrels: Qrels, measure: str) -> Qrels:
-    """The judgements that count as relevant for a measure, without queries that have none.
-
-    These are grades from the measure's ``rel`` on, which is 1 if it has none.
+    """Return the judgements of at least the measure's ``rel`` (default 1), without empty queries.
 
     Raises:
         MeasureError: no query has any, or the measure is unknown or cannot be computed.
@@ -132,15 +130,15 @@ def relevant(qrels: Qrels, measure: str) -> Qrels:
 
 
 def cutoff(measure: str, default: int = 1) -> int:
-    """How many hits of a query a measure looks at; ``default`` if it has no cutoff."""
+    """Return a measure's cutoff; ``default`` if it has none."""
     return int(_measure(measure).params.get("cutoff", default))
 
 
 def named(measure: str) -> str:
-    """Return the measure's full name, with ``rel=1`` written out where a threshold applies.
+    """Return the measure's full name, with ``rel=1`` (ir_measures' default) where it applies.
 
     "R@100" is "R(rel=1)@100", "MRR@10" is "RR(rel=1)@10"; "Success(rel=2)@5" and measures of
-    grades, like "nDCG@10", stay as they are. ir_measures' default is 1, too: values are the same.
+    grades, like "nDCG@10", are unchanged.
 
     Raises:
         MeasureError: the measure is unknown or cannot be computed.
@@ -214,11 +212,7 @@ def _reason(error: Exception) -> str:
 
 
 def _meant(notation: str) -> str:
-    """What a measure in another notation is in ir_measures'; "" if that is not known.
-
-    trec_eval's names (ndcg_cut_10), other cases and separators (ndcg@10, Recall_100, hits@5), lists
-    with commas.
-    """
+    """A measure in ir_measures' notation, from trec_eval's or a misspelt one; "" if unknown."""
     if "," in notation and "(" not in notation and "@" in notation:
         return " ".join(notation.replace(",", " ").split()) + " (separated by spaces)"
     try:

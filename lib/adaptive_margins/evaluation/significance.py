@@ -47,23 +47,22 @@ def compare(
     comparisons: int = 1,
     however_small: bool = False,
 ) -> Comparison:
-    """Is run a equivalent to run b within ±margin (TOST; paper, Section 5.4), or better, or worse?
+    """Test whether run a is equivalent to run b (TOST; paper, Section 5.4), better or worse.
 
     The verdict is "equivalent" if p_tost · comparisons < alpha; else "better" or "worse" if
-    p_t · comparisons < alpha; else "undecided": there are too few queries to tell.
+    p_t · comparisons < alpha; else "undecided".
 
     Args:
         a: query id → value of a measure.
         b: the same queries → value.
         margin: the largest mean difference that counts as equivalent (the paper's ε_L = .05).
         alpha: significance level of all comparisons of a group together.
-        comparisons: how many there are in the group (Bonferroni).
-        however_small: a significant difference that is smaller than the margin is "better" or
-            "worse" instead of "equivalent".
+        comparisons: number of comparisons in the group (Bonferroni).
+        however_small: a significant difference below the margin is "better" or "worse" instead of
+            "equivalent".
 
-    If all differences are equal there is no variance to test against: p_tost is 0 if they are
-    smaller than the margin, else 1; p_t is 1 if they are zero, else 0. Two runs with the value 0
-    for every query, which find nothing, are "undecided" (p_tost = 1).
+    If all differences are equal, p_tost is 0 if they are smaller than the margin, else 1; p_t is 1
+    if they are zero, else 0. Two runs with the value 0 for every query are "undecided".
 
     Raises:
         ValueError: the queries differ, are fewer than 2, or a value is not finite; or ``margin``,
@@ -96,10 +95,10 @@ def compare(
 def paired_interval(
     a: Mapping[str, float], b: Mapping[str, float], *, confidence: float = 0.95
 ) -> tuple[float, float, float]:
-    """Mean of a − b over the queries, and its paired t interval: (difference, low, high).
+    """Return mean of a − b and its paired t confidence interval: (difference, low, high).
 
-    At confidence 1 − 2 · alpha / comparisons the interval lies within ±margin if and only if
-    `compare` finds the runs equivalent.
+    At confidence 1 − 2 · alpha / comparisons it lies within ±margin if and only if `compare` finds
+    the runs equivalent.
 
     Raises:
         ValueError: as `compare`, or confidence is not between 0 and 1.
@@ -117,7 +116,7 @@ def _interval(differences: np.ndarray, alpha: float) -> tuple[float, float]:
 
 
 def _p_above(differences: np.ndarray, bound: float) -> float:
-    """p-value of the one-sided t test that the mean of the differences is above ``bound``."""
+    """p-value of the one-sided t test that the mean difference is above ``bound``."""
     t = (differences.mean() - bound) / _standard_error(differences)
     return float(stdtr(len(differences) - 1, -t))
 

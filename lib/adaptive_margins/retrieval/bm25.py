@@ -22,11 +22,10 @@ _TEXTS = 65_536  # passages tokenised at a time by BM25
 class BM25:
     """BM25 in Lucene's variant (bm25s), with English stop words and the English Snowball stemmer.
 
-    Terms are words of two characters or more, and character bigrams of text in scripts without
-    spaces (`terms`), which ``bigram_passages`` of the passages have. ``k1`` and ``b`` default to
-    Anserini's values for MS MARCO, which the official candidates of the paper's Section 4 were
-    made with. While the index is built, a passage's terms are held as numbers of 4 bytes, texts
-    only 65,536 at a time; a posting (a term of a passage) takes 27 bytes then, and 8 afterwards.
+    Terms are words of two characters or more, and bigrams in scripts without spaces (`terms`),
+    which ``bigram_passages`` of the passages have. ``k1`` and ``b`` default to Anserini's values
+    for MS MARCO, those of the official candidates (paper, Section 4). A posting (a term of a
+    passage) takes 27 bytes while the index is built, and 8 afterwards.
 
     Raises:
         ValueError: there are no passages.
@@ -55,7 +54,7 @@ class BM25:
             self._index.index(corpus, create_empty_token=False, show_progress=False)
 
     def _scores(self, query: str) -> np.ndarray:
-        """Of all passages; none if the query shares no term with any."""
+        """Scores of all passages; empty if the query shares no term with any."""
         (known,) = self._tokenizer.tokenize(
             [query], update_vocab=False, allow_empty=False, show_progress=False
         )
@@ -63,10 +62,7 @@ class BM25:
         return scores
 
     def search(self, queries: Texts, depth: int) -> Run:
-        """The ``depth`` best passages of each query, only those with a score above 0.
-
-        Every query is a key of the run: one that shares no term with any passage has no hits.
-        """
+        """Return the ``depth`` best passages of each query with scores above 0, perhaps none."""
         check_depth(depth)
         run: Run = {}
         for qid, query in zip(queries.ids, queries.texts, strict=True):
@@ -78,9 +74,7 @@ class BM25:
         return run
 
     def rescore(self, queries: Texts, candidates: Run) -> Run:
-        """The same candidates with BM25's scores; 0 for one that shares no term with the query.
-
-        For official candidates that come without scores.
+        """Return candidates with BM25's scores (0 without a common term), for lists without scores.
 
         Raises:
             KeyError: a candidate or its query is unknown; the message names it.
@@ -95,7 +89,7 @@ class BM25:
 
 
 def without_hits(run: Run) -> int:
-    """Return how many queries of BM25's run have no hit, and warn if there are any."""
+    """Return the number of queries of BM25's run without hits, and warn if there are any."""
     if count := sum(not hits for hits in run.values()):
         which = next(qid for qid, hits in run.items() if not hits)
         warnings.warn(
@@ -108,7 +102,7 @@ def without_hits(run: Run) -> int:
 
 
 class _Terms:
-    """Each passage's terms, by number: lists, held in two arrays."""
+    """Lists of each passage's term numbers, stored in two arrays."""
 
     def __init__(self) -> None:
         self._terms, self._ends = array("I"), array("Q", [0])

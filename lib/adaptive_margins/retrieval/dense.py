@@ -33,19 +33,18 @@ class DenseRetriever:
     """An encoder and the passages it ranks by cosine similarity.
 
     Args:
-        model: from `open_encoder`, or any other SentenceTransformer that begins with a transformer.
-            Its prompts for queries and passages are used; it must not be changed afterwards.
+        model: from `open_encoder`, or another SentenceTransformer that begins with a transformer,
+            whose prompts are used. It must not be changed afterwards.
         passages: may be memory-mapped.
-        passage_length: maximum length of a passage in tokens, special tokens included; None: as
-            many as the model reads.
-        query_length: the same of queries. Neither exceeds the model's max_seq_length.
+        passage_length: maximum length of a passage in tokens, special tokens included; at most and
+            by default the model's.
+        query_length: the same of queries.
         precision: of the model's matrix products.
-        embeddings: (n, D) float32 of length 1, if they are known, one row a passage in its order.
-        warn: of truncated texts, when they are ranked.
+        embeddings: (n, D) float32 of length 1 of the passages in their order, if known.
+        warn: whether ranking warns of truncated texts.
 
     Attributes:
-        truncated: of "queries" and of "passages", how many of those embedded so far are longer than
-            their length, and of how many.
+        truncated: "queries" and "passages" → (truncated, embedded) so far.
 
     Raises:
         EncoderError: a length below 1, a prompt that fills it, or embeddings of another shape.
@@ -84,15 +83,12 @@ class DenseRetriever:
 
     @cached_property
     def rows(self) -> np.ndarray:
-        """Rows of the passages that have a text, ascending (int64): those that are searched."""
+        """Rows of the passages with a text, ascending (int64), which are searched."""
         return np.flatnonzero([bool(text.strip()) for text in self.passages.texts])
 
     @property
     def embeddings(self) -> np.ndarray:
-        """(n, D) float32 of length 1, one row a passage; 0 where there is no text.
-
-        Computed on first use.
-        """
+        """(n, D) float32 of length 1 (0 without text), one row a passage; computed on first use."""
         if self._embeddings is None:
             dim = self.model.get_embedding_dimension()
             found = np.zeros((len(self.passages), dim), np.float32)
@@ -101,15 +97,15 @@ class DenseRetriever:
         return self._embeddings
 
     def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
-        """(len(texts), D) float32 of length 1."""
+        """Embed queries: (len(texts), D) float32 of length 1."""
         return self._embed(self._tokens(texts, "queries"), "queries")
 
     def embed_passages(self, rows: np.ndarray) -> np.ndarray:
-        """(len(rows), D) float32 of length 1, of these passages alone, in that order."""
+        """Embed the passages in ``rows``, in that order: (len(rows), D) float32 of length 1."""
         return self._embed(self.passage_tokens(rows), "passages")
 
     def stored_embeddings(self, folder: Path, dtype: Literal["float32", "float16"]) -> np.ndarray:
-        """Embeddings of the passages in ``rows`` alone; computed in ``folder`` if not known."""
+        """Return the embeddings of `rows`, computed in ``folder`` if they are not known."""
         if (known := self._embeddings) is not None:
             return known if len(self.rows) == len(known) else known[self.rows]
         return embed_shards(
@@ -123,11 +119,10 @@ class DenseRetriever:
         )
 
     def search(self, queries: Texts, depth: int, *, exclude_self: bool = False) -> Run:
-        """The ``depth`` passages of highest cosine with each query, none missed.
+        """Return the ``depth`` passages with text of highest cosine with each query (exact search).
 
-        There are fewer, if fewer have a text. All passages are embedded first, if they are not yet.
-        ``exclude_self`` leaves out the passage whose id is the query's, as BEIR does. A warning
-        says how many texts are truncated.
+        ``exclude_self`` leaves out the passage with the query's id, as BEIR does. There is a
+        warning of truncated texts.
         """
         found, ids = self.embeddings, self.passages.ids
         if len(self.rows) < len(self.passages):
@@ -139,10 +134,9 @@ class DenseRetriever:
         return without_self(run, depth) if exclude_self else run
 
     def rerank(self, queries: Texts, candidates: Run) -> Run:
-        """Each query's candidates by cosine; those without text are left out.
+        """Rank each query's candidates with a text by cosine, with a warning of truncated texts.
 
-        Only the candidates are embedded, unless all passages are already. A warning says how many
-        texts are truncated.
+        Only the candidates are embedded, unless all passages are already.
 
         Raises:
             DataError: a candidate or its query is unknown; the message names it.
@@ -180,20 +174,20 @@ class DenseRetriever:
         ]
         if told:
             warnings.warn(
-                f"{' and '.join(told)}, the encoder's limit: the rest of them is not read (BM25"
-                " reads all of a text)",
+                f"{' and '.join(told)}, the encoder's limit, and truncated (BM25 reads complete"
+                " texts)",
                 stacklevel=3,
             )
 
     def passage_tokens(self, rows: np.ndarray) -> Tokens:
-        """The passages in ``rows`` as the model reads them; truncated ones are counted."""
+        """Tokenise the passages in ``rows`` as `_tokens` does."""
         texts = self.passages.texts
         if not np.array_equal(rows, np.arange(len(texts))):  # all need not be in memory
             texts = [texts[row] for row in rows.tolist()]
         return self._tokens(texts, "passages")
 
     def _tokens(self, texts: Sequence[str], what: str) -> Tokens:
-        """Texts as the model reads them: prompt, special tokens, truncated; these are counted."""
+        """Tokenise texts with prompt and special tokens, and count truncated ones."""
         prompt, length = self._prompts[_TEXTS.index(what)], self._lengths[_TEXTS.index(what)]
         if prompt:
             texts = [prompt + text for text in texts]
@@ -216,10 +210,10 @@ class DenseRetriever:
 
 
 def hybrid(dense: Run, bm25: Run, depth: int) -> Run:
-    """Two rankings fused by reciprocal rank (Cormack et al., SIGIR 2009).
+    """Fuse two rankings by reciprocal rank (Cormack et al., SIGIR 2009).
 
-    A passage's score is Σ 1 / (60 + rank) over the rankings that have it. Ranks count from 1, in
-    trec_eval's order; the fused run has the ``depth`` best of each query that either has.
+    A passage's score is Σ 1 / (60 + rank) over the rankings that have it, with ranks from 1 in the
+    order of `top`. The result has the ``depth`` best passages of each query of either run.
     """
     run: Run = {}
     for qid in [*dense, *(qid for qid in bm25 if qid not in dense)]:

@@ -39,30 +39,28 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 EXACT_BELOW = 100_000
-"""Passages below which an index searches exactly.
-
-At 5,000 a quantised one is no faster, and misses up to 6 % of the top 10.
-"""
+"""Passages below which an index is exact: at 5,000, a quantised one is no faster, and misses up to
+6 % of the top 10."""
 _FORMAT = 1  # of the index's folder
 
 
 class DenseIndex:
     """Passages, their embeddings and a FAISS index in a folder, ready to be searched.
 
-    ``passages.faiss`` is an ordinary FAISS index (``faiss.read_index``) whose vector i is row i of
+    ``passages.faiss`` is a FAISS index (``faiss.read_index``) whose vector i is row i of
     ``passages.arrow`` (docid, text: only passages with text) and of ``embeddings.npy``;
-    ``index.json`` has what they were made from, their sizes and SHA-256s. All are memory-mapped.
+    ``index.json`` has their settings, sizes and SHA-256s. All are memory-mapped.
 
     Attributes:
-        folder: where the files are.
+        folder: of the files.
         about: the content of ``index.json``.
         passages: docids and texts, in the order of the index's vectors.
-        encoder: name of the encoder, as `open_encoder` takes it.
+        encoder: name of the encoder for `open_encoder`.
         identity: the encoder's `encoder_identity`.
         settings: the index's kind and sizes.
         index: the FAISS index.
         embeddings: of the passages.
-        truncated: how many queries of the last search were longer than their limit, of how many.
+        truncated: of the last search: (truncated queries, queries).
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
@@ -88,27 +86,26 @@ class DenseIndex:
         dtype: Literal["float32", "float16"] = "float32",
         seed: int = 1,
     ) -> DenseIndex:
-        """Embed the passages, index them as `choose_index` chooses, and write a new folder.
+        """Embed the passages, index them as `choose_index` chooses, and write a folder atomically.
 
-        The folder appears once it is complete. Embeddings are in FOLDER.work until then: a killed
-        build is resumed by the next call.
+        Embeddings are in FOLDER.work until the end: the next call resumes a killed build.
 
         Args:
             retriever: its model, passages, lengths and precision; its embeddings, if known.
-            collection_name: what the collection is called.
+            collection_name: of the collection.
             encoder: the name that the retriever's model was opened by.
             folder: does not exist, or is empty.
-            fingerprint: the collection's, to be noted.
-            dtype: of ``embeddings.npy``, which hits are ranked again from. Float16 halves it, and
-                moves scores by less than 0.001.
+            fingerprint: of the collection, for ``index.json``.
+            dtype: of ``embeddings.npy``, by which hits are reranked. Float16 changes scores by less
+                than 0.001.
             seed: of the index's k-means clusterings.
 
         Raises:
             DataError: no passage has a text, or an id is not one word.
-            EncoderError: the encoder's name is unknown, or there is no room for embeddings.
-            EmbeddingError: an embedding is not finite; nothing is left behind.
-            WriteError: something is in the folder, another process writes to it, or a file could
-                not be written.
+            EncoderError: the encoder's name is unknown, or the disk lacks space.
+            EmbeddingError: an embedding is not finite; no files are left.
+            WriteError: the folder is not empty, another process writes to it, or a file could not
+                be written.
         """
         folder, rows = Path(folder).absolute(), retriever.rows
         if not len(rows):
@@ -149,11 +146,10 @@ class DenseIndex:
 
     @classmethod
     def open(cls, folder: Path) -> DenseIndex:
-        """An index that `build` wrote; all its files are read once, to check their SHA-256.
+        """Open an index that `build` wrote, and check the SHA-256 of all its files.
 
         Raises:
-            DataError: there is no index, or a file is missing, damaged, or not the one that was
-                written.
+            DataError: there is no index, or a file is missing or changed.
         """
         path = Path(folder) / "index.json"
         try:
@@ -178,10 +174,10 @@ class DenseIndex:
     def open_encoder(
         self, name: str | None = None, *, device: str | None = None
     ) -> SentenceTransformer:
-        """The encoder that the index was built with; ``name``, if its folder has another name now.
+        """Open the index's encoder, by ``name`` if it was moved.
 
         Raises:
-            EncoderError: as `open_encoder`, or its weights are other ones than the index's.
+            EncoderError: as `open_encoder`, or the weights are not those of the index.
         """
         name = name or self.encoder
         if (found := encoder_identity(name)) != self.identity:
@@ -192,15 +188,12 @@ class DenseIndex:
         return open_encoder(name, device=device)
 
     def search(self, model: SentenceTransformer, queries: Texts, depth: int) -> Run:
-        """The ``depth`` best passages of each query: found by the index, ordered by exact cosine.
+        """Return the ``depth`` best passages of each query by the index, ordered by exact cosine.
 
-        Args:
-            model: the encoder that the index was built with, see `open_encoder`.
-            queries: truncated at the query length that the index was built for.
-            depth: hits wanted.
+        ``model`` is from `open_encoder`; queries are truncated at the index's query length.
 
         Raises:
-            EncoderError: another encoder: it embeds passages of the index otherwise.
+            EncoderError: ``model`` embeds passages of the index differently.
         """
         retriever = DenseRetriever(
             model,
@@ -222,16 +215,16 @@ class DenseIndex:
         )
 
     def _check_model(self, retriever: DenseRetriever) -> None:
-        """Raise EncoderError if three passages are embedded otherwise than in the index."""
+        """Raise EncoderError if three passages are embedded differently than in the index."""
         some = np.unique([0, len(self.passages) // 2, len(self.passages) - 1])
         expected, found = self.embeddings[some], retriever.embed_passages(some)
-        retriever.truncated["passages"] = (0, 0)  # of these few nothing need be said
+        retriever.truncated["passages"] = (0, 0)  # no warning of these few
         # Mixed precision moves a unit vector by less than 0.05, training by more.
         same = found.shape == expected.shape
         if not same or np.linalg.norm(found - expected, axis=1).max() > 0.1:
             raise EncoderError(
-                f"{self.folder} was built with encoder {self.encoder!r} ({self.identity}); the one"
-                " given embeds its passages otherwise"
+                f"{self.folder} was built with encoder {self.encoder!r} ({self.identity}); this one"
+                " embeds its passages differently"
             )
 
 

@@ -18,9 +18,9 @@ _BLOCK = 1 << 25  # numbers held at a time, of embeddings and of scores (128 MB 
 
 
 def without_self(run: Run, depth: int | None = None) -> Run:
-    """Return a run without each query's passage of the same id, then the ``depth`` best of each.
+    """Return the ``depth`` best of each query without the passage of its id.
 
-    BEIR scores rankings so where queries are passages (``ignore_identical_ids``).
+    As BEIR does if queries are passages (``ignore_identical_ids``).
     """
     return {
         qid: dict(top({docid: s for docid, s in hits.items() if docid != qid}, depth))
@@ -29,7 +29,7 @@ def without_self(run: Run, depth: int | None = None) -> Run:
 
 
 def count_self(queries: Texts, passages: Texts) -> int:
-    """Return how many queries are themselves passages: same id, and a text that contains theirs."""
+    """Return how many queries are passages: of the same id, with a text that contains the query."""
 
     def words(text: str) -> str:
         return " ".join(text.casefold().split())
@@ -52,12 +52,11 @@ def rerank(
         query_embeddings: (len(qids), D), need not be normalised.
         qids: the query of each row.
         passage_embeddings: (len(docids), D), each passage once.
-        docids: the passage of each row. All are read; of a large collection give the candidates'
-            embeddings and docids only.
+        docids: the passage of each row; best only those of candidates, as all are read.
 
     Returns:
-        Query id → docid → cosine in [-1, 1]; 0 where an embedding is zero. Products are summed in
-        64 bits and rounded to 32, so identical embeddings tie on every machine.
+        Query id → docid → cosine in [-1, 1]; 0 if an embedding is zero. Products are summed in 64
+        bits and rounded to 32, so that identical embeddings tie on every machine.
 
     Raises:
         ValueError: a candidate or its query has no embedding, ids repeat, shapes disagree, or a
@@ -90,10 +89,9 @@ def exact_search(
     ids: Sequence[str],
     depth: int,
 ) -> Run:
-    """The ``depth`` passages of highest inner product with each query, none missed.
+    """Return the ``depth`` passages of highest inner product with each query (exact).
 
-    Passages are read once, block by block; in memory are a block, its scores, and the best rows
-    so far of each query.
+    Passages are read once, block by block.
 
     Args:
         query_embeddings: (len(qids), D).
@@ -136,7 +134,7 @@ def exact_search(
 
 
 def approximation_recall(approx: Run, exact: Run, depth: int) -> float:
-    """Mean share of the top ``depth`` of ``exact`` that is in that of ``approx``, in [0, 1].
+    """Return the mean share of the top ``depth`` of ``exact`` in that of ``approx``, in [0, 1].
 
     A query missing in ``approx`` counts 0; one without hits in ``exact`` is left out.
 
@@ -155,7 +153,7 @@ def approximation_recall(approx: Run, exact: Run, depth: int) -> float:
 
 
 def blocks(embeddings: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Embeddings in order: (number of the first row, (rows, D) float32), at most 128 MB a block."""
+    """Yield (number of the first row, (rows, D) float32) of blocks of at most 128 MB."""
     size = max(1, _BLOCK // max(1, embeddings.shape[1]))
     for start in range(0, len(embeddings), size):
         yield start, embeddings[start : start + size].astype(np.float32, copy=False)
@@ -164,7 +162,7 @@ def blocks(embeddings: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 def exact_hits(
     query: np.ndarray, passages: np.ndarray, rows: np.ndarray, ids: Sequence[str], depth: int
 ) -> dict[str, float]:
-    """The ``depth`` best of the passages in ``rows`` by their exact product with the query."""
+    """Return the ``depth`` best passages of ``rows`` by their exact product with the query."""
     scores = _products(query, passages[rows].astype(np.float32, copy=False))
     best = rows_of_best(scores, depth)
     docids = [ids[row] for row in rows[best].tolist()]
@@ -174,7 +172,7 @@ def exact_hits(
 
 
 def rows_of_best(scores: np.ndarray, depth: int, slack: float = 0.0) -> np.ndarray:
-    """Positions of all scores at most ``slack`` below the one at rank ``depth``, ties included."""
+    """Return positions of scores at most ``slack`` below that of rank ``depth``, with ties."""
     if len(scores) <= depth:
         return np.arange(len(scores))
     cut = len(scores) - depth
@@ -182,7 +180,7 @@ def rows_of_best(scores: np.ndarray, depth: int, slack: float = 0.0) -> np.ndarr
 
 
 def checked_queries(embeddings: np.ndarray, qids: Sequence[str]) -> np.ndarray:
-    """The embeddings as a contiguous, finite float32 matrix with one row an id."""
+    """Return embeddings as a contiguous float32 matrix; ValueError unless finite, one row an id."""
     queries = np.ascontiguousarray(embeddings, dtype=np.float32)
     if queries.ndim != 2 or len(queries) != len(qids):
         raise ValueError(
@@ -211,10 +209,7 @@ def check_passages(embeddings: np.ndarray, ids: Sequence[str], queries: np.ndarr
 def check_finite(
     matrix: np.ndarray, what: str, ids: Sequence[object], first: int = 0
 ) -> np.ndarray:
-    """The rows' squared lengths; ValueError if one is not finite.
-
-    ``first`` is the position of the first row in ``ids``.
-    """
+    """Return the rows' squared lengths; ValueError, with its id from ``first``, if not finite."""
     squared: np.ndarray = np.einsum("ij,ij->i", matrix, matrix)
     if len(wrong := np.flatnonzero(~np.isfinite(squared))):
         row = first + int(wrong[0])
@@ -230,7 +225,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def _products(query: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Inner products summed in 64 bits and rounded to 32: the same wherever a row stands."""
+    """Inner products summed in 64 bits and rounded to 32, independent of a row's position."""
     products: np.ndarray = (rows.astype(np.float64) @ query.astype(np.float64)).astype(np.float32)
     return products
 

@@ -1,4 +1,4 @@
-"""FAISS indexes: sizes chosen, built, searched, hits ranked again by their exact cosine."""
+"""FAISS indexes: choice of sizes, building, and search with exact reranking."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class IndexSettings:
         nlist, nprobe: inverted lists, and how many of them are searched.
         ef_search: breadth of the HNSW search for the nearest lists.
         m, bits: sub-quantisers and bits of each: a passage is coded in m · bits / 8 bytes.
-        k_factor: k_factor · depth hits by code are ordered again by their exact product.
-        train: passages, drawn by seed, that the lists are clustered from; 0 for all.
-        sample: how many of them OPQ and PQ are trained on.
+        k_factor: k_factor · depth hits by code are reranked by their exact product.
+        train: random passages that the lists are clustered from; 0 for all.
+        sample: passages of these that OPQ and PQ are trained on.
         quick: few training iterations (small collections) instead of FAISS's defaults.
-        note: why the index is as it is, for whoever reports it.
+        note: the reason for the sizes, for reports.
     """
 
     factory: str
@@ -61,32 +61,30 @@ class IndexSettings:
 
 
 def choose_index(n: int, dim: int, *, depth: int = 100) -> IndexSettings:
-    """Index settings for ``n`` passages of ``dim`` dimensions, searched for ``depth`` hits.
+    """Return index settings for ``n`` passages of ``dim`` dimensions and ``depth`` hits.
 
     The kind is the paper's (Section 4: HNSW, optimised 32-byte product quantisation, exact
-    re-ranking of the top k), which its released code writes as
-    ``OPQ32,IVF262144_HNSW32,PQ32,RFlat``. ``RFlat``, a float32 copy of all embeddings (27 GB at
-    the paper's size), is left out: `search_index` ranks again from the embeddings themselves. The
-    sizes follow the collection:
+    reranking of the top k), ``OPQ32,IVF262144_HNSW32,PQ32,RFlat`` in its released code, but without
+    ``RFlat``, a float32 copy of all embeddings (27 GB): `search_index` reranks by the embeddings.
+    The sizes depend on the collection:
 
     - ``m``: the largest divisor of ``dim`` up to 32, the paper's bytes a passage.
     - ``bits``: as many, up to 8, as leave 39 passages a centroid (FAISS's recommendation):
       39 · 2^bits ≤ n. With fewer than 4 bits (n < 624) the index is "Flat", which is exact.
     - ``nlist``: the largest power of two up to n / 39; from a million passages on up to n / 32,
       because the paper's own 262,144 lists hold 33.7 of 8.84 million passages each.
-    - ``nprobe``: enough lists to hold 8 · ``depth`` passages on average, and at least 8 · √nlist,
-      at most all. (The released code leaves it at 1, so 1,000 hits cannot be filled.)
-    - ``k_factor``: 16 for up to 50 hits, else 8: exact products cost little beside a lost hit.
-    - ``train``: all passages, but at most 2,097,152. At the paper's size that is 8 a list, where
-      FAISS recommends 30 to 256; all passages would take 54 GB for 34.
+    - ``nprobe``: lists with 8 · ``depth`` passages on average, at least 8 · √nlist. (With 1 as in
+      the released code, 1,000 hits cannot be filled.)
+    - ``k_factor``: 16 for up to 50 hits, else 8: exact products are cheap.
+    - ``train``: at most 2,097,152 passages, at the paper's size 8 a list, where FAISS recommends 30
+      to 256; all passages (34 a list) would take 54 GB.
     - ``sample``, ``quick``: below 100,000 passages 39 · 2^bits passages and few iterations, else
-      256 · 2^bits and FAISS's own numbers.
+      256 · 2^bits and FAISS's defaults.
 
     Measured with 7,000 × 384 embeddings of docstrings by MiniLM and 1,200 queries, one thread of
-    a 2.8 GHz Xeon: building takes 2.4 s of CPU, where FAISS's own settings take 64 s; searching
-    for 20 hits takes 0.6 s, for 100 hits 0.9 s. Of the exact top 10, 20, 50 and 100 the index
-    finds .990, .994, .995 and .991. (Exact search takes 0.3 s: at this size an index is there to
-    be studied, not to save time.)
+    a 2.8 GHz Xeon: building takes 2.4 s of CPU (FAISS's defaults: 64 s), searching for 20 hits
+    0.6 s, for 100 hits 0.9 s. The index finds .990, .994, .995 and .991 of the exact top 10, 20, 50
+    and 100. Exact search takes 0.3 s: at this size, an index saves no time.
 
     Raises:
         ValueError: ``n``, ``dim`` or ``depth`` is below 1.
@@ -127,12 +125,10 @@ def build_index(
     """Train an index on a sample of the embeddings and add all, in their order and block by block.
 
     Args:
-        embeddings: (n, D) of length 1 (or 0), so that the inner product is the cosine. Read
-            twice (checked, then added), and the sample once.
-        settings: from `choose_index`, or with sizes of one's own.
+        embeddings: (n, D) of length 1 (or 0), so that the inner product is the cosine.
+        settings: from `choose_index`, or with other sizes.
         seed: of the sample and of the k-means clusterings.
-        threads: of FAISS. With one, the same input gives the same index; millions of passages need
-            all there are.
+        threads: of FAISS. With one, the same input gives the same index.
 
     Raises:
         ValueError: other dimensions than the settings', fewer passages than lists or than
@@ -155,7 +151,7 @@ def build_index(
             return index
         ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
         opq = faiss.downcast_VectorTransform(index.chain.at(0))
-        # Without a quantiser of its own, OPQ trains one of 8 bits, whatever the index has.
+        # By default OPQ trains a quantiser of 8 bits, whatever the index has.
         opq.pq = quantiser = faiss.ProductQuantizer(dim, settings.m, settings.bits)
         opq.max_train_points = settings.sample
         if settings.quick:
@@ -213,29 +209,29 @@ def search_index(
     *,
     fill: bool = True,
 ) -> Run:
-    """The ``depth`` best passages of each query (all, if there are fewer) by an index.
+    """Return the ``depth`` best passages of each query by an index.
 
-    ``k_factor`` · ``depth`` passages found by code are ranked again by their exact inner product
-    with the query; the scores are the same numbers that `exact_search` gives. A query whose lists
-    hold fewer passages than wanted is searched again with twice the lists, until it is filled.
+    ``k_factor`` · ``depth`` passages found by code are reranked by their exact inner product with
+    the query; the scores equal those of `exact_search`. A query whose lists hold fewer passages
+    than wanted is searched again in twice as many lists, until it is filled.
 
     Args:
         index: from `build_index`.
-        settings: the index's; ``nprobe``, ``ef_search`` and ``k_factor`` act here.
+        settings: of the index; ``nprobe``, ``ef_search`` and ``k_factor`` are used.
         query_embeddings: (len(qids), D).
         qids: the query of each row.
         ids: the docid of each vector in the index.
         depth: hits wanted.
-        embeddings: what the index was built from.
-        fill: False leaves a query that finds fewer hits in ``nprobe`` lists as it is.
+        embeddings: of the index's passages.
+        fill: whether queries with too few hits are searched again.
 
     Warns:
         UserWarning: a query could not be filled even from all lists.
 
     Raises:
-        ValueError: ``depth`` below 1, docids or embeddings that are not as many as the vectors,
-            hits with the same docid, other dimensions than the index's, or a query embedding that
-            is not finite.
+        ValueError: ``depth`` below 1, another number of docids or embeddings than of vectors, hits
+            with the same docid, other dimensions than the index's, or a query embedding that is not
+            finite.
     """
     check_depth(depth)
     queries = checked_queries(query_embeddings, qids)
