@@ -753,7 +753,7 @@ def test_memory_is_that_of_a_mini_batch(tiny_encoder):
 def test_mini_batch_size_is_a_whole_number_of_at_least_one(size):
     with pytest.raises(ValueError) as caught:
         CachedMarginLoss(torch.nn.Identity(), mini_batch_size=size)
-    message = f"mini_batch_size is {size!r}; expected a whole number of at least 1"
+    message = f"mini_batch_size is {size!r}; expected an integer of at least 1"
     assert str(caught.value) == message
 
 

@@ -76,7 +76,7 @@ class CachedMarginLoss(CachedLossMixin, MarginLoss):
         integral = isinstance(mini_batch_size, Integral) and not isinstance(mini_batch_size, bool)
         if not integral or mini_batch_size < 1:
             raise ValueError(
-                f"mini_batch_size is {mini_batch_size!r}; expected a whole number of at least 1"
+                f"mini_batch_size is {mini_batch_size!r}; expected an integer of at least 1"
             )
         self.mini_batch_size = mini_batch_size
 

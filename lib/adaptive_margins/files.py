@@ -27,7 +27,7 @@ _NAME = 40  # characters of a name that a temporary one keeps; a file system all
 
 
 class WriteError(AdaptiveMarginsError, OSError):
-    """A file or folder that cannot be written; the message names it and says why."""
+    """A file or folder that cannot be written; the message has the path and reason."""
 
 
 def check_output(path: Path, *, folder: bool = False) -> None:

@@ -432,9 +432,7 @@ def test_a_folder_without_a_collection_says_what_was_expected(tmp_path: Path) ->
     with pytest.raises(DataError, match=r"(?s)none does not exist.*corpus\.jsonl.*collection\.tsv"):
         read_folder(tmp_path / "none")
     write(tmp_path / "a", {"docs.csv": ""})
-    with pytest.raises(
-        DataError, match=r"(?s)holds no collection \(found: docs\.csv\).*qrels/train"
-    ):
+    with pytest.raises(DataError, match=r"(?s)has no collection \(found: docs\.csv\).*qrels/train"):
         read_folder(tmp_path / "a")
     with pytest.raises(DataError, match="is a file, not a folder"):
         read_folder(tmp_path / "a" / "docs.csv")

@@ -148,15 +148,6 @@ def test_the_result_does_not_depend_on_the_order_of_qrels() -> None:
     assert filter_negatives(RUN, turned, TEXTS, similarity=cosine) == filter_negatives(RUN, QRELS, TEXTS, similarity=cosine)  # fmt: skip
 
 
-def test_what_similarity_returns_is_checked() -> None:
-    with pytest.raises(ValueError, match=r"query 'q1' and 1 passages has shape \(2,\)"):
-        filter_negatives(RUN, QRELS, TEXTS, similarity=lambda qid, docids: np.zeros(2))
-    with pytest.raises(ValueError, match="query 'q1' and passage 'pos' is not finite"):
-        filter_negatives(
-            RUN, QRELS, TEXTS, similarity=lambda qid, docids: np.full(len(docids), np.nan)
-        )
-
-
 def test_unknown_passages_are_named() -> None:
     with pytest.raises(KeyError, match="nowhere"):
         filter_negatives({"q1": {"nowhere": 1.0}}, QRELS, TEXTS, similarity=None)

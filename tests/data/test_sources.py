@@ -31,7 +31,7 @@ def test_anything_else_lists_the_ways(source: str) -> None:
         open_collection(source)
     for way in ("corpus.jsonl", "collection.tsv", "save_to_disk", "pydocs:numpy,scipy", "beir/scifact"):  # fmt: skip
         assert way in str(error.value)
-    assert ("Did you mean vaswani" in str(error.value)) == (source == "vaswany")
+    assert ("did you mean vaswani" in str(error.value)) == (source == "vaswany")
 
 
 def test_a_home_that_cannot_be_written() -> None:

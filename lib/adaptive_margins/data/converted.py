@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import hashlib
 import json
 import math
@@ -34,13 +33,13 @@ from adaptive_margins.data.stored import (
     write_triples,
 )
 from adaptive_margins.data.text import DataError, Problems, check_file
-from adaptive_margins.data.trec import Run, qrels_text, read_qrels, read_run, run_text
-from adaptive_margins.files import atomic_file, atomic_folder, file_sha256, locked, write_text
+from adaptive_margins.data.trec import Run, qrels_text, read_qrels, read_run, write_run
+from adaptive_margins.files import atomic_folder, file_sha256, locked, write_text
 from adaptive_margins.profiles.config import IrDatasetsSettings
 from adaptive_margins.progress import bar
 
 FORMAT = 1
-"""Raised by hand whenever a conversion would give other files, which are then written again."""
+"""Raised by hand if a conversion would write other files; then all are converted again."""
 _HASHED = 10_000  # texts hashed at once
 
 
@@ -202,21 +201,16 @@ def _write(settings: IrDatasetsSettings, work: Path) -> str:
 
     problems = Problems()
     queries: dict[str, Texts] = {}
-    files: dict[str, str] = {}
     for name, identifier in _sets(settings).items():
         key = _key(name)
         queries[name], qrels = read_set(key, identifier, passages, problems)
         problems.check()
         check_count(f"queries of {name}", len(queries[name]), counts.get(name))
-        files[f"queries.{name}.tsv"] = tsv(queries[name])
-        files[f"qrels.{name}.txt"] = qrels_text(qrels)
+        write_text(work / f"queries.{name}.tsv", tsv(queries[name]))
+        write_text(work / f"qrels.{name}.txt", qrels_text(qrels))
         if name != "train" and find_dataset(key, identifier).has("scoreddocs"):
             run = _candidates(key, identifier, queries[name], passages)
-            files[f"candidates.{name}.run.gz"] = run_text(run, identifier.replace(" ", "-"))
-    for name, text in files.items():
-        data = text.encode("utf-8")
-        with atomic_file(work / name) as partial:
-            partial.write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
+            write_run(run, work / f"candidates.{name}.run.gz", identifier.replace(" ", "-"))
     _write_triples(settings, work / "triples.arrow", queries.get("train", Texts([], [])), passages)
     return _write_about(settings, work)
 

@@ -41,7 +41,7 @@ _SKIPPED_FOLDERS = {
 
 @dataclass(frozen=True)
 class Documented:
-    """A public function, method or class whose docstring gives a query and a passage."""
+    """A public function, method or class whose docstring has a query and a passage."""
 
     package: str
     module: str

@@ -49,7 +49,7 @@ EXPECTED = """\
   a Hugging Face dataset saved with save_to_disk: query, positive and perhaps negative
   a collection saved by this library: sources.json, collection.tsv, queries.SET.tsv, qrels.SET.txt,
         triples.tsv
-Passages alone (corpus.jsonl or collection.tsv) are enough. A text file may be gzipped (NAME.gz)."""
+Passages (corpus.jsonl or collection.tsv) are enough. A text file may be gzipped (NAME.gz)."""
 """The layouts, for an error."""
 
 
@@ -99,13 +99,13 @@ def read_folder(folder: Path) -> Collection:
         return read_dataset(folder)
     if not beir and not trec:
         raise DataError(
-            f"{folder} holds no collection (found: {_holds(folder)}). Expected:\n{EXPECTED}"
+            f"{folder} has no collection (found: {_holds(folder)}). Expected:\n{EXPECTED}"
         )
     return (_read_beir if beir else _read_trec)(folder, Problems())
 
 
 def _holds(folder: Path) -> str:
-    """The names of the first things in a folder, for an error."""
+    """Names of the first files in a folder, for an error."""
     names = [path.name for path in visible(folder)] if folder.is_dir() else []
     return ", ".join(names[:10]) + (" …" if len(names) > 10 else "") if names else "nothing"
 
@@ -138,7 +138,7 @@ def _read_beir(folder: Path, problems: Problems) -> Collection:
     if queries_path and not qrels:
         what = (
             "none of train.tsv, dev.tsv, test.tsv to judge queries.jsonl, found"
-            f" {_holds(folder / 'qrels')} (without queries.jsonl, the passages are read alone)"
+            f" {_holds(folder / 'qrels')} (without queries.jsonl, only the passages are read)"
         )
         problems.add(folder / "qrels", 0, what)
     for extra in visible(folder / "qrels") if qrels else ():
@@ -326,7 +326,7 @@ def _finish(
 ) -> Collection:
     problems.check()
     if not len(passages):
-        raise DataError(f"{corpus} holds no passage")
+        raise DataError(f"{corpus} has no passage")
     warn(passages, queries, str(corpus))
     name = folder.resolve().name
     queries = {set_name: queries[set_name] for set_name in SETS if set_name in queries}

@@ -207,11 +207,12 @@ def thinned(items: Iterable[_T], most: int) -> list[_T]:
 # ---- ir_datasets ---------------------------------------------------------------------------------
 
 
-def known_ids() -> list[str]:
-    """The registered ids of ir_datasets."""
+def similar(identifier: str) -> str:
+    """Return a hint with the registered ids that are similar to an unknown one; "" if none is."""
     import ir_datasets
 
-    return list(ir_datasets.registry)
+    close = difflib.get_close_matches(identifier, list(ir_datasets.registry), 3)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def is_known(identifier: str) -> bool:
@@ -232,10 +233,9 @@ def find_dataset(key: str, identifier: str) -> Any:
     try:
         return ir_datasets.load(identifier)
     except KeyError:
-        close = difflib.get_close_matches(identifier, list(ir_datasets.registry), 3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        version = ir_datasets.__version__
         raise DataError(
-            f"collection.{key}: ir_datasets {ir_datasets.__version__} has no {identifier!r}{hint}"
+            f"collection.{key}: ir_datasets {version} has no {identifier!r}{similar(identifier)}"
         ) from None
 
 
@@ -346,7 +346,7 @@ def _fetched(download: Any) -> _File:
         path = Path(download._cache_path)
     elif local:
         path = Path(local[0])
-    else:  # ir_datasets looks for local copies of small files only if told so
+    else:  # by default, ir_datasets ignores local copies of small files
         path = home_path() / "downloads" / str(download.expected_md5)
         note = " and set IR_DATASETS_SMALL_FILE_SIZE=0"
     here = path.exists() or any(p.exists() for p in local)

@@ -101,7 +101,6 @@ def filter_negatives(
         without queries that have no positive with a text or no negative; and the counts.
 
     Raises:
-        ValueError: ``similarity`` returns another shape, or is not finite.
         KeyError: ``passages`` lacks a candidate or a judged passage; the message names it.
     """
     positives: dict[str, list[str]] = {}
@@ -158,8 +157,9 @@ def _filtered(
             else:
                 clear.append(docid)
         if similarity is not None and clear:
-            lowest = _scores(similarity, qid, positives[qid]).min()
-            passed = _scores(similarity, qid, clear) <= lowest - (1 - MARGIN) * abs(lowest)
+            lowest = similarity(qid, positives[qid]).astype(np.float64).min()
+            scores = similarity(qid, clear).astype(np.float64)
+            passed = scores <= lowest - (1 - MARGIN) * abs(lowest)
             dropped["too_similar"] += int((~passed).sum())
             clear = [docid for docid, ok in zip(clear, passed, strict=True) if ok]
         kept[qid] = {docid: hits[docid] for docid in clear}
@@ -198,15 +198,3 @@ def _near(one: np.ndarray, other: np.ndarray) -> bool:
         return False
     shared = len(np.intersect1d(one, other, assume_unique=True))
     return shared >= SAME_PASSAGE * (low + high - shared) - 1e-6
-
-
-def _scores(similarity: Similarity, qid: str, docids: Sequence[str]) -> np.ndarray:
-    scores = np.asarray(similarity(qid, list(docids)), dtype=np.float64)
-    if scores.shape != (len(docids),):
-        raise ValueError(
-            f"similarity of query {qid!r} and {len(docids)} passages has shape {scores.shape}"
-        )
-    if not np.isfinite(scores).all():
-        docid = docids[int(np.argmin(np.isfinite(scores)))]
-        raise ValueError(f"similarity of query {qid!r} and passage {docid!r} is not finite")
-    return scores

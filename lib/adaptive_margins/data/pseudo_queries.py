@@ -55,10 +55,10 @@ def pseudo_collection(
     - "title": its title.
     - "first sentence": the first sentence after the title.
     - "inverse cloze": any sentence after the title, at random. In text without any sentence end
-      (lower-case abstracts, say), 6 to 14 consecutive words replace the sentence.
+      (such as lower-case abstracts), 6 to 14 consecutive words replace the sentence.
 
-    A title or sentence that another passage has too is no query, so that each has one positive, of
-    grade 1. Words are what white space separates, so text written without spaces gives none.
+    A title or sentence of several passages is not used, so that each query has one positive, of
+    grade 1. Words are separated by white space, so text without spaces has no pseudo-queries.
     Limits: `QUERY_WORDS`, `TITLE_WORDS`, `MIN_CONTENT`, `MIN_TEXT_WORDS`.
 
     A query is removed from its passage, or matching words would suffice to find it (300 test
@@ -71,7 +71,7 @@ def pseudo_collection(
     Args:
         passages: docids and texts; unchanged.
         name: the collection's.
-        sources: where the texts come from; an entry on the pseudo-queries is added.
+        sources: of the texts; an entry on the pseudo-queries is added.
         titles: docid → title, of passages that have one, if any.
         count: queries to train on, at most.
         test: queries to measure with; at most a quarter of all.
@@ -81,7 +81,7 @@ def pseudo_collection(
 
     Raises:
         ValueError: a number below 1.
-        DataError: the passages give fewer than 8 queries.
+        DataError: there are fewer than 8 queries.
     """
     wanted = {"test": test, "validation": validation, "train": count}
     for what, number in wanted.items():
@@ -125,10 +125,10 @@ def about(collection: Collection) -> str:
     )
     numbers = ", ".join(f"{kind}: {kinds[kind]:,}" for kind in KINDS if kinds[kind])
     return (
-        f"There are no real queries: {kinds.total():,} pseudo-queries were made from the passages"
+        f"There are no real queries: {kinds.total():,} pseudo-queries are parts of the passages"
         f" ({numbers}). They are weaker than real queries: they use the words of the passage's"
-        " author, they state rather than ask, and only the passage they come from counts as"
-        " relevant. The measures show how well a passage is found by a part of it that was cut out,"
+        " author, they are statements, and only the passage they are from counts as"
+        " relevant. The measures show how well a passage is found by a part removed from it,"
         " not how well the queries of users are answered."
     )
 

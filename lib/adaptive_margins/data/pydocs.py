@@ -32,7 +32,7 @@ from adaptive_margins.data.trec import Qrels
 from adaptive_margins.data.words import words_of
 
 RULES = 1
-"""Raised by hand whenever the same packages would give other texts, qrels, negatives or triples."""
+"""Raised by hand if the same packages would have other texts, qrels, negatives or triples."""
 MAX_ANSWERS = 8
 """A query that more passages answer (grade ≥ 2) is too general and dropped; its passages stay."""
 SAME_PASSAGE = 0.9
@@ -71,7 +71,7 @@ def build_pydocs(
     in the same set.
 
     Raises:
-        ValueError: a package that is not installed, or too few queries for the sets asked for.
+        ValueError: a package that is not installed, or too few queries for the sets.
     """
     if isinstance(packages, str) or not packages:
         raise ValueError(f"packages must be a non-empty list of names, not {packages!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from adaptive_margins.data import ir_datasets, pydocs
@@ -47,18 +46,17 @@ def open_collection(source: str | Path) -> Collection:
     if path.is_file():
         raise DataError(f"{source} is a file; expected the folder it lies in:\n{EXPECTED}")
     try:
-        known = ir_datasets.known_ids()
+        known = ir_datasets.is_known(source)
     except OSError as error:  # it creates its folder when it is imported
         raise DataError(
             f"there is no collection {source!r}: it is not a folder, and ir_datasets cannot be used"
             f" because its folder cannot be created ({error.filename}: {error.strerror};"
             " IR_DATASETS_HOME names another)"
         ) from error
-    if ir_datasets.is_known(source):
+    if known:
         return ir_datasets.read_collection(source)
-    close = difflib.get_close_matches(source, known, 3)
-    hint = f"\nDid you mean {' or '.join(close)}?" if close else ""
-    raise DataError(f"there is no collection {source!r}: expected\n{_EXPECTED}{hint}")
+    hint = ir_datasets.similar(source)
+    raise DataError(f"there is no collection {source!r}{hint}: expected\n{_EXPECTED}")
 
 
 def _pydocs(source: str) -> Collection:

@@ -42,7 +42,7 @@ def split_queries(collection: Collection, *, seed: int) -> tuple[Collection, str
     if not given:
         raise DataError(
             f"{collection.name}: no query has a relevant passage (grade 1 or more), so there is"
-            " nothing to train or evaluate with; pseudo-queries can be made from the passages"
+            " nothing to train or evaluate with; pseudo-queries can be derived from the passages"
             " (adaptive_margins.data.pseudo_queries)"
         )
     if len(given) == len(SETS):
@@ -94,7 +94,7 @@ def _assigned(
         raise DataError(
             f"{collection.name}: {len(qids)} judged queries of the set {name}, of {len(same)}"
             f" different texts, are too few to split into {', '.join(parts)}; at least"
-            f" {len(parts)} of different text are needed, and hundreds make sense"
+            f" {len(parts)} of different text are needed, better hundreds"
         )
     return parts
 

@@ -123,32 +123,27 @@ def write_texts(
         DataError: an id that is empty, has white space or occurs twice (with both positions, from
             1), or another number of texts than ``expected`` (None: any).
     """
-    path = Path(path)
-    written: list[pa.Array] = []
-    count = 0
-    pairs = bar(f"writing {what}", pairs, total=expected, unit="texts")
-    with atomic_file(path) as partial:
-        with _stream_writer(partial, _TEXTS) as writer:
-            for batch in _batches(pairs, _BATCH):
-                for number, (identifier, text) in enumerate(batch, start=count + 1):
-                    fault = ""
-                    if identifier.split() != [identifier]:
-                        fault = f"id {identifier!r} is empty or has white space"
-                    elif not isinstance(text, str):
-                        fault = f"expected a text, not {text!r}"
-                    if fault:
-                        raise DataError(f"{what}, number {number}: {fault}")
-                ids, texts = (pa.array(column, pa.string()) for column in zip(*batch, strict=True))
-                writer.write_batch(pa.record_batch([ids, texts], schema=_TEXTS))
-                written.append(ids)
-                count += len(batch)
-        check_count(what, count, expected)
-        _check_unique(what, pa.chunked_array(written, pa.string()))
-    return StoredTexts(path)
+
+    def checked() -> Iterator[tuple[str, str]]:
+        listed = bar(f"writing {what}", pairs, total=expected, unit="texts")
+        for number, (identifier, text) in enumerate(listed, start=1):
+            fault = ""
+            if identifier.split() != [identifier]:
+                fault = f"id {identifier!r} is empty or has white space"
+            elif not isinstance(text, str):
+                fault = f"expected a text, not {text!r}"
+            if fault:
+                raise DataError(f"{what}, number {number}: {fault}")
+            yield identifier, text
+
+    with atomic_file(Path(path)) as partial:
+        check_count(what, _write_rows(partial, _TEXTS, checked()), expected)
+        _check_unique(what, _mapped(partial, _TEXTS)["id"])
+    return StoredTexts(Path(path))
 
 
 def _check_unique(what: str, ids: pa.ChunkedArray) -> None:
-    if _are_counted(ids):  # a hash table of millions would take half a gigabyte
+    if _are_counted(ids):  # a hash table of millions needs half a gigabyte
         return
     counts = pc.value_counts(ids)
     repeated = counts.filter(pc.greater(counts.field("counts"), 1)).field("values")
@@ -166,7 +161,7 @@ def _check_unique(what: str, ids: pa.ChunkedArray) -> None:
 class StoredTriples(Sequence[Triple]):
     """Triples in a memory-mapped Arrow file that `write_triples` wrote, as rows of texts.
 
-    As a sequence it gives ids: (query id, docid of the positive, docid of the negative).
+    Its items are ids: (query id, docid of the positive, docid of the negative).
 
     Raises:
         DataError: the file is missing, damaged, or has other columns.
@@ -234,14 +229,8 @@ def write_triples(
                     if docid not in passages:
                         problems.add(Path(what), number, f"unknown {name} {docid!r}")
 
-    count = 0
     with atomic_file(Path(path)) as partial:
-        with _stream_writer(partial, _TRIPLES) as writer:
-            for batch in _batches(numbered(), _BATCH):
-                columns = zip(*batch, strict=True)
-                arrays = [pa.array(column, pa.int32()) for column in columns]
-                writer.write_batch(pa.record_batch(arrays, schema=_TRIPLES))
-                count += len(batch)
+        count = _write_rows(partial, _TRIPLES, numbered())
         problems.check()
         check_count("triples", count, expected)
     return StoredTriples(Path(path), queries, passages)
@@ -288,13 +277,20 @@ def _stream_writer(path: Path, schema: pa.Schema) -> Iterator[Any]:
         yield writer
 
 
+def _write_rows(path: Path, schema: pa.Schema, rows: Iterable[Sequence[Any]]) -> int:
+    """Write rows to an Arrow stream file in batches; return their number."""
+    count = 0
+    with _stream_writer(path, schema) as writer:
+        iterator = iter(rows)
+        while batch := list(itertools.islice(iterator, _BATCH)):
+            columns = zip(zip(*batch, strict=True), schema.types, strict=True)
+            arrays = [pa.array(column, kind) for column, kind in columns]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+            count += len(batch)
+    return count
+
+
 def check_count(what: str, count: int, expected: int | None) -> None:
     """Raise `DataError` if another number was ``expected``; None is any."""
     if expected is not None and count != expected:
         raise DataError(f"{what}: {expected:,} expected, {count:,} found")
-
-
-def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch

@@ -255,7 +255,7 @@ def _is_utf8(head: bytes) -> bool:
     try:
         head.decode("utf-8")
     except UnicodeDecodeError as error:
-        return error.end >= len(head)  # a character cut off
+        return error.end >= len(head)  # a truncated character
     return True
 
 

@@ -1,1 +1,1 @@
-"""Encoders: opened and checked, tokenised, embedded; what makes them fast on a CPU stands apart."""
+"""Encoders: opening and checks, tokens, embeddings, and fast training on a CPU."""

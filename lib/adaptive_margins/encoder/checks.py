@@ -291,7 +291,7 @@ def limit_length(name: str, model: SentenceTransformer) -> None:
     if limit is not None and not (number and (limit > MOST_LENGTH or limit == int(limit))):
         raise EncoderError(
             f"encoder {name!r}: max_seq_length is {limit!r} (or model_max_length of its tokenizer),"
-            " expected a whole number of tokens"
+            " expected an integer"
         )
     if limit is None or limit > MOST_LENGTH:
         known = positions or getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH

@@ -1,6 +1,6 @@
 """Outputs of frozen lower layers, cached for all runs, so that training computes the upper layers.
 
-Training without this module (`for_training`) gives the same numbers, but takes longer.
+Training without this module (`for_training`) has the same results, but is slower.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def open_encoder(
     """Open an encoder by name, or a profile's by its settings, with float32 parameters.
 
     By name, the model is that of ``SentenceTransformer(folder)``. By settings, its transformer (the
-    first ``layers``) is followed by the given pooling, and embeddings are not normalised: the loss
+    first ``layers``) is followed by their pooling, and embeddings are not normalised: the loss
     and the ranking compute the cosine (Section 4). Code that comes with a model is never run, and
     no pickle is loaded. There are warnings for an encoder without pooling (its token embeddings
     are averaged), without a length limit or with one above its positions, with unused prompts, and
@@ -80,8 +80,8 @@ def open_encoder(
     checks.check_weights(name, model, [path for path in weights if path.parent == place])
     checks.check_tokenizer(name, model)
     if settings is None and not (folder / "modules.json").is_file():
-        told = f"{folder} has no modules.json: its token embeddings are averaged (mean pooling)"
-        warnings.warn(told, stacklevel=2)
+        message = f"{folder} has no modules.json: its token embeddings are averaged (mean pooling)"
+        warnings.warn(message, stacklevel=2)
     checks.limit_length(name, model)
     if settings is None:
         _check_use(name, folder, model)
@@ -249,14 +249,14 @@ def _check_use(name: str, folder: Path, model: SentenceTransformer) -> None:
     # Sentence Transformers 6.2 takes the empty default of "document" for a prompt.
     model.prompts["document"] = used[1]
     if other := [key for key, prompt in model.prompts.items() if prompt and prompt not in used]:
-        told = (
+        message = (
             f"encoder {name!r}: its prompts {', '.join(map(repr, other))} are not used; the prompt"
             f" of queries is {used[0]!r}, that of passages {used[1]!r}"
         )
-        warnings.warn(told, stacklevel=3)
+        warnings.warn(message, stacklevel=3)
     if (similarity := model.similarity_fn_name) != "cosine":
-        told = f"encoder {name!r} has the similarity {similarity!r}; here, the cosine is used"
-        warnings.warn(told, stacklevel=3)
+        message = f"encoder {name!r} has the similarity {similarity!r}; here, the cosine is used"
+        warnings.warn(message, stacklevel=3)
         model.similarity_fn_name = "cosine"
 
 

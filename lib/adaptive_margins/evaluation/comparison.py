@@ -116,8 +116,8 @@ def _warn(
 ) -> dict[str, str]:
     """Warn of doubtful comparisons; run → why its comparisons are undecided."""
     if missing := [f"{name} {s.missing:,}" for name, s in scored.items() if s.missing]:
-        told = f"judged queries without hits count 0: {', '.join(missing)}, of {len(qrels):,}"
-        warnings.warn(told, stacklevel=3)
+        message = f"judged queries without hits count 0: {', '.join(missing)}, of {len(qrels):,}"
+        warnings.warn(message, stacklevel=3)
     if len(wanted) == 1:
         (qid,) = wanted
         why = f"only 1 of the {len(qrels):,} judged queries has a relevant passage, {qid!r}"

@@ -22,7 +22,7 @@ class Comparison:
     Attributes:
         n: queries.
         difference: mean of a − b.
-        ci: its 95 % confidence interval (paired t), for this comparison alone.
+        ci: its 95 % confidence interval (paired t), not adjusted for others.
         p_t: two-sided p-value of the paired t test that the mean difference is 0.
         p_tost: p-value of TOST, the larger one of its two one-sided paired t tests.
         margin: the largest mean difference that counts as equivalent.

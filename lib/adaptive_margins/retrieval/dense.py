@@ -145,9 +145,9 @@ class DenseRetriever:
             if qid not in queries:
                 raise DataError(f"candidates are given for the unknown query {qid!r}")
             if unknown := next((docid for docid in hits if docid not in self.passages), None):
-                told = f"a candidate of query {qid!r} is the unknown passage {unknown!r}"
+                message = f"a candidate of query {qid!r} is the unknown passage {unknown!r}"
                 hint = alike([unknown], self.passages.ids)
-                raise DataError(f"{told}; {hint}" if hint else told)
+                raise DataError(f"{message}; {hint}" if hint else message)
         wanted = {self.passages.row(docid) for hits in candidates.values() for docid in hits}
         rows = np.array([r for r in sorted(wanted) if self.passages.texts[r].strip()], np.int64)
         known = self._embeddings
@@ -166,15 +166,15 @@ class DenseRetriever:
 
     def warn_truncated(self) -> None:
         """Warn of the texts that were truncated so far, if there are any."""
-        told = [
+        counts = [
             f"{count:,} of {total:,} {what} are longer than {length} tokens"
             for what, length in zip(_TEXTS, self._lengths, strict=True)
             for count, total in [self.truncated[what]]
             if count
         ]
-        if told:
+        if counts:
             warnings.warn(
-                f"{' and '.join(told)}, the encoder's limit, and truncated (BM25 reads complete"
+                f"{' and '.join(counts)}, the encoder's limit, and truncated (BM25 reads complete"
                 " texts)",
                 stacklevel=3,
             )
@@ -200,7 +200,7 @@ class DenseRetriever:
     def _embed(self, tokens: Tokens, what: str) -> np.ndarray:
         order, lengths = np.argsort(tokens.lengths, kind="stable"), tokens.lengths
         out = np.empty((len(tokens), self.model.get_embedding_dimension()), np.float32)
-        # Short texts come first and are the quicker ones: the time left follows from tokens.
+        # Short texts are first, and faster: the time left is estimated from tokens.
         with progress.bar(f"embedding {what}", total=int(lengths.sum()), unit="tokens") as bar:
             for start in range(0, len(order), _SLICE):
                 part = order[start : start + _SLICE]

@@ -244,7 +244,7 @@ def _write_index_files(
     index = build_index(embeddings, settings, about["seed"], threads=threads)
     try:
         faiss.write_index(index, str(folder / "passages.faiss"))
-    except RuntimeError as error:  # what FAISS makes of a full disk
+    except RuntimeError as error:  # FAISS's error of a full disk
         raise OSError(str(error)) from error
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

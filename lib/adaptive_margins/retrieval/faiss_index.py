@@ -72,7 +72,7 @@ def choose_index(n: int, dim: int, *, depth: int = 100) -> IndexSettings:
     - ``bits``: as many, up to 8, as leave 39 passages a centroid (FAISS's recommendation):
       39 · 2^bits ≤ n. With fewer than 4 bits (n < 624) the index is "Flat", which is exact.
     - ``nlist``: the largest power of two up to n / 39; from a million passages on up to n / 32,
-      because the paper's own 262,144 lists hold 33.7 of 8.84 million passages each.
+      because the paper's 262,144 lists have 33.7 of 8.84 million passages each.
     - ``nprobe``: lists with 8 · ``depth`` passages on average, at least 8 · √nlist. (With 1 as in
       the released code, 1,000 hits cannot be filled.)
     - ``k_factor``: 16 for up to 50 hits, else 8: exact products are cheap.
@@ -170,7 +170,7 @@ def build_index(
             rng = np.random.default_rng(seed)
             sample = np.sort(rng.choice(n, settings.train, replace=False, shuffle=False))
         index.train(embeddings[sample].astype(np.float32, copy=False))
-        opq.pq = ivf.clustering_index = None  # FAISS does not own them
+        opq.pq = ivf.clustering_index = None  # Python frees them
         _add(index, embeddings)
         return index
     finally:
