@@ -157,7 +157,7 @@ def _filtered(
             else:
                 clear.append(docid)
         if similarity is not None and clear:
-            lowest = similarity(qid, positives[qid]).astype(np.float64).min()
+            lowest = similarity(qid, list(positives[qid])).astype(np.float64).min()
             scores = similarity(qid, clear).astype(np.float64)
             passed = scores <= lowest - (1 - MARGIN) * abs(lowest)
             dropped["too_similar"] += int((~passed).sum())
