@@ -51,6 +51,8 @@ class Progress:
     best_step: int = 0
     best_value: float = -math.inf
     without_gain: int = 0
+    stopped_step: int = 0
+    stopped_seconds: float = 0.0
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     peak_bytes: int = 0

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-CODE_VERSION = 5
+CODE_VERSION = 6
 """Raised by hand when the same configuration would give other numbers; part of every run's id."""
 
 BM25_NAME = "bm25"
@@ -99,9 +99,16 @@ class TrainingRun(EncoderRun):
     """An encoder fine-tuned with one loss.
 
     Attributes:
-        loss: "margin" (`losses.margin_loss`) or "softmax" (MultipleNegativesRankingLoss).
-        target: ε, "adaptive" or "distributed"; None for the softmax loss.
+        loss: "margin" (`losses.margin_loss`), "softmax" (MultipleNegativesRankingLoss) or
+            "margin-mse" (`teachers.margin_mse`).
+        target: ε, "adaptive" or "distributed"; None for the other losses.
         in_batch: whether the other negatives of a batch count too; False for "distributed".
+        similarity: of two embeddings under MarginMSE; the margin loss always takes the cosine.
+        teacher: identity of the teacher's scores; None without a teacher.
+        sampling: how batches are drawn from the triples (`teachers.sampled_order`): "random";
+            "topics", each from one cluster of queries; "topics-balanced" (TAS-B), whose pairs are
+            also drawn evenly over the bins of the teacher's margin; "topics-hard", without the
+            bins of the easiest pairs.
         orientation: see `losses.margin_loss`, as for ``error`` and ``stop_gradient``.
         batch_size: triples per step.
         chunks: parts in which a step's texts are encoded; it changes rounding and speed.
@@ -112,15 +119,20 @@ class TrainingRun(EncoderRun):
         seed: of the order of the triples, of dropout, and of the index.
         evaluate_every: steps between evaluations; 0 for the last step only.
         patience: evaluations without a gain before early stopping; 0 for none.
+        stop_early: whether training ends there. If not, it goes on for the rest of the curve, while
+            the selected checkpoint, time and triples are those of the run that had stopped.
         keep: the checkpoint that is selected.
         selection: the measure that decides about the best checkpoint.
         save_model: whether the selected model is stored with the results.
     """
 
     kind: Literal["training"] = "training"
-    loss: Literal["margin", "softmax"] = "margin"
+    loss: Literal["margin", "softmax", "margin-mse"] = "margin"
     target: float | Literal["adaptive", "distributed"] | None
     in_batch: bool
+    similarity: Literal["cosine", "dot"] = "cosine"
+    teacher: str | None = None
+    sampling: Literal["random", "topics", "topics-balanced", "topics-hard"] = "random"
     orientation: Literal["paper", "released"] = "paper"
     error: Literal["squared", "absolute", "soft"] = "squared"
     stop_gradient: bool = False
@@ -135,14 +147,21 @@ class TrainingRun(EncoderRun):
     seed: int
     evaluate_every: int
     patience: int
+    stop_early: bool = True
     keep: Literal["best", "last"]
     selection: str
     save_model: bool = False
 
     @model_validator(mode="after")
     def _loss_and_target_agree(self) -> TrainingRun:
-        if (self.target is None) != (self.loss == "softmax"):
+        if self.keep == "last" and not self.stop_early:
+            raise ValueError("the last checkpoint can be selected only if training stops early")
+        if (self.target is None) == (self.loss == "margin"):
             raise ValueError(f"target {self.target} does not go with loss {self.loss!r}")
+        balanced = self.sampling in ("topics-balanced", "topics-hard")
+        if (self.loss == "margin-mse" or balanced) and self.teacher is None:
+            what = "balanced sampling" if balanced else "MarginMSE"
+            raise ValueError(f"{what} needs the scores of a teacher")
         return self
 
     @property

@@ -53,10 +53,13 @@ class TrainingResult:
         targets: one row per step: step, mean, min, max of raw φ(d⁺, d⁻) over the batch.
         kept: the evaluation of the selected checkpoint: the object that the evaluator returned,
             unless that was before an interruption.
-        kept_step, best_step, stop_step: the selected, the best and the last step.
-        triples: trained on until the last step.
-        train_seconds, eval_seconds: training and evaluation apart.
+        kept_step, best_step, stop_step: the selected step, the best one, and the one at which
+            training stopped; or would have stopped (``stop_early`` of the configuration).
+        triples: trained on until ``stop_step``.
+        train_seconds: of training until ``stop_step``, without evaluations.
+        eval_seconds: of all evaluations.
         peak_bytes: largest memory after a step, of the GPU if there is one, else of the process.
+        states: "selected" and "last" → the trained parameters after that step, on the CPU.
     """
 
     curve: pd.DataFrame
@@ -70,6 +73,7 @@ class TrainingResult:
     train_seconds: float
     eval_seconds: float
     peak_bytes: int
+    states: dict[str, dict[str, Tensor]]
 
 
 class _Callback(TrainerCallback):
@@ -112,15 +116,18 @@ class _Callback(TrainerCallback):
         an evaluator may return large ones, with their rankings.
         """
         evaluation = known or self.evaluator(self.model)
-        progress, value = self.progress, evaluation.mean[self.config.selection]
+        progress, patience = self.progress, self.config.patience
+        value = evaluation.mean[self.config.selection]
         gained = not progress.evaluations or value > progress.best_value
-        progress.without_gain = 0 if gained else progress.without_gain + 1
-        if gained:
-            progress.best_step, progress.best_value = step, value
-            self.best = evaluation
-            if self.config.keep == "best":
-                state = trainable(self.model).items()
-                self.best_state = {name: p.detach().cpu().clone() for name, p in state}
+        if not progress.stopped_step:
+            progress.without_gain = 0 if gained else progress.without_gain + 1
+            if gained:
+                progress.best_step, progress.best_value = step, value
+                self.best = evaluation
+                if self.config.keep == "best":
+                    self.best_state = _copied(self.model)
+            if patience and progress.without_gain >= patience:
+                progress.stopped_step, progress.stopped_seconds = step, progress.train_seconds
         progress.evaluations.append(
             {
                 "step": step,
@@ -181,7 +188,7 @@ class _Callback(TrainerCallback):
     ) -> TrainerControl:
         self.timer("eval_seconds")
         self._report()
-        if self.config.patience and self.progress.without_gain >= self.config.patience:
+        if self.config.stop_early and self.progress.stopped_step:
             control.should_training_stop = True
             control.should_save = False  # a checkpoint here would be resumed past the stop
         return control
@@ -269,6 +276,10 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def _copied(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().cpu().clone() for name, p in trainable(model).items()}
+
+
 def train(
     config: TrainingRun,
     model: Any,
@@ -341,7 +352,7 @@ def train(
     callback.log = trainer.log if reporters else None
     with quiet():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return _result(callback, trainer.state.global_step)
+    return _result(callback, callback.progress.stopped_step or trainer.state.global_step)
 
 
 def _arguments(
@@ -384,9 +395,11 @@ def _result(callback: _Callback, stop_step: int) -> TrainingResult:
     """Leave the model in the state of the selected checkpoint, and collect the results."""
     config, progress = callback.config, callback.progress
     kept_step, kept = stop_step, callback.last
+    states = {"last": _copied(callback.model)}
     if config.keep == "best":
         callback.model.load_state_dict(callback.best_state, strict=False)
         kept_step, kept = progress.best_step, callback.best
+    states["selected"] = _copied(callback.model)
     if kept is None:  # it was before the checkpoint that this call was resumed from
         values = next(e for e in progress.evaluations if e["step"] == kept_step)
         kept = Evaluation(values["mean"], values["per_query"])
@@ -399,9 +412,10 @@ def _result(callback: _Callback, stop_step: int) -> TrainingResult:
         best_step=progress.best_step,
         stop_step=stop_step,
         triples=stop_step * config.batch_size,
-        train_seconds=progress.train_seconds,
+        train_seconds=progress.stopped_seconds or progress.train_seconds,
         eval_seconds=progress.eval_seconds,
         peak_bytes=progress.peak_bytes,
+        states=states,
     )
 
 

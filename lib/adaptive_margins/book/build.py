@@ -343,5 +343,8 @@ def library_hash() -> str:
 
 def _run_ids(table: Path) -> set[str]:
     frame = pd.read_csv(table, dtype=str, keep_default_na=False)
-    columns = [name for name in frame.columns if name.endswith("run_id")]
-    return {run_id for name in columns for run_id in frame[name]} - {""}
+    single = [name for name in frame.columns if name.endswith("run_id")]
+    found = {run_id for name in single for run_id in frame[name]}
+    for run_ids in frame.get("run_ids", ()):  # of several seeds
+        found.update([run_ids] if run_ids.startswith("supplied") else run_ids.split())
+    return found - {""}

@@ -121,7 +121,9 @@ class Evidence:
     def _row(self, name: str, row: Mapping[str, Any], other: bool) -> np.ndarray:
         if self.reproduction is None:
             return np.array([row["value"]])
-        measure, run = row["measure"], self.run(row["run_id"])
+        measure = row["measure"]
+        runs = [self.run(run_id) for run_id in row.get("run_ids", row["run_id"]).split()]
+        run = runs[0]
         validation = self.reproduction.profile.sets.validation
         if name in ("figure4", "figure5"):
             checks = run.checks
@@ -129,11 +131,15 @@ class Evidence:
             scores = at.set_index("qid")["value"].sort_index().to_numpy()
         else:
             mode, query_set = ("full", row["set"]) if "set" in row else ("rerank", validation)
-            per_query = run.evaluation(mode, query_set).per_query[measure]
-            scores = np.array([per_query[qid] for qid in sorted(per_query)])
+            found = [r.evaluation(mode, query_set).per_query[measure] for r in runs]
+            scores = np.array([[of[qid] for of in found] for qid in sorted(found[0])])
         half = halves(len(scores), row.get("set", validation), self.draws)
         half = ~half if other else half
-        return np.concatenate([[row["value"]], half @ scores / half.sum(axis=1)])
+        by_seed = half @ scores.reshape(len(scores), -1) / half.sum(axis=1)[:, None]
+        # The same draw of seeds for every row: rows are compared seed by seed.
+        drawn = np.random.default_rng(1).integers(by_seed.shape[1], size=by_seed.shape)
+        means = np.take_along_axis(by_seed, drawn, axis=1).mean(axis=1)
+        return np.concatenate([[row["value"]], means])
 
 
 @cache

@@ -11,8 +11,9 @@ import importlib.metadata
 import math
 import platform
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy import sparse
@@ -52,6 +53,7 @@ def build_pydocs(
     test: int,
     max_passages: int | None,
     max_words: int,
+    shorten: Callable[[Literal["query", "passage"], list[str]], list[str]] | None = None,
 ) -> Collection:
     """Build the collection from installed packages; the same versions give the same bytes.
 
@@ -62,6 +64,8 @@ def build_pydocs(
         test: least number of queries of "test1", and of "test2". The rest is "train".
         max_passages: most passages (complete connected components are left out).
         max_words: passages are truncated after this many words.
+        shorten: truncates texts to what an encoder reads. All systems get the truncated passages;
+            a docstring whose query would be truncated is left out.
 
     Near-identical passages are merged, and so are queries of the same content words in the same
     order; all passages of a merged query answer it (grade 3). Near-identical queries may differ in
@@ -82,6 +86,11 @@ def build_pydocs(
     names = sorted(set(packages))
     roots = {name: package_root(name) for name in names}
     docs = [doc for name in names for doc in scan(name, roots[name], max_words)]
+    if shorten is not None:
+        queries = shorten("query", [doc.query for doc in docs])
+        docs = [doc for doc, query in zip(docs, queries, strict=True) if query == doc.query]
+        passages = shorten("passage", [doc.passage for doc in docs])
+        docs = [replace(d, passage=text) for d, text in zip(docs, passages, strict=True)]
     texts = _judge(docs)
 
     def position(text: str) -> str:  # an order that depends on neither package nor module

@@ -79,6 +79,31 @@ def tokenize(encoder: Any, texts: Sequence[str], max_length: int) -> Tokens:
     return Tokens(ids, np.concatenate([[0], np.cumsum(lengths)]), tokenizer.pad_token_id)
 
 
+def shorten(encoder: Any, texts: Sequence[str], max_length: int) -> list[str]:
+    """Texts truncated after a word, so that none has more than ``max_length`` tokens.
+
+    Special tokens count. A first word that is longer is truncated within.
+
+    Raises:
+        EncoderError: the tokenizer does not tell where its tokens are in a text.
+    """
+    tokenizer = encoder.tokenizer
+    if not tokenizer.is_fast:
+        raise EncoderError(f"{type(tokenizer).__name__} does not tell where tokens are in a text")
+    result = []
+    for start in range(0, len(texts), _TEXTS):
+        some = list(texts[start : start + _TEXTS])
+        found = tokenizer(
+            some, truncation=True, max_length=max_length, return_offsets_mapping=True
+        )["offset_mapping"]
+        for text, offsets in zip(some, found, strict=True):
+            end = max((stop for _, stop in offsets), default=0)
+            if text[end:].strip() and not text[end].isspace():  # within a word
+                end = max(text.rfind(" ", 0, end), 0) or end
+            result.append(text[:end].rstrip() if text[end:].strip() else text)
+    return result
+
+
 def _token_ids(
     tokenizer: Any, texts: Sequence[str], max_length: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -1,16 +1,26 @@
-"""Paired tests of two runs over the same queries: equivalence (TOST) and difference (t test)."""
+"""Paired tests of two systems over the same queries: equivalence (TOST) and difference (t test).
+
+A system may have been trained with several seeds. The tests are then about other queries *and*
+other seeds. With differences D[q, s] = μ + query_q + seed_s + rest_qs, all three effects random,
+the variance of their mean is (MS_query + MS_seed − MS_rest) / (Q S), from the mean squares of a
+two-way layout without replication, and its degrees of freedom are Satterthwaite's (Biometrics
+Bulletin 2, 1946). Where seeds differ by no more than chance, the variance is MS_query / (Q S): that
+of the paired t test of each query's mean over the seeds.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.special import stdtr, stdtrit  # Student's t; scipy.stats takes a second to import
 
 Verdict = Literal["better", "worse", "equivalent", "undecided"]
+Scores = Mapping[str, float] | Sequence[Mapping[str, float]]
+"""Query id → value of a measure; or a list of these, one for each seed."""
 
 _CONSTANT = 1e-12  # differences of measures that spread less are equal but for rounding
 
@@ -39,8 +49,8 @@ class Comparison:
 
 
 def compare(
-    a: Mapping[str, float],
-    b: Mapping[str, float],
+    a: Scores,
+    b: Scores,
     *,
     margin: float = 0.05,
     alpha: float = 0.05,
@@ -53,8 +63,9 @@ def compare(
     p_t · comparisons < alpha; else "undecided".
 
     Args:
-        a: query id → value of a measure.
-        b: the same queries → value.
+        a: query id → value of a measure; or a list of these, one for each seed.
+        b: the same queries → value. If both have several seeds, they are paired in their order; one
+            with a single seed, or none, is compared with each of the other's.
         margin: the largest mean difference that counts as equivalent (the paper's ε_L = .05).
         alpha: significance level of all comparisons of a group together.
         comparisons: number of comparisons in the group (Bonferroni).
@@ -65,8 +76,9 @@ def compare(
     if they are zero, else 0. Two runs with the value 0 for every query are "undecided".
 
     Raises:
-        ValueError: the queries differ, are fewer than 2, or a value is not finite; or ``margin``,
-            ``alpha`` or ``comparisons`` is out of range.
+        ValueError: the queries differ, are fewer than 2, or a value is not finite; both have
+            several seeds, but not equally many; or ``margin``, ``alpha`` or ``comparisons`` is out
+            of range.
     """
     if not margin > 0:
         raise ValueError(f"margin must be above 0, not {margin}")
@@ -75,27 +87,28 @@ def compare(
     if comparisons < 1:
         raise ValueError(f"comparisons must be at least 1, not {comparisons}")
     x, y = _paired(a, b)
-    difference = float((x - y).mean())
+    found = _estimate(x - y)
+    difference = found.mean
     if np.ptp(x - y) <= _CONSTANT:
         something = bool(x.any() or y.any())
         p_t = 1.0 if abs(difference) <= _CONSTANT else 0.0
         p_tost = 0.0 if abs(difference) < margin - _CONSTANT and something else 1.0
     else:
-        p_t = 2 * min(_p_above(x - y, 0), _p_above(y - x, 0))
-        p_tost = max(_p_above(x - y, -margin), _p_above(y - x, -margin))
+        p_t = 2 * min(found.p_above(0), found.p_below(0))
+        p_tost = max(found.p_above(-margin), found.p_below(margin))
     equivalent, different = p_tost * comparisons < alpha, p_t * comparisons < alpha
     verdict: Verdict = "undecided"
     if equivalent and not (different and however_small):
         verdict = "equivalent"
     elif different:
         verdict = "better" if difference > 0 else "worse"
-    return Comparison(len(x), difference, _interval(x - y, 0.05), p_t, p_tost, margin, verdict)
+    return Comparison(len(x), difference, found.interval(0.05), p_t, p_tost, margin, verdict)
 
 
 def paired_interval(
-    a: Mapping[str, float], b: Mapping[str, float], *, confidence: float = 0.95
+    a: Scores, b: Scores, *, confidence: float = 0.95
 ) -> tuple[float, float, float]:
-    """Return mean of a − b and its paired t confidence interval: (difference, low, high).
+    """Mean of a − b over the queries (and seeds), and its t interval: (difference, low, high).
 
     At confidence 1 − 2 · alpha / comparisons it lies within ±margin if and only if `compare` finds
     the runs equivalent.
@@ -106,26 +119,65 @@ def paired_interval(
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
     x, y = _paired(a, b)
-    return (float((x - y).mean()), *_interval(x - y, 1 - confidence))
+    found = _estimate(x - y)
+    return (found.mean, *found.interval(1 - confidence))
 
 
-def _interval(differences: np.ndarray, alpha: float) -> tuple[float, float]:
-    mean, half = differences.mean(), stdtrit(len(differences) - 1, 1 - alpha / 2)
-    half *= _standard_error(differences)
-    return float(mean - half), float(mean + half)
+class _Estimate(NamedTuple):
+    """A mean, its standard error, and the degrees of freedom of that."""
+
+    mean: float
+    error: float
+    freedom: float
+
+    def interval(self, alpha: float) -> tuple[float, float]:
+        half = float(stdtrit(self.freedom, 1 - alpha / 2)) * self.error
+        return self.mean - half, self.mean + half
+
+    def p_above(self, bound: float) -> float:
+        """p-value of the one-sided t test that the mean is above ``bound``."""
+        return float(stdtr(self.freedom, (bound - self.mean) / self.error))
+
+    def p_below(self, bound: float) -> float:
+        return float(stdtr(self.freedom, (self.mean - bound) / self.error))
 
 
-def _p_above(differences: np.ndarray, bound: float) -> float:
-    """p-value of the one-sided t test that the mean difference is above ``bound``."""
-    t = (differences.mean() - bound) / _standard_error(differences)
-    return float(stdtr(len(differences) - 1, -t))
+def _estimate(differences: np.ndarray) -> _Estimate:
+    """The mean of differences, (Q, S): over queries and seeds, both random."""
+    q, s = differences.shape
+    mean = float(differences.mean())
+    of_queries, of_seeds = differences.mean(1), differences.mean(0)
+    ms_query = s * float(of_queries.var(ddof=1))
+    if s > 1:
+        ms_seed = q * float(of_seeds.var(ddof=1))
+        rest = differences - of_queries[:, None] - of_seeds + mean
+        ms_rest = float((rest**2).sum()) / ((q - 1) * (s - 1))
+        if ms_seed > ms_rest:
+            square = ms_query + ms_seed - ms_rest
+            parts = ms_query**2 / (q - 1) + ms_seed**2 / (s - 1)
+            parts += ms_rest**2 / ((q - 1) * (s - 1))
+            return _Estimate(mean, math.sqrt(square / (q * s)), square**2 / parts)
+    return _Estimate(mean, math.sqrt(ms_query / (q * s)), q - 1)
 
 
-def _standard_error(differences: np.ndarray) -> float:
-    return float(differences.std(ddof=1)) / math.sqrt(len(differences))
+def _paired(a: Scores, b: Scores) -> tuple[np.ndarray, np.ndarray]:
+    """The values of both, (Q, S), in the same order of queries and seeds."""
+    first, second = ([x] if isinstance(x, Mapping) else list(x) for x in (a, b))
+    seeds = max(len(first), len(second))
+    if not {len(first), len(second)} <= {1, seeds}:
+        raise ValueError(f"{len(first)} seeds cannot be paired with {len(second)}")
+    if seeds > 1:
+        first, second = (x * seeds if len(x) == 1 else x for x in (first, second))
+    columns = [_paired_queries(x, y) for x, y in zip(first, second, strict=True)]
+    if any(x.keys() != first[0].keys() for x in first):
+        raise ValueError("the seeds of a run have scores of different queries")
+    x, y = (np.stack(values, axis=1) for values in zip(*columns, strict=True))
+    return x, y
 
 
-def _paired(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
+def _paired_queries(
+    a: Mapping[str, float], b: Mapping[str, float]
+) -> tuple[np.ndarray, np.ndarray]:
     for name, missing in (("first", b.keys() - a.keys()), ("second", a.keys() - b.keys())):
         if missing:
             some = sorted(missing)[:3]

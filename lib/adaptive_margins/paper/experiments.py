@@ -93,19 +93,34 @@ class Experiments:
         """Section 5.4: with decay and early stopping, and ranked in full."""
         s = self.profile.comparison
         own = {
-            "decay": s.decay,
             "patience": s.patience,
+            "stop_early": s.stop_early,
             "keep": s.keep,
             "validation": s.validation or self.profile.sets.validation,
         }
         common = {**self._curve(s, s.batch_sizes[0]), **_overrides(s), **self.full_ranking()}
         return self.training_run(encoder, **{**own, **common, **values})
 
-    def variant_run(self, encoder: str, target: str, in_batch: bool) -> TrainingRun:
-        """A row of Table 3. A static row needs the runs of Figure 3 (else StoreError)."""
+    def seeds(self, encoder: str) -> tuple[int, ...]:
+        """Seeds of an encoder's rows in Tables 3 and 4."""
+        s = self.profile.comparison
+        return s.seeds.get(encoder, (self.profile.seed if s.seed is None else s.seed,))
+
+    def variant_run(
+        self, encoder: str, target: str, in_batch: bool, seed: int | None = None
+    ) -> TrainingRun:
+        """A row of Table 3 with one seed, by default the first of `seeds`.
+
+        A static row needs the runs of Figure 3 (else StoreError).
+        """
         value: float | str = self.tuned_target(encoder, in_batch) if target == "static" else target
-        save = encoder == self.profile.reference_encoder and target == "distributed"
-        return self.comparison_run(encoder, target=value, in_batch=in_batch, save_model=save)
+        first, *_ = self.seeds(encoder)
+        seed = first if seed is None else seed
+        reference = encoder == self.profile.reference_encoder and seed == first
+        save = reference and target == "distributed"
+        return self.comparison_run(
+            encoder, target=value, in_batch=in_batch, seed=seed, save_model=save
+        )
 
     def tuned_target(self, encoder: str, in_batch: bool) -> float:
         """The ε of Figure 3 with the best validation score, the smallest of equals."""
@@ -135,11 +150,19 @@ class Experiments:
             for target in s.targets
         ]
 
+    def _line(self, encoder: str, target: str, in_batch: bool, size: int) -> TrainingRun:
+        """A line of Figure 4 or 5: the run of Table 3 if it has the same curve, to its end."""
+        line = self.curve_run(encoder, target, in_batch, size)
+        row = self.variant_run(encoder, target, in_batch)
+        beside = {*("patience", "stop_early", "keep", "save_model"), *self.full_ranking()}
+        same = row.model_dump(exclude=beside) == line.model_dump(exclude=beside)
+        return row if same and not row.stop_early else line
+
     def figure4_runs(self) -> list[TrainingRun]:
         """Adaptive targets with and without in-batch negatives."""
         size = self.profile.adaptive.batch_sizes[0]
         return [
-            self.curve_run(e, "adaptive", in_batch, size)
+            self._line(e, "adaptive", in_batch, size)
             for e in self.profile.encoders
             for in_batch in (False, True)
         ]
@@ -147,21 +170,33 @@ class Experiments:
     def figure5_runs(self) -> list[TrainingRun]:
         """Distributed targets by batch size."""
         return [
-            self.curve_run(e, "distributed", False, size)
+            self._line(e, "distributed", False, size)
             for e in self.profile.encoders
             for size in self.profile.distributed.batch_sizes
         ]
 
     def table3_runs(self) -> list[TrainingRun]:
-        """Five rows per encoder. StoreError as long as the runs of Figure 3 are missing."""
-        return [self.variant_run(e, *v) for e in self.profile.encoders for v in VARIANTS]
+        """Five rows per encoder, each with its seeds.
+
+        StoreError as long as the runs of Figure 3 are missing.
+        """
+        return [
+            self.variant_run(e, *v, seed)
+            for e in self.profile.encoders
+            for v in VARIANTS
+            for seed in self.seeds(e)
+        ]
 
     def table4_runs(self) -> list[TrainingRun]:
         """The rows of Table 4 that Table 3 has not: ε = 1 and the softmax loss."""
         e = self.profile.reference_encoder
         return [
-            self.comparison_run(e, target=1.0, in_batch=False),
-            self.comparison_run(e, loss="softmax", target=None, in_batch=True),
+            self.comparison_run(e, seed=seed, **loss)
+            for loss in (
+                {"target": 1.0, "in_batch": False},
+                {"loss": "softmax", "target": None, "in_batch": True},
+            )
+            for seed in self.seeds(e)
         ]
 
     # ---- values --------------------------------------------------------------------------------
@@ -204,13 +239,19 @@ class Experiments:
             "batch_size": batch_size,
             "triples": settings.triples or self.inputs.triples_count,
             "evaluate_every": max(settings.check_steps(batch_size), 1),
+            "decay": settings.decay,
         }
 
 
 def fixed_runs(experiments: Experiments) -> list[RunConfig]:
     """All runs that are known before Figure 3 decides about the ε of Table 3."""
     e = experiments
-    rows = [e.variant_run(name, *v) for name in e.profile.encoders for v in VARIANTS[2:]]
+    rows = [
+        e.variant_run(name, *v, seed)
+        for name in e.profile.encoders
+        for v in VARIANTS[2:]
+        for seed in e.seeds(name)
+    ]
     curves = [*e.figure3_runs(), *e.figure4_runs(), *e.figure5_runs()]
     return [*e.baseline_runs(), *curves, *rows, *e.table4_runs()]
 
@@ -220,8 +261,9 @@ def static_rows(experiments: Experiments) -> dict[tuple[str, bool], list[Trainin
     e = experiments
     return {
         (name, in_batch): [
-            e.comparison_run(name, target=target, in_batch=in_batch)
+            e.comparison_run(name, target=target, in_batch=in_batch, seed=seed)
             for target in e.profile.static.targets
+            for seed in e.seeds(name)
         ]
         for name in e.profile.encoders
         for in_batch in (False, True)

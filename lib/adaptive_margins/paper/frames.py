@@ -48,16 +48,16 @@ _GAINS = _names(
     "encoder loss in_batch batch_size measure start best difference low high step run_id"
 )
 _TARGETS = _names("encoder batch_size part step mean min max window span run_id")
-_ABOUT3 = _names("encoder target epsilon in_batch seconds sweep_seconds triples run_id")
-_ABOUT4 = _names("block loss sampling in_batch source triples run_id")
+_ABOUT3 = _names("encoder target epsilon in_batch seconds sweep_seconds triples run_id run_ids")
+_ABOUT4 = _names("block loss sampling in_batch source triples run_id run_ids")
 _TESTED = "set measure value best difference low high"
 _TABLE3 = _names(
     f"encoder target epsilon in_batch {_TESTED} p p_adjusted comparisons equivalent seconds"
-    " sweep_seconds triples run_id reference_run_id"
+    " sweep_seconds triples run_id reference_run_id run_ids"
 )
 _TABLE4 = _names(
     f"block loss sampling in_batch source {_TESTED} p_adjusted comparisons equivalent refused"
-    " missing triples run_id reference_run_id"
+    " missing triples run_id reference_run_id run_ids"
 )
 
 
@@ -207,21 +207,26 @@ def _first_batch(
 
 
 def table3(experiments: Experiments, runner: Runner) -> pd.DataFrame:
-    """All encoders × targets × in-batch, ranked in full; TOST against the best of the encoder."""
+    """All encoders × targets × in-batch, ranked in full; TOST against the best of the encoder.
+
+    Values, seconds and triples are means over the seeds of a row; ``run_id`` is the run of the
+    first seed, and ``run_ids`` those of all, separated by spaces.
+    """
     profile = experiments.profile
     sweeps = runner.ensure(experiments.figure3_runs())
     stored = iter(runner.ensure(experiments.table3_runs()))
     rows = []
     for encoder in profile.encoders:
-        runs = {variant: next(stored) for variant in VARIANTS}
-        group = [_ranked(run, profile) for run in runs.values()]
-        for ((target, in_batch), run), ranked in zip(runs.items(), group, strict=True):
+        seeds = experiments.seeds(encoder)
+        runs = {variant: [next(stored) for _ in seeds] for variant in VARIANTS}
+        group = [_ranked(row, profile) for row in runs.values()]
+        for ((target, in_batch), row), ranked in zip(runs.items(), group, strict=True):
             sweep = 0.0
             if target == "static":
                 sweep = _sweep_seconds(sweeps, experiments, encoder, in_batch)
-            epsilon = run.config.target if target == "static" else float("nan")
-            seconds = (run.result["train_seconds"] + sweep, sweep)
-            ids = (run.result["triples"], run.run_id)
+            epsilon = row[0].config.target if target == "static" else float("nan")
+            seconds = (_mean(row, "train_seconds") + sweep, sweep)
+            ids = (_mean(row, "triples"), ranked.run_id, ranked.run_ids)
             about = _about(_ABOUT3, (encoder, target, epsilon, in_batch, *seconds, *ids))
             rows += [about | test for test in _tested(ranked, group, None, profile)]
     return pd.DataFrame(rows)[_TABLE3]
@@ -230,7 +235,7 @@ def table3(experiments: Experiments, runner: Runner) -> pd.DataFrame:
 def _sweep_seconds(
     sweeps: Sequence[StoredRun[TrainingRun]], experiments: Experiments, encoder: str, in_batch: bool
 ) -> float:
-    """Training time of the runs that the ε of a static row was chosen from."""
+    """Training time of the runs that the ε of a static row is chosen from."""
     targets = experiments.profile.static.targets
     ids = {experiments.static_run(encoder, t, in_batch).run_id for t in targets}
     return float(sum(run.result["train_seconds"] for run in sweeps if run.run_id in ids))
@@ -244,13 +249,14 @@ def table4(experiments: Experiments, runner: Runner) -> pd.DataFrame:
     """
     profile = experiments.profile
     entries: list[tuple[dict[str, Any], _Ranked]] = []
-    for about, run in _table4_runs(experiments, runner):
-        values = (*about, run.result["triples"], run.run_id)
-        entries.append((_about(_ABOUT4, values), _ranked(run, profile)))
+    for about, runs in _table4_runs(experiments, runner):
+        ranked = _ranked(runs, profile)
+        values = (*about, _mean(runs, "triples"), ranked.run_id, ranked.run_ids)
+        entries.append((_about(_ABOUT4, values), ranked))
     softmax = next(ranked for row, ranked in entries if row["loss"] == SOFTMAX)
-    for name, runs in external_runs(runner).items():
-        values = ("supplied runs", name, "—", "—", f"supplied: {name}", float("nan"), "")
-        entries.append((_about(_ABOUT4, values), _ranked_external(name, runs, runner)))
+    for name, files in external_runs(runner).items():
+        values = ("supplied runs", name, "—", "—", f"supplied: {name}", float("nan"), "", "")
+        entries.append((_about(_ABOUT4, values), _ranked_external(name, files, runner)))
     references = {ranked.run_id: ranked for _, ranked in entries}
     reference = references.get(f"supplied: {TAS_B}", softmax)
     rows = []
@@ -263,16 +269,18 @@ def table4(experiments: Experiments, runner: Runner) -> pd.DataFrame:
 
 def _table4_runs(
     experiments: Experiments, runner: Runner
-) -> Iterator[tuple[tuple[str, ...], StoredRun[Any]]]:
-    """Block, loss, sampling, in-batch and source of each row of Table 4, and its run."""
+) -> Iterator[tuple[tuple[str, ...], list[StoredRun[Any]]]]:
+    """Block, loss, sampling, in-batch and source of each row of Table 4, and its runs by seed."""
     e = experiments.profile.reference_encoder
+    seeds = experiments.seeds(e)
     runner.ensure(experiments.figure3_runs())
-    tuned_no, tuned_yes, adaptive_no, adaptive_yes, distributed = runner.ensure(
-        [experiments.variant_run(e, *v) for v in VARIANTS]
+    tuned_no, tuned_yes, adaptive_no, adaptive_yes, distributed = (
+        runner.ensure([experiments.variant_run(e, *v, seed) for seed in seeds]) for v in VARIANTS
     )
-    default, softmax = runner.ensure(experiments.table4_runs())
-    bm25 = runner.ensure([experiments.bm25_run()])[0]
-    listed: list[tuple[str, str, str, str, StoredRun[Any]]] = [
+    others = runner.ensure(experiments.table4_runs())
+    default, softmax = others[: len(seeds)], others[len(seeds) :]
+    bm25 = runner.ensure([experiments.bm25_run()])
+    listed: list[tuple[str, str, str, str, list[StoredRun[Any]]]] = [
         ("self-distillation", "Adaptive", "Rand.", "✗", adaptive_no),
         ("self-distillation", "Adaptive", "Rand.", "✓", adaptive_yes),
         ("self-distillation", "Distributed", "Rand.", "✓", distributed),
@@ -287,10 +295,10 @@ def _table4_runs(
         labels[name] = f"{settings.label or name}, zero-shot"
     for name, label in labels.items():
         run = _zero_shot(experiments, runner, name)
-        listed.append(("not in the paper", label, "—", "—", run))
-    for block, loss, sampling, in_batch, run in listed:
+        listed.append(("not in the paper", label, "—", "—", [run]))
+    for block, loss, sampling, in_batch, runs in listed:
         source = block if block == "not in the paper" else "ours"
-        yield (block, loss, sampling, in_batch, source), run
+        yield (block, loss, sampling, in_batch, source), runs
 
 
 # --- tests --------------------------------------------------------------------------------------
@@ -298,22 +306,36 @@ def _table4_runs(
 
 @dataclasses.dataclass(frozen=True)
 class _Ranked:
-    """Full rankings with their scores by test set; some scores of external runs are refused."""
+    """Scores of full rankings by test set and seed; some scores of external runs are refused."""
 
-    run_id: str
-    evaluations: Mapping[str, Evaluation]
+    run_ids: str
+    evaluations: Mapping[str, Sequence[Evaluation]]
     refused: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     missing: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
+    @property
+    def run_id(self) -> str:
+        """The run of the first seed."""
+        return self.run_ids if self.run_ids.startswith("supplied") else self.run_ids.split()[0]
+
     def mean(self, query_set: str, measure: str) -> float:
-        """The score; NaN if there is none."""
-        if query_set not in self.evaluations:
-            return float("nan")
-        return self.evaluations[query_set].mean.get(measure, float("nan"))
+        """The mean score over the seeds; NaN if there is none."""
+        found = [e.mean.get(measure, math.nan) for e in self.evaluations.get(query_set, ())]
+        return sum(found) / len(found) if found else math.nan
+
+    def per_query(self, query_set: str, measure: str) -> list[dict[str, float]]:
+        """Query id → score, for each seed."""
+        return [e.per_query[measure] for e in self.evaluations[query_set]]
 
 
-def _ranked(run: StoredRun[Any], profile: Profile) -> _Ranked:
-    return _Ranked(run.run_id, {name: run.evaluation("full", name) for name in profile.sets.tests})
+def _ranked(runs: Sequence[StoredRun[Any]], profile: Profile) -> _Ranked:
+    evaluations = {name: [r.evaluation("full", name) for r in runs] for name in profile.sets.tests}
+    return _Ranked(" ".join(run.run_id for run in runs), evaluations)
+
+
+def _mean(runs: Sequence[StoredRun[Any]], value: str) -> float:
+    """The mean of a number in result.json."""
+    return float(sum(run.result[value] for run in runs)) / len(runs)
 
 
 def external_runs(runner: Runner) -> dict[str, dict[str, Run]]:
@@ -332,7 +354,7 @@ def _ranked_external(name: str, runs: Mapping[str, Run], runner: Runner) -> _Ran
     }
     return _Ranked(
         f"supplied: {name}",
-        {key: s.evaluation for key, s in scored.items()},
+        {key: [s.evaluation] for key, s in scored.items()},
         {key: s.refused for key, s in scored.items()},
         {key: s.missing for key, s in scored.items()},
     )
@@ -374,7 +396,7 @@ def _tost(a: _Ranked, b: _Ranked, query_set: str, measure: str, count: int) -> d
     without = any(math.isnan(r.mean(query_set, measure)) for r in (a, b))
     if a.run_id == b.run_id or without:
         return {**numbers, "equivalent": False}
-    x, y = (r.evaluations[query_set].per_query[measure] for r in (a, b))
+    x, y = (r.per_query(query_set, measure) for r in (a, b))
     found = compare(x, y, comparisons=count)
     _, low, high = paired_interval(x, y, confidence=1 - 2 * 0.05 / count)
     return {

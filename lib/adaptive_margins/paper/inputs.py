@@ -19,7 +19,7 @@ from adaptive_margins.data.trec import Run, read_run, top, write_run
 from adaptive_margins.data.triples import sample_triples
 from adaptive_margins.encoder.frozen import LoadedEncoder, for_training
 from adaptive_margins.encoder.load import encoder_identity, open_encoder, weights_folder
-from adaptive_margins.encoder.tokens import Tokens, stored_tokens
+from adaptive_margins.encoder.tokens import Tokens, shorten, stored_tokens
 from adaptive_margins.files import digest, file_sha256, write_text
 from adaptive_margins.profiles.config import (
     EncoderSettings,
@@ -56,6 +56,8 @@ class Inputs:
                 "sources": pydocs.source_versions(settings.packages),
                 "rules": pydocs.RULES,
                 "bm25": _versions("bm25s", "PyStemmer"),  # negatives are sampled from its ranking
+                "lengths": self.profile.lengths.model_dump(),  # no text is longer
+                "tokenizer": _tokenizer(self.settings(self.profile.reference_encoder)),
             }
         else:
             key["sources"] = _versions("ir-datasets")
@@ -235,6 +237,11 @@ def _build_pydocs(profile: Profile) -> Collection:
     settings, ranks = profile.collection, profile.candidates.negative_ranks
     assert isinstance(settings, PyDocsSettings) and ranks is not None
     say("building the collection from installed packages")
+    encoder = open_encoder(profile.encoders[profile.reference_encoder])
+
+    def shortened(kind: str, texts: list[str]) -> list[str]:
+        return shorten(encoder, texts, getattr(profile.lengths, kind))
+
     collection = pydocs.build_pydocs(
         settings.packages,
         seed=settings.seed,
@@ -242,6 +249,7 @@ def _build_pydocs(profile: Profile) -> Collection:
         test=settings.test,
         max_passages=settings.max_passages,
         max_words=settings.max_words,
+        shorten=shortened,
     )
     triples = sample_triples(
         collection.qrels["train"],

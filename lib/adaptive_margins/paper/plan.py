@@ -161,10 +161,11 @@ def make_plan(inputs: Inputs, store: Store) -> Plan:
 def _planned(experiments: Experiments) -> list[RunConfig]:
     configs = fixed_runs(experiments)
     for (encoder, in_batch), candidates in static_rows(experiments).items():
+        seeds = experiments.seeds(encoder)
         try:
-            configs.append(experiments.variant_run(encoder, "static", in_batch))
+            configs += [experiments.variant_run(encoder, "static", in_batch, s) for s in seeds]
         except StoreError:  # ε is not known before the runs of Figure 3 are finished
-            configs.append(candidates[0])
+            configs += candidates[: len(seeds)]
     return list(dict.fromkeys(configs))  # the tuned ε may be 1, as in Table 4
 
 

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import pandas as pd
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from adaptive_margins.data.trec import Run, read_run, write_run
 from adaptive_margins.errors import AdaptiveMarginsError
@@ -120,6 +122,14 @@ class StoredRun(Generic[R_co]):
         run: Run = self._read(f"{mode}.{query_set}.run.gz", _read_ranking)
         return run
 
+    def weights(self, which: Literal["selected", "last"] = "selected") -> dict[str, Tensor]:
+        """The trained parameters of the selected or the last step; stored of a run with test sets.
+
+        They fit `encoder.frozen.LoadedEncoder.fresh` of the run's encoder.
+        """
+        found: dict[str, Tensor] = self._read(f"{which}.safetensors", load_file)
+        return found
+
     def scores(self) -> pd.DataFrame:
         """All mean scores: columns mode, set, measure, value."""
         rows = [
@@ -217,6 +227,9 @@ class Store:
                     training.curve.to_parquet(folder / "curve.parquet", index=False)
                     training.checks.to_parquet(folder / "checks.parquet", index=False)
                     training.targets.to_parquet(folder / "targets.parquet", index=False)
+                    for name, state in training.states.items() if config.test_sets else ():
+                        contiguous = {k: t.contiguous() for k, t in state.items()}
+                        save_file(contiguous, folder / f"{name}.safetensors")
                 for mode, sets in runs.items():
                     for name, run in sets.items():
                         write_run(run, folder / f"{mode}.{name}.run.gz", config.run_id)

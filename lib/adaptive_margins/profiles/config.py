@@ -275,13 +275,15 @@ class StaticSettings(_Experiment):
 class CurveSettings(_Experiment):
     """Sections 5.2 and 5.3, Figures 4 to 6: learning curves.
 
-    Evaluated ``evaluate_every`` triples or ``evaluate_every_steps``; ``triples`` None is one epoch.
+    Evaluated ``evaluate_every`` triples or ``evaluate_every_steps``; ``triples`` None is one epoch;
+    ``decay`` is γ, the factor of the learning rate per step.
     """
 
     triples: Positive | None
     batch_sizes: tuple[Positive, ...] = Field(min_length=1)
     evaluate_every: Positive | None = None
     evaluate_every_steps: Positive | None = None
+    decay: Annotated[Number, Field(gt=0, le=1)] = 1.0
 
     @model_validator(mode="after")
     def _whole_steps(self) -> CurveSettings:
@@ -302,16 +304,30 @@ class CurveSettings(_Experiment):
 
 
 class ComparisonSettings(CurveSettings):
-    """Section 5.4, Table 3: runs with learning-rate decay (γ a step) and early stopping.
+    """Section 5.4, Table 3: runs with learning-rate decay and early stopping.
 
-    ``patience`` counts evaluations without gain on ``validation`` (by default the profile's set);
-    ``keep`` names the checkpoint that is evaluated.
+    Attributes:
+        patience: evaluations without a gain on ``validation`` (by default the profile's set) after
+            which a run stops.
+        stop_early: whether training ends there; if not, its curve goes on (`runs.TrainingRun`), and
+            Figures 4 and 5 show the runs of Table 3 where all settings agree.
+        keep: the checkpoint that is evaluated.
+        seeds: seeds of the rows per encoder, in place of the profile's one.
     """
 
-    decay: Annotated[Number, Field(gt=0, le=1)]
     patience: Positive
+    stop_early: bool = True
     validation: str | None = None
     keep: Literal["best", "last"] = "best"
+    seeds: dict[str, Annotated[tuple[Whole, ...], Field(min_length=1)]] = Field(
+        default_factory=dict
+    )
+
+    @model_validator(mode="after")
+    def _last_is_where_training_stops(self) -> ComparisonSettings:
+        if self.keep == "last" and not self.stop_early:
+            raise ValueError("keep: last needs stop_early: true, the last checkpoint is there")
+        return self
 
 
 class NoteSettings(_Settings):
@@ -391,6 +407,7 @@ class Profile(_Settings):
     def _names_exist(self) -> Profile:
         named = [("reference_encoder", self.reference_encoder)]
         named += [("static.seeds", name) for name in self.static.seeds]
+        named += [("comparison.seeds", name) for name in self.comparison.seeds]
         for key, name in named:
             if name not in self.encoders:
                 raise ValueError(f"{key} names encoder {name!r}; there are {sorted(self.encoders)}")
