@@ -512,6 +512,35 @@ def test_early_stopping_and_the_best_state(material, tmp_path, values, patience,
         same(trainable(model), trainable(material.model))
 
 
+@pytest.mark.parametrize("values", [[0, 5, 4, 3, 9, 9, 9, 9], [5, 4, 3, 9, 1, 0, 0, 0], range(8)])
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_that_goes_on_selects_what_a_stopped_one_does(material, tmp_path, values, killed):
+    settings = {"evaluate_every": 1, "patience": 2, "checkpoint_every": 2}
+    stopped, expected = run(material, tmp_path / "a", Script(values), **settings)
+    script = Script(values)
+    if killed:  # past the stop, and resumed
+
+        def interrupt(number):
+            if number == 6 and len(script.seen) == 7:
+                raise KeyboardInterrupt
+
+        script.then = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            run(material, tmp_path / "b", script, **settings, stop_early=False)
+        script = Script(values[5:])
+    model, found = run(material, tmp_path / "b", script, **settings, stop_early=False)
+    names = ("stop_step", "best_step", "kept_step", "triples")
+    assert [getattr(found, n) for n in names] == [getattr(expected, n) for n in names]
+    assert found.kept.mean == expected.kept.mean
+    same(trainable(model), trainable(stopped))
+    same(found.states["selected"], trainable(stopped))
+    same(found.states["last"], script.seen[-1])
+    assert found.curve["step"].tolist() == list(range(8))
+    assert len(found.targets) == 7
+    seconds = dict(zip(found.curve["step"], found.curve["seconds"], strict=True))
+    assert found.train_seconds == seconds[found.stop_step]
+
+
 def test_keep_last(material, tmp_path):
     script = Script([0, 9, 1, 2, 3])
     model, result = run(material, tmp_path, script, keep="last")

@@ -15,7 +15,7 @@ import torch
 from adaptive_margins.encoder import tokens as encoder_tokens
 from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.encoder.embed import embed
-from adaptive_margins.encoder.tokens import Tokens, _token_ids, stored_tokens, tokenize
+from adaptive_margins.encoder.tokens import Tokens, _token_ids, shorten, stored_tokens, tokenize
 from conftest import RANDOM_LENGTH as LENGTH
 from conftest import RANDOM_TEXTS as TEXTS
 from conftest import TEXTS as SENTENCES
@@ -53,6 +53,28 @@ def test_tokens_are_those_of_the_tokenizer(bert, length):
         if len(expected) > length:
             expected = expected[: length - 1] + expected[-1:]  # [SEP] stays
         assert tokens.batch([row])["input_ids"][0].tolist() == expected
+
+
+@pytest.mark.parametrize("length", [4, 7, 40])
+def test_shortened_texts_are_the_most_words_that_fit(bert, length):
+    texts = [
+        *SENTENCES,
+        "unbelievably-long_identifier.with.many.parts",
+        "",
+        "  spaces  at both ends ",
+    ]
+    for text, short in zip(texts, shorten(bert, texts, length), strict=True):
+        words, fits = text.split(), []
+        for n in range(len(words) + 1):
+            if len(bert.tokenizer(" ".join(words[:n]))["input_ids"]) <= length:
+                fits = words[:n]
+        assert len(bert.tokenizer(short)["input_ids"]) <= length
+        assert text.startswith(short)
+        if fits or not words:
+            assert short.split() == fits
+            assert short == text or fits != words
+        else:  # within the first word
+            assert words[0].startswith(short.strip()) and short.strip()
 
 
 def test_taken_and_joined_texts_are_those_of_a_loop():

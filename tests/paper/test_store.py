@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from pydantic import ValidationError
 
 from adaptive_margins import files
@@ -43,6 +44,7 @@ def training_result() -> TrainingResult:
     return TrainingResult(
         curve=curve, checks=checks, targets=targets, kept=EVALUATION, kept_step=2, best_step=2, stop_step=2, triples=8,
         train_seconds=1.5, eval_seconds=0.5, peak_bytes=123456789,
+        states={"selected": {"w": torch.ones(2)}, "last": {"w": torch.arange(6.0).view(2, 3).T}},
     )  # fmt: skip
 
 
@@ -75,6 +77,11 @@ def test_a_run_is_written_as_the_contract_says_and_read_back(store):
     assert stored.evaluation("rerank", "validation") == EVALUATION
     assert stored.run("full", "test1") == RUN
     expected = training_result()
+    put(store, ranked := run_config(test_sets=("test1",), full_measures=("nDCG@10",), full_depth=9))
+    for which, state in expected.states.items():
+        assert store.get(ranked).weights(which)["w"].equal(state["w"])
+    with pytest.raises(StoreError, match="selected.safetensors is missing"):
+        stored.weights()
     pd.testing.assert_frame_equal(stored.curve, expected.curve)
     pd.testing.assert_frame_equal(stored.targets, expected.targets)
 
