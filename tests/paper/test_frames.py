@@ -15,9 +15,11 @@ import pytrec_eval
 from scipy import stats
 from sentence_transformers import SentenceTransformer
 
+from adaptive_margins import paper
 from adaptive_margins.data.stored import seeded_order
 
 ENCODERS = ["minilm-3", "minilm-4"]
+SEEDS = {"minilm-3": [1], "minilm-4": [1, 2]}  # of the rows of Tables 3 and 4
 TARGETS = [0.0, 0.5, 1.0]
 TREC = {  # ours → trec_eval's, and the grade from which on a passage is relevant
     "nDCG@10": ("ndcg_cut_10", 1),
@@ -65,6 +67,15 @@ class Files:
     def having(self, **values):
         return {i for i, c in self.config.items() if all(c.get(k) == v for k, v in values.items())}
 
+    def seeds_of(self, run_id):
+        """A run and those that differ from it in the seed alone, by seed; the model of one is saved."""
+        seen = {
+            i: {k: v for k, v in c.items() if k not in ("seed", "save_model")}
+            for i, c in self.config.items()
+        }
+        same = [i for i, values in seen.items() if values == seen[run_id]]
+        return sorted(same, key=lambda i: self.config[i].get("seed", 0))
+
     def one(self, **values):
         (run_id,) = self.having(**values)
         return run_id
@@ -105,22 +116,25 @@ def test_number_and_identity_of_runs(files):
                 for seed in (1, 2):
                     values = {"target": target, "in_batch": in_batch, "seed": seed, "patience": 0}
                     assert len(files.having(encoder=encoder, **values)) == (seed in seeds)
-            for patience in (0, 2):
-                values = {"target": "adaptive", "in_batch": in_batch, "patience": patience}
-                assert files.one(encoder=encoder, **values)
+            row = {"encoder": encoder, "in_batch": in_batch, "patience": 2}
+            found = [files.config[i]["seed"] for i in files.having(target="adaptive", **row)]
+            assert sorted(found) == SEEDS[encoder]
             values = {"encoder": encoder, "in_batch": in_batch, "patience": 2, "loss": "margin"}
             targets = {files.config[i]["target"] for i in files.having(**values)}
             tuned[encoder, in_batch] = targets - {"adaptive", "distributed"}
-        for size in (4, 8):
-            assert files.one(encoder=encoder, target="distributed", batch_size=size, patience=0)
-        assert files.one(encoder=encoder, target="distributed", patience=2)
+        distributed = {"encoder": encoder, "target": "distributed"}
+        assert files.one(**distributed, batch_size=4, patience=0)
+        found = [files.config[i]["seed"] for i in files.having(**distributed, batch_size=8)]
+        assert sorted(found) == SEEDS[encoder]
     assert files.one(encoder="bm25")
     assert files.one(encoder="minilm", kind="zero-shot")
-    assert files.one(encoder="minilm-4", loss="softmax", patience=2, in_batch=True)
-    assert files.one(encoder="minilm-4", target=1.0, in_batch=False, patience=2)
+    for seed in SEEDS["minilm-4"]:
+        row = {"encoder": "minilm-4", "patience": 2, "seed": seed}
+        assert files.one(loss="softmax", in_batch=True, **row)
+        assert files.one(target=1.0, in_batch=False, **row)
     tuned_is_one = tuned.pop(("minilm-4", False)) == {1.0}  # then a row of Table 3 is Table 4's
     assert all(len(targets) == 1 for targets in tuned.values())
-    assert len(files.runs) == 18 + 4 + 4 + 10 + 2 + 4 - tuned_is_one
+    assert len(files.runs) == 18 + 2 + 5 * 3 + 2 * 2 + 4 - 2 * tuned_is_one
 
 
 def test_the_settings_of_each_section(files):
@@ -130,12 +144,14 @@ def test_the_settings_of_each_section(files):
             assert config["test_sets"] == ["test1", "test2"]
             continue
         comparison = config["patience"] > 0
-        assert config["decay"] == (0.99999 if comparison else 1.0)
+        curve = comparison or config["target"] == "distributed"
+        assert config["decay"] == (0.99999 if curve else 1.0)
+        assert config["stop_early"] != comparison
         assert config["test_sets"] == (["test1", "test2"] if comparison else [])
         static = isinstance(config["target"], float) and not comparison
         assert config["keep"] == ("last" if static else "best")
         assert config["triples"] == (16 if static else 32)
-        steps = 0 if static else (8 if comparison else 16) // config["batch_size"]
+        steps = 0 if static else 8 // config["batch_size"]
         assert config["evaluate_every"] == steps
         assert config["in_batch"] in (
             (False,) if config["target"] == "distributed" else (False, True)
@@ -145,7 +161,7 @@ def test_the_settings_of_each_section(files):
 
 def test_only_one_model_is_saved(files):
     saved = [i for i, path in files.runs.items() if (path / "model").exists()]
-    assert saved == [files.one(encoder="minilm-4", target="distributed", patience=2)]
+    assert saved == [files.one(encoder="minilm-4", target="distributed", patience=2, seed=1)]
 
 
 def test_step_0_is_the_encoder_as_it_comes(files):
@@ -201,8 +217,15 @@ def test_what_is_kept_is_the_best_of_the_curve(files):
             continue
         result, curve = files.result[run_id], files.curve(run_id)
         steps = dict(zip(curve["step"], curve["nDCG@10"], strict=True))
-        best = min(steps, key=lambda s: (-steps[s], s))
-        assert result["best_step"] == best
+        end = max(steps)
+        for n in sorted(steps) if config["patience"] else ():  # two evaluations without a gain
+            before = [s for s in steps if s <= n]
+            first = min(before, key=lambda s: (-steps[s], s))
+            if len([s for s in before if s > first]) >= config["patience"]:
+                end = min(end, n)
+        best = min([s for s in steps if s <= end], key=lambda s: (-steps[s], s))
+        assert (result["best_step"], result["stop_step"]) == (best, end)
+        assert result["triples"] == end * config["batch_size"]
         kept = best if config["keep"] == "best" else result["stop_step"]
         assert result["kept_step"] == kept
         row = curve[curve["step"] == kept].iloc[0]
@@ -248,13 +271,13 @@ def test_figures_4_and_5(frames, files, name):
     assert list(frame.columns) == [
         "encoder", "in_batch", "batch_size", "seed", "step", "triples", "measure", "value", "maximum", "run_id",
     ]  # fmt: skip
-    target, patience = ("adaptive" if name == "figure4" else "distributed"), 0
-    assert set(frame["run_id"]) == files.having(target=target, patience=patience)
+    target = "adaptive" if name == "figure4" else "distributed"
+    assert set(frame["run_id"]) == files.having(target=target, seed=1)
     for run_id, group in frame.groupby("run_id"):
         config, curve = files.config[run_id], files.curve(run_id)
         for column in ("encoder", "in_batch", "batch_size", "seed"):
             assert set(group[column]) == {config[column]}
-        assert curve["triples"].tolist() == [0, 16, 32]
+        assert curve["triples"].tolist() == [0, 8, 16, 24, 32]
         for measure, line in group.groupby("measure"):
             assert line["step"].tolist() == curve["step"].tolist()
             assert line["triples"].tolist() == curve["triples"].tolist()
@@ -291,7 +314,7 @@ def test_figure_6(frames, files):
     assert len(frame) == 2 * 2 * span  # encoders, parts
     for (run_id, part), group in frame.groupby(["run_id", "part"]):
         config = files.config[run_id]
-        assert (config["target"], config["batch_size"], config["patience"]) == ("distributed", 8, 0)
+        assert (config["target"], config["batch_size"], config["seed"]) == ("distributed", 8, 1)
         assert set(group["encoder"]) == {config["encoder"]}
         raw = pd.read_parquet(files.runs[run_id] / "targets.parquet").to_dict("list")
         steps = raw["step"][:span] if part == "first" else raw["step"][-span:]
@@ -309,7 +332,7 @@ def test_figure_6(frames, files):
 def test_table_2_with_sentence_transformers_alone(frames, files):
     frame = frames["table2"]
     (run_id,), (qid,) = set(frame["run_id"]), set(frame["qid"])
-    assert run_id == files.one(encoder="minilm-4", target="distributed", patience=2)
+    assert run_id == files.one(encoder="minilm-4", target="distributed", patience=2, seed=1)
     model = SentenceTransformer(str(files.runs[run_id] / "model"))
     queries, passages = files.texts("queries.train.tsv"), files.texts("collection.tsv")
 
@@ -350,25 +373,38 @@ def test_table_2_with_sentence_transformers_alone(frames, files):
 
 
 def tost(a, b, comparisons):
-    """p, adjusted p and interval of a paired TOST with margin .05, by scipy; None where nothing varies."""
-    differences = np.array([a[q] - b[q] for q in sorted(a)])
-    if np.ptp(differences) < 1e-12:
-        return differences.mean(), None
-    p = max(
-        stats.ttest_1samp(differences + 0.05, 0, alternative="greater").pvalue,
-        stats.ttest_1samp(differences - 0.05, 0, alternative="less").pvalue,
-    )
-    interval = stats.t.interval(
-        1 - 2 * 0.05 / comparisons, len(differences) - 1, differences.mean(), stats.sem(differences)
-    )
-    return differences.mean(), (p, min(1, p * comparisons), *interval)
+    """p, adjusted p and interval of TOST with margin .05 for lists of seeds; None where nothing varies.
+
+    Two random effects, queries and seeds, by pandas' group means and scipy's t distribution.
+    """
+    seeds = max(len(a), len(b))
+    a, b = (x * (seeds // len(x)) for x in (a, b))
+    table = pd.DataFrame([{q: x[q] - y[q] for q in x} for x, y in zip(a, b, strict=True)])
+    s, q = table.shape
+    mean, freedom = table.stack().mean(), q - 1
+    if np.ptp(table.to_numpy()) < 1e-12:
+        return mean, None
+    variance = s * table.mean(axis=0).var() / (q * s)
+    if s > 1:
+        rest = table.sub(table.mean(axis=0), axis=1).sub(table.mean(axis=1), axis=0) + mean
+        of_queries, of_seeds = s * table.mean(axis=0).var(), q * table.mean(axis=1).var()
+        of_rest = (rest**2).to_numpy().sum() / ((q - 1) * (s - 1))
+        if of_seeds > of_rest:
+            variance = (of_queries + of_seeds - of_rest) / (q * s)
+            parts = of_queries**2 / (q - 1) + of_seeds**2 / (s - 1) + of_rest**2 / (q - 1) / (s - 1)
+            freedom = (variance * q * s) ** 2 / parts
+    error = math.sqrt(variance)
+    p = stats.t.sf((0.05 - abs(mean)) / error, freedom)
+    interval = stats.t.interval(1 - 2 * 0.05 / comparisons, freedom, mean, error)
+    return mean, (p, min(1, p * comparisons), *interval)
 
 
 def check_test(row, files, comparisons):
     """The TOST of a row of Table 3 or 4 against its reference."""
+    ids = [row.run_ids.split(), files.seeds_of(row.reference_run_id)]
     per_query = [
-        files.result[i]["full"][row.set]["per_query"][row.measure] for i in (row.run_id, row.reference_run_id)
-    ]  # fmt: skip
+        [files.result[i]["full"][row.set]["per_query"][row.measure] for i in of] for of in ids
+    ]
     if row.run_id == row.reference_run_id:
         assert math.isnan(row.difference)
         assert math.isnan(row.p_adjusted)
@@ -391,12 +427,14 @@ def test_table_3(frames, files):
     frame = frames["table3"]
     assert list(frame.columns) == [
         "encoder", "target", "epsilon", "in_batch", "set", "measure", "value", "best", "difference", "low", "high", "p",
-        "p_adjusted", "comparisons", "equivalent", "seconds", "sweep_seconds", "triples", "run_id", "reference_run_id",
+        "p_adjusted", "comparisons", "equivalent", "seconds", "sweep_seconds", "triples", "run_id", "reference_run_id", "run_ids",
     ]  # fmt: skip
     assert len(frame) == 2 * 5 * 2 * 2
     assert set(frame["comparisons"]) == {4}
     for row in frame.itertuples():
-        config, result = files.config[row.run_id], files.result[row.run_id]
+        assert row.run_ids.split() == files.seeds_of(row.run_id)
+        assert len(row.run_ids.split()) == len(SEEDS[row.encoder])
+        config = files.config[row.run_id]
         assert (config["encoder"], config["in_batch"], config["patience"]) == (
             row.encoder,
             row.in_batch,
@@ -404,8 +442,10 @@ def test_table_3(frames, files):
         )
         assert config["target"] == (row.epsilon if row.target == "static" else row.target)
         assert math.isnan(row.epsilon) == (row.target != "static")
-        assert row.value == result["full"][row.set]["mean"][row.measure]
-        assert row.triples == result["triples"]
+        results = [files.result[i] for i in row.run_ids.split()]
+        values = [r["full"][row.set]["mean"][row.measure] for r in results]
+        assert row.value == pytest.approx(np.mean(values), abs=1e-12)
+        assert row.triples == np.mean([r["triples"] for r in results])
         sweep = 0.0
         if row.target == "static":
             grid = {
@@ -419,7 +459,7 @@ def test_table_3(frames, files):
             }
             assert row.epsilon == min(t for t in TARGETS if values[t] == max(values.values()))
         assert row.sweep_seconds == pytest.approx(sweep)
-        assert row.seconds == pytest.approx(result["train_seconds"] + sweep)
+        assert row.seconds == pytest.approx(np.mean([r["train_seconds"] for r in results]) + sweep)
         check_test(row, files, 4)
     for _, group in frame.groupby(["encoder", "set", "measure"]):
         assert len(group) == 5
@@ -430,20 +470,28 @@ def test_table_3(frames, files):
         assert set(group["measure"]) <= {"nDCG@10", "R(rel=2)@20"}
 
 
-def test_table_3_shares_no_run_with_the_figures(frames):
-    figures = {
-        i for name in ("figure3", "figure4", "figure5", "figure6") for i in frames[name]["run_id"]
-    }
-    assert not figures & set(frames["table3"]["run_id"])
+def test_figures_4_and_5_show_the_runs_of_table_3(frames):
+    """Where settings agree: not with batches of 4, which Table 3 does not have."""
+    rows = set(frames["table3"]["run_id"])
+    assert set(frames["figure4"]["run_id"]) < rows
+    sizes = frames["figure5"].groupby("run_id")["batch_size"].first()
+    assert {run_id in rows for run_id in sizes.index[sizes == 8]} == {True}
+    assert {run_id in rows for run_id in sizes.index[sizes == 4]} == {False}
+
+
+def test_runs_that_stop_early_are_not_shared(smoke, tmp_path):
+    stopping = paper.open("smoke", smoke.home, comparison__stop_early=True).experiments
+    figures = {run.run_id for run in (*stopping.figure4_runs(), *stopping.figure5_runs())}
+    assert not figures & {run.run_id for run in stopping.table3_runs()}
 
 
 def test_table_4(frames, files):
     frame = frames["table4"]
     assert list(frame.columns) == [
         "block", "loss", "sampling", "in_batch", "source", "set", "measure", "value", "best", "difference", "low", "high",
-        "p_adjusted", "comparisons", "equivalent", "refused", "missing", "triples", "run_id", "reference_run_id",
+        "p_adjusted", "comparisons", "equivalent", "refused", "missing", "triples", "run_id", "reference_run_id", "run_ids",
     ]  # fmt: skip
-    softmax = files.one(loss="softmax")
+    softmax = files.one(loss="softmax", seed=1)
     assert set(frame["reference_run_id"]) == {softmax}
     wanted = {
         ("Adaptive", "✗"): {"target": "adaptive", "in_batch": False, "patience": 2},
@@ -459,14 +507,17 @@ def test_table_4(frames, files):
     assert set(rows.get_group(whole)["run_id"]) == {files.one(encoder="minilm", kind="zero-shot")}
     assert set(rows.groups) == {*wanted, whole, ("Static (tuned)", "✗"), ("Static (tuned)", "✓")}
     for key, values in wanted.items():
-        values = {"encoder": "minilm-4", **values}
+        trained = {"seed": 1} if values.keys() & {"target", "loss"} else {}
+        values = {"encoder": "minilm-4", **trained, **values}
         assert set(rows.get_group(key)["run_id"]) == {files.one(**values)}, key
     tuned = frames["table3"].query("encoder == 'minilm-4' and target == 'static'")
     for sign, in_batch in (("✗", False), ("✓", True)):
         found = set(rows.get_group(("Static (tuned)", sign))["run_id"])
         assert found == set(tuned.loc[tuned["in_batch"] == in_batch, "run_id"])
     for row in frame.itertuples():
-        assert row.value == files.result[row.run_id]["full"][row.set]["mean"][row.measure]
+        assert row.run_ids.split() == files.seeds_of(row.run_id)
+        found = [files.result[i]["full"][row.set]["mean"] for i in row.run_ids.split()]
+        assert row.value == pytest.approx(np.mean([f[row.measure] for f in found]), abs=1e-12)
         check_test(row, files, 9)
     for _, group in frame.groupby(["block", "set", "measure"]):
         assert set(group.loc[group["best"], "value"]) == {group["value"].max()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Sequence
 from typing import Any
 
 from adaptive_margins.paper.inputs import Inputs
@@ -150,19 +151,20 @@ class Experiments:
             for target in s.targets
         ]
 
-    def _line(self, encoder: str, target: str, in_batch: bool, size: int) -> TrainingRun:
-        """A line of Figure 4 or 5: the run of Table 3 if it has the same curve, to its end."""
-        line = self.curve_run(encoder, target, in_batch, size)
-        row = self.variant_run(encoder, target, in_batch)
+    def shown_by(self, line: TrainingRun) -> TrainingRun:
+        """The run of Table 3 or 4 that has the same curve to its end, if there is one, or itself."""
+        if self.profile.comparison.stop_early:
+            return line
         beside = {*("patience", "stop_early", "keep", "save_model"), *self.full_ranking()}
-        same = row.model_dump(exclude=beside) == line.model_dump(exclude=beside)
-        return row if same and not row.stop_early else line
+        curve = line.model_dump(exclude=beside)
+        rows = [*self.self_distilled_rows(), *self.table4_runs()]
+        return next((row for row in rows if row.model_dump(exclude=beside) == curve), line)
 
     def figure4_runs(self) -> list[TrainingRun]:
         """Adaptive targets with and without in-batch negatives."""
         size = self.profile.adaptive.batch_sizes[0]
         return [
-            self._line(e, "adaptive", in_batch, size)
+            self.shown_by(self.curve_run(e, "adaptive", in_batch, size))
             for e in self.profile.encoders
             for in_batch in (False, True)
         ]
@@ -170,7 +172,7 @@ class Experiments:
     def figure5_runs(self) -> list[TrainingRun]:
         """Distributed targets by batch size."""
         return [
-            self._line(e, "distributed", False, size)
+            self.shown_by(self.curve_run(e, "distributed", False, size))
             for e in self.profile.encoders
             for size in self.profile.distributed.batch_sizes
         ]
@@ -180,10 +182,17 @@ class Experiments:
 
         StoreError as long as the runs of Figure 3 are missing.
         """
+        return self._rows(VARIANTS)
+
+    def self_distilled_rows(self) -> list[TrainingRun]:
+        """Those rows of Table 3 that need no runs of Figure 3: adaptive and distributed targets."""
+        return self._rows(VARIANTS[2:])
+
+    def _rows(self, variants: Sequence[tuple[str, bool]]) -> list[TrainingRun]:
         return [
             self.variant_run(e, *v, seed)
             for e in self.profile.encoders
-            for v in VARIANTS
+            for v in variants
             for seed in self.seeds(e)
         ]
 
@@ -246,14 +255,8 @@ class Experiments:
 def fixed_runs(experiments: Experiments) -> list[RunConfig]:
     """All runs that are known before Figure 3 decides about the ε of Table 3."""
     e = experiments
-    rows = [
-        e.variant_run(name, *v, seed)
-        for name in e.profile.encoders
-        for v in VARIANTS[2:]
-        for seed in e.seeds(name)
-    ]
     curves = [*e.figure3_runs(), *e.figure4_runs(), *e.figure5_runs()]
-    return [*e.baseline_runs(), *curves, *rows, *e.table4_runs()]
+    return [*e.baseline_runs(), *curves, *e.self_distilled_rows(), *e.table4_runs()]
 
 
 def static_rows(experiments: Experiments) -> dict[tuple[str, bool], list[TrainingRun]]:
