@@ -344,7 +344,7 @@ def test_table_2_with_sentence_transformers_alone(frames, files):
     triples = files.triples()
     order = seeded_order(len(triples), 1)[:8]
     batch = [triples[i] for i in order]
-    q = vectors([queries[t[0]] for t in batch], 10)
+    q = vectors([queries[t[0]] for t in batch], 20)
     p = vectors([passages[t[1]] for t in batch], 12)
     n = vectors([passages[t[2]] for t in batch], 12)
     targets = np.array([[(1 + a @ b) / 2 for b in n] for a in p])

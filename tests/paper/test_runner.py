@@ -190,7 +190,7 @@ def test_other_encoders_from_the_collection_to_a_saved_model(
     collection = other.inputs.collection
     hits = run.run("rerank", "test1")
     for qid in collection.queries["test1"].ids[:5]:
-        model.max_seq_length = 10
+        model.max_seq_length = 20
         q = model.encode(collection.queries["test1"][qid], normalize_embeddings=True)
         model.max_seq_length = 12
         for docid, score in hits[qid].items():

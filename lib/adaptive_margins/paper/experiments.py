@@ -152,7 +152,7 @@ class Experiments:
         ]
 
     def shown_by(self, line: TrainingRun) -> TrainingRun:
-        """The run of Table 3 or 4 that has the same curve to its end, if there is one, or itself."""
+        """The run of Table 3 or 4 that has the same curve to its end; itself if there is none."""
         if self.profile.comparison.stop_early:
             return line
         beside = {*("patience", "stop_early", "keep", "save_model"), *self.full_ranking()}
