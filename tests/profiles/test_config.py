@@ -61,18 +61,18 @@ def test_which_profiles_are_shipped():
     assert available() == sorted(available())
 
 
-def test_the_grids_that_were_promised():
-    grids = {name: load_profile(name).static.targets for name in ("laptop", "laptop-full")}
-    assert grids["laptop"] == tuple(i / 5 for i in range(6))
-    assert grids["laptop-full"] == tuple(i / 10 for i in range(11))
-    for name, seeds in (("laptop", 2), ("laptop-full", 3)):
-        profile = load_profile(name)
+def test_the_two_laptop_profiles():
+    quick, long = load_profile("laptop"), load_profile("laptop-long")
+    for profile in (quick, long):
         assert len(profile.encoders) == 3
         assert profile.distributed.batch_sizes == (16, 32)
-        assert max(map(len, profile.static.seeds.values())) == seeds
-        assert profile.collection.validation >= 300
+        assert profile.collection.validation >= 200
         assert profile.collection.test >= 600
-    assert load_profile("laptop-full").encoders == load_profile("laptop").encoders
+        assert not profile.comparison.stop_early  # so that figures and Table 3 share runs
+    assert quick.comparison.seeds == {quick.reference_encoder: (1, 2, 3)}
+    assert long.comparison.seeds == long.static.seeds == dict.fromkeys(long.encoders, (1, 2, 3))
+    assert long.comparison.triples == 8 * quick.comparison.triples
+    assert quick.encoders == long.encoders and quick.lengths == long.lengths
 
 
 def test_the_device_is_by_default_the_best_there_is(tmp_path, values):
