@@ -57,7 +57,7 @@ def test_shipped_profiles_load(name):
 
 
 def test_which_profiles_are_shipped():
-    assert {"smoke", "laptop", "laptop-full"} <= set(available())
+    assert {"smoke", "laptop", "laptop-long"} <= set(available())
     assert available() == sorted(available())
 
 
