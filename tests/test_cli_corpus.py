@@ -620,7 +620,7 @@ def test_collection_lists_the_runs_in_its_folder(call, answer, corpus, tmp_path)
     (folder / "._mine.run").write_bytes(b"\x00\x05\x16\x07")
     code, out, err = call("collection", folder, "--json")
     assert code == 0 and json.loads(out)["runs"] == {}
-    assert err.count("no run:") == 1 and "mine.run:1:" in err and "'much'" in err
+    assert err.count("not a run:") == 1 and "mine.run:1:" in err and "'much'" in err
 
 
 # ---- train -------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def test_the_plan_of_a_finished_home_and_of_an_unfinished_one(smoke, tmp_path):
     assert runs["done"].all()
     assert (set(runs["why"]), runs["seconds"].sum()) == ({""}, 0)
     assert (plan.seconds, plan.downloads, plan.stated) == (0.0, [], [])
-    assert Counter(runs["encoder"]) == {"bm25": 1, "minilm": 1, "minilm-3": 22, "minilm-4": 18}
+    assert Counter(runs["encoder"]) == {"bm25": 1, "minilm": 1, "minilm-3": 19, "minilm-4": 20}
 
     home = tmp_path / "home"
     for name in ("cache", "collections"):
@@ -84,7 +84,7 @@ def test_the_plan_of_a_finished_home_and_of_an_unfinished_one(smoke, tmp_path):
 
     plan = paper.open("smoke", home).plan()
     runs = plan.runs.set_index("run_id")
-    assert len(runs) == 42
+    assert len(runs) == 43  # ε of Table 3 is not known: two seeds count apart from those of ε = 1
     assert runs.index[runs["done"]].tolist() == [smoke.experiments.bm25_run().run_id, done.run_id]
     assert (runs.loc[~runs["done"], "seconds"] > 0).all()
     assert plan.seconds == pytest.approx(runs["seconds"].sum() / 2)

@@ -52,7 +52,8 @@ def test_running_again_computes_nothing(smoke, monkeypatch, capsys):
     assert len(again.runner.ensure(smoke.experiments.figure3_runs())) == 18
     after = {p: p.stat().st_mtime_ns for p in smoke.home.rglob("*") if "_executed" not in p.parts}
     assert after == before
-    assert "42 of 42 runs are done" in capsys.readouterr().err
+    count = len(list(smoke.store.folder.iterdir()))
+    assert f"{count} of {count} runs are done" in capsys.readouterr().err
 
 
 def test_an_unknown_run_is_refused_before_any_is_computed(tmp_path, monkeypatch):
@@ -85,7 +86,7 @@ def test_one_run_with_own_values(smoke, tmp_path):
     }  # read, not trained
     run = other.train("minilm-3", target=0.25, triples=16, batch_size=8, learning_rate=5e-4)
     assert (run.config.target, run.config.learning_rate, run.config.triples) == (0.25, 5e-4, 16)
-    assert run.curve["step"].tolist() == [0, 2]
+    assert run.curve["step"].tolist() == [0, 1, 2]
     start = other.zero_shot("minilm-3")
     measures = list(run.config.rerank_measures)
     np.testing.assert_array_equal(
@@ -178,6 +179,7 @@ def test_other_encoders_from_the_collection_to_a_saved_model(
         "untrained": {}, "reference_encoder": "tiny", "workers": 1,
     }  # fmt: skip
     values["static"] |= {"seeds": {}, "targets": [0.5]}
+    values["comparison"]["seeds"] = {}
     other = Reproduction(type(smoke.profile).model_validate(values), home)
     table = other.table2()
     run = other.store.get(other.experiments.variant_run("tiny", "distributed", False))

@@ -102,20 +102,15 @@ class Experiments:
         common = {**self._curve(s, s.batch_sizes[0]), **_overrides(s), **self.full_ranking()}
         return self.training_run(encoder, **{**own, **common, **values})
 
-    def seeds(self, encoder: str) -> tuple[int, ...]:
-        """Seeds of an encoder's rows in Tables 3 and 4."""
-        s = self.profile.comparison
-        return s.seeds.get(encoder, (self.profile.seed if s.seed is None else s.seed,))
-
     def variant_run(
         self, encoder: str, target: str, in_batch: bool, seed: int | None = None
     ) -> TrainingRun:
-        """A row of Table 3 with one seed, by default the first of `seeds`.
+        """A row of Table 3 with one seed, by default the first.
 
         A static row needs the runs of Figure 3 (else StoreError).
         """
         value: float | str = self.tuned_target(encoder, in_batch) if target == "static" else target
-        first, *_ = self.seeds(encoder)
+        first, *_ = self.profile.row_seeds(encoder)
         seed = first if seed is None else seed
         reference = encoder == self.profile.reference_encoder and seed == first
         save = reference and target == "distributed"
@@ -133,11 +128,6 @@ class Experiments:
         return max(means, key=lambda target: (means[target], -target))
 
     # ---- the runs of a figure or table ---------------------------------------------------------
-
-    def baseline_runs(self) -> list[BM25Run | ZeroShotRun]:
-        """BM25 and all zero-shot encoders."""
-        encoders = [*self.profile.encoders, *self.profile.untrained]
-        return [self.bm25_run(), *(self.zero_shot_run(e) for e in encoders)]
 
     def figure3_runs(self) -> list[TrainingRun]:
         """Static targets: ε × in-batch × encoders, with the further seeds."""
@@ -157,7 +147,7 @@ class Experiments:
             return line
         beside = {*("patience", "stop_early", "keep", "save_model"), *self.full_ranking()}
         curve = line.model_dump(exclude=beside)
-        rows = [*self.self_distilled_rows(), *self.table4_runs()]
+        rows = [*_rows(self, VARIANTS[2:]), *self.table4_runs()]
         return next((row for row in rows if row.model_dump(exclude=beside) == curve), line)
 
     def figure4_runs(self) -> list[TrainingRun]:
@@ -182,19 +172,7 @@ class Experiments:
 
         StoreError as long as the runs of Figure 3 are missing.
         """
-        return self._rows(VARIANTS)
-
-    def self_distilled_rows(self) -> list[TrainingRun]:
-        """Those rows of Table 3 that need no runs of Figure 3: adaptive and distributed targets."""
-        return self._rows(VARIANTS[2:])
-
-    def _rows(self, variants: Sequence[tuple[str, bool]]) -> list[TrainingRun]:
-        return [
-            self.variant_run(e, *v, seed)
-            for e in self.profile.encoders
-            for v in variants
-            for seed in self.seeds(e)
-        ]
+        return _rows(self, VARIANTS)
 
     def table4_runs(self) -> list[TrainingRun]:
         """The rows of Table 4 that Table 3 has not: ε = 1 and the softmax loss."""
@@ -205,7 +183,7 @@ class Experiments:
                 {"target": 1.0, "in_batch": False},
                 {"loss": "softmax", "target": None, "in_batch": True},
             )
-            for seed in self.seeds(e)
+            for seed in self.profile.row_seeds(e)
         ]
 
     # ---- values --------------------------------------------------------------------------------
@@ -256,7 +234,24 @@ def fixed_runs(experiments: Experiments) -> list[RunConfig]:
     """All runs that are known before Figure 3 decides about the ε of Table 3."""
     e = experiments
     curves = [*e.figure3_runs(), *e.figure4_runs(), *e.figure5_runs()]
-    return [*e.baseline_runs(), *curves, *e.self_distilled_rows(), *e.table4_runs()]
+    return [*baseline_runs(e), *curves, *_rows(e, VARIANTS[2:]), *e.table4_runs()]
+
+
+def baseline_runs(experiments: Experiments) -> list[BM25Run | ZeroShotRun]:
+    """BM25 and all zero-shot encoders."""
+    e = experiments
+    encoders = [*e.profile.encoders, *e.profile.untrained]
+    return [e.bm25_run(), *(e.zero_shot_run(name) for name in encoders)]
+
+
+def _rows(experiments: Experiments, variants: Sequence[tuple[str, bool]]) -> list[TrainingRun]:
+    """Rows of Table 3 with their seeds; all but the first two variants need no runs of Figure 3."""
+    return [
+        experiments.variant_run(e, *v, seed)
+        for e in experiments.profile.encoders
+        for v in variants
+        for seed in experiments.profile.row_seeds(e)
+    ]
 
 
 def static_rows(experiments: Experiments) -> dict[tuple[str, bool], list[TrainingRun]]:
@@ -266,7 +261,7 @@ def static_rows(experiments: Experiments) -> dict[tuple[str, bool], list[Trainin
         (name, in_batch): [
             e.comparison_run(name, target=target, in_batch=in_batch, seed=seed)
             for target in e.profile.static.targets
-            for seed in e.seeds(name)
+            for seed in e.profile.row_seeds(name)
         ]
         for name in e.profile.encoders
         for in_batch in (False, True)

@@ -217,7 +217,7 @@ def table3(experiments: Experiments, runner: Runner) -> pd.DataFrame:
     stored = iter(runner.ensure(experiments.table3_runs()))
     rows = []
     for encoder in profile.encoders:
-        seeds = experiments.seeds(encoder)
+        seeds = profile.row_seeds(encoder)
         runs = {variant: [next(stored) for _ in seeds] for variant in VARIANTS}
         group = [_ranked(row, profile) for row in runs.values()]
         for ((target, in_batch), row), ranked in zip(runs.items(), group, strict=True):
@@ -272,7 +272,7 @@ def _table4_runs(
 ) -> Iterator[tuple[tuple[str, ...], list[StoredRun[Any]]]]:
     """Block, loss, sampling, in-batch and source of each row of Table 4, and its runs by seed."""
     e = experiments.profile.reference_encoder
-    seeds = experiments.seeds(e)
+    seeds = experiments.profile.row_seeds(e)
     runner.ensure(experiments.figure3_runs())
     tuned_no, tuned_yes, adaptive_no, adaptive_yes, distributed = (
         runner.ensure([experiments.variant_run(e, *v, seed) for seed in seeds]) for v in VARIANTS

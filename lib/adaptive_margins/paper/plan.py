@@ -161,7 +161,7 @@ def make_plan(inputs: Inputs, store: Store) -> Plan:
 def _planned(experiments: Experiments) -> list[RunConfig]:
     configs = fixed_runs(experiments)
     for (encoder, in_batch), candidates in static_rows(experiments).items():
-        seeds = experiments.seeds(encoder)
+        seeds = experiments.profile.row_seeds(encoder)
         try:
             configs += [experiments.variant_run(encoder, "static", in_batch, s) for s in seeds]
         except StoreError:  # ε is not known before the runs of Figure 3 are finished

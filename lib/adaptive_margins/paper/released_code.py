@@ -23,6 +23,7 @@ from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.evaluation.measures import evaluate
 from adaptive_margins.paper import Reproduction
+from adaptive_margins.paper.experiments import baseline_runs
 from adaptive_margins.paper.released_statistics import (
     COMPARED,
     Comparison,
@@ -101,6 +102,8 @@ class Differences:
     def variant(self, target: str, in_batch: bool, **values: Any) -> list[TrainingRun]:
         """A row of Table 3 for each seed, with ``values`` instead of the row's settings."""
         base = self.reproduction.experiments.variant_run(self.encoder, target, in_batch)
+        if values.get("keep") == "last":  # that of the stop
+            values["stop_early"] = True
         runs = [
             base.model_copy(update={"orientation": "paper", **values, "seed": seed})
             for seed in self.seeds
@@ -189,7 +192,7 @@ class Differences:
     def _systems(self) -> list[RunConfig]:
         """BM25, zero-shot encoders, and all rows of Tables 3 and 4."""
         e = self.reproduction.experiments
-        return [*e.baseline_runs(), *e.table3_runs(), *e.table4_runs()]
+        return [*baseline_runs(e), *e.table3_runs(), *e.table4_runs()]
 
     def configs(self) -> list[RunConfig]:
         """All runs of the chapter but those that ε is tuned on, each once."""

@@ -427,6 +427,11 @@ class Profile(_Settings):
                 raise ValueError(f"sets names {name!r}; the collection has {', '.join(known)}")
         return self
 
+    def row_seeds(self, encoder: str) -> tuple[int, ...]:
+        """Seeds of an encoder's rows in Tables 3 and 4."""
+        s = self.comparison
+        return s.seeds.get(encoder, (self.seed if s.seed is None else s.seed,))
+
 
 def available() -> list[str]:
     """Names of the profiles that come with the library."""
