@@ -278,6 +278,8 @@ class _Estimates:
 
 def _calibrated(inputs: Inputs, encoder: str) -> _Speed:
     """Measure an encoder; on a CPU in one thread, as workers compute."""
+    if inputs.settings(encoder).trained_layers is not None:
+        inputs.encoder(encoder)  # its frozen layers are computed with all threads
     threads = torch.get_num_threads()
     if inputs.profile.device == "cpu":
         torch.set_num_threads(1)
