@@ -106,6 +106,9 @@ def _setup(reproduction: Reproduction) -> dict[str, str]:
         f"{encoder_label(e)} with seeds {', '.join(map(str, dict.fromkeys([p.seed, *more])))}"
         for e, more in s.seeds.items()
     ]
+    goes_on = "" if comparison.stop_early else "; training goes on, for the rest of the curve"
+    several = {encoder_label(e): ", ".join(map(str, s)) for e, s in comparison.seeds.items()}
+    row_seeds = "".join(f"; {e} with seeds {seeds}" for e, seeds in several.items())
     static = f"ε in {', '.join(f'{x:g}' for x in s.targets)}; {s.triples:,} triples per run"
 
     def queries(names: Iterable[str]) -> str:
@@ -136,7 +139,7 @@ def _setup(reproduction: Reproduction) -> dict[str, str]:
         "comparison": f"{_curve(comparison, comparison.batch_sizes[:1])}, decay γ ="
         f" {comparison.decay:g} per step; early stopping after {comparison.patience} evaluations"
         f" without a gain in {measure_label(p.measures.selection)} on {stopping};"
-        f" {comparison.keep} checkpoint",
+        f" {comparison.keep} checkpoint{goes_on}{row_seeds}",
         "reference": f"{encoder_label(p.reference_encoder)}; † against the underlined run",
     }
 
