@@ -30,10 +30,10 @@ def test_the_runs_of_the_laptop_take_what_was_expected(tmp_path):
     reproduction = paper.open(
         "laptop",
         tmp_path,
-        collection={"packages": ["networkx"], "max_passages": 800, "validation": 60, "test": 60},
-        static={"triples": 512, "seeds": {}},
-        distributed={"triples": 512},
-        comparison={"triples": 512, "evaluate_every": 128},
+        collection={"packages": ["networkx"], "max_passages": 500, "validation": 40, "test": 40},
+        static={"triples": 256},
+        distributed={"triples": 256, "evaluate_every": 64},
+        comparison={"triples": 256, "evaluate_every": 64},
         workers=1,
     )  # fmt: skip
     e, inputs = reproduction.experiments, reproduction.inputs
