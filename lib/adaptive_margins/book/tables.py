@@ -153,7 +153,7 @@ def table3(
     sweeps = "of which the sweep over ε: " + runs["sweep_seconds"].map(clock)
     titles["", "Training time"] = sweeps.where(static, "").to_numpy()
     ours = _html(cells, 3, "ours", f"this run: {heading}", titles)
-    return _page(3, published, ours, supplied, commands=commands, **_test(data))
+    return _page(3, published, ours, supplied, data=data, commands=commands, **_test(data))
 
 
 def table4(
@@ -191,6 +191,7 @@ def table4(
         published,
         _html(cells, 4, "ours", f"this run: {heading}", titles),
         data,
+        data=data,
         commands=commands,
         reference=", ".join(reference["loss"] + " (" + reference["in_batch"] + ")") or "none",
         teacher=blocks.str.startswith("Teacher").any(),
@@ -426,28 +427,41 @@ def _code(id: str) -> str:
 def _below(runs: pd.DataFrame, commands: Commands | None) -> list[str]:
     """Below the name of a row: its run id, which opens to the commands."""
     found = []
-    for id in runs["run_id"]:
+    for id, seeds in zip(runs["run_id"], _seeds(runs), strict=True):
+        more = f" and {len(seeds) - 1} more by seed" if len(seeds) > 1 else ""
         if id.startswith(SUPPLIED):
             found.append(f"<small>{escape(id)}</small>")
         elif not commands or id not in commands:
-            found.append(f"<small>{_code(id)}</small>")
+            found.append(f"<small>{_code(id)}{more}</small>")
         else:
-            lines = escape("\n".join(commands[id]))
+            lines = escape("\n".join([*commands[id], *(f"# other seeds: {i}" for i in seeds[1:])]))
             opened = f"<pre><code>{lines}</code></pre>"
-            found.append(f"<details><summary>{_code(id)}</summary>{opened}</details>")
+            found.append(f"<details><summary>{_code(id)}{more}</summary>{opened}</details>")
     return found
 
 
+def _seeds(runs: pd.DataFrame) -> list[list[str]]:
+    """The ids of a row's runs, one a seed."""
+    return [str(ids).split() for ids in runs.get("run_ids", runs["run_id"])]
+
+
 def _page(
-    table: int, published: Published, ours: str, supplied: pd.DataFrame | None = None, **values: Any
+    table: int,
+    published: Published,
+    ours: str,
+    supplied: pd.DataFrame | None = None,
+    *,
+    data: pd.DataFrame | None = None,
+    **values: Any,
 ) -> str:
-    """This run's table, the published one, and their notes."""
+    """This run's table (of ``data``), the published one, and their notes."""
     printed = _printed_table(published, table, supplied)
     return render(
         "tables.html",
         table=table,
         ours=ours,
         printed=printed,
+        seeds=max(map(len, _seeds(data)), default=1) > 1 if data is not None else False,
         computed="am-computed" in printed,
         notes=published.notes_on(table),
         **values,
