@@ -50,9 +50,12 @@ def figure3(encoders=ENCODERS, targets=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), seeds=Non
                 value = base + 0.008 * e + 0.028 - 0.07 * (target - peak) ** 2
                 value += rng.normal(0, 0.0025) - (0.012 if in_batch else 0)
                 ids = run_id(encoder, target, in_batch, seed), run_id("start", encoder)
-                rows.append((encoder, in_batch, target, seed, measure, value, base, False, *ids))
+                rows.append(
+                    (encoder, in_batch, target, seed, measure, value, base, False, False, *ids)
+                )
     columns = [
-        "encoder", "in_batch", "target", "seed", "measure", "value", "start", "maximum", "run_id", "start_run_id",
+        "encoder", "in_batch", "target", "seed", "measure", "value", "start", "maximum", "collapsed", "run_id",
+        "start_run_id",
     ]  # fmt: skip
     return mark_maxima(pd.DataFrame(rows, columns=columns), ["encoder", "in_batch", "measure"])
 

@@ -103,7 +103,7 @@ def test_figure3():
     assert [axis.get_label() for axis in figure.axes] == [label for label, *_ in PANELS3]
     assert [a.get_title() for a in figure.axes] == [*figures.IN_BATCH.values(), "", ""]
     assert [a.get_ylabel() for a in figure.axes] == ["nDCG@10", "", "Hits@5", ""]
-    assert figure.get_supxlabel() == "static target ε (band: lowest and highest of 3 seeds)"
+    assert figure.get_supxlabel() == "static target ε (bands: lowest and highest of 3 seeds)"
     for label, measure, in_batch in PANELS3:
         axis = panel(figure, label)
         rows = data[(data["measure"] == measure) & (data["in_batch"] == in_batch)]
@@ -122,6 +122,20 @@ def test_figure3():
     single = figures.figure3(frames.figure3(seeds={"none": (1,)}))
     assert not any(axis.collections for axis in single.axes)
     assert single.get_supxlabel() == "static target ε"
+
+
+def test_collapsed_runs_are_crosses_and_in_no_band():
+    data = frames.figure3(seeds={"minilm-3": (1, 2, 3), "minilm-4": (1, 2)})
+    down = (data["encoder"] == "minilm-3") & (data["target"] == 0) & (data["seed"] == 3)
+    data.loc[down & data["in_batch"], ["value", "collapsed"]] = [0.1, True]
+    figure = figures.figure3(data)
+    assert figure.get_supxlabel().endswith("(bands: lowest and highest of 2 or 3 seeds)")
+    axis = panel(figure, f"{frames.NDCG} | with in-batch negatives")
+    assert lines(axis, "collapsed")["minilm-3"].get_xydata().tolist() == [[0.0, 0.1]]
+    assert min(band.get_paths()[0].vertices[:, 1].min() for band in axis.collections) > 0.3
+    assert 0.1 not in lines(axis, "seeds")["minilm-3"].get_ydata()
+    other = panel(figure, f"{frames.NDCG} | without in-batch negatives")
+    assert len(lines(other, "collapsed")["minilm-3"].get_xdata()) == 0
 
 
 def test_figure3_start_of_each_encoder_where_they_differ():
@@ -231,3 +245,35 @@ def test_a_frame_read_from_csv_gives_the_same_figure(tmp_path):
     again = figures.figure3(pd.read_csv(tmp_path / "figure3.csv"))
     one = lines(figures.figure3(data).axes[0], "curve")["minilm-4"].get_ydata()
     assert lines(again.axes[0], "curve")["minilm-4"].get_ydata() == pytest.approx(one)
+
+
+def lines_of_losses():
+    rows = [
+        (encoder, loss, in_batch, seed, triples, frames.NDCG, 0.4 + value + 0.01 * seed)
+        for encoder in LAPTOP
+        for loss, in_batch, values in (
+            ("static (tuned)", False, (0, 0.1, 0.05)),
+            ("adaptive", False, (0, 0.02, 0.08)),
+            ("adaptive", True, (0, 0.03, 0.02)),
+        )
+        for seed in (1, 2, 3)
+        for triples, value in zip((0, 1024, 2048), values, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=figures.LINES)
+
+
+def test_convergence_shows_means_of_seeds_and_maxima_that_are_passed_or_not():
+    figure = figures.convergence(lines_of_losses())
+    assert len(figure.axes) == 2 * len(LAPTOP)
+    axis = panel(figure, "minilm-4 | without in-batch negatives")
+    curves, maxima = lines(axis, "curve"), lines(axis, "maximum")
+    assert curves["adaptive"].get_ydata() == pytest.approx([0.42, 0.44, 0.50])
+    assert maxima["static (tuned)"].get_xydata().ravel() == pytest.approx([1024, 0.52])
+    assert maxima["adaptive"].get_markerfacecolor() == "white"  # highest at its end
+    assert maxima["static (tuned)"].get_markerfacecolor() != "white"
+    colors = {curve.get_color() for curve in curves.values()}
+    assert len(colors) == 2
+    other = lines(panel(figure, "minilm-5 | with in-batch negatives"), "curve")
+    assert list(other) == ["adaptive"] and other["adaptive"].get_color() in colors
+    with pytest.raises(ValueError, match="one measure"):
+        figures.convergence(lines_of_losses().assign(measure=[frames.NDCG, "b", "c"] * 27))

@@ -239,7 +239,8 @@ def test_what_is_kept_is_the_best_of_the_curve(files):
 def test_figure_3(frames, files):
     frame = frames["figure3"]
     assert list(frame.columns) == [
-        "encoder", "in_batch", "target", "seed", "measure", "value", "start", "maximum", "run_id", "start_run_id",
+        "encoder", "in_batch", "target", "seed", "measure", "value", "start", "maximum", "collapsed", "run_id",
+        "start_run_id",
     ]  # fmt: skip
     assert len(frame) == 18 * 2
     assert frame["run_id"].nunique() == 18
@@ -253,6 +254,14 @@ def test_figure_3(frames, files):
         assert row.start_run_id == files.one(encoder=row.encoder, kind="zero-shot")
         start = files.result[row.start_run_id]["rerank"]["validation"]["mean"]
         assert row.start == start[row.measure]
+        after, before = (
+            files.result[i]["rerank"]["validation"]["per_query"]["nDCG@10"]
+            for i in (row.run_id, row.start_run_id)
+        )
+        lost = np.array([after[qid] - before[qid] for qid in sorted(after)])
+        worse = lost.mean() < 0 and stats.ttest_1samp(lost, 0).pvalue < 0.05
+        worse &= not stats.ttest_1samp(lost, -0.05, alternative="greater").pvalue < 0.05
+        assert row.collapsed == worse
     marked = frame[frame["maximum"]]
     assert len(marked) == 2 * 2 * 2
     assert set(marked["seed"]) == {1}

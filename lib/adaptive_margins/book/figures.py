@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
@@ -37,8 +38,13 @@ WIDTH = 7.5  # inches; text of 9 points is then about 12 px high in a page colum
 GREY, PALE = "#595959", "#8c8c8c"
 IN_BATCH = {False: "without in-batch negatives", True: "with in-batch negatives"}
 STATIC = ["encoder", "in_batch", "target", "seed", "measure", "value", "start", "maximum"]
+STATIC += ["collapsed"]
 CURVE = ["encoder", "in_batch", "batch_size", "seed", "triples", "measure", "value", "maximum"]
+LINES = ["encoder", "loss", "in_batch", "seed", "triples", "measure", "value"]
 TARGETS = ["encoder", "batch_size", "part", "step", "mean", "min", "max", "window", "span"]
+_COLORS = color_sequences["okabe_ito"]
+LOSSES = [_COLORS[i] for i in (0, 5, 6, 3, 7, 1, 2)]
+"""Colours of losses, in the order of their appearance."""
 References = Mapping[str, float] | None
 """Measure → BM25's value, drawn as a dotted line."""
 
@@ -48,12 +54,14 @@ def figure3(data: pd.DataFrame, *, references: References = None) -> Figure:
 
     ``data`` has one row a run and measure, with the columns `STATIC`: target is ε, start the
     zero-shot value, maximum true in one row a curve. The line is that of the seed with the maximum;
-    where an encoder has several seeds, a band spans the lowest and the highest. Raises ValueError
-    on missing columns, and on a curve without exactly one maximum.
+    where an encoder has several seeds in a setting, a band spans the lowest and the highest, but
+    for collapsed runs, which are crosses. Raises ValueError on missing columns, and on a curve
+    without exactly one maximum.
     """
     require(data, STATIC, "figure3")
-    seeds = data.groupby("encoder")["seed"].nunique().max()
-    band = f" (band: lowest and highest of {seeds} seeds)" if seeds > 1 else ""
+    seeds = data.groupby(["encoder", "in_batch"])["seed"].nunique()
+    several = sorted({f"{n}" for n in seeds if n > 1})
+    band = f" (bands: lowest and highest of {' or '.join(several)} seeds)" if several else ""
     columns = {side: title for side, title in IN_BATCH.items() if side in set(data["in_batch"])}
     figure = _panels(data, "target", "in_batch", columns, f"static target ε{band}", references)
     figure.axes[0].xaxis.set_major_locator(MultipleLocator(0.2))
@@ -126,6 +134,55 @@ def figure6(data: pd.DataFrame) -> Figure:
             _target_axis(axis)
         figure.supxlabel(label, x=0.5, y=0.06 / height, va="bottom", fontsize=9)
     return figure
+
+
+def convergence(data: pd.DataFrame) -> Figure:
+    """Learning curves of several losses: a column an encoder, a row without or with in-batch
+    negatives.
+
+    ``data`` has one row an evaluation and seed, with the columns `LINES`, and one measure. Lines
+    are means over the seeds, bands span the lowest and the highest. A filled mark is a maximum, a
+    hollow one a maximum at the end. Raises ValueError on missing columns or several measures.
+    """
+    require(data, LINES, "convergence")
+    measures, encoders = _unique(data["measure"]), _unique(data["encoder"])
+    if len(measures) > 1:
+        raise ValueError(f"convergence shows one measure, got {measures}")
+    sides = {side: title for side, title in IN_BATCH.items() if side in set(data["in_batch"])}
+    looks = dict(
+        zip(_unique(data["loss"]), cycle(zip("osD^vPX", LOSSES, strict=True)), strict=False)
+    )
+    size = {"figsize": (WIDTH, 0.9 + 2.1 * len(sides)), "layout": "constrained"}
+    with drawing():
+        shape = len(sides), len(encoders)
+        figure, axes = plt.subplots(*shape, sharex=True, sharey=True, squeeze=False, **size)
+        for (row, side), (column, encoder) in product(enumerate(sides), enumerate(encoders)):
+            axis = axes[row, column]
+            axis.set_label(f"{encoder} | {sides[side]}")
+            panel = data[(data["encoder"] == encoder) & (data["in_batch"] == side)]
+            for loss, rows in panel.groupby("loss", sort=False):
+                _seeds(axis, rows.groupby("triples")["value"], str(loss), *looks[loss])
+        for axis, encoder in zip(axes[0], encoders, strict=True):
+            axis.set_title(encoder_label(encoder), color=style(encoder).text)
+        for axis, title in zip(axes[:, 0], sides.values(), strict=True):
+            axis.set_ylabel(f"{measure_label(measures[0])}\n{title}")
+        axes[0, 0].xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        axes[0, 0].xaxis.set_major_formatter(EngFormatter(sep=""))
+        handles = [plt.Line2D([], [], color=c, marker=m, label=x) for x, (m, c) in looks.items()]
+        figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
+        figure.supxlabel("triples seen", fontsize=9)
+    return figure
+
+
+def _seeds(axis: Axes, by_triples: Any, loss: str, marker: str, color: str) -> None:
+    """A curve of `convergence`: the mean over seeds, its band, and the maximum of the mean."""
+    band = by_triples.agg(["mean", "min", "max"])
+    axis.fill_between(band.index, band["min"], band["max"], color=color, alpha=0.15, linewidth=0)
+    axis.plot(band.index, band["mean"], color=color, gid=f"curve {loss}")
+    best = band["mean"].idxmax()
+    face = "white" if best == band.index[-1] else color
+    look = {"marker": marker, "markerfacecolor": face, "markersize": 6, "gid": f"maximum {loss}"}
+    axis.plot([best], [band["mean"][best]], color=color, linestyle="", **look)
 
 
 @contextmanager
@@ -253,8 +310,12 @@ def _curve(
         raise ValueError(f"{where}: expected one row with maximum, got {len(maxima)}")
     best = maxima.iloc[0]
     line = rows[rows["seed"] == best["seed"]].sort_values(x)
-    others = rows[rows["seed"] != best["seed"]]
     color, marker = look.color, look.marker
+    if "collapsed" in rows:
+        down = rows[rows["collapsed"]]
+        axis.plot(down[x], down["value"], "x", color=color, zorder=4, gid=f"collapsed {encoder}")
+        rows = rows[~rows["collapsed"]]
+    others = rows[rows["seed"] != best["seed"]]
     if len(others):
         band, gid = rows.groupby(x)["value"].agg(["min", "max"]), f"band {encoder}"
         low, high = band["min"], band["max"]

@@ -42,7 +42,9 @@ def _names(text: str) -> list[str]:
     return text.split()
 
 
-_FIGURE3 = _names("encoder in_batch target seed measure value start maximum run_id start_run_id")
+_FIGURE3 = _names(
+    "encoder in_batch target seed measure value start maximum collapsed run_id start_run_id"
+)
 _CURVE = _names("encoder in_batch batch_size seed step triples measure value maximum run_id")
 _GAINS = _names(
     "encoder loss in_batch batch_size measure start best difference low high step run_id"
@@ -65,16 +67,25 @@ _TABLE4 = _names(
 
 
 def figure3(experiments: Experiments, runner: Runner) -> pd.DataFrame:
-    """Static targets: a row per ε, seed and measure, on the validation set after the last step."""
+    """Static targets: a row per ε, seed and measure, on the validation set after the last step.
+
+    A run has ``collapsed`` if the encoder is worse in the selection measure than before training:
+    the paired t test finds a loss, and TOST does not find it within ±.05. Fine-tuning that ends
+    below a trivial baseline is called failed by Mosbach et al. (ICLR 2021), too; the baseline is
+    the zero-shot encoder here.
+    """
     starts = {e: _zero_shot(experiments, runner, e) for e in experiments.profile.encoders}
     rows = []
     for run in runner.ensure(experiments.figure3_runs()):
         c = run.config
         start = starts[c.encoder]
         before = start.evaluation("rerank", c.validation).mean
+        both = (r.evaluation("rerank", c.validation).per_query[c.selection] for r in (run, start))
+        collapsed = compare(*both).verdict == "worse"
         for measure, value in run.evaluation("rerank", c.validation).mean.items():
             key = (c.encoder, c.in_batch, c.target, c.seed, measure)
-            rows.append((*key, value, before[measure], False, run.run_id, start.run_id))
+            facts = (value, before[measure], False, collapsed)
+            rows.append((*key, *facts, run.run_id, start.run_id))
     frame = pd.DataFrame(rows, columns=_FIGURE3)
     highest = _is_first_maximum(frame, ["encoder", "in_batch", "seed", "measure"])
     frame["maximum"] = highest & (frame["seed"] == experiments.profile.seed)
