@@ -11,6 +11,7 @@ import pytest
 from adaptive_margins.book import claims
 from adaptive_margins.book.claim_statistics import (
     CONDITIONS,
+    FORCED,
     STATISTICS,
     Evidence,
     halves,
@@ -31,10 +32,12 @@ class Runs:
         self.base = np.random.default_rng(1).uniform(-0.1, 0.1, queries)
         self.base -= self.base.mean()
         self.number = 0
+        self.curve = [0.3, 0.5, 0.4]  # of runs of tables
         self.reproduction = SimpleNamespace(
             store=SimpleNamespace(folder=folder),
             profile=SimpleNamespace(
                 sets=SimpleNamespace(validation="validation"),
+                measures=SimpleNamespace(selection=NDCG),
                 encoders={"a": SimpleNamespace(base="minilm"), "b": SimpleNamespace(base="minilm")},
             ),
         )
@@ -61,6 +64,8 @@ class Runs:
             for s, measures in by_set.items()
         }
         (folder / "result.json").write_text(json.dumps({mode: found}))
+        curve = pd.DataFrame({"triples": range(len(self.curve)), NDCG: self.curve})
+        curve.to_parquet(folder / "curve.parquet")
         for name, measures in by_set.items():
             for measure in measures:
                 values = found[name]["per_query"][measure].values()
@@ -145,14 +150,17 @@ def test_a_claim_is_decided_by_its_interval(low, high, supported, outcome):
 
 def test_every_rule_is_complete():
     for rule in claims.rules():
-        assert rule.section in ("5.1", "5.2", "5.3", "5.4", "5.5")
+        assert rule.section in claims.CHAPTERS
+        assert set(rule.answers) in (set(), set(claims.OUTCOMES))
         assert rule.of and rule.format in claims.FORMATS
         if rule.untestable:
             continue
         assert rule.statistic in STATISTICS and set(rule.needs) <= set(CONDITIONS)
         assert rule.supported != (None, None) and len(rule.supported) == 2
         assert rule.reason.endswith(".")
-    assert {rule.statistic for rule in claims.rules()} == {"", *STATISTICS}
+    assert {rule.statistic for rule in claims.rules()} == {*STATISTICS}
+    assert sum(bool(rule.answers) for rule in claims.rules()) == 1
+    assert set(FORCED) < set(CONDITIONS)
 
 
 def test_halves_have_the_standard_error_of_all_queries():
@@ -244,10 +252,10 @@ def test_a_maximum_at_the_end_cannot_be_told_from_one_after_it(runs):
     rising = runs.curves({(e, False, 32): [0.4, 0.41, 0.42, 0.43, 0.44] for e in "ab"})
     found = claims.table("5.2", {"figure4": rising}, runs.reproduction).set_index("claim")
     first = found.iloc[0]
-    assert first["outcome"] == "cannot be tested here" and "2 of 2 curves" in first["why"]
+    assert first["outcome"] == "cannot be seen here" and "2 of 2 curves" in first["why"]
     # There are no runs with in-batch negatives.
     lower = found.loc["With in-batch negatives adaptive targets reach a lower nDCG@10."]
-    assert lower["outcome"] == "cannot be tested here" and math.isnan(lower["here"])
+    assert lower["outcome"] == "cannot be seen here" and math.isnan(lower["here"])
 
 
 def test_statistics_of_figure6_and_table2_by_hand(runs):
@@ -326,3 +334,80 @@ def test_claims_of_table3_follow_its_runs(runs):
     assert "−.080 [−.080, −.080]" in page and page.count("<tr>") == 1 + len(found)
     with pytest.raises(KeyError, match="table3"):
         claims.table("5.4", {}, runs.reproduction)
+
+
+def test_claims_about_rows_whose_curves_still_rise_cannot_be_seen(runs):
+    claim = "Static targets without in-batch negatives have the highest nDCG@10."
+    for curve, seen in (([0.3, 0.5, 0.4], True), ([0.3, 0.4, 0.5], False)):
+        runs.curve = curve
+        rows = [
+            ("a", target, False, name, measure, value, run_id, 60.0, triples)
+            for target, mean, triples in (("static", 0.5, 9), ("distributed", 0.4, 8))
+            for name, measure, value, run_id in runs.stored("full", {"test1": {NDCG: mean}})
+        ]
+        columns = "encoder target in_batch set measure value run_id seconds triples"
+        frame = pd.DataFrame(rows, columns=columns.split())
+        row = (
+            claims.table("5.4", {"table3": frame}, runs.reproduction).set_index("claim").loc[claim]
+        )
+        assert row["outcome"] == ("supported" if seen else "cannot be seen here")
+        assert row["here"] == pytest.approx(0.1)
+        assert seen or "1 of 1 curves" in row["why"]
+
+
+def students(**values):
+    row = {"encoder": "a", "loss": "adaptive", "in_batch": True, "measure": NDCG, "taught": True}
+    row |= {"reference_triples": 1000.0, "reference_rises": False, **values}
+    steps = ((0, -0.2), (100, -0.04), (200, -0.01), (300, 0.0))
+    return pd.DataFrame(
+        row | {"triples": n, "difference": d, "low": d - 0.02, "high": d + 0.02} for n, d in steps
+    )
+
+
+def test_what_a_share_of_the_data_reaches_is_read_after_it(runs):
+    def row(frame):
+        return claims.table("1", {"equivalence": frame}, runs.reproduction).iloc[0]
+
+    found = row(students())  # .135 of 1000: the first evaluation after it is that at 200
+    assert (found["here"], found["low"], found["outcome"]) == (-0.01, -0.03, "supported")
+    assert row(students(reference_triples=700.0))["outcome"] == "not decided"  # after 100
+    assert row(students(reference_rises=True))["outcome"] == "cannot be seen here"
+    none = row(students(taught=False))
+    assert none["outcome"] == "cannot be seen here" and "No encoder is distilled" in none["why"]
+
+
+def test_to_teacher_takes_the_student_that_was_trained_here(runs):
+    rows = []
+    for loss, sampling, in_batch, mean in (
+        ("Distributed", "Rand.", "✓", 0.45), ("MarginMSE", "TAS-B", "✓", 0.5), ("MarginMSE", "Rand.", "✓", 0.4),
+    ):  # fmt: skip
+        for name, measure, value, run_id in runs.stored("full", {"t": {NDCG: mean}}):
+            rows.append((loss, sampling, in_batch, "ours", name, measure, value, run_id))
+    columns = "loss sampling in_batch source set measure value run_id"
+    evidence = runs.evidence(table4=pd.DataFrame(rows, columns=columns.split()))
+    assert value_of(evidence, "to_teacher", measure=0) == pytest.approx([-0.05] * 3)
+    assert CONDITIONS["teacher_supplied"](evidence) == ""
+
+
+def edition(outcome, here=-0.02):
+    rule = next(rule for rule in claims.rules() if rule.answers)
+    row = {"claim": rule.claim, "section": rule.section, "paper": "−.020", "outcome": outcome}
+    return pd.DataFrame(
+        [row | {"here": here, "low": here - 0.01, "high": here + 0.01, "why": "W."}]
+    )
+
+
+def test_the_long_edition_decides_and_the_quick_one_stands_next_to_it():
+    quick, long = edition("cannot be seen here", -0.09), edition("supported")
+    (row,) = claims.overview({"laptop-long": long, "laptop": quick})
+    assert row["outcome"] == "supported" and row["laptop-long"] == "−.020 [−.030, −.010]"
+    assert row["laptop"] == "−.090 [−.100, −.080] (cannot be seen here)"
+    assert row["chapter"] == "05_comparison"
+    answer = claims.answer({"laptop-long": long, "laptop": quick})
+    assert (
+        answer.startswith("**Yes") and "−.020 [−.030, −.010]" in answer and "laptop-long" in answer
+    )
+    for outcome in claims.OUTCOMES:
+        text = claims.answer({"laptop": edition(outcome)})
+        assert "−.020" in text and "{" not in text and "`laptop`" in text
+    assert claims.answer({"laptop": quick.assign(claim="another")}) == ""

@@ -25,7 +25,7 @@ from typing import Any
 
 import pandas as pd
 
-from adaptive_margins.book import pages, schematics
+from adaptive_margins.book import edition, pages, schematics
 from adaptive_margins.book.execute import (
     NotebookError,
     Scalar,
@@ -154,11 +154,13 @@ class Site:
 
     def key(self, notebook: Path) -> dict[str, Any]:
         """Inputs that determine an executed notebook, apart from results of runs."""
+        about = edition.place(self.profile) / "about.json"
         path = Path(self.profile)  # the packaged profiles are part of the library's hash
         return {
             "notebook": file_sha256(notebook),
             "profile": [self.profile, file_sha256(path) if path.suffix and path.is_file() else ""],
             "library": library_hash(),
+            "edition": file_sha256(about) if about.is_file() else "",
             "versions": pages.versions(),
         }
 

@@ -10,6 +10,7 @@ configuration has several seeds, each draw also draws among its seeds. What has 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -21,10 +22,13 @@ from scipy.stats import kendalltau, t
 
 from adaptive_margins.book.published import Published, count, minutes
 from adaptive_margins.paper import Reproduction
+from adaptive_margins.paper.convergence import Line
 from adaptive_margins.paper.frames import TAS_B
 from adaptive_margins.paper.store import StoredRun
 
 DRAWS = 1000
+Interval = tuple[float, float, float]
+"""Value, and the ends of its 95 % confidence interval."""
 _CURVE = ["encoder", "in_batch", "batch_size", "triples"]
 _KEYS = {
     "figure3": ["encoder", "in_batch", "target"],
@@ -39,6 +43,10 @@ def variants(frame: pd.DataFrame) -> pd.Series:
     """Names of the rows of Tables 3 and 4: "static", "static in-batch", "Adaptive in-batch", …"""
     names = frame["target"] if "target" in frame else frame["loss"]
     in_batch = frame["in_batch"].isin([True, "✓"]) & (names.str.lower() != "distributed")
+    if "sampling" in frame:
+        names = names.where(
+            frame["sampling"].isin(["Rand.", "—"]), names + ", " + frame["sampling"]
+        )
     return names.where(~in_batch, names + " in-batch")
 
 
@@ -116,7 +124,7 @@ class Evidence:
             keys.append(key)
             means.append(np.take_along_axis(values[at], picked, 0).mean(0))
         index = pd.MultiIndex.from_tuples(keys or [], names=_KEYS[name])
-        return pd.DataFrame(np.array(means).reshape(len(keys), -1), index=index)
+        return pd.DataFrame(np.array(means).reshape(len(keys), self.draws + 1), index=index)
 
     def _row(self, name: str, row: Mapping[str, Any], other: bool) -> np.ndarray:
         if self.reproduction is None:
@@ -173,12 +181,14 @@ def best(tables: Sequence[pd.DataFrame], level: str) -> tuple[pd.DataFrame, pd.D
     return pd.DataFrame(found, wide[0].index), pd.DataFrame(places.to_numpy()[at], wide[0].index)
 
 
-def interval(found: np.ndarray | pd.Series) -> tuple[float, float, float]:
+def interval(found: np.ndarray | pd.Series | Interval) -> Interval:
     """Value and 95 % interval: of draws (the first entry is over all queries), or over encoders.
 
-    NaN where there is none.
+    NaN where there is none. An interval is returned as it is.
     """
     nan = float("nan")
+    if isinstance(found, tuple):
+        return found
     if isinstance(found, pd.Series):
         found = found.dropna()
         n, mean = len(found), float(found.mean())
@@ -388,14 +398,38 @@ def static_over(of: Evidence, column: str, target: str) -> pd.Series:
 
 
 def to_teacher(of: Evidence, measure: int) -> np.ndarray:
-    """Distributed targets minus the reproduced TAS-B run, mean over test sets."""
+    """Distributed targets minus the student of balanced sampling with in-batch negatives, or an
+    external run of it, mean over test sets.
+    """
     frame = of.frames["table4"]
+    if TAS_B not in set(frame["loss"]):
+        taught = [x for x in variants(frame).unique() if x.endswith(", TAS-B in-batch")]
+        return difference(of, "table4", "Distributed", taught[0], measure)
     frame = frame[frame["measure"] == list(dict.fromkeys(frame["measure"]))[measure]]
     means = frame.groupby("loss")["value"].mean()
     return np.array([means.get("Distributed", np.nan) - means.get(TAS_B, np.nan)])
 
 
-STATISTICS: dict[str, Callable[..., np.ndarray | pd.Series]] = {
+def after_share(of: Evidence, loss: str, in_batch: bool, share: float) -> Interval:
+    """First measure of a loss minus that of the best student of a teacher, after this share of the
+    triples that the student saw: the first evaluation from there on. Over queries and seeds.
+    """
+    frame = _to_students(of)
+    rows = frame[(frame["loss"] == loss) & (frame["in_batch"] == in_batch)]
+    rows = rows[rows["triples"] >= share * rows["reference_triples"]].sort_values("triples")
+    if rows.empty:
+        return math.nan, math.nan, math.nan
+    value, low, high = rows.iloc[0][["difference", "low", "high"]].astype(float)
+    return value, low, high
+
+
+def _to_students(of: Evidence) -> pd.DataFrame:
+    """Comparisons with students of a teacher in the first measure."""
+    frame = of.frames["equivalence"]
+    return frame[frame["taught"] & (frame["measure"] == frame["measure"].iloc[0])]
+
+
+STATISTICS: dict[str, Callable[..., np.ndarray | pd.Series | Interval]] = {
     f.__name__: f
     for f in (
         tuning_gain,
@@ -419,6 +453,7 @@ STATISTICS: dict[str, Callable[..., np.ndarray | pd.Series]] = {
         difference_of_gains,
         static_over,
         to_teacher,
+        after_share,
     )
 }
 
@@ -437,11 +472,33 @@ def maximum_seen(of: Evidence, figure: str, **which: Any) -> str:
     )
 
 
-def training_stops_early(of: Evidence) -> str:
-    """Where early stopping ends no run, time and triples follow from the settings."""
-    if of.frames["table3"]["triples"].nunique() > 1:
+def rows_have_maximum(of: Evidence, frame: str, rows: Sequence[str]) -> str:
+    """Most curves of these rows, means over seeds, have to be highest before their end."""
+    assert of.reproduction is not None
+    selection = of.reproduction.profile.measures.selection
+    named = of.frames[frame].drop_duplicates("run_id").to_dict("list")
+    ids = named.get("run_ids", named["run_id"])
+    picked = [i for i, v in zip(ids, variants(pd.DataFrame(named)), strict=True) if v in rows]
+    curves = [Line("", "", False, tuple(map(of.run, i.split()))) for i in picked]
+    late = sum(curve.rises(selection) for curve in curves)
+    if 2 * late <= len(curves):
         return ""
-    return "Early stopping ended no run, so the ratio follows from the size of the grid of ε."
+    return (
+        f"Training ends too early: {late} of {len(curves)} curves are highest at their last"
+        " evaluation."
+    )
+
+
+def training_stops_early(of: Evidence) -> str:
+    """Where early stopping ends few rows, time and triples follow from the settings."""
+    rows = of.frames["table3"].drop_duplicates("run_id")
+    late = int((rows["triples"] == rows["triples"].max()).sum())
+    if 2 * late < len(rows):
+        return ""
+    return (
+        f"{late} of {len(rows)} rows were trained to the end, so the ratio follows from budgets and"
+        " the grid of ε."
+    )
 
 
 def several_models(of: Evidence) -> str:
@@ -454,12 +511,32 @@ def several_models(of: Evidence) -> str:
 
 
 def teacher_supplied(of: Evidence) -> str:
-    """The run of a teacher-distilled encoder has to be supplied."""
-    if TAS_B in set(of.frames["table4"]["loss"]):
+    """There has to be a student of balanced sampling: one trained here, or an external run."""
+    frame = of.frames["table4"]
+    if TAS_B in set(frame["loss"]) or any(variants(frame).str.endswith(", TAS-B in-batch")):
         return ""
     return "No run of a teacher-distilled encoder is available."
 
 
+def student_has_maximum(of: Evidence) -> str:
+    """A student of a teacher whose curve is highest at its end has not seen all its data."""
+    students = _to_students(of)
+    if students.empty:
+        return "No encoder is distilled from a teacher here."
+    ends = students["reference_rises"].all()
+    return "The teacher's student is highest at its last evaluation." if ends else ""
+
+
+FORCED = ("training_stops_early", "several_models")
+"""Conditions about what the design forces; the others are about what the runs lack."""
 CONDITIONS: dict[str, Callable[..., str]] = {
-    f.__name__: f for f in (maximum_seen, training_stops_early, several_models, teacher_supplied)
+    f.__name__: f
+    for f in (
+        maximum_seen,
+        rows_have_maximum,
+        training_stops_early,
+        several_models,
+        teacher_supplied,
+        student_has_maximum,
+    )
 }

@@ -3,7 +3,9 @@
 ``claims.yaml`` has an entry for each claim: the statistic (a function of ``claim_statistics``), the
 range of it that supports the claim, and the reason for that range. One rule decides all claims: a
 claim is supported if the 95 % confidence interval lies inside the range, not supported if it lies
-outside, and not decided if it contains an end of the range or if there is no interval.
+outside, and not decided if it contains an end of the range or if there is no interval. A claim
+cannot be tested where the design forces its outcome, and cannot be seen where the runs are too
+short, or lack a row.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pandas.io.formats.style import Styler
 
 from adaptive_margins.book.claim_statistics import (
     CONDITIONS,
+    FORCED,
     STATISTICS,
     Evidence,
     interval,
@@ -30,7 +33,18 @@ from adaptive_margins.book.published import load
 from adaptive_margins.book.style import signed
 from adaptive_margins.paper import Reproduction
 
-OUTCOMES = ("supported", "not supported", "not decided", "cannot be tested here")
+OUTCOMES = (
+    *("supported", "not supported", "not decided", "cannot be tested here", "cannot be seen here"),
+)
+CHAPTERS = {
+    "1": "11_at_convergence",
+    "5.1": "02_static_targets",
+    "5.2": "03_adaptive_targets",
+    "5.3": "04_distributed_targets",
+    "5.4": "05_comparison",
+    "5.5": "06_baselines",
+}
+"""Section of the paper → the notebook with its claims."""
 COLUMNS = [
     "claim",
     "section",
@@ -67,6 +81,7 @@ class Claim:
     reason: str = ""
     needs: dict[str, dict[str, Any]] = field(default_factory=dict)
     untestable: str = ""
+    answers: dict[str, str] = field(default_factory=dict)
 
 
 @cache
@@ -81,12 +96,12 @@ def table(
 ) -> pd.DataFrame:
     """The claims of a section, each with its outcome in this run: the columns `COLUMNS`.
 
-    ``here`` is NaN and the outcome "cannot be tested here" where the run lacks the rows, or where
-    its design forces the result; ``low`` and ``high`` are NaN where there is no interval.
+    ``here`` is NaN and the outcome "cannot be seen here" where the run lacks the rows; ``low`` and
+    ``high`` are NaN where there is no interval.
 
     Args:
-        section: number of the paper's section, "5.1" to "5.5".
-        frames: "figure3", "table3", … → the frame of the method of that name.
+        section: number of the paper's section, a key of `CHAPTERS`.
+        frames: "figure3", "table3", "equivalence", … → the frame of the method of that name.
         reproduction: where the frames come from; the scores of single queries are read from its
             runs.
 
@@ -100,15 +115,7 @@ def table(
 
 def show(claims: pd.DataFrame) -> Styler:
     """The frame of `table` for a page: numbers as text, the interval next to its statistic."""
-    formats = [
-        next(FORMATS[c.format] for c in rules() if c.claim == claim) for claim in claims["claim"]
-    ]
-    here = [
-        "—" if np.isnan(value) else f(value) + ("" if np.isnan(low) else f" [{f(low)}, {f(high)}]")
-        for f, value, low, high in zip(
-            formats, claims["here"], claims["low"], claims["high"], strict=True
-        )
-    ]
+    here = [_here(row) for row in claims.to_dict("records")]
     shown = claims.assign(here=here)[["claim", "statistic", "paper", "here", "outcome", "why"]]
     shown.columns = ["Claim", "Statistic", "Paper", "Here [95 % CI]", "Outcome", "Why"]
     section = "-".join(dict.fromkeys(claims["section"])).replace(".", "-")
@@ -116,18 +123,60 @@ def show(claims: pd.DataFrame) -> Styler:
     return styler.set_table_attributes('class="am-claims"')
 
 
+def _here(row: Mapping[Any, Any]) -> str:
+    """The statistic of a row with its interval, as text."""
+    f = next(FORMATS[c.format] for c in rules() if c.claim == row["claim"])
+    if np.isnan(row["here"]):
+        return "—"
+    low, high = row["low"], row["high"]
+    return f(row["here"]) + ("" if np.isnan(low) else f" [{f(low)}, {f(high)}]")
+
+
+def overview(editions: Mapping[str, pd.DataFrame]) -> list[dict[str, str]]:
+    """The rows of the table on the first page: a claim each, as text.
+
+    ``editions`` are the claims (`COLUMNS`) of one profile or several, by its name; the first one
+    decides. Keys: claim, paper, outcome, why, section, chapter, and the statistic of each profile.
+    """
+    first, *_ = editions.values()
+    rows = []
+    for row in first.to_dict("records"):
+        names = ("claim", "paper", "outcome", "why", "section")
+        texts = {name: str(row[name]) for name in names} | {"chapter": CHAPTERS[row["section"]]}
+        for profile, claims in editions.items():
+            found = claims[claims["claim"] == row["claim"]].to_dict("records")
+            texts[profile] = _here(found[0]) if found else "—"
+            if found and claims is not first:
+                texts[profile] += f" ({found[0]['outcome']})"
+        rows.append(texts)
+    return rows
+
+
+def answer(editions: Mapping[str, pd.DataFrame]) -> str:
+    """Whether the untuned loss keeps up, in the words that ``claims.yaml`` has for the outcome in
+    the first edition; empty if that claim was not tested.
+    """
+    rule = next(claim for claim in rules() if claim.answers)
+    for profile, claims in list(editions.items())[:1]:
+        for row in claims[claims["claim"] == rule.claim].to_dict("records"):
+            words = {"here": _here(row), "paper": row["paper"], "profile": profile}
+            return rule.answers[row["outcome"]].format(**words, why=row["why"])
+    return ""
+
+
 def _row(claim: Claim, here: Evidence, printed: Evidence) -> dict[str, Any]:
     value = low = high = float("nan")
-    why = claim.untestable or next(
-        (w for name, kw in claim.needs.items() if (w := CONDITIONS[name](here, **kw))), ""
-    )
+    forced, why = bool(claim.untestable), claim.untestable
+    for name, arguments in claim.needs.items():
+        if not why and (why := CONDITIONS[name](here, **arguments)):
+            forced = name in FORCED
     format_ = FORMATS[claim.format]
     if claim.statistic:
         value, low, high = estimate(claim, here)
     paper = claim.paper or format_(estimate(claim, printed)[0])
     if not why and np.isnan(value):
         why = "This run has nothing to compare."
-    outcome = OUTCOMES[3] if why else decide(low, high, claim.supported)
+    outcome = OUTCOMES[3 if forced else 4] if why else decide(low, high, claim.supported)
     if not why:
         why = f"Supported {_in_words(claim.supported, format_)}: {claim.reason}"
         why += "" if np.isfinite(low) else " There is no interval."

@@ -18,7 +18,7 @@ import pandas as pd
 import psutil
 import yaml
 
-from adaptive_margins.book import describe, released_code
+from adaptive_margins.book import claims, describe, edition, released_code
 from adaptive_margins.book.render import render
 from adaptive_margins.book.style import measure_label
 from adaptive_margins.paper import Reproduction
@@ -49,6 +49,7 @@ def texts(home: Path, profile: Profile, receipts: Receipts) -> dict[str, str]:
         StoredRun(home / "runs" / i) for i in sorted(read) if (home / "runs" / i).is_dir()
     ]
     found = {
+        **tested(profile, folder / "data"),
         "cover.md": cover(profile, table4 if table4.is_file() else None),
         "datasheet.md": describe.profile_datasheet(Reproduction(profile, home)),
         "provenance.md": provenance(profile, receipts, runs),
@@ -102,6 +103,27 @@ def cover(profile: Profile, table4: Path | None) -> str:
     rows, columns = frame["Loss"].unique(), frame["column"].unique()
     scores = frame.pivot_table("cell", "Loss", "column", aggfunc="last").loc[rows, columns]
     return render("cover.md", profile=profile, scores=scores.reset_index())
+
+
+def tested(profile: Profile, data: Path, committed: Path | None = None) -> dict[str, str]:
+    """``answer.md`` and ``claims.md`` for the front page, from ``claims_*.csv`` in ``data``.
+
+    Committed results (`edition`) decide, if there are any.
+    """
+    found = {}
+    if long := edition.read(profile.name, committed):
+        found[edition.LONG.get(profile.name, profile.name)] = long["claims"]
+    files = sorted(data.glob("claims_*.csv"))
+    if files:
+        here = pd.concat(pd.read_csv(file, dtype={"section": str}) for file in files)
+        found.setdefault(profile.name, here)
+    values = {"profiles": list(found), "long": edition.LONG.get(profile.name, "")}
+    rows = claims.overview(found) if found else []
+    answer = claims.answer(found) if found else ""
+    return {
+        "answer.md": render("answer.md", answer=answer),
+        "claims.md": render("claims.md", rows=rows, **values),
+    }
 
 
 def provenance(profile: Profile, receipts: Receipts, runs: Iterable[StoredRun]) -> str:

@@ -68,6 +68,7 @@ _TEMPLATES = Environment(
     keep_trailing_newline=True,
 )
 _TEMPLATES.filters["table"] = markdown
+_TEMPLATES.filters["plain"] = plain
 _TEMPLATES.filters["words"] = words
 _TEMPLATES.filters["thousands"] = "{:,}".format
 
