@@ -256,7 +256,10 @@ class _Experiment(_Settings):
 
 
 class StaticSettings(_Experiment):
-    """Section 5.1, Figure 3: runs per ε, with and without in-batch negatives."""
+    """Section 5.1, Figure 3: runs per ε, with and without in-batch negatives.
+
+    An encoder in ``tuned`` has no such runs: its ε without and with in-batch negatives are given.
+    """
 
     targets: tuple[Number, ...] = Field(min_length=1)
     triples: Positive
@@ -264,6 +267,7 @@ class StaticSettings(_Experiment):
     seeds: dict[str, tuple[Whole, ...]] = Field(
         default_factory=dict, description="further seeds per encoder"
     )
+    tuned: dict[str, tuple[Number, Number]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_step(self) -> StaticSettings:
@@ -393,6 +397,7 @@ class Profile(_Settings):
     notes: NoteSettings = NoteSettings()
     differences: DifferencesSettings = DifferencesSettings()
     seed: Whole = 1
+    tables_only: bool = Field(False, description="Figures 4 to 6 show the rows of Table 3")
     workers: Positive = 2
     device: str = Field(
         "auto", validate_default=True, description="as torch names it; auto: cuda, mps or cpu"
@@ -407,6 +412,7 @@ class Profile(_Settings):
     def _names_exist(self) -> Profile:
         named = [("reference_encoder", self.reference_encoder)]
         named += [("static.seeds", name) for name in self.static.seeds]
+        named += [("static.tuned", name) for name in self.static.tuned]
         named += [("comparison.seeds", name) for name in self.comparison.seeds]
         for key, name in named:
             if name not in self.encoders:
