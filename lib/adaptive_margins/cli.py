@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -97,21 +96,6 @@ def reproduce(
             force=force,
             run=reproduction.run_all,
         )
-
-
-@app.command()
-def export(
-    output: Annotated[
-        Path, typer.Argument(parser=terminal.new_folder, help="A new folder, such as book/NAME.")
-    ],
-    profile: Profile = "laptop-long",
-) -> None:
-    """Write the results of a finished profile compactly, for the book of other machines."""
-    from adaptive_margins.book.edition import export as write
-    from adaptive_margins.book.pages import machine
-    from adaptive_margins.text_tables import size
-
-    print(f"{output}: {size(write(_open(profile), output, machine()))}")
 
 
 @app.command()

@@ -155,7 +155,7 @@ def test_the_rows_of_a_profile(smoke):
     reference = smoke.profile.reference_encoder
     assert (reference, "softmax", True) in names
     for one in found:
-        assert len(one.runs) == len(smoke.experiments.seeds(one.encoder))
+        assert len(one.runs) == len(smoke.profile.row_seeds(one.encoder))
     frame = smoke.equivalence()
     assert set(frame["encoder"]) == set(smoke.profile.encoders)
     assert set(budgets(frame)["state"]) <= {"reached", "not reached", UNSEEN}

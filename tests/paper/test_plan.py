@@ -145,3 +145,21 @@ def test_a_plan_that_lacks_a_number_names_it(tmp_path):
     assert done.returncode == 1
     assert "encoders.mpnet.stated gives no speeds" in done.stdout
     assert done.stdout.count("\n") == 1
+
+
+def test_a_night_has_the_rows_of_table_3_alone(tmp_path, no_network):
+    reproduction = paper.open("paper-night", tmp_path)
+    reproduction.inputs.fingerprint = "0" * 16
+    e = reproduction.experiments
+    assert e.figure3_runs() == []
+    assert e.figure4_runs() == e.table3_runs()[2:4] and e.figure5_runs() == e.table3_runs()[4:]
+    rows = [(r.target, r.in_batch, round(r.triples / 1e6, 2)) for r in e.table3_runs()]
+    assert rows == [
+        (0.2, False, 5.18), (0.2, True, 2.24), ("adaptive", False, 4.93), ("adaptive", True, 1.98),
+        ("distributed", False, 7.30),
+    ]  # fmt: skip
+    runs = reproduction.plan().runs.set_index("run_id")
+    assert set(runs["encoder"]) == {"bm25", "distilbert"}
+    hours = runs.loc[[r.run_id for r in e.table3_runs()], "seconds"].sum() / 3600
+    assert hours == pytest.approx(17, abs=0.5)
+    assert not list(tmp_path.iterdir())

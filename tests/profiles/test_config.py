@@ -118,6 +118,8 @@ BROKEN = [
     ("static.targets", [0.0, "adaptive"], ["static.targets.1", "'adaptive'", "number"]),
     ("static.targets", [0.0, float("nan")], ["static.targets.1", "finite"]),
     ("static.seeds", {"minilm-9": [1]}, ["static.seeds", "'minilm-9'", "minilm-3"]),
+    ("static.tuned", {"minilm-9": [0.1, 0.2]}, ["static.tuned", "'minilm-9'", "minilm-3"]),
+    ("static.tuned", {"minilm-3": [0.1]}, ["static.tuned.minilm-3"]),
     ("static.seeds", {"minilm-3": 1}, ["static.seeds.minilm-3", "(got 1)"]),
     ("reference_encoder", "bert", ["reference_encoder", "'bert'", "minilm-3", "minilm-4"]),
     ("untrained", {"minilm-3": {"base": "minilm"}}, ["both name minilm-3"]),
@@ -271,6 +273,9 @@ def test_extends(tmp_path, monkeypatch):
             assert (profile.name, profile.seed, profile.static.triples) == ("b", 5, 64)
             assert profile.static.targets == plain.static.targets
             assert profile.encoders == plain.encoders
+    without = {"extends": "smoke", "encoders": {"minilm-3": None}, "static": {"seeds": None}}
+    profile = load_profile(write(tmp_path, without, "c.yaml"))  # null removes a mapping
+    assert list(profile.encoders) == ["minilm-4"] and profile.static.seeds == {}
 
 
 def test_extending_in_a_circle(tmp_path):

@@ -404,7 +404,7 @@ def to_teacher(of: Evidence, measure: int) -> np.ndarray:
     frame = of.frames["table4"]
     if TAS_B not in set(frame["loss"]):
         taught = [x for x in variants(frame).unique() if x.endswith(", TAS-B in-batch")]
-        return difference(of, "table4", "Distributed", taught[0], measure)
+        return difference(of, "table4", "Distributed", next(iter(taught), ""), measure)
     frame = frame[frame["measure"] == list(dict.fromkeys(frame["measure"]))[measure]]
     means = frame.groupby("loss")["value"].mean()
     return np.array([means.get("Distributed", np.nan) - means.get(TAS_B, np.nan)])

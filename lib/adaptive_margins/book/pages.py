@@ -62,6 +62,8 @@ def texts(home: Path, profile: Profile, receipts: Receipts) -> dict[str, str]:
     else:
         committed = json.loads((home / "book" / SUMMARY).read_text("utf-8"))
         found[f"{LONG}.md"] = released_code.summary_page(committed)
+        compared = pd.DataFrame(committed["compared"])
+        found["data/paper_and_released_code.csv"] = compared.to_csv(index=False)
     return found
 
 

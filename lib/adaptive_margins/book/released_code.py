@@ -65,6 +65,7 @@ class Difference:
     block: str = ""
     what: str = ""
     matters: str = ""
+    file: str = ""
 
 
 @cache
@@ -194,7 +195,9 @@ def overview(compared: pd.DataFrame) -> pd.DataFrame:
         effect = d.matters or (
             _effect(found) if len(found) else "Nothing to compare in this profile."
         )
-        rows.append((d.where, d.paper, d.code, status[0].upper() + status[1:], effect))
+        rows.append(
+            (d.where, d.paper, f"{d.code} ({d.file})", status[0].upper() + status[1:], effect)
+        )
     columns = ["Where", "The paper", "The released code", "How it is known", "Does it matter?"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -255,15 +258,16 @@ def _plain(row: Mapping[Any, Any]) -> dict[str, Any]:
 def summary_page(summary: Mapping[str, Any]) -> str:
     """A page of MyST Markdown from a `summary`."""
     compared = pd.DataFrame(summary["compared"], columns=SUMMARY)
-    tables = {name: table(compared[compared["block"] == name]) for name in BLOCKS}
+    rows = overview(compared)
+    same = rows["Does it matter?"].str.startswith("No difference")
     return render(
         "released_code.md",
         code=published.load().paper["released_code"],
         machine=", ".join(f"{key} {value}" for key, value in summary["machine"].items()),
         profile=summary["profile"],
         date=summary["date"],
-        overview=overview(compared),
-        blocks=[(title, tables[name]) for name, title in BLOCKS.items()],
+        overview=rows[~same],
+        same=rows[same],
         order=_rounded(summary["order"]),
         optimism=_rounded(summary["optimism"]),
     )

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from adaptive_margins.evaluation.significance import compare
-from adaptive_margins.paper.experiments import Experiments
+from adaptive_margins.paper.experiments import Experiments, fixed_runs
 from adaptive_margins.paper.runner import Runner
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.runs import TrainingRun
@@ -79,9 +79,10 @@ def _by_query(scores: pd.DataFrame, row: int) -> dict[str, float]:
 def lines(experiments: Experiments, runner: Runner) -> list[Line]:
     """All trained rows of Tables 3 and 4; missing runs are computed."""
     runner.ensure(experiments.figure3_runs())  # they decide on the tuned ε
-    configs = dict.fromkeys([*experiments.table3_runs(), *experiments.table4_runs()])
+    configs = [*experiments.table3_runs(), *fixed_runs(experiments)]
+    rows = dict.fromkeys(c for c in configs if isinstance(c, TrainingRun) and c.test_sets)
     found: dict[tuple[str, str, bool], list[StoredRun[TrainingRun]]] = {}
-    for run in runner.ensure(configs):
+    for run in runner.ensure(rows):
         c = run.config
         loss = {"margin-mse": f"MarginMSE ({c.similarity})"}.get(c.loss, str(c.target or c.loss))
         if isinstance(c.target, float):

@@ -114,12 +114,18 @@ class Experiments:
         seed = first if seed is None else seed
         reference = encoder == self.profile.reference_encoder and seed == first
         save = reference and target == "distributed"
+        budget = self.profile.comparison.budgets.get(target + " in-batch" * in_batch)
+        budgets = {"triples": budget} if budget else {}
         return self.comparison_run(
-            encoder, target=value, in_batch=in_batch, seed=seed, save_model=save
+            encoder, target=value, in_batch=in_batch, seed=seed, save_model=save, **budgets
         )
 
     def tuned_target(self, encoder: str, in_batch: bool) -> float:
-        """The ε of Figure 3 with the best validation score, the smallest of equals."""
+        """The profile's ε (``static.tuned``), else that of Figure 3 with the best validation score,
+        the smallest of equals.
+        """
+        if encoder in (fixed := self.profile.static.tuned):
+            return fixed[encoder][in_batch]
         name, measure = self.profile.sets.validation, self.profile.measures.selection
         means = {}
         for target in self.profile.static.targets:
@@ -136,6 +142,7 @@ class Experiments:
         return [
             self.static_run(e, target, in_batch, seed)
             for e in self.profile.encoders
+            if e not in s.tuned
             for in_batch in (False, True)
             for seed in dict.fromkeys([first, *s.seeds.get(e, ())])
             for target in s.targets
@@ -152,6 +159,8 @@ class Experiments:
 
     def figure4_runs(self) -> list[TrainingRun]:
         """Adaptive targets with and without in-batch negatives."""
+        if self.profile.tables_only:
+            return _rows(self, VARIANTS[2:4])
         size = self.profile.adaptive.batch_sizes[0]
         return [
             self.shown_by(self.curve_run(e, "adaptive", in_batch, size))
@@ -161,6 +170,8 @@ class Experiments:
 
     def figure5_runs(self) -> list[TrainingRun]:
         """Distributed targets by batch size."""
+        if self.profile.tables_only:
+            return _rows(self, VARIANTS[4:])
         return [
             self.shown_by(self.curve_run(e, "distributed", False, size))
             for e in self.profile.encoders

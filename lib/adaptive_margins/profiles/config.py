@@ -317,12 +317,14 @@ class ComparisonSettings(CurveSettings):
             Figures 4 and 5 show the runs of Table 3 where all settings agree.
         keep: the checkpoint that is evaluated.
         seeds: seeds of the rows per encoder, in place of the profile's one.
+        budgets: triples of rows of Table 3, such as "static in-batch", in place of ``triples``.
     """
 
     patience: Positive
     stop_early: bool = True
     validation: str | None = None
     keep: Literal["best", "last"] = "best"
+    budgets: dict[str, Positive] = Field(default_factory=dict)
     seeds: dict[str, Annotated[tuple[Whole, ...], Field(min_length=1)]] = Field(
         default_factory=dict
     )
@@ -517,10 +519,13 @@ def _text(profile: str, by: str) -> tuple[str, str]:
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes`` in it, mapping by mapping; anything else is replaced."""
+    """``base`` with ``changes`` in it, mapping by mapping, which null removes; else replaced."""
     merged = dict(base)
     for key, value in changes.items():
         below = merged.get(key)
+        if value is None and isinstance(below, dict):
+            del merged[key]
+            continue
         both = isinstance(value, dict) and isinstance(below, dict)
         merged[key] = _merged(below, value) if both else value  # type: ignore[arg-type]
     return merged

@@ -1,0 +1,117 @@
+"""Committed results: what is written of a finished profile, and what the front page shows of it."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from adaptive_margins import paper
+from adaptive_margins.book import claims, edition, pages
+from adaptive_margins.profiles.config import load_profile
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+with pytest.MonkeyPatch.context() as _patch:
+    _patch.syspath_prepend(FOLDER)
+    script = importlib.import_module("export_edition")
+
+
+@pytest.fixture(scope="module")
+def exported(smoke, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("edition") / "smoke"
+    assert script.export(smoke, folder) == sum(
+        f.stat().st_size for f in folder.rglob("*") if f.is_file()
+    )
+    return folder
+
+
+def test_every_score_of_every_run_is_there(smoke, exported):
+    frame = pd.read_parquet(exported / "per_query.parquet")
+    facts = [json.loads(line) for line in (exported / "runs.jsonl").read_text().splitlines()]
+    # The runs with batches of 4 are in Figure 5, all others in Figure 3 and the tables.
+    assert {fact["run_id"] for fact in facts} == {p.name for p in smoke.store.folder.iterdir()}
+    keys = ["run_id", "mode", "set", "measure"]
+    means = frame[frame["step"] < 0].groupby(keys, observed=True)["value"].mean()
+    for fact in facts:
+        result = json.loads((smoke.store.folder / fact["run_id"] / "result.json").read_text())
+        assert fact["config"]["collection"] == smoke.inputs.fingerprint
+        assert fact["triples"] == result["triples"] and "full" not in fact
+        for mode in {"rerank", "full", "exact"} & set(result):
+            for name, found in result[mode].items():
+                for measure, mean in found["mean"].items():
+                    assert means[fact["run_id"], mode, name, measure] == pytest.approx(mean)
+    during = frame[frame["step"] >= 0]
+    one = smoke.experiments.figure4_runs()[0]
+    curve = pd.read_parquet(smoke.store.path(one) / "curve.parquet").set_index("step")
+    own = (
+        during[during["run_id"] == one.run_id]
+        .groupby(["measure", "step"], observed=True)["value"]
+        .mean()
+    )
+    assert own["nDCG@10"].to_dict() == pytest.approx(curve["nDCG@10"].to_dict())
+
+
+def test_frames_claims_and_rankings_are_those_of_the_profile(smoke, exported):
+    found = edition.read("smoke", exported)
+    assert set(found) == {*script.FRAMES, "claims"}
+    for name in script.FRAMES:
+        assert len(found[name]) == len(getattr(smoke, name)())
+    assert found["claims"]["claim"].tolist() == [rule.claim for rule in claims.rules()]
+    assert set(found["claims"]["section"]) == set(claims.CHAPTERS)
+    table = found["table3"]
+    row = table[table["set"] == "test1"].iloc[0]
+    with gzip.open(exported / "runs" / f"{row['run_id']}.test1.run.gz", "rt") as file:
+        short = [line.split()[:3] for line in file]
+    long = smoke.runner.ensure([smoke.experiments.table3_runs()[0]])[0].run("full", "test1")
+    assert {qid for qid, *_ in short} == set(long)
+    assert max(pd.Series([qid for qid, *_ in short]).value_counts()) == 20
+    about = json.loads((exported / "about.json").read_text())
+    assert about["profile"]["name"] == "smoke" and "--profile smoke" in about["command"]
+
+
+def test_an_unfinished_profile_is_not_exported(tmp_path):
+    with pytest.raises(SystemExit, match=r"runs are missing.*--profile smoke --runs-only"):
+        script.export(paper.open("smoke", tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def written(folder: Path, outcome: str) -> Path:
+    rule = next(rule for rule in claims.rules() if rule.answers)
+    row = {"claim": rule.claim, "section": rule.section, "shows": rule.shows, "statistic": rule.of}
+    row |= {
+        "paper": "−.020",
+        "here": -0.01,
+        "low": -0.03,
+        "high": 0.01,
+        "outcome": outcome,
+        "why": "A | B.",
+    }
+    folder.mkdir(parents=True)
+    pd.DataFrame([row]).to_csv(folder / "claims_5_4.csv", index=False)
+    return folder
+
+
+def test_the_front_page_says_which_edition_decides(tmp_path):
+    data = written(tmp_path / "data", "cannot be seen here")
+    quick = pages.tested(load_profile("laptop"), data, tmp_path / "none")
+    assert "Only the quick edition has been computed" in quick["claims.md"]
+    assert "`laptop-long`" in quick["claims.md"] and "It cannot be seen here" in quick["answer.md"]
+    assert quick["claims.md"].count("\n| ") == 3 and "A \\| B" in quick["claims.md"]
+    assert "{doc}`5.4 <_executed/05_comparison>`" in quick["claims.md"]
+
+    committed = written(tmp_path / "long", "supported")
+    (committed / "claims_5_4.csv").rename(committed / "claims.csv")
+    both = pages.tested(load_profile("laptop"), data, committed)
+    assert "**Yes, within" in both["answer.md"] and "laptop\\-long | laptop |" in both["claims.md"]
+    assert "(cannot be seen here)" in both["claims.md"].replace("\\", "")
+    assert "Only the quick" not in both["claims.md"]
+
+    nothing = pages.tested(load_profile("laptop"), tmp_path / "empty", tmp_path / "none")
+    assert "No claim has been tested" in nothing["claims.md"]
+    assert "has not been computed" in nothing["answer.md"]
+    smoke = pages.tested(load_profile("smoke"), data, tmp_path / "none")
+    assert "profile **smoke**" in smoke["claims.md"] and "quick" not in smoke["claims.md"]

@@ -1,0 +1,49 @@
+"""Rows of Table 3 against external runs of the same name."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+from adaptive_margins import paper
+from adaptive_margins.book import context
+from adaptive_margins.data.trec import write_run
+from adaptive_margins.paper.store import StoredRun
+
+
+def test_external_runs_are_compared_with_the_rows_of_their_name(smoke, tmp_path):
+    data = smoke.table3()
+    assert context.replication(smoke, data).empty  # nothing is supplied
+    for name in ("runs", "collections", "cache"):
+        (tmp_path / name).symlink_to(smoke.home / name)
+    rows = data[(data["encoder"] == "minilm-4") & ~data["in_batch"]].drop_duplicates("run_id")
+    ours = {r.target: StoredRun(smoke.store.folder / r.run_id) for r in rows.itertuples()}
+    for name, target in (
+        ("static", "static"),
+        ("distributed", "distributed"),
+        ("adaptive", "distributed"),
+    ):
+        run = ours[target].run("full", "test1")
+        write_run(run, tmp_path / "supplied" / "test1" / f"minilm-4-{name}.run.gz", "x")
+    write_run(run, tmp_path / "supplied" / "test1" / "another.run", "x")
+    found = context.replication(paper.open("smoke", tmp_path), data)
+    assert set(found["row"]) == {"minilm-4-static", "minilm-4-distributed", "minilm-4-adaptive"}
+    assert set(found["set"]) == {"test1"}
+    for row in found.to_dict("records"):
+        theirs = ours["static" if row["row"].endswith("static") else "distributed"]
+        mine = ours[row["row"].rpartition("-")[2]]
+        scores, own = (
+            x.evaluation("full", "test1").per_query[row["measure"]] for x in (theirs, mine)
+        )
+        error = np.sqrt(np.mean([(scores[q] - own[q]) ** 2 for q in own]))
+        assert row["rmse"] == pytest.approx(error, abs=1e-12)
+        if row["row"] != "minilm-4-adaptive":  # the same run
+            assert (row["kendall_union"], row["rbo"]) == pytest.approx((1, 1))
+        if row["row"] == "minilm-4-distributed":
+            assert row["delta_ri"] == pytest.approx(0, abs=1e-12)
+            assert row["effect_ratio"] == pytest.approx(1) or np.isnan(row["effect_ratio"])
+        if row["row"] == "minilm-4-static":
+            assert np.isnan(row["effect_ratio"])  # it is the baseline
+    shutil.rmtree(tmp_path / "supplied")
