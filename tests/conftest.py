@@ -247,6 +247,34 @@ def write_encoder(folder: Path, kind: str, words: Sequence[str] = WORDS) -> Path
     return folder
 
 
+def write_retriever(
+    folder: Path, kind: str, seed: int, words: Sequence[str] = WORDS, *,
+    linear: bool = False, dim: int | None = None, prompts: dict[str, str] | None = None,
+) -> str:  # fmt: skip
+    """A random Sentence Transformers folder: [CLS], and as ANCE has them, a linear layer and a layer norm."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import (  # fmt: skip
+        Dense,
+        LayerNorm,
+        Pooling,
+        Transformer,
+    )
+
+    plain = write_encoder(folder.with_name(f"{folder.name}-plain"), kind, words)
+    transformer = Transformer(str(plain))
+    torch.manual_seed(seed)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    modules: list[torch.nn.Module] = [transformer, Pooling(16, pooling_mode="cls")]
+    if linear or dim:
+        modules.append(Dense(16, dim or 16, activation_function=torch.nn.Identity()))
+    if linear:
+        modules.append(LayerNorm(16))
+        torch.nn.init.normal_(modules[-1].norm.weight)
+    SentenceTransformer(modules=modules, prompts=prompts, device="cpu").save(str(folder))
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Callable[..., Path]:
     """``tiny_folder("bert")`` → folder of `write_encoder`'s model of that kind."""
@@ -315,10 +343,21 @@ def write_miniature(home: Path, extends: str = "paper", **values: Any) -> Path:
             }
             for kind in ("distilbert", "roberta", "mpnet")
         },
+        "untrained": {
+            "dpr": {
+                "base": write_retriever(home / "encoders" / "passages", "bert", 1, words),
+                "query_base": write_retriever(home / "encoders" / "queries", "bert", 2, words),
+                "query_revision": None,
+            },
+            "ance": {"base": write_retriever(home / "encoders" / "ance", "roberta", 3, words, linear=True)},
+            "tas-b": {"base": write_retriever(home / "encoders" / "tas-b", "distilbert", 4, words)},
+        },
         "device": "cpu",
         **MINIATURE_SIZES,
         **values,
     }  # fmt: skip
+    for encoder in profile["untrained"].values():
+        encoder |= {"revision": None, "stated": None}
     path = home / f"miniature-{extends}.yaml"
     path.write_text(yaml.safe_dump(profile))
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The three kinds of run, as configurations: BM25, a zero-shot encoder, and a trained encoder.
+"""The kinds of run, as configurations: BM25, a zero-shot encoder, a training, and its transfer.
 
 A configuration holds everything that determines the results of its run, and nothing else. Its hash
 is the id of the run, and the run's ``config.json`` holds it; `read_run_config` reads that file.
@@ -95,6 +95,19 @@ class ZeroShotRun(EncoderRun):
     kind: Literal["zero-shot"] = "zero-shot"
 
 
+class TransferRun(EncoderRun):
+    """A trained encoder on a collection that it was not trained on.
+
+    Attributes:
+        source: id of the training run.
+        checkpoint: that of its selected step, or of its last one.
+    """
+
+    kind: Literal["transfer"] = "transfer"
+    source: str
+    checkpoint: Literal["selected", "last"]
+
+
 class TrainingRun(EncoderRun):
     """An encoder fine-tuned with one loss.
 
@@ -170,11 +183,10 @@ class TrainingRun(EncoderRun):
         return self.triples // self.batch_size
 
 
-_ANY_RUN: TypeAdapter[BM25Run | ZeroShotRun | TrainingRun] = TypeAdapter(
-    Annotated[BM25Run | ZeroShotRun | TrainingRun, Field(discriminator="kind")]
-)
+AnyRun = BM25Run | ZeroShotRun | TransferRun | TrainingRun
+_ANY_RUN: TypeAdapter[AnyRun] = TypeAdapter(Annotated[AnyRun, Field(discriminator="kind")])
 
 
-def read_run_config(text: str) -> BM25Run | ZeroShotRun | TrainingRun:
+def read_run_config(text: str) -> AnyRun:
     """Read the text of a ``config.json``. Raises pydantic.ValidationError if it is not one."""
     return _ANY_RUN.validate_json(text)

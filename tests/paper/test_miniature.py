@@ -55,7 +55,7 @@ def read_ranking(path):
 def test_only_sizes_places_and_the_device_differ_from_the_profile_paper(miniature):
     full, small = (p.model_dump() for p in (load_profile("paper"), miniature.profile))
     differing = {k for k in full if full[k] != small[k]}
-    assert differing == {*MINIATURE_SIZES, "name", "about", "collection", "encoders", "device"}  # fmt: skip
+    assert differing == {*MINIATURE_SIZES, "name", "about", "collection", "encoders", "untrained", "device"}  # fmt: skip
     for part, sizes in MINIATURE_SIZES.items():
         assert {k for k in full[part] if full[part][k] != small[part][k]} <= set(sizes)
     for name in ENCODERS:
@@ -67,7 +67,7 @@ def test_every_run_has_the_papers_settings(configs, miniature):
     planned = set(miniature.plan().runs["run_id"])
     assert planned == set(configs)
     trained = {i: configs[i] for i in planned if configs[i]["kind"] == "training"}
-    assert len(planned) == len(trained) + 4
+    assert len(planned) == len(trained) + 7
     for c in trained.values():
         assert (c["optimizer"], c["precision"], c["weight_decay"]) == ("adamw_8bit", "bf16", 1e-6)
         assert c["learning_rate"] == pytest.approx(5e-6 / c["batch_size"])

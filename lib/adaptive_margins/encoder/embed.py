@@ -46,12 +46,13 @@ def embed(
     *,
     batch_tokens: int = 2048,
     precision: Precision = "fp32",
+    normalize: bool = True,
 ) -> np.ndarray:
     """Embed the texts in ``rows`` (all if None), batched by length: (len(rows), D) float32.
 
-    Embeddings have length 1; a zero embedding stays zero. ``precision`` is that of the model's
-    matrix products (autocast, as in training; Section 4's mixed precision); pooled embeddings are
-    normalised in float32 in any case.
+    Embeddings have length 1, unless ``normalize`` is False; a zero embedding stays zero.
+    ``precision`` is that of the model's matrix products (autocast, as in training; Section 4's
+    mixed precision); pooled embeddings are normalised in float32 in any case.
 
     Raises:
         EncoderError: an unknown precision.
@@ -72,7 +73,9 @@ def embed(
             for part in token_batches(order, lengths, batch_tokens):
                 features = {k: v.to(model.device) for k, v in tokens.batch(rows[part]).items()}
                 embedding = model(features)["sentence_embedding"].float()
-                out[part] = nn.functional.normalize(embedding, dim=-1).cpu().numpy()
+                if normalize:
+                    embedding = nn.functional.normalize(embedding, dim=-1)
+                out[part] = embedding.cpu().numpy()
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         why = one_line(e)
         if isinstance(e, KeyError):  # for example of sentence_embedding, where nothing pools
@@ -134,6 +137,7 @@ def embed_shards(
     devices: Sequence[str] = ("cpu",),
     precision: Precision = "fp32",
     batch_tokens: int = 2048,
+    normalize: bool = True,
 ) -> np.ndarray:
     """Embed all texts once, by `embed`, into ``folder``: (n, D) of ``dtype``, memory-mapped.
 
@@ -147,7 +151,7 @@ def embed_shards(
         shard: rows that are embedded at a time.
         dtype: of the file. With float16, the squared length of a row may differ from 1 by 2⁻¹⁰.
         devices: of one node, e.g. ("cuda:0", "cuda:1"); the result does not depend on them.
-        precision, batch_tokens: see `embed`.
+        precision, batch_tokens, normalize: see `embed`.
 
     Raises:
         EncoderError: the folder has other settings, or the disk lacks space.
@@ -174,7 +178,11 @@ def embed_shards(
                 np.lib.format.open_memmap(path, "w+", np.dtype(dtype), (rows, dim))
             if missing:
                 work = functools.partial(
-                    embed, tokens=tokens, batch_tokens=batch_tokens, precision=precision
+                    embed,
+                    tokens=tokens,
+                    batch_tokens=batch_tokens,
+                    precision=precision,
+                    normalize=normalize,
                 )
                 _write_shards(model, work, devices, path, about, settings, done, missing)
         except OSError as error:

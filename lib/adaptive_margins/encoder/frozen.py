@@ -36,12 +36,14 @@ class LoadedEncoder:
         whole: the complete model.
         model: the trained part: the same, or its upper layers on cached states.
         queries, passages: inputs of ``model``: token ids, or numbers of cached tokens.
+        query_model: the encoder of queries, if it is another one.
     """
 
     whole: Any
     model: Any
     queries: Tokens
     passages: Tokens
+    query_model: Any = None
 
     def fresh(self) -> Any:
         """Return a copy of ``model`` to train."""

@@ -54,11 +54,11 @@ def open_encoder(
     """Open an encoder by name, or a profile's by its settings, with float32 parameters.
 
     By name, the model is that of ``SentenceTransformer(folder)``. By settings, its transformer (the
-    first ``layers``) is followed by their pooling, and embeddings are not normalised: the loss
-    and the ranking compute the cosine (Section 4). Code that comes with a model is never run, and
-    no pickle is loaded. There are warnings for an encoder without pooling (its token embeddings
-    are averaged), without a length limit or with one above its positions, with unused prompts, and
-    with another similarity than the cosine.
+    first ``layers``) is followed by their pooling ("own": as by name), and embeddings are not
+    normalised: the loss and the ranking compute the cosine (Section 4). Code that comes with a
+    model is never run, and no pickle is loaded. There are warnings for an encoder without pooling
+    (its token embeddings are averaged), without a length limit or with one above its positions,
+    with unused prompts, and with another similarity than the cosine.
 
     Args:
         encoder: "minilm", the shipped encoder; a Sentence Transformers folder, or one of plain
@@ -75,6 +75,8 @@ def open_encoder(
     """
     name, settings = _named(encoder)
     folder, weights = _files(name, settings)
+    if settings is not None and settings.pooling == "own":
+        settings = None
     place = weights[0].parent  # of the transformer, which comes first
     model = _loaded(name, folder if settings is None else place, settings, dropout, seed)
     checks.check_weights(name, model, [path for path in weights if path.parent == place])
@@ -283,7 +285,7 @@ def _files(name: str, settings: EncoderSettings | None) -> tuple[Path, list[Path
     checks.check_folder(folder)
     checks.check_kind(folder, _FORMS)
     places = checks.module_folders(folder)
-    if settings is not None:
+    if settings is not None and settings.pooling != "own":
         places = places[:1]
     weights = []
     for place in places:

