@@ -35,6 +35,8 @@ SHOWS = {
     "05_comparison": ["table3"],
     "06_baselines": ["table4"],
     "07_paper_and_released_code": [],
+    "08_out_of_domain": [],
+    "09_beyond_the_paper": [],
     "11_at_convergence": [],
 }
 SECTIONS = {"02": "5.1", "03": "5.2", "04": "5.3", "05": "5.4", "06": "5.5"}
@@ -91,7 +93,7 @@ def test_every_parameter_is_used_and_explained(path):
 
 
 BAD = {
-    "profile": [3, "", None, True], "data_folder": [1, None], "query_set": [2019, ""], "first": ["abc", -1, None, 1.5],
+    "profile": [3, "", None, True], "data_folder": [1, None], "folder": [1, None], "query_set": [2019, ""], "first": ["abc", -1, None, 1.5],
     "seed": ["abc", 1.5, -1, True], "seeds": ["a", 1.5, ""], "triples": ["abc", 0, 1.5], "window": ["abc", 0],
     "patience": ["abc", 0], "draws": ["abc", 0], "learning_rate": ["abc", 0, float("nan")], "encoder": [3, ""],
     "source": [2024, "", None], "output": [2024, ""], "model": [3, ""],
@@ -117,7 +119,7 @@ def test_first_cell_names_a_parameter_of_the_wrong_kind(path):
 
 def test_good_parameters_pass_and_text_that_looks_like_a_number_has_a_way_out():
     good = {
-        "profile": "my.yaml", "data_folder": "", "query_set": None, "first": 0, "seed": 0, "seeds": "1,2", "triples": 1,
+        "profile": "my.yaml", "data_folder": "", "folder": "", "query_set": None, "first": 0, "seed": 0, "seeds": "1,2", "triples": 1,
         "window": 3, "patience": None, "draws": 5, "learning_rate": 1, "encoder": None, "source": "2024", "output": "o",
         "model": "m", "target": 0, "epsilon": 0,
     }  # fmt: skip

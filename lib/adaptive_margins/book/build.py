@@ -166,8 +166,11 @@ class Site:
 
     def results(self, run_ids: Sequence[str]) -> dict[str, str]:
         """Run id → hash of its result.json ("" if the store does not have it)."""
-        files = {run_id: self.home / "runs" / run_id / "result.json" for run_id in run_ids}
-        return {run_id: file_sha256(p) if p.is_file() else "" for run_id, p in files.items()}
+        found = dict.fromkeys(run_ids, "")
+        for store in pages.STORES:
+            files = {run_id: self.home / store / run_id / "result.json" for run_id in run_ids}
+            found |= {run_id: file_sha256(p) for run_id, p in files.items() if p.is_file()}
+        return found
 
     def finished(self, notebook: Path) -> dict[str, Any] | None:
         """The notebook's receipt if it matches what is on disk, else None."""

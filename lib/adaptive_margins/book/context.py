@@ -47,6 +47,7 @@ _COUNT = Annotated[int, Field(ge=1)] | None, "a whole number from 1 on, or None"
 PARAMETERS: dict[str, tuple[Any, str]] = {
     "profile": _TEXT,
     "data_folder": (str, "text, empty for no folder"),
+    "folder": (str, "text, empty for no folder"),
     "source": _TEXT,
     "output": _TEXT,
     "model": _TEXT,
@@ -235,7 +236,7 @@ def save(data_folder: str | Path, **frames: pd.DataFrame) -> Markdown:
         data.to_csv(Path(data_folder) / f"{name}.csv", index=False)
     links = ", ".join(f"[{name}.csv](../book/_executed/data/{name}.csv)" for name in frames)
     return Markdown(
-        f"Data: {links}. Rows have the ids of their runs, which are listed in"
+        f"Data: {links}. Rows of stored runs have the ids of these, which are listed in"
         " [Provenance](../book/_executed/provenance.md) and can be"
         " [checked](../book/reproduce.md#check-a-number) without this project."
     )

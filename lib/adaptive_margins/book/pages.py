@@ -22,6 +22,7 @@ from adaptive_margins.book import claims, describe, edition, released_code
 from adaptive_margins.book.render import render
 from adaptive_margins.book.style import measure_label
 from adaptive_margins.paper import Reproduction
+from adaptive_margins.paper.out_of_domain import FOLDER
 from adaptive_margins.paper.runner import describe as describe_run
 from adaptive_margins.paper.store import StoredRun, package_versions
 from adaptive_margins.profiles.config import Profile
@@ -36,6 +37,9 @@ OWN = "10_your_collection"
 SUMMARY = "paper_and_released_code.json"
 """Summary of `LONG`: committed in ``book/``, written to ``book/_executed`` when executed."""
 
+STORES = ("runs", FOLDER)
+"""Folders of runs in the home folder."""
+
 Receipts = Mapping[str, Mapping[str, Any]]
 """Notebook (without suffix) → its receipt, as `build` writes it."""
 
@@ -46,7 +50,10 @@ def texts(home: Path, profile: Profile, receipts: Receipts) -> dict[str, str]:
     table4 = folder / "data" / "table4.csv"
     read = {run_id for receipt in receipts.values() for run_id in receipt.get("results", ())}
     runs: list[StoredRun] = [
-        StoredRun(home / "runs" / i) for i in sorted(read) if (home / "runs" / i).is_dir()
+        StoredRun(home / store / run_id)
+        for store in STORES
+        for run_id in sorted(read)
+        if (home / store / run_id).is_dir()
     ]
     found = {
         **tested(profile, folder / "data"),

@@ -17,7 +17,6 @@ from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.text import DataError
 from adaptive_margins.data.words import words_of
-from adaptive_margins.encoder.load import encoder_identity, open_encoder
 from adaptive_margins.encoder.tokens import shorten
 from adaptive_margins.evaluation.significance import compare
 from adaptive_margins.files import digest, read_object, write_text
@@ -28,6 +27,8 @@ from adaptive_margins.profiles.config import CandidateSettings, SetSettings
 from adaptive_margins.retrieval.exact import count_self
 from adaptive_margins.runs import TransferRun
 
+FOLDER = "out_of_domain"
+"""The store of these runs, next to ``runs/`` of the home folder."""
 TEST, ALL, ZERO_SHOT = "test", "all", "zero-shot"
 """The query set of each collection; in frames, all collections or targets; a zero-shot encoder."""
 CHECKPOINTS: tuple[Literal["selected", "last"], ...] = ("selected", "last")
@@ -46,16 +47,15 @@ class OutOfDomain:
     """
 
     def __init__(self, reproduction: Reproduction, folder: str = "") -> None:
-        self.reproduction = reproduction
+        self.reproduction, self.folder = reproduction, folder
         self.profile, self.home = reproduction.profile, reproduction.home
         self.settings = reproduction.profile.out_of_domain
-        self.folder = folder
 
     # ---- collections ---------------------------------------------------------------------------
 
     @cached_property
     def collections(self) -> dict[str, Collection]:
-        """Name → collection with the query set `TEST`.
+        """Name → collection with the query set `TEST`, built once for the same versions and sizes.
 
         Raises:
             DataError: there is none; a package is in the training collection; a collection has no
@@ -77,13 +77,11 @@ class OutOfDomain:
         return found
 
     def _cached(self, source: str) -> Collection:
-        """A collection, built only once for the same versions, sizes, lengths and tokenizer."""
         s, is_package = self.settings, source in self.settings.packages
         versions = {"ir-datasets": importlib.metadata.version("ir-datasets")}
         key = [pydocs.source_versions([source]) if is_package else versions, pydocs.RULES, source]
-        key += [s.queries, s.passages, encoder_identity(self._settings)]
-        name = digest([*key, self.profile.lengths.model_dump()])
-        pointer = self.home / "cache" / "collections" / f"{name}.json"
+        key += [s.queries, s.passages, self.profile.lengths.model_dump(), self._reference]
+        pointer = self.home / "cache" / "collections" / f"{digest(key)}.json"
         built = self.home / "collections" / str(read_object(pointer).get("fingerprint"))
         if built.is_dir():
             return Collection.load(built)
@@ -94,6 +92,14 @@ class OutOfDomain:
     def _saved(self, collection: Collection) -> Collection:
         collection.save(self.home / "collections" / collection.fingerprint)
         return collection
+
+    @property
+    def _reference(self) -> str:
+        return self.reproduction.inputs.weights(self.profile.reference_encoder)
+
+    def _shortened(self, kind: Literal["query", "passage"], texts: list[str]) -> list[str]:
+        encoder = self.reproduction.inputs.encoder(self.profile.reference_encoder).whole
+        return shorten(encoder, texts, getattr(self.profile.lengths, kind))
 
     def _package(self, package: str) -> Collection:
         """Docstrings of a package by the rules of PyDocs, without a split."""
@@ -125,17 +131,6 @@ class OutOfDomain:
         passages = Texts(passages.ids, self._shortened("passage", list(passages.texts)))
         return Collection(found.name, passages, {TEST: queries}, {TEST: qrels}, found.sources)
 
-    @property
-    def _settings(self) -> Any:
-        return self.profile.encoders[self.profile.reference_encoder]
-
-    @cached_property
-    def _encoder(self) -> Any:
-        return open_encoder(self._settings)
-
-    def _shortened(self, kind: Literal["query", "passage"], texts: list[str]) -> list[str]:
-        return shorten(self._encoder, texts, getattr(self.profile.lengths, kind))
-
     def domains(self) -> pd.DataFrame:
         """A row per collection: queries, passages, its `word_overlap` with the training collection,
         and how many passages are also there. Of that at most 20,000 passages are compared.
@@ -157,19 +152,6 @@ class OutOfDomain:
 
     # ---- runs ----------------------------------------------------------------------------------
 
-    def _on(self, collection: Collection) -> Reproduction:
-        """The profile with another collection. Its runs take seconds: no worker processes."""
-        p = self.profile
-        changes = {
-            "sets": SetSettings(validation=TEST, tests=(TEST,)),
-            "comparison": p.comparison.model_copy(update={"validation": None}),
-            "candidates": CandidateSettings(depth=p.candidates.depth),
-            "workers": 1,
-        }
-        other = Reproduction(p.model_copy(update=changes), self.home)
-        other.inputs.collection = collection
-        return other
-
     @cached_property
     def _trained(self) -> list[tuple[str, bool, StoredRun[Any]]]:
         """Target, in-batch and run of each row of Table 3, for each seed."""
@@ -184,10 +166,24 @@ class OutOfDomain:
             (target, in_batch, e.variant_run(encoder, target, in_batch, seed))
             for encoder in encoders
             for target, in_batch in VARIANTS
-            for seed in (e.seeds(encoder) if every else e.seeds(encoder)[:1])
+            for seed in self.profile.row_seeds(encoder)[: None if every else 1]
         ]
         stored = runner.ensure([config for *_, config in rows])
         return [(*row[:2], run) for row, run in zip(rows, stored, strict=True)]
+
+    def _on(self, collection: Collection) -> Reproduction:
+        """The profile with another collection and store. Runs take seconds: no worker processes."""
+        p = self.profile
+        changes = {
+            "sets": SetSettings(validation=TEST, tests=(TEST,)),
+            "comparison": p.comparison.model_copy(update={"validation": None}),
+            "candidates": CandidateSettings(depth=p.candidates.depth),
+            "workers": 1,
+        }
+        other = Reproduction(p.model_copy(update=changes), self.home)
+        other.inputs.collection = collection
+        other.store.folder = self.home / FOLDER
+        return other
 
     def _runs(self, collection: Collection) -> Iterator[tuple[Any, ...]]:
         """Encoder, target, in-batch, checkpoint, seed, source and run of each system."""
@@ -273,12 +269,12 @@ def word_overlap(one: Iterable[str], other: Iterable[str]) -> float:
 
 
 def _tested(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, Any]:
-    found = compare(_by_seed(a), _by_seed(b))
+    found = compare(*([part.to_dict() for part in _by_seed(frame)] for frame in (a, b)))
     low, high = found.ci
     return {"difference": found.difference, "low": low, "high": high, "verdict": found.verdict}
 
 
-def _by_seed(frame: pd.DataFrame) -> list[Any]:
-    """For each seed: (collection, query) → mean score."""
-    means = frame.groupby(["seed", "domain", "qid"])["value"].mean()
-    return [part.droplevel("seed").to_dict() for _, part in means.groupby("seed")]
+def _by_seed(frame: pd.DataFrame) -> Iterator[Any]:
+    """For each seed, the mean score of each query of each collection."""
+    for _, means in frame.groupby(["seed", "domain", "qid"])["value"].mean().groupby("seed"):
+        yield means.droplevel("seed")

@@ -179,7 +179,7 @@ class Runner:
         validate = functools.partial(self._rerank, encoder, config=config)
         result = None
         if isinstance(config, TransferRun):
-            state = StoredRun(self.store.folder / config.source).weights(config.checkpoint)
+            state = StoredRun(self.inputs.home / "runs" / config.source).weights(config.checkpoint)
             if unknown := model.load_state_dict(state, strict=False).unexpected_keys:
                 raise StoreError(
                     f"run {config.source} has parameters that encoder {config.encoder!r} lacks,"
