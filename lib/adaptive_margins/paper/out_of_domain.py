@@ -152,21 +152,20 @@ class OutOfDomain:
 
     # ---- runs ----------------------------------------------------------------------------------
 
+    @property
+    def _encoders(self) -> list[str]:
+        return [*self.profile.encoders] if self.settings.every else [self.profile.reference_encoder]
+
     @cached_property
     def _trained(self) -> list[tuple[str, bool, StoredRun[Any]]]:
         """Target, in-batch and run of each row of Table 3, for each seed."""
-        e, runner, every = (
-            self.reproduction.experiments,
-            self.reproduction.runner,
-            self.settings.every,
-        )
-        encoders = [*self.profile.encoders] if every else [self.profile.reference_encoder]
-        runner.ensure([c for c in e.figure3_runs() if c.encoder in encoders])
+        e, runner = self.reproduction.experiments, self.reproduction.runner
+        runner.ensure([c for c in e.figure3_runs() if c.encoder in self._encoders])
         rows = [
             (target, in_batch, e.variant_run(encoder, target, in_batch, seed))
-            for encoder in encoders
+            for encoder in self._encoders
             for target, in_batch in VARIANTS
-            for seed in self.profile.row_seeds(encoder)[: None if every else 1]
+            for seed in self.profile.row_seeds(encoder)[: None if self.settings.every else 1]
         ]
         stored = runner.ensure([config for *_, config in rows])
         return [(*row[:2], run) for row, run in zip(rows, stored, strict=True)]
@@ -189,7 +188,7 @@ class OutOfDomain:
         """Encoder, target, in-batch, checkpoint, seed, source and run of each system."""
         on = self._on(collection)
         yield "bm25", "BM25", False, "", 0, "", on.bm25()
-        for encoder in [*self.profile.encoders, *self.profile.untrained]:
+        for encoder in [*self._encoders, *self.profile.untrained]:
             yield encoder, ZERO_SHOT, False, "", 0, "", on.zero_shot(encoder)
         for target, in_batch, source in self._trained:
             encoder, seed = source.config.encoder, source.config.seed
@@ -243,7 +242,7 @@ class OutOfDomain:
         """The selected minus the last checkpoint, over the queries of all collections, and seeds.
 
         A row per encoder, target or `ALL` of them, and measure: of ``runs``, the number that are
-        ``distinct`` (the last step is not the selected one), and the test as in `scores`.
+        ``distinct`` (the last step is not the selected one), and the test as in `scores`, if any.
         """
         found, rows = self.results[self.results["source"] != ""], []
         both = pd.concat([found, found.assign(target=ALL, in_batch=False)])
@@ -252,7 +251,10 @@ class OutOfDomain:
             selected, last = (frame[frame["checkpoint"] == name] for name in CHECKPOINTS)
             ids = frame.groupby("source")["run_id"].nunique()  # one a collection, or two
             counts = {"runs": len(ids), "distinct": int((ids > len(self.collections)).sum())}
-            rows.append({**dict(zip(keys, key, strict=True)), **counts, **_tested(selected, last)})
+            tested = _tested(selected, last) | (
+                {} if counts["distinct"] else {"verdict": "no test"}
+            )
+            rows.append({**dict(zip(keys, key, strict=True)), **counts, **tested})
         return pd.DataFrame(rows)
 
 

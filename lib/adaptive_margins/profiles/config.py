@@ -408,8 +408,8 @@ class OutOfDomainSettings(_Settings):
         packages: installed packages whose docstrings are a collection each, of at most
             ``passages`` passages and ``queries`` queries.
         collections: ir_datasets ids, used completely.
-        every: all rows of Table 3 with all their seeds; if not, those of the reference encoder
-            with its first seed.
+        every: all encoders with all seeds of Table 3; if not, the reference encoder with its first
+            seed.
     """
 
     packages: tuple[str, ...] = ()
