@@ -9,9 +9,8 @@ import pandas as pd
 import pytest
 
 from adaptive_margins.book import claims
+from adaptive_margins.book.claim_conditions import CONDITIONS, FORCED
 from adaptive_margins.book.claim_statistics import (
-    CONDITIONS,
-    FORCED,
     STATISTICS,
     Evidence,
     halves,

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-import shutil
+import ast
+from pathlib import Path
 
+import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 
 from adaptive_margins import paper
-from adaptive_margins.book import context
 from adaptive_margins.data.trec import write_run
 from adaptive_margins.paper.store import StoredRun
+
+NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "05_comparison.ipynb"
+CELLS = {cell.id: cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
+
+
+def replicated(reproduction, data) -> pd.DataFrame:
+    """What the notebook's cell finds."""
+    tree = ast.parse(CELLS["setup"])
+    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    variables = {"reproduction": reproduction, "data": data}
+    exec(compile(tree, "setup", "exec"), variables)
+    exec(CELLS["replication"], variables)
+    return variables["replicated"]
 
 
 def test_external_runs_are_compared_with_the_rows_of_their_name(smoke, tmp_path):
     data = smoke.table3()
-    assert context.replication(smoke, data).empty  # nothing is supplied
+    assert replicated(smoke, data).empty  # nothing is supplied
     for name in ("runs", "collections", "cache"):
         (tmp_path / name).symlink_to(smoke.home / name)
     rows = data[(data["encoder"] == "minilm-4") & ~data["in_batch"]].drop_duplicates("run_id")
@@ -28,7 +43,7 @@ def test_external_runs_are_compared_with_the_rows_of_their_name(smoke, tmp_path)
         run = ours[target].run("full", "test1")
         write_run(run, tmp_path / "supplied" / "test1" / f"minilm-4-{name}.run.gz", "x")
     write_run(run, tmp_path / "supplied" / "test1" / "another.run", "x")
-    found = context.replication(paper.open("smoke", tmp_path), data)
+    found = replicated(paper.open("smoke", tmp_path), data)
     assert set(found["row"]) == {"minilm-4-static", "minilm-4-distributed", "minilm-4-adaptive"}
     assert set(found["set"]) == {"test1"}
     for row in found.to_dict("records"):
@@ -38,12 +53,11 @@ def test_external_runs_are_compared_with_the_rows_of_their_name(smoke, tmp_path)
             x.evaluation("full", "test1").per_query[row["measure"]] for x in (theirs, mine)
         )
         error = np.sqrt(np.mean([(scores[q] - own[q]) ** 2 for q in own]))
-        assert row["rmse"] == pytest.approx(error, abs=1e-12)
+        assert row["RMSE"] == pytest.approx(error, abs=1e-12)
         if row["row"] != "minilm-4-adaptive":  # the same run
-            assert (row["kendall_union"], row["rbo"]) == pytest.approx((1, 1))
+            assert (row["Kendall's τ"], row["RBO"]) == pytest.approx((1, 1))
         if row["row"] == "minilm-4-distributed":
-            assert row["delta_ri"] == pytest.approx(0, abs=1e-12)
-            assert row["effect_ratio"] == pytest.approx(1) or np.isnan(row["effect_ratio"])
+            assert row["ΔRI"] == pytest.approx(0, abs=1e-12)
+            assert row["effect ratio"] == pytest.approx(1) or np.isnan(row["effect ratio"])
         if row["row"] == "minilm-4-static":
-            assert np.isnan(row["effect_ratio"])  # it is the baseline
-    shutil.rmtree(tmp_path / "supplied")
+            assert np.isnan(row["effect ratio"])  # it is the baseline

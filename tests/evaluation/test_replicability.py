@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from adaptive_margins.evaluation.replicability import (
-    delta_improvement,
-    effect_ratio,
+    effects,
     kendall_union,
     rank_biased_overlap,
     rmse,
@@ -57,9 +56,9 @@ def test_scores_by_hand():
     b, a = {"q1": 0.2, "q2": 0.4}, {"q1": 0.5, "q2": 0.4}
     b2, a2 = {"q1": 0.3, "q2": 0.3}, {"q1": 0.3, "q2": 0.6}
     assert rmse(a, a2) == pytest.approx(math.sqrt((0.2**2 + 0.2**2) / 2))
-    assert effect_ratio(b, a, b2, a2) == pytest.approx(0.15 / 0.15)
-    assert effect_ratio(b, a, b2, b) == pytest.approx(0, abs=1e-12)
-    assert delta_improvement(b, a, b2, {"q1": 0.3, "q2": 0.36}) == pytest.approx(0.5 - 0.1)
-    assert math.isnan(effect_ratio(b, b, b2, a2))
+    assert effects(b, a, b2, a2) == pytest.approx((1, 0.5 - 0.5))
+    assert effects(b, a, b2, b) == pytest.approx((0, 0.5), abs=1e-12)
+    assert effects(b, a, b2, {"q1": 0.3, "q2": 0.36}) == pytest.approx((0.03 / 0.15, 0.5 - 0.1))
+    assert math.isnan(effects(b, b, b2, a2)[0])
     zero = {"q1": 0.0, "q2": 0.0}
-    assert math.isnan(delta_improvement(zero, a, b2, a2))
+    assert math.isnan(effects(zero, a, b2, a2)[1])

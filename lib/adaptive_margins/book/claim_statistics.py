@@ -22,7 +22,6 @@ from scipy.stats import kendalltau, t
 
 from adaptive_margins.book.published import Published, count, minutes
 from adaptive_margins.paper import Reproduction
-from adaptive_margins.paper.convergence import Line
 from adaptive_margins.paper.frames import TAS_B
 from adaptive_margins.paper.store import StoredRun
 
@@ -261,7 +260,7 @@ def _curves(of: Evidence, figure: str, measure: int = 0, **which: Any) -> tuple[
     return tuple(pick(table, **which) for table in tables)
 
 
-def _maximum_at(of: Evidence, figure: str, **which: Any) -> pd.DataFrame:
+def maximum_at(of: Evidence, figure: str, **which: Any) -> pd.DataFrame:
     """Share of the triples after which each curve is highest."""
     score, _ = _curves(of, figure, **which)
     if score.empty:
@@ -272,7 +271,7 @@ def _maximum_at(of: Evidence, figure: str, **which: Any) -> pd.DataFrame:
 
 def share_at_maximum(of: Evidence, figure: str, **which: Any) -> np.ndarray:
     """Share of the triples after which the first measure is highest, mean over encoders."""
-    return _mean(_maximum_at(of, figure, **which))
+    return _mean(maximum_at(of, figure, **which))
 
 
 def fall_after_maximum(of: Evidence, figure: str, **which: Any) -> np.ndarray:
@@ -290,7 +289,7 @@ def adaptive_in_batch(of: Evidence, measure: int) -> np.ndarray:
 
 def later_in_batch(of: Evidence) -> np.ndarray:
     """Share of the triples at the maximum with in-batch negatives minus that without."""
-    at = _maximum_at(of, "figure4")
+    at = maximum_at(of, "figure4")
     return _mean(pick(at, in_batch=True) - pick(at, in_batch=False))
 
 
@@ -302,13 +301,13 @@ def _like_figure4(of: Evidence, table: pd.DataFrame) -> pd.DataFrame:
 
 def sooner_than_adaptive(of: Evidence) -> np.ndarray:
     """Share of the triples at the maximum of distributed targets minus that of adaptive ones."""
-    distributed = _like_figure4(of, _maximum_at(of, "figure5"))
-    return _mean(distributed - _like_figure4(of, _maximum_at(of, "figure4")))
+    distributed = _like_figure4(of, maximum_at(of, "figure5"))
+    return _mean(distributed - _like_figure4(of, maximum_at(of, "figure4")))
 
 
 def sooner_with_small_batches(of: Evidence) -> np.ndarray:
     """Share of the triples at the maximum with small batches minus that with large ones."""
-    small, large = (_maximum_at(of, "figure5", batch_size=size) for size in ("small", "large"))
+    small, large = (maximum_at(of, "figure5", batch_size=size) for size in ("small", "large"))
     return _mean(small - large)
 
 
@@ -414,7 +413,7 @@ def after_share(of: Evidence, loss: str, in_batch: bool, share: float) -> Interv
     """First measure of a loss minus that of the best student of a teacher, after this share of the
     triples that the student saw: the first evaluation from there on. Over queries and seeds.
     """
-    frame = _to_students(of)
+    frame = to_students(of)
     rows = frame[(frame["loss"] == loss) & (frame["in_batch"] == in_batch)]
     rows = rows[rows["triples"] >= share * rows["reference_triples"]].sort_values("triples")
     if rows.empty:
@@ -423,7 +422,7 @@ def after_share(of: Evidence, loss: str, in_batch: bool, share: float) -> Interv
     return value, low, high
 
 
-def _to_students(of: Evidence) -> pd.DataFrame:
+def to_students(of: Evidence) -> pd.DataFrame:
     """Comparisons with students of a teacher in the first measure."""
     frame = of.frames["equivalence"]
     return frame[frame["taught"] & (frame["measure"] == frame["measure"].iloc[0])]
@@ -454,89 +453,5 @@ STATISTICS: dict[str, Callable[..., np.ndarray | pd.Series | Interval]] = {
         static_over,
         to_teacher,
         after_share,
-    )
-}
-
-
-# --- when a claim cannot be tested ----------------------------------------------------------------
-
-
-def maximum_seen(of: Evidence, figure: str, **which: Any) -> str:
-    """Curves that are highest at their last evaluation may have their maximum after it."""
-    at = _maximum_at(of, figure, **which)
-    late = int((at[0] == 1).sum()) if len(at) else 0
-    if not late:
-        return ""
-    return (
-        f"Training ends too early: {late} of {len(at)} curves are highest at their last evaluation."
-    )
-
-
-def rows_have_maximum(of: Evidence, frame: str, rows: Sequence[str]) -> str:
-    """Most curves of these rows, means over seeds, have to be highest before their end."""
-    assert of.reproduction is not None
-    selection = of.reproduction.profile.measures.selection
-    named = of.frames[frame].drop_duplicates("run_id").to_dict("list")
-    ids = named.get("run_ids", named["run_id"])
-    picked = [i for i, v in zip(ids, variants(pd.DataFrame(named)), strict=True) if v in rows]
-    curves = [Line("", "", False, tuple(map(of.run, i.split()))) for i in picked]
-    late = sum(curve.rises(selection) for curve in curves)
-    if 2 * late <= len(curves):
-        return ""
-    return (
-        f"Training ends too early: {late} of {len(curves)} curves are highest at their last"
-        " evaluation."
-    )
-
-
-def training_stops_early(of: Evidence) -> str:
-    """Where early stopping ends few rows, time and triples follow from the settings."""
-    rows = of.frames["table3"].drop_duplicates("run_id")
-    late = int((rows["triples"] == rows["triples"].max()).sum())
-    if 2 * late < len(rows):
-        return ""
-    return (
-        f"{late} of {len(rows)} rows were trained to the end, so the ratio follows from budgets and"
-        " the grid of ε."
-    )
-
-
-def several_models(of: Evidence) -> str:
-    """Truncations of one model cannot show what different models have in common."""
-    assert of.reproduction is not None
-    encoders = of.reproduction.profile.encoders.values()
-    if len({encoder.base for encoder in encoders}) > 1:
-        return ""
-    return "All encoders are truncations of one pretrained model."
-
-
-def teacher_supplied(of: Evidence) -> str:
-    """There has to be a student of balanced sampling: one trained here, or an external run."""
-    frame = of.frames["table4"]
-    if TAS_B in set(frame["loss"]) or any(variants(frame).str.endswith(", TAS-B in-batch")):
-        return ""
-    return "No run of a teacher-distilled encoder is available."
-
-
-def student_has_maximum(of: Evidence) -> str:
-    """A student of a teacher whose curve is highest at its end has not seen all its data."""
-    students = _to_students(of)
-    if students.empty:
-        return "No encoder is distilled from a teacher here."
-    ends = students["reference_rises"].all()
-    return "The teacher's student is highest at its last evaluation." if ends else ""
-
-
-FORCED = ("training_stops_early", "several_models")
-"""Conditions about what the design forces; the others are about what the runs lack."""
-CONDITIONS: dict[str, Callable[..., str]] = {
-    f.__name__: f
-    for f in (
-        maximum_seen,
-        rows_have_maximum,
-        training_stops_early,
-        several_models,
-        teacher_supplied,
-        student_has_maximum,
     )
 }

@@ -21,14 +21,8 @@ import pandas as pd
 import yaml
 from pandas.io.formats.style import Styler
 
-from adaptive_margins.book.claim_statistics import (
-    CONDITIONS,
-    FORCED,
-    STATISTICS,
-    Evidence,
-    interval,
-    published_frames,
-)
+from adaptive_margins.book.claim_conditions import CONDITIONS, FORCED
+from adaptive_margins.book.claim_statistics import STATISTICS, Evidence, interval, published_frames
 from adaptive_margins.book.published import load
 from adaptive_margins.book.style import signed
 from adaptive_margins.paper import Reproduction

@@ -10,7 +10,6 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import pandas as pd
 from IPython.display import Markdown
 from pandas.io.formats.style import Styler
@@ -23,15 +22,6 @@ from adaptive_margins.book.tables import shorten
 from adaptive_margins.data.collection import Collection
 from adaptive_margins.data.trec import top
 from adaptive_margins.errors import AdaptiveMarginsError
-from adaptive_margins.evaluation.external_runs import score
-from adaptive_margins.evaluation.measures import cutoff
-from adaptive_margins.evaluation.replicability import (
-    delta_improvement,
-    effect_ratio,
-    kendall_union,
-    rank_biased_overlap,
-    rmse,
-)
 from adaptive_margins.paper import Reproduction
 from adaptive_margins.paper.frames import external_runs
 from adaptive_margins.paper.store import StoredRun
@@ -350,56 +340,3 @@ def index_cost(reproduction: Reproduction, data: pd.DataFrame) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
-
-
-def replication(reproduction: Reproduction, data: pd.DataFrame) -> pd.DataFrame:
-    """How rows of Table 3 (first seed) replicate external runs of the same name, such as those of
-    the paper's authors: a row a run, test set and measure; empty without such runs.
-
-    The name is that of ``printed/table3.csv``: ENCODER-TARGET, and -in-batch. Rankings are compared
-    to the measure's cutoff, scores over the judged queries. effect_ratio and delta_ri need the
-    external run ENCODER-static, the baseline. See `evaluation.replicability`.
-    """
-    rows = data.drop_duplicates("run_id")
-    names = (
-        rows["encoder"]
-        + "-"
-        + rows["target"]
-        + rows["in_batch"].map({True: "-in-batch"}).fillna("")
-    )
-    ours = {
-        n: StoredRun[Any](reproduction.store.folder / i)
-        for n, i in zip(names, rows["run_id"], strict=True)
-    }
-    theirs = external_runs(reproduction.runner)
-    collection, measures = reproduction.inputs.collection, reproduction.profile.measures.full
-    passages, found = len(collection.passages), []
-    scored = {
-        (name, s): score(run, collection.qrels[s], measures, passages=passages).evaluation.per_query
-        for name, sets in theirs.items()
-        for s, run in sets.items()
-    }
-    for (name, s), scores in scored.items():
-        baseline = name.removesuffix("-in-batch").rpartition("-")[0] + "-static"
-        for measure in scores if name in ours else ():
-            mine = ours[name].evaluation("full", s).per_query[measure]
-            tops = [
-                {qid: [d for d, _ in top(hits, cutoff(measure))] for qid, hits in run.items()}
-                for run in (theirs[name][s], ours[name].run("full", s))
-            ]
-            pairs = [(tops[0].get(qid, []), tops[1].get(qid, [])) for qid in mine]
-            one: dict[str, Any] = {
-                "row": name,
-                "set": s,
-                "measure": measure,
-                "run_id": ours[name].run_id,
-            }
-            one["kendall_union"] = np.nanmean([kendall_union(*pair) for pair in pairs])
-            one["rbo"] = np.nanmean([rank_biased_overlap(*pair) for pair in pairs])
-            one["rmse"] = rmse(scores[measure], mine)
-            if name != baseline and measure in scored.get((baseline, s), {}) and baseline in ours:
-                base = ours[baseline].evaluation("full", s).per_query[measure]
-                sides = scored[baseline, s][measure], scores[measure], base, mine
-                one |= {"effect_ratio": effect_ratio(*sides), "delta_ri": delta_improvement(*sides)}
-            found.append(one)
-    return pd.DataFrame(found)

@@ -1,0 +1,93 @@
+"""When a claim cannot be seen or tested: each condition returns why, or "" where it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from adaptive_margins.book.claim_statistics import Evidence, maximum_at, to_students, variants
+from adaptive_margins.paper.convergence import Line
+from adaptive_margins.paper.frames import TAS_B
+
+
+def maximum_seen(of: Evidence, figure: str, **which: Any) -> str:
+    """Curves that are highest at their last evaluation may have their maximum after it."""
+    at = maximum_at(of, figure, **which)
+    late = int((at[0] == 1).sum()) if len(at) else 0
+    if not late:
+        return ""
+    return (
+        f"Training ends too early: {late} of {len(at)} curves are highest at their last evaluation."
+    )
+
+
+def rows_have_maximum(of: Evidence, frame: str, rows: Sequence[str]) -> str:
+    """Most curves of these rows, means over seeds, have to be highest before their end."""
+    assert of.reproduction is not None
+    selection = of.reproduction.profile.measures.selection
+    named = of.frames[frame].drop_duplicates("run_id").to_dict("list")
+    ids = named.get("run_ids", named["run_id"])
+    picked = [i for i, v in zip(ids, variants(pd.DataFrame(named)), strict=True) if v in rows]
+    curves = [Line("", "", False, tuple(map(of.run, i.split()))) for i in picked]
+    late = sum(curve.rises(selection) for curve in curves)
+    if 2 * late <= len(curves):
+        return ""
+    return (
+        f"Training ends too early: {late} of {len(curves)} curves are highest at their last"
+        " evaluation."
+    )
+
+
+def training_stops_early(of: Evidence) -> str:
+    """Where early stopping ends few rows, time and triples follow from the settings."""
+    rows = of.frames["table3"].drop_duplicates("run_id")
+    late = int((rows["triples"] == rows["triples"].max()).sum())
+    if 2 * late < len(rows):
+        return ""
+    return (
+        f"{late} of {len(rows)} rows were trained to the end, so the ratio follows from budgets and"
+        " the grid of ε."
+    )
+
+
+def several_models(of: Evidence) -> str:
+    """Truncations of one model cannot show what different models have in common."""
+    assert of.reproduction is not None
+    encoders = of.reproduction.profile.encoders.values()
+    if len({encoder.base for encoder in encoders}) > 1:
+        return ""
+    return "All encoders are truncations of one pretrained model."
+
+
+def teacher_supplied(of: Evidence) -> str:
+    """There has to be a student of balanced sampling: one trained here, or an external run."""
+    frame = of.frames["table4"]
+    if TAS_B in set(frame["loss"]) or any(variants(frame).str.endswith(", TAS-B in-batch")):
+        return ""
+    return "No run of a teacher-distilled encoder is available."
+
+
+def student_has_maximum(of: Evidence) -> str:
+    """A student of a teacher whose curve is highest at its end has not seen all its data."""
+    students = to_students(of)
+    if students.empty:
+        return "No encoder is distilled from a teacher here."
+    ends = students["reference_rises"].all()
+    return "The teacher's student is highest at its last evaluation." if ends else ""
+
+
+FORCED = ("training_stops_early", "several_models")
+"""Conditions about what the design forces; the others are about what the runs lack."""
+CONDITIONS: dict[str, Callable[..., str]] = {
+    f.__name__: f
+    for f in (
+        maximum_seen,
+        rows_have_maximum,
+        training_stops_early,
+        several_models,
+        teacher_supplied,
+        student_has_maximum,
+    )
+}
