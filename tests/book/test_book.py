@@ -360,5 +360,5 @@ def test_a_second_build_does_nothing(smoke_home, capsys):
     assert build("smoke", home=smoke_home) == index
     assert time.monotonic() - started < 20
     told = capsys.readouterr().err
-    assert "8 of 8 are finished" in told and "nothing has changed" in told
+    assert re.search(r"(\d+) of \1 are finished", told) and "nothing has changed" in told
     assert index.stat().st_mtime_ns == before

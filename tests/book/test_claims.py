@@ -378,7 +378,7 @@ def test_what_a_share_of_the_data_reaches_is_read_after_it(runs):
 def test_to_teacher_takes_the_student_that_was_trained_here(runs):
     rows = []
     for loss, sampling, in_batch, mean in (
-        ("Distributed", "Rand.", "✓", 0.45), ("MarginMSE", "TAS-B", "✓", 0.5), ("MarginMSE", "Rand.", "✓", 0.4),
+        ("Distributed", "Rand.", "✓", 0.45), ("MarginMSE", "TAS-B, hard", "✗", 0.5), ("MarginMSE", "TAS-B, hard", "✓", 0.4),
     ):  # fmt: skip
         for name, measure, value, run_id in runs.stored("full", {"t": {NDCG: mean}}):
             rows.append((loss, sampling, in_batch, "ours", name, measure, value, run_id))
@@ -386,6 +386,8 @@ def test_to_teacher_takes_the_student_that_was_trained_here(runs):
     evidence = runs.evidence(table4=pd.DataFrame(rows, columns=columns.split()))
     assert value_of(evidence, "to_teacher", measure=0) == pytest.approx([-0.05] * 3)
     assert CONDITIONS["teacher_supplied"](evidence) == ""
+    without = pd.DataFrame(rows[:1], columns=columns.split())
+    assert CONDITIONS["teacher_supplied"](runs.evidence(table4=without)) != ""
 
 
 def edition(outcome, here=-0.02):

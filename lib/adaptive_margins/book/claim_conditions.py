@@ -7,7 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from adaptive_margins.book.claim_statistics import Evidence, maximum_at, to_students, variants
+from adaptive_margins.book.claim_statistics import (
+    STUDENT,
+    Evidence,
+    maximum_at,
+    to_students,
+    variants,
+)
 from adaptive_margins.paper.convergence import Line
 from adaptive_margins.paper.frames import TAS_B
 
@@ -62,9 +68,9 @@ def several_models(of: Evidence) -> str:
 
 
 def teacher_supplied(of: Evidence) -> str:
-    """There has to be a student of balanced sampling: one trained here, or an external run."""
+    """The `STUDENT` has to be trained here, or to be supplied as an external run."""
     frame = of.frames["table4"]
-    if TAS_B in set(frame["loss"]) or any(variants(frame).str.endswith(", TAS-B in-batch")):
+    if TAS_B in set(frame["loss"]) or STUDENT in set(variants(frame)):
         return ""
     return "No run of a teacher-distilled encoder is available."
 
