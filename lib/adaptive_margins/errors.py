@@ -18,3 +18,7 @@ class ArgumentError(AdaptiveMarginsError, ValueError):
     def __init__(self, name: str, message: str) -> None:
         super().__init__(message)
         self.name = name
+
+
+class TrainingError(AdaptiveMarginsError, RuntimeError):
+    """Training that cannot continue: a loss that is not finite, too few triples, a full disk."""

@@ -29,17 +29,13 @@ from adaptive_margins.data.stored import seeded_order
 from adaptive_margins.encoder.load import quiet
 from adaptive_margins.encoder.speed import batcher
 from adaptive_margins.encoder.tokens import Tokens
-from adaptive_margins.errors import AdaptiveMarginsError
+from adaptive_margins.errors import TrainingError as TrainingError
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.runs import TrainingRun
 from adaptive_margins.training_step import RecordedLoss, TripleCollator
 
 REPORTERS = ("tensorboard", "wandb", "mlflow", "trackio")
 """Integrations of the trainer that `train` reports to; each is also the name of its package."""
-
-
-class TrainingError(AdaptiveMarginsError, RuntimeError):
-    """Training that cannot continue: a loss that is not finite, too few triples, a full disk."""
 
 
 @dataclass(frozen=True)

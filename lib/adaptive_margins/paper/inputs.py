@@ -8,10 +8,9 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset
 
 from adaptive_margins.data import converted, pydocs, stored
 from adaptive_margins.data.collection import Collection, Texts
@@ -31,6 +30,9 @@ from adaptive_margins.profiles.config import (
 from adaptive_margins.progress import say
 from adaptive_margins.retrieval.bm25 import BM25
 from adaptive_margins.runs import BM25_NAME
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 class Inputs:
@@ -109,6 +111,8 @@ class Inputs:
         triples = self.collection.triples
         if isinstance(triples, stored.StoredTriples):
             return triples.rows
+        from datasets import Dataset
+
         passages = self.collection.passages
         rows = [(self.queries.row(q), passages.row(p), passages.row(n)) for q, p, n in triples]
         columns = np.array(rows, dtype=np.int32).reshape(-1, 3).T

@@ -12,12 +12,11 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from transformers.utils import cached_file
 
 from adaptive_margins.data import converted
 from adaptive_margins.data.stored import COLUMNS
@@ -36,7 +35,9 @@ from adaptive_margins.profiles.config import EncoderSettings, IrDatasetsSettings
 from adaptive_margins.progress import clock
 from adaptive_margins.runs import BM25Run, EncoderRun, RunConfig, TrainingRun
 from adaptive_margins.text_tables import aligned, size
-from adaptive_margins.training_step import TripleCollator
+
+if TYPE_CHECKING:
+    from adaptive_margins.training_step import TripleCollator
 
 _STEPS = 3  # of a calibration; the first one warms up
 _PASSAGES = 256  # encoded in a calibration
@@ -301,6 +302,8 @@ def _calibrated(inputs: Inputs, encoder: str) -> _Speed:
 
 def _material(inputs: Inputs, encoder: str) -> tuple[Any, TripleCollator, np.ndarray, np.ndarray]:
     """A model, its collator, (3, n) rows of triples, and rows of passages to encode."""
+    from adaptive_margins.training_step import TripleCollator
+
     settings, p = inputs.settings(encoder), inputs.profile
     some = inputs.triples[: _STEPS * p.static.batch_size]
     columns = np.array([some[column] for column in COLUMNS])
@@ -355,6 +358,8 @@ def _has_weights(settings: EncoderSettings) -> bool:
         return False
     if weights_folder(settings) is not None:
         return True
+    from transformers.utils import cached_file
+
     found = cached_file(
         settings.base,
         "model.safetensors",

@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from adaptive_margins.data.trec import Run
 from adaptive_margins.encoder.embed import embed, embed_shards
 from adaptive_margins.encoder.frozen import LoadedEncoder
 from adaptive_margins.encoder.load import save_encoder
+from adaptive_margins.errors import TrainingError
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
 from adaptive_margins.files import locked
 from adaptive_margins.paper.experiments import Experiments
@@ -47,7 +48,9 @@ from adaptive_margins.runs import (
     TransferRun,
     ZeroShotRun,
 )
-from adaptive_margins.training import TrainingError, TrainingResult, train
+
+if TYPE_CHECKING:
+    from adaptive_margins.training import TrainingResult
 
 Evaluations = dict[str, dict[str, Evaluation]]
 """Mode → query set → measures."""
@@ -209,6 +212,8 @@ class Runner:
         self, config: TrainingRun, encoder: LoadedEncoder, model: Any, validate: Any, work: Path
     ) -> TrainingResult:
         """Train ``model``. Step 0 is read from the zero-shot run if that is stored."""
+        from adaptive_margins.training import train  # seconds, of no use to finished runs
+
         start = Experiments(self.inputs, self.store).zero_shot_run(config.encoder)
         initial = None
         if self.store.has(start):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import pandas as pd
 from safetensors import SafetensorError
@@ -21,7 +21,9 @@ from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.evaluation.significance import compare
 from adaptive_margins.files import atomic_folder
 from adaptive_margins.runs import RunConfig, read_run_config
-from adaptive_margins.training import TrainingResult
+
+if TYPE_CHECKING:
+    from adaptive_margins.training import TrainingResult
 
 _MODES = ("rerank", "full", "exact")
 _PACKAGES = (
