@@ -8,7 +8,8 @@ from sentence_transformers import SentenceTransformer
 
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.encoder.checks import EncoderError
-from adaptive_margins.encoder.load import encoder_identity
+from adaptive_margins.encoder.load import encoder_identity, open_encoder
+from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.paper.reproduction import Reproduction
 from adaptive_margins.profiles.config import load_profile
 from adaptive_margins.runs import ZeroShotRun
@@ -158,3 +159,13 @@ def test_the_papers_retrievers_are_pinned():
     dpr = profile.untrained["dpr"]
     assert "ctx_encoder" in dpr.base and "question_encoder" in dpr.of_queries.base
     assert dpr.of_queries.query_base is None
+
+
+def test_minilm_at_its_own_length_reads_the_same_tokens(smoke):
+    """The texts of PyDocs are truncated to the profile's lengths: a row of its own would be the same row."""
+    model, lengths = open_encoder("minilm"), smoke.profile.lengths
+    assert model.max_seq_length == 256
+    texts = ((smoke.inputs.queries.texts, lengths.query), (smoke.inputs.collection.passages.texts, lengths.passage))  # fmt: skip
+    for some, length in texts:
+        ours, own = (tokenize(model, list(some), n) for n in (length, model.max_seq_length))
+        np.testing.assert_array_equal(ours.ids, own.ids)
