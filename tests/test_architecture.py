@@ -114,8 +114,8 @@ def test_light_parts_stay_light():
         found = {}
         import adaptive_margins.cli
         found["cli"] = [m for m in heavy if m in sys.modules]
-        import adaptive_margins.profiles.config
-        adaptive_margins.profiles.config.available()
+        import adaptive_margins.profiles.load
+        adaptive_margins.profiles.load.available()
         found["profiles"] = [m for m in heavy if m in sys.modules]
         import adaptive_margins.evaluation, adaptive_margins.evaluation.external_runs
         found["runs"] = [m for m in heavy if m in sys.modules]

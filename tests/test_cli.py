@@ -19,7 +19,7 @@ from adaptive_margins.data.collection import Texts
 from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.paper.experiments import fixed_runs
 from adaptive_margins.paper.store import StoreError
-from adaptive_margins.profiles.config import ProfileError, available
+from adaptive_margins.profiles.load import ProfileError, available
 from adaptive_margins.training import TrainingError
 
 

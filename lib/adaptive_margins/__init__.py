@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from adaptive_margins.losses import MarginLoss as MarginLoss
     from adaptive_margins.losses import margin_loss as margin_loss
     from adaptive_margins.losses import margins_and_targets as margins_and_targets
-    from adaptive_margins.profiles.config import load_profile as load_profile
+    from adaptive_margins.profiles.load import load_profile as load_profile
     from adaptive_margins.retrieval.bm25 import BM25 as BM25
     from adaptive_margins.retrieval.dense import DenseRetriever as DenseRetriever
     from adaptive_margins.retrieval.dense import hybrid as hybrid

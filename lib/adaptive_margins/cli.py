@@ -27,7 +27,7 @@ Profile = Annotated[
 
 def _open(profile: str) -> Reproduction:
     """The profile, opened; the hub is reached only if the profile names an encoder of the hub."""
-    from adaptive_margins.profiles.config import load_profile
+    from adaptive_margins.profiles.load import load_profile
 
     settings = load_profile(profile)
     named = [*settings.encoders.values(), *settings.untrained.values()]
@@ -101,7 +101,7 @@ def reproduce(
 @app.command()
 def profiles() -> None:
     """List the packaged profiles."""
-    from adaptive_margins.profiles.config import available
+    from adaptive_margins.profiles.load import available
 
     print("\n".join(available()))
 

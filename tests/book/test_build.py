@@ -21,7 +21,7 @@ from adaptive_margins.book import pages
 from adaptive_margins.book.build import BuildError, Site, build, select
 from adaptive_margins.book.execute import NotebookError, execute, parameter_defaults
 from adaptive_margins.files import WriteError, locked
-from adaptive_margins.profiles.config import load_profile
+from adaptive_margins.profiles.load import load_profile
 from conftest import run_config
 
 PARAMETERS = 'profile = "laptop"\ndata_folder = ""'

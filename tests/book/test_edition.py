@@ -12,7 +12,7 @@ import pytest
 
 from adaptive_margins import paper
 from adaptive_margins.book import claims, edition, pages
-from adaptive_margins.profiles.config import load_profile
+from adaptive_margins.profiles.load import load_profile
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 with pytest.MonkeyPatch.context() as _patch:

@@ -22,7 +22,7 @@ from adaptive_margins.book.claims import rules
 from adaptive_margins.book.context import PARAMETERS, ParameterError, check_parameters
 from adaptive_margins.book.execute import parameter_defaults
 from adaptive_margins.book.pages import OWN
-from adaptive_margins.profiles.config import ProfileError
+from adaptive_margins.profiles.load import ProfileError
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -27,7 +27,7 @@ from adaptive_margins.book.published import load
 from adaptive_margins.data.converted import StoredCollection
 from adaptive_margins.data.trec import top, write_run
 from adaptive_margins.paper.frames import external_runs
-from adaptive_margins.profiles.config import load_profile
+from adaptive_margins.profiles.load import load_profile
 from adaptive_margins.retrieval.bm25 import BM25
 from conftest import MINIATURE_NOTEBOOKS, MINIATURE_SIZES, write_miniature
 

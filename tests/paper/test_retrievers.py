@@ -11,7 +11,7 @@ from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.encoder.load import encoder_identity, open_encoder
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.paper.reproduction import Reproduction
-from adaptive_margins.profiles.config import load_profile
+from adaptive_margins.profiles.load import load_profile
 from adaptive_margins.runs import ZeroShotRun
 from conftest import RANDOM_TEXTS, write_retriever
 

@@ -21,7 +21,7 @@ from adaptive_margins.paper.experiments import Experiments, fixed_runs
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.reproduction import Reproduction
 from adaptive_margins.paper.store import StoreError
-from adaptive_margins.profiles.config import load_profile
+from adaptive_margins.profiles.load import load_profile
 from adaptive_margins.training import TrainingError
 
 

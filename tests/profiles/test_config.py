@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from adaptive_margins.device import default_device
 from adaptive_margins.profiles import config as profiles
-from adaptive_margins.profiles.config import ProfileError, available, load_profile
+from adaptive_margins.profiles.load import ProfileError, available, load_profile
 
 SHIPPED = Path(profiles.__file__).parent
 

@@ -38,7 +38,8 @@ from adaptive_margins.book.execute import (
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import HOME_VARIABLE, file_sha256, locked, read_object, write_text
 from adaptive_margins.files import home as default_home
-from adaptive_margins.profiles.config import Profile, load_profile
+from adaptive_margins.profiles.config import Profile
+from adaptive_margins.profiles.load import load_profile
 from adaptive_margins.progress import bar, clock, say
 
 WORKERS = 2

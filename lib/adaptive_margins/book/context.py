@@ -25,7 +25,8 @@ from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.paper import Reproduction
 from adaptive_margins.paper.frames import external_runs
 from adaptive_margins.paper.store import StoredRun
-from adaptive_margins.profiles.config import CurveSettings, StaticSettings, available
+from adaptive_margins.profiles.config import CurveSettings, StaticSettings
+from adaptive_margins.profiles.load import available
 
 _NUMBER = Annotated[float, Field(allow_inf_nan=False)]
 _NATURAL = Annotated[int, Field(ge=0)]

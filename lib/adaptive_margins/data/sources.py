@@ -8,7 +8,8 @@ from adaptive_margins.data import ir_datasets, pydocs
 from adaptive_margins.data.collection import Collection
 from adaptive_margins.data.folder import EXPECTED, read_folder, standard_sets
 from adaptive_margins.data.text import DataError
-from adaptive_margins.profiles.config import PyDocsSettings, load_profile
+from adaptive_margins.profiles.config import PyDocsSettings
+from adaptive_margins.profiles.load import load_profile
 from adaptive_margins.progress import say
 
 PYDOCS = "pydocs"

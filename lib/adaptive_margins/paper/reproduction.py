@@ -25,7 +25,8 @@ from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.plan import Plan, make_plan
 from adaptive_margins.paper.runner import Runner
 from adaptive_margins.paper.store import Store, StoredRun
-from adaptive_margins.profiles.config import Profile, load_profile
+from adaptive_margins.profiles.config import Profile
+from adaptive_margins.profiles.load import load_profile
 from adaptive_margins.progress import clock, say
 from adaptive_margins.runs import BM25Run, EncoderRun, TrainingRun, ZeroShotRun
 
@@ -172,6 +173,6 @@ def open_profile(
     Args:
         profile: e.g. "laptop", "smoke", "paper".
         home: the folder of all results; by default $ADAPTIVE_MARGINS_HOME, or the checkout.
-        overrides: values instead of the profile's, as for `profiles.config.load_profile`.
+        overrides: values instead of the profile's, as for `profiles.load.load_profile`.
     """
     return Reproduction(load_profile(profile, **overrides), home)
