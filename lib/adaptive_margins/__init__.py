@@ -49,7 +49,7 @@ _MODULES = {
     "evaluate_encoder": "corpus.evaluate",
     "finetune": "corpus.finetune",
     "hybrid": "retrieval.dense",
-    "load_profile": "profiles.config",
+    "load_profile": "profiles.load",
     "margin_loss": "losses",
     "margins_and_targets": "losses",
     "open_collection": "data.sources",

@@ -156,7 +156,7 @@ def test_the_rows_of_a_profile(smoke):
     assert (reference, "softmax", True) in names
     for one in found:
         assert len(one.runs) == len(smoke.profile.row_seeds(one.encoder))
-    frame = smoke.equivalence()
+    frame = equivalence(found)
     assert set(frame["encoder"]) == set(smoke.profile.encoders)
     assert set(budgets(frame)["state"]) <= {"reached", "not reached", UNSEEN}
-    assert set(smoke.convergence()["measure"]) == set(smoke.profile.measures.rerank)
+    assert set(convergence(found)["measure"]) == set(smoke.profile.measures.rerank)

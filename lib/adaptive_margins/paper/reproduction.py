@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 
 from adaptive_margins.files import home as default_home
-from adaptive_margins.paper.convergence import convergence, equivalence, lines
 from adaptive_margins.paper.experiments import Experiments, find_run, fixed_runs
 from adaptive_margins.paper.frames import (
     curves,
@@ -147,16 +146,6 @@ class Reproduction:
     def table4(self) -> pd.DataFrame:
         """The reference encoder next to baselines and external runs."""
         return table4(self.experiments, self.runner)
-
-    def convergence(self) -> pd.DataFrame:
-        """Learning curves of all trained rows of Tables 3 and 4, with all seeds."""
-        return convergence(lines(self.experiments, self.runner))
-
-    def equivalence(self) -> pd.DataFrame:
-        """These rows after each number of triples, tested against tuned static targets and the best
-        student of a teacher (`convergence.budgets` summarises it).
-        """
-        return equivalence(lines(self.experiments, self.runner))
 
     def gains(self, configs: Sequence[TrainingRun] | None = None) -> pd.DataFrame:
         """The selected step against step 0 for Figures 4 and 5, or for ``configs``."""
