@@ -27,17 +27,13 @@ from adaptive_margins.book.pages import machine
 from adaptive_margins.data.trec import top, write_run
 from adaptive_margins.evaluation.measures import cutoff
 from adaptive_margins.files import atomic_folder, folder_bytes
+from adaptive_margins.paper.convergence import convergence, equivalence, lines
 from adaptive_margins.paper.experiments import fixed_runs
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.terminal import new_folder
 from adaptive_margins.text_tables import size
 
-FRAMES = [
-    *(f"figure{n}" for n in (3, 4, 5, 6)),
-    *(f"table{n}" for n in (1, 2, 3, 4)),
-    "convergence",
-    "equivalence",
-]
+FRAMES = [*(f"figure{n}" for n in (3, 4, 5, 6)), *(f"table{n}" for n in (1, 2, 3, 4))]
 NAMES = ["run_id", "mode", "set", "measure", "qid"]
 
 
@@ -51,6 +47,8 @@ def export(reproduction: paper.Reproduction, folder: Path) -> int:
             f"{len(missing)} runs are missing, e.g. {missing[0]}; compute them first: {command}"
         )
     frames = {name: getattr(reproduction, name)() for name in FRAMES}
+    rows = lines(reproduction.experiments, reproduction.runner)
+    frames |= {"convergence": convergence(rows), "equivalence": equivalence(rows)}
     frames["claims"] = pd.concat(
         claims.table(section, frames, reproduction) for section in claims.CHAPTERS
     )

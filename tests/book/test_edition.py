@@ -57,7 +57,7 @@ def test_every_score_of_every_run_is_there(smoke, exported):
 
 def test_frames_claims_and_rankings_are_those_of_the_profile(smoke, exported):
     found = edition.read("smoke", exported)
-    assert set(found) == {*script.FRAMES, "claims"}
+    assert set(found) == {*script.FRAMES, "convergence", "equivalence", "claims"}
     for name in script.FRAMES:
         assert len(found[name]) == len(getattr(smoke, name)())
     assert found["claims"]["claim"].tolist() == [rule.claim for rule in claims.rules()]
