@@ -352,12 +352,6 @@ def write_miniature(home: Path, extends: str = "paper", **values: Any) -> Path:
             "ance": {"base": write_retriever(home / "encoders" / "ance", "roberta", 3, words, linear=True)},
             "tas-b": {"base": write_retriever(home / "encoders" / "tas-b", "distilbert", 4, words)},
         },
-        "teacher": {
-            "model": {"base": str(write_encoder(home / "encoders" / "bert", "bert", words)), "revision": None},
-            "in_batch": {"base": str(home / "encoders" / "bert"), "revision": None},
-            "clusters": 4,
-            "hard_margin": None,
-        },
         "device": "cpu",
         **MINIATURE_SIZES,
         **values,

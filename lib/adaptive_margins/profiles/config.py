@@ -343,37 +343,6 @@ class ComparisonSettings(CurveSettings):
         return self
 
 
-class TeacherSettings(_Settings):
-    """Teacher distillation: the MarginMSE rows of Table 4.
-
-    Attributes:
-        model: the cross-encoder; a hub id, a folder or ``minilm``, truncated to its ``layers``.
-            None: the in-batch teacher scores the pairs of a triple, too.
-        triples: of the collection, on which it is fine-tuned for an epoch; None: used as it is.
-        batch_size, learning_rate, seed: of that.
-        scores: a file of published scores in place of the model (`teachers.read_scores`).
-        negatives: triples of each query that topic-aware sampling draws from, for a collection
-            that has few; None for the collection's triples alone.
-        in_batch: the encoder whose token embeddings score pairs across a batch (MaxSim).
-        clusters: of training queries, for topic-aware sampling.
-        bins: of a query's margins, as ``hard_margin`` see `topics.sampled_order`.
-        pairs_per_second: scored, which a plan assumes.
-    """
-
-    model: EncoderSettings | None = None
-    triples: Positive | None = None
-    batch_size: Positive = 32
-    learning_rate: Rate = 1e-4
-    seed: Whole = 1
-    scores: str | None = None
-    negatives: Positive | None = None
-    in_batch: EncoderSettings
-    clusters: Positive
-    bins: Positive = 10
-    hard_margin: Number | None = None
-    pairs_per_second: Rate
-
-
 class NoteSettings(_Settings):
     """Remarks on this profile in the book, by the place where they stand; Markdown, or empty."""
 
@@ -451,9 +420,6 @@ class Profile(_Settings):
     distributed: CurveSettings
     comparison: ComparisonSettings
     target_plot: TargetPlotSettings
-    teacher: TeacherSettings | None = Field(
-        None, description="without it, Table 4 has no MarginMSE rows"
-    )
     out_of_domain: OutOfDomainSettings = OutOfDomainSettings()
     ranking: RankingSettings = RankingSettings()
     notes: NoteSettings = NoteSettings()
@@ -493,8 +459,6 @@ class Profile(_Settings):
                 raise ValueError("candidates.source: PyDocs comes without candidates; use bm25")
             if self.candidates.negative_ranks is None:
                 raise ValueError("candidates.negative_ranks: needed, as PyDocs has no triples")
-        elif self.teacher and self.teacher.negatives:
-            raise ValueError("teacher.negatives: only for PyDocs; other collections have triples")
         known = self.collection.query_sets
         stopping = self.comparison.validation or self.sets.validation
         for name in (self.sets.validation, *self.sets.tests, stopping):
