@@ -23,6 +23,7 @@ import pandas as pd
 
 from adaptive_margins import paper
 from adaptive_margins.book import claims
+from adaptive_margins.book.build import named_runs
 from adaptive_margins.book.pages import machine
 from adaptive_margins.data.trec import top, write_run
 from adaptive_margins.evaluation.measures import cutoff
@@ -47,12 +48,14 @@ def export(reproduction: paper.Reproduction, folder: Path) -> int:
             f"{len(missing)} runs are missing, e.g. {missing[0]}; compute them first: {command}"
         )
     frames = {name: getattr(reproduction, name)() for name in FRAMES}
-    rows = lines(reproduction.experiments, reproduction.runner)
-    frames |= {"convergence": convergence(rows), "equivalence": equivalence(rows)}
+    curves = lines(reproduction.experiments, reproduction.runner)
+    frames |= {"convergence": convergence(curves), "equivalence": equivalence(curves)}
     frames["claims"] = pd.concat(
         claims.table(section, frames, reproduction) for section in claims.CHAPTERS
     )
-    runs = stored(frames, store.folder)
+    named = set().union(*map(named_runs, frames.values()))
+    ids = sorted(run_id for run_id in named if not run_id.startswith("supplied"))
+    runs = [StoredRun(store.folder / run_id) for run_id in ids]
     rows = {run_id for name in ("table3", "table4") for run_id in frames[name]["run_id"]}
     about = {"profile": p.model_dump(mode="json"), "collection": reproduction.inputs.fingerprint}
     about |= {"machine": machine(), "command": command}
@@ -72,19 +75,6 @@ def export(reproduction: paper.Reproduction, folder: Path) -> int:
                 short = {qid: dict(top(hits, depth)) for qid, hits in run.run("full", name).items()}
                 write_run(short, partial / "runs" / f"{run.run_id}.{name}.run.gz", run.run_id)
     return folder_bytes(folder)
-
-
-def stored(frames: dict[str, pd.DataFrame], store: Path) -> list[StoredRun[Any]]:
-    """All runs that the frames name, external ones left out."""
-    columns = ("run_id", "run_ids", "start_run_id")
-    texts = {
-        text
-        for frame in frames.values()
-        for c in frame.columns.intersection(columns)
-        for text in frame[c].unique()
-    }
-    ids = {run_id for text in texts if not text.startswith("supplied") for run_id in text.split()}
-    return [StoredRun(store / run_id) for run_id in sorted(ids)]
 
 
 def facts(run: StoredRun[Any]) -> dict[str, Any]:

@@ -391,11 +391,11 @@ def _result(callback: _Callback, stop_step: int) -> TrainingResult:
     """Leave the model in the state of the selected checkpoint, and collect the results."""
     config, progress = callback.config, callback.progress
     kept_step, kept = stop_step, callback.last
-    states = {"last": _copied(callback.model)}
+    last = selected = _copied(callback.model)
     if config.keep == "best":
-        callback.model.load_state_dict(callback.best_state, strict=False)
+        selected = callback.best_state
+        callback.model.load_state_dict(selected, strict=False)
         kept_step, kept = progress.best_step, callback.best
-    states["selected"] = _copied(callback.model)
     if kept is None:  # it was before the checkpoint that this call was resumed from
         values = next(e for e in progress.evaluations if e["step"] == kept_step)
         kept = Evaluation(values["mean"], values["per_query"])
@@ -411,7 +411,7 @@ def _result(callback: _Callback, stop_step: int) -> TrainingResult:
         train_seconds=progress.stopped_seconds or progress.train_seconds,
         eval_seconds=progress.eval_seconds,
         peak_bytes=progress.peak_bytes,
-        states=states,
+        states={"selected": selected, "last": last},
     )
 
 

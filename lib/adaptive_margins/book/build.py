@@ -251,7 +251,7 @@ class Site:
         run_ids: set[str] = set()
         for file in sorted(workplace.iterdir()):
             if file.suffix == ".csv":
-                run_ids |= _run_ids(file)
+                run_ids |= named_runs(pd.read_csv(file, dtype=str, keep_default_na=False))
             outputs.append(file.replace(data / file.name))
         shutil.rmtree(workplace)
         receipt = {
@@ -347,10 +347,9 @@ def library_hash() -> str:
     return digest.hexdigest()
 
 
-def _run_ids(table: Path) -> set[str]:
-    frame = pd.read_csv(table, dtype=str, keep_default_na=False)
+def named_runs(frame: pd.DataFrame) -> set[str]:
+    """All ids of runs that a frame names, those of supplied runs ("supplied: NAME") included."""
     single = [name for name in frame.columns if name.endswith("run_id")]
     found = {run_id for name in single for run_id in frame[name]}
-    for run_ids in frame.get("run_ids", ()):  # of several seeds
-        found.update([run_ids] if run_ids.startswith("supplied") else run_ids.split())
+    found.update(run_id for ids in frame.get("run_ids", ()) for run_id in ids.split())
     return found - {""}

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pandas as pd
-
 from adaptive_margins.book.claim_statistics import (
     STUDENT,
     Evidence,
@@ -14,7 +12,7 @@ from adaptive_margins.book.claim_statistics import (
     to_students,
     variants,
 )
-from adaptive_margins.paper.convergence import Line
+from adaptive_margins.paper.convergence import rises
 from adaptive_margins.paper.frames import TAS_B
 
 
@@ -22,27 +20,22 @@ def maximum_seen(of: Evidence, figure: str, **which: Any) -> str:
     """Curves that are highest at their last evaluation may have their maximum after it."""
     at = maximum_at(of, figure, **which)
     late = int((at[0] == 1).sum()) if len(at) else 0
-    if not late:
-        return ""
-    return (
-        f"Training ends too early: {late} of {len(at)} curves are highest at their last evaluation."
-    )
+    return _too_early(late, len(at)) if late else ""
 
 
 def rows_have_maximum(of: Evidence, frame: str, rows: Sequence[str]) -> str:
     """Most curves of these rows, means over seeds, have to be highest before their end."""
     assert of.reproduction is not None
     selection = of.reproduction.profile.measures.selection
-    named = of.frames[frame].drop_duplicates("run_id").to_dict("list")
-    ids = named.get("run_ids", named["run_id"])
-    picked = [i for i, v in zip(ids, variants(pd.DataFrame(named)), strict=True) if v in rows]
-    curves = [Line("", "", False, tuple(map(of.run, i.split()))) for i in picked]
-    late = sum(curve.rises(selection) for curve in curves)
-    if 2 * late <= len(curves):
-        return ""
+    table = of.frames[frame].drop_duplicates("run_id")
+    picked = table.get("run_ids", table["run_id"])[variants(table).isin(rows)]
+    late = sum(rises([of.run(run_id) for run_id in i.split()], selection) for i in picked)
+    return _too_early(late, len(picked)) if 2 * late > len(picked) else ""
+
+
+def _too_early(late: int, curves: int) -> str:
     return (
-        f"Training ends too early: {late} of {len(curves)} curves are highest at their last"
-        " evaluation."
+        f"Training ends too early: {late} of {curves} curves are highest at their last evaluation."
     )
 
 

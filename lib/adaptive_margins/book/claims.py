@@ -27,9 +27,8 @@ from adaptive_margins.book.published import load
 from adaptive_margins.book.style import signed
 from adaptive_margins.paper import Reproduction
 
-OUTCOMES = (
-    *("supported", "not supported", "not decided", "cannot be tested here", "cannot be seen here"),
-)
+UNTESTABLE, UNSEEN = "cannot be tested here", "cannot be seen here"
+OUTCOMES = ("supported", "not supported", "not decided", UNTESTABLE, UNSEEN)
 CHAPTERS = {
     "1": "11_at_convergence",
     "5.1": "02_static_targets",
@@ -151,11 +150,13 @@ def answer(editions: Mapping[str, pd.DataFrame]) -> str:
     the first edition; empty if that claim was not tested.
     """
     rule = next(claim for claim in rules() if claim.answers)
-    for profile, claims in list(editions.items())[:1]:
-        for row in claims[claims["claim"] == rule.claim].to_dict("records"):
-            words = {"here": _here(row), "paper": row["paper"], "profile": profile}
-            return rule.answers[row["outcome"]].format(**words, why=row["why"])
-    return ""
+    profile, claims = next(iter(editions.items()))
+    found = claims[claims["claim"] == rule.claim].to_dict("records")
+    if not found:
+        return ""
+    row = found[0]
+    words = {"here": _here(row), "paper": row["paper"], "why": row["why"], "profile": profile}
+    return rule.answers[row["outcome"]].format(**words)
 
 
 def _row(claim: Claim, here: Evidence, printed: Evidence) -> dict[str, Any]:
@@ -170,7 +171,8 @@ def _row(claim: Claim, here: Evidence, printed: Evidence) -> dict[str, Any]:
     paper = claim.paper or format_(estimate(claim, printed)[0])
     if not why and np.isnan(value):
         why = "This run has nothing to compare."
-    outcome = OUTCOMES[3 if forced else 4] if why else decide(low, high, claim.supported)
+    untested = UNTESTABLE if forced else UNSEEN
+    outcome = untested if why else decide(low, high, claim.supported)
     if not why:
         why = f"Supported {_in_words(claim.supported, format_)}: {claim.reason}"
         why += "" if np.isfinite(low) else " There is no interval."

@@ -104,13 +104,8 @@ def _setup(reproduction: Reproduction) -> dict[str, str]:
     t, s, comparison = p.training, p.static, p.comparison
     stopping = comparison.validation or p.sets.validation
     listed = "passages of BM25" if p.candidates.source == "bm25" else "official BM25 candidates"
-    seeds = [
-        f"{encoder_label(e)} with seeds {', '.join(map(str, dict.fromkeys([p.seed, *more])))}"
-        for e, more in s.seeds.items()
-    ]
+    seeds = _seeded({e: dict.fromkeys([p.seed, *more]) for e, more in s.seeds.items()})
     goes_on = "" if comparison.stop_early else "; training goes on, for the rest of the curve"
-    several = {encoder_label(e): ", ".join(map(str, s)) for e, s in comparison.seeds.items()}
-    row_seeds = "".join(f"; {e} with seeds {seeds}" for e, seeds in several.items())
     static = f"ε in {', '.join(f'{x:g}' for x in s.targets)}; {s.triples:,} triples per run"
 
     def queries(names: Iterable[str]) -> str:
@@ -141,9 +136,13 @@ def _setup(reproduction: Reproduction) -> dict[str, str]:
         "comparison": f"{_curve(comparison, comparison.batch_sizes[:1])}, decay γ ="
         f" {comparison.decay:g} per step; early stopping after {comparison.patience} evaluations"
         f" without a gain in {measure_label(p.measures.selection)} on {stopping};"
-        f" {comparison.keep} checkpoint{goes_on}{row_seeds}",
+        f" {'; '.join([f'{comparison.keep} checkpoint{goes_on}', *_seeded(comparison.seeds)])}",
         "reference": f"{encoder_label(p.reference_encoder)}; † against the underlined run",
     }
+
+
+def _seeded(seeds: Mapping[str, Iterable[int]]) -> list[str]:
+    return [f"{encoder_label(e)} with seeds {', '.join(map(str, s))}" for e, s in seeds.items()]
 
 
 def _curve(experiment: CurveSettings, batch_sizes: Iterable[int]) -> str:

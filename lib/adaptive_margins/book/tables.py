@@ -153,7 +153,7 @@ def table3(
     sweeps = "of which the sweep over ε: " + runs["sweep_seconds"].map(clock)
     titles["", "Training time"] = sweeps.where(static, "").to_numpy()
     ours = _html(cells, 3, "ours", f"this run: {heading}", titles)
-    return _page(3, published, ours, supplied, data=data, commands=commands, **_test(data))
+    return _page(3, published, ours, supplied, commands=commands, **_test(data))
 
 
 def table4(
@@ -191,7 +191,6 @@ def table4(
         published,
         _html(cells, 4, "ours", f"this run: {heading}", titles),
         data,
-        data=data,
         commands=commands,
         reference=", ".join(reference["loss"] + " (" + reference["in_batch"] + ")") or "none",
         teacher=blocks.str.startswith("Teacher").any(),
@@ -354,12 +353,15 @@ def _score_cell(row: Mapping[Any, Any], underline: bool) -> tuple[str, str]:
 
 
 def _test(data: pd.DataFrame) -> dict[str, Any]:
-    """Numbers of the equivalence test for the note: comparisons, levels of the intervals."""
+    """Facts for the note on the equivalence test: comparisons, levels of the intervals, and
+    whether a row has several seeds.
+    """
     tested = data[(data["run_id"] != data["reference_run_id"]) & data["value"].notna()]
     compared = tested.groupby(["set", "measure"])["run_id"].nunique()
     counts = sorted({int(count) for count in tested.get("comparisons", compared).dropna()})
     levels = [f"{100 * (1 - 2 * ALPHA / count):.4g}%" for count in counts]
-    return {"margin": MARGIN, "alpha": ALPHA, "counts": counts, "levels": levels}
+    seeds = any(len(ids) > 1 for ids in _seeds(data))
+    return {"margin": MARGIN, "alpha": ALPHA, "counts": counts, "levels": levels, "seeds": seeds}
 
 
 # --- texts and HTML -------------------------------------------------------------------------------
@@ -446,22 +448,15 @@ def _seeds(runs: pd.DataFrame) -> list[list[str]]:
 
 
 def _page(
-    table: int,
-    published: Published,
-    ours: str,
-    supplied: pd.DataFrame | None = None,
-    *,
-    data: pd.DataFrame | None = None,
-    **values: Any,
+    table: int, published: Published, ours: str, supplied: pd.DataFrame | None = None, **values: Any
 ) -> str:
-    """This run's table (of ``data``), the published one, and their notes."""
+    """This run's table, the published one, and their notes."""
     printed = _printed_table(published, table, supplied)
     return render(
         "tables.html",
         table=table,
         ours=ours,
         printed=printed,
-        seeds=max(map(len, _seeds(data)), default=1) > 1 if data is not None else False,
         computed="am-computed" in printed,
         notes=published.notes_on(table),
         **values,

@@ -59,11 +59,12 @@ class Line:
         """For each seed query → score of the selected checkpoint."""
         return [_by_query(_scores(r, measure), r.result["kept_step"]) for r in self.runs]
 
-    def rises(self, measure: str) -> bool:
-        """Whether the curve, mean over the seeds, is highest at its end."""
-        curves = [run.curve.set_index("triples")[measure] for run in self.runs]
-        mean = pd.concat(curves, axis=1).sort_index().mean(axis=1)
-        return bool(mean.idxmax() == self.triples[-1])
+
+def rises(runs: Sequence[StoredRun[TrainingRun]], measure: str) -> bool:
+    """Whether the curve of a row, mean over its seeds, is highest at its end."""
+    curves = [run.curve.set_index("triples")[measure] for run in runs]
+    mean = pd.concat(curves, axis=1).sort_index().mean(axis=1)
+    return bool(mean.idxmax() == mean.index[-1])
 
 
 def _scores(run: StoredRun[TrainingRun], measure: str) -> pd.DataFrame:
@@ -148,7 +149,7 @@ def _compared(line: Line, reference: Line, measure: str, count: int) -> list[dic
     about["reference_triples"] = fmean(run.result["triples"] for run in reference.runs)
     for name, one in (("", line), ("reference_", reference)):
         ids = [run.run_id for run in one.runs]
-        about |= {f"{name}rises": one.rises(measure), f"{name}run_id": ids[0]}
+        about |= {f"{name}rises": rises(one.runs, measure), f"{name}run_id": ids[0]}
         about[f"{name}run_ids"] = " ".join(ids)
     against, so_far = reference.selected(measure), line.so_far(measure)
     rows = []

@@ -148,35 +148,39 @@ class Experiments:
             for target in s.targets
         ]
 
-    def shown_by(self, line: TrainingRun) -> TrainingRun:
-        """The run of Table 3 or 4 that has the same curve to its end; itself if there is none."""
+    def shown_by(self, lines: Sequence[TrainingRun]) -> list[TrainingRun]:
+        """For each line the run of Table 3 or 4 with the same curve to its end, else the line."""
         if self.profile.comparison.stop_early:
-            return line
+            return list(lines)
         beside = {*("patience", "stop_early", "keep", "save_model"), *self.full_ranking()}
-        curve = line.model_dump(exclude=beside)
         rows = [*_rows(self, VARIANTS[2:]), *self.table4_runs()]
-        return next((row for row in rows if row.model_dump(exclude=beside) == curve), line)
+        by_curve = {row.model_dump_json(exclude=beside): row for row in reversed(rows)}
+        return [by_curve.get(line.model_dump_json(exclude=beside), line) for line in lines]
 
     def figure4_runs(self) -> list[TrainingRun]:
         """Adaptive targets with and without in-batch negatives."""
         if self.profile.tables_only:
             return _rows(self, VARIANTS[2:4])
         size = self.profile.adaptive.batch_sizes[0]
-        return [
-            self.shown_by(self.curve_run(e, "adaptive", in_batch, size))
-            for e in self.profile.encoders
-            for in_batch in (False, True)
-        ]
+        return self.shown_by(
+            [
+                self.curve_run(e, "adaptive", in_batch, size)
+                for e in self.profile.encoders
+                for in_batch in (False, True)
+            ]
+        )
 
     def figure5_runs(self) -> list[TrainingRun]:
         """Distributed targets by batch size."""
         if self.profile.tables_only:
             return _rows(self, VARIANTS[4:])
-        return [
-            self.shown_by(self.curve_run(e, "distributed", False, size))
-            for e in self.profile.encoders
-            for size in self.profile.distributed.batch_sizes
-        ]
+        return self.shown_by(
+            [
+                self.curve_run(e, "distributed", False, size)
+                for e in self.profile.encoders
+                for size in self.profile.distributed.batch_sizes
+            ]
+        )
 
     def table3_runs(self) -> list[TrainingRun]:
         """Five rows per encoder, each with its seeds.

@@ -238,7 +238,7 @@ def table3(experiments: Experiments, runner: Runner) -> pd.DataFrame:
                 sweep = _sweep_seconds(sweeps, experiments, encoder, in_batch)
             epsilon = row[0].config.target if target == "static" else float("nan")
             seconds = (_mean(row, "train_seconds") + sweep, sweep)
-            ids = (_mean(row, "triples"), ranked.run_id, ranked.run_ids)
+            ids = (_mean(row, "triples"), ranked.run_id, " ".join(ranked.run_ids))
             about = _about(_ABOUT3, (encoder, target, epsilon, in_batch, *seconds, *ids))
             rows += [about | test for test in _tested(ranked, group, None, profile)]
     return pd.DataFrame(rows)[_TABLE3]
@@ -263,7 +263,7 @@ def table4(experiments: Experiments, runner: Runner) -> pd.DataFrame:
     entries: list[tuple[dict[str, Any], _Ranked]] = []
     for about, runs in _table4_runs(experiments, runner):
         ranked = _ranked(runs, profile)
-        values = (*about, _mean(runs, "triples"), ranked.run_id, ranked.run_ids)
+        values = (*about, _mean(runs, "triples"), ranked.run_id, " ".join(ranked.run_ids))
         entries.append((_about(_ABOUT4, values), ranked))
     softmax = next(ranked for row, ranked in entries if row["loss"] == SOFTMAX)
     for name, files in external_runs(runner).items():
@@ -321,7 +321,7 @@ def _table4_runs(
 class _Ranked:
     """Scores of full rankings by test set and seed; some scores of external runs are refused."""
 
-    run_ids: str
+    run_ids: tuple[str, ...]
     evaluations: Mapping[str, Sequence[Evaluation]]
     refused: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     missing: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -329,7 +329,7 @@ class _Ranked:
     @property
     def run_id(self) -> str:
         """The run of the first seed."""
-        return self.run_ids if self.run_ids.startswith("supplied") else self.run_ids.split()[0]
+        return self.run_ids[0]
 
     def mean(self, query_set: str, measure: str) -> float:
         """The mean score over the seeds; NaN if there is none."""
@@ -343,7 +343,7 @@ class _Ranked:
 
 def _ranked(runs: Sequence[StoredRun[Any]], profile: Profile) -> _Ranked:
     evaluations = {name: [r.evaluation("full", name) for r in runs] for name in profile.sets.tests}
-    return _Ranked(" ".join(run.run_id for run in runs), evaluations)
+    return _Ranked(tuple(run.run_id for run in runs), evaluations)
 
 
 def _mean(runs: Sequence[StoredRun[Any]], value: str) -> float:
@@ -366,7 +366,7 @@ def _ranked_external(name: str, runs: Mapping[str, Run], runner: Runner) -> _Ran
         for key, run in runs.items()
     }
     return _Ranked(
-        f"supplied: {name}",
+        (f"supplied: {name}",),
         {key: [s.evaluation] for key, s in scored.items()},
         {key: s.refused for key, s in scored.items()},
         {key: s.missing for key, s in scored.items()},

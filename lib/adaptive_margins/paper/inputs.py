@@ -6,9 +6,9 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -225,12 +225,11 @@ class Inputs:
         """
         settings = self.settings(name)
         whole, of_queries = self._models(name, settings)
-        lengths, passages = self.profile.lengths, self.collection.passages.texts
         loaded = for_training(
             settings,
             whole,
-            self._tokens(settings.of_queries, of_queries, self.queries.texts, lengths.query),
-            self._tokens(settings, whole, passages, lengths.passage),
+            self._tokens("queries", settings.of_queries, of_queries),
+            self._tokens("passages", settings, whole),
             others=[*self.profile.encoders.values(), *self.profile.untrained.values()],
             cache=self.home / "cache" / "states",
         )
@@ -258,25 +257,28 @@ class Inputs:
         return whole, of_queries
 
     def _tokens(
-        self, settings: EncoderSettings, model: Any, texts: Sequence[str], length: int
+        self, kind: Literal["queries", "passages"], settings: EncoderSettings, model: Any
     ) -> Tokens:
         """Queries or passages, tokenised once for all encoders with the same tokenizer."""
-        lengths = self.profile.lengths.model_dump()
-        key = [self.fingerprint, self.evaluated_sets, lengths, _tokenizer(settings)]
-        kind = "queries" if texts is self.queries.texts else "passages"
+        lengths, texts = self.profile.lengths, self.collection.passages.texts
+        length = lengths.passage
+        if kind == "queries":
+            texts, length = self.queries.texts, lengths.query
+        key = [self.fingerprint, self.evaluated_sets, lengths.model_dump(), _tokenizer(settings)]
         folder = self.home / "cache" / "tokens" / digest(key) / kind
         return stored_tokens(lambda: model.tokenizer, texts, length, folder)
+
+
+def shortener(profile: Profile) -> Callable[[Literal["query", "passage"], list[str]], list[str]]:
+    """The truncation of queries and of passages to what a profile's reference encoder reads."""
+    encoder = open_encoder(profile.encoders[profile.reference_encoder])
+    return lambda kind, texts: shorten(encoder, texts, getattr(profile.lengths, kind))
 
 
 def _build_pydocs(profile: Profile) -> Collection:
     settings, ranks = profile.collection, profile.candidates.negative_ranks
     assert isinstance(settings, PyDocsSettings) and ranks is not None
     say("building the collection from installed packages")
-    encoder = open_encoder(profile.encoders[profile.reference_encoder])
-
-    def shortened(kind: str, texts: list[str]) -> list[str]:
-        return shorten(encoder, texts, getattr(profile.lengths, kind))
-
     collection = pydocs.build_pydocs(
         settings.packages,
         seed=settings.seed,
@@ -284,7 +286,7 @@ def _build_pydocs(profile: Profile) -> Collection:
         test=settings.test,
         max_passages=settings.max_passages,
         max_words=settings.max_words,
-        shorten=shortened,
+        shorten=shortener(profile),
     )
     triples = sample_triples(
         collection.qrels["train"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +17,10 @@ from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.text import DataError
 from adaptive_margins.data.words import words_of
-from adaptive_margins.encoder.tokens import shorten
 from adaptive_margins.evaluation.significance import compare
 from adaptive_margins.files import digest, read_object, write_text
 from adaptive_margins.paper.experiments import VARIANTS
+from adaptive_margins.paper.inputs import shortener
 from adaptive_margins.paper.reproduction import Reproduction
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.profiles.config import CandidateSettings, SetSettings
@@ -97,9 +97,9 @@ class OutOfDomain:
     def _reference(self) -> str:
         return self.reproduction.inputs.weights(self.profile.reference_encoder)
 
-    def _shortened(self, kind: Literal["query", "passage"], texts: list[str]) -> list[str]:
-        encoder = self.reproduction.inputs.encoder(self.profile.reference_encoder).whole
-        return shorten(encoder, texts, getattr(self.profile.lengths, kind))
+    @cached_property
+    def _shorten(self) -> Callable[[Literal["query", "passage"], list[str]], list[str]]:
+        return shortener(self.profile)
 
     def _package(self, package: str) -> Collection:
         """Docstrings of a package by the rules of PyDocs, without a split."""
@@ -110,7 +110,7 @@ class OutOfDomain:
             test=1,
             max_passages=self.settings.passages,
             max_words=getattr(self.profile.collection, "max_words", 60),
-            shorten=self._shortened,
+            shorten=self._shorten,
         )
         asked = sorted((q, texts[q]) for texts in built.queries.values() for q in texts.ids)
         queries = dict(asked[: self.settings.queries])  # ids are in the order of a hash: at random
@@ -127,8 +127,8 @@ class OutOfDomain:
         if count := count_self(asked, passages):
             raise DataError(f"{source}: {count:,} queries are passages, which is not supported")
         ids = [q for q in asked.ids if q in qrels]
-        queries = Texts(ids, self._shortened("query", [asked[q] for q in ids]))
-        passages = Texts(passages.ids, self._shortened("passage", list(passages.texts)))
+        queries = Texts(ids, self._shorten("query", [asked[q] for q in ids]))
+        passages = Texts(passages.ids, self._shorten("passage", list(passages.texts)))
         return Collection(found.name, passages, {TEST: queries}, {TEST: qrels}, found.sources)
 
     def domains(self) -> pd.DataFrame:

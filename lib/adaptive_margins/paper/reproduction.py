@@ -105,7 +105,7 @@ class Reproduction:
         """
         self.zero_shot(encoder)
         config = self.experiments.curve_run(encoder, target, in_batch, **values)
-        return self.runner.ensure([self.experiments.shown_by(config)])[0]
+        return self.runner.ensure(self.experiments.shown_by([config]))[0]
 
     def zero_shot(self, encoder: str) -> StoredRun[ZeroShotRun]:
         """The pretrained encoder without fine-tuning: step 0 of its training runs."""
