@@ -12,7 +12,7 @@ import numpy as np
 
 from adaptive_margins.data.pydocs import build_pydocs
 from adaptive_margins.encoder.load import open_encoder, quiet, weights_folder
-from adaptive_margins.profiles.config import EncoderSettings
+from adaptive_margins.profiles.encoders import EncoderSettings
 
 QUERY_LENGTH, PASSAGE_LENGTH = 30, 200  # Section 4
 MEAN_LENGTH, SHAPE = 80, 5.5  # tokens of MS MARCO's passages; gamma with a standard deviation of 34

@@ -75,7 +75,7 @@ RANDOM_TEXTS = [" ".join(_DRAW.choice(WORDS[5:], size=_DRAW.integers(0, 12))) fo
 def bert(tiny_folder):
     """A tiny BERT without dropout, read only."""
     from adaptive_margins.encoder.load import open_encoder
-    from adaptive_margins.profiles.config import EncoderSettings
+    from adaptive_margins.profiles.encoders import EncoderSettings
 
     return open_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=0.0)
 
@@ -351,6 +351,12 @@ def write_miniature(home: Path, extends: str = "paper", **values: Any) -> Path:
             },
             "ance": {"base": write_retriever(home / "encoders" / "ance", "roberta", 3, words, linear=True)},
             "tas-b": {"base": write_retriever(home / "encoders" / "tas-b", "distilbert", 4, words)},
+        },
+        "teacher": {
+            "model": {"base": str(write_encoder(home / "encoders" / "bert", "bert", words)), "revision": None},
+            "in_batch": {"base": str(home / "encoders" / "bert"), "revision": None},
+            "clusters": 4,
+            "hard_margin": None,
         },
         "device": "cpu",
         **MINIATURE_SIZES,

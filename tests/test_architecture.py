@@ -20,7 +20,7 @@ from conftest import in_child
 PACKAGE = Path(adaptive_margins.__file__).parent
 ORDER = [
     "errors", "losses", "cached_loss", "device", "processes", "profiles", "progress", "files", "text_tables", "data", "encoder",
-    "retrieval", "evaluation", "runs", "checkpoints", "training_step", "training", "paper", "book", "corpus",
+    "retrieval", "evaluation", "runs", "teachers", "topics", "checkpoints", "training_step", "training", "paper", "book", "corpus",
     "terminal", "cli_corpus", "cli",
 ]  # fmt: skip
 DATA = [

@@ -11,7 +11,7 @@ from adaptive_margins.encoder.embed import embed, embed_shards
 from adaptive_margins.encoder.load import open_encoder
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.paper.plan import _Estimates
-from adaptive_margins.profiles.config import EncoderSettings
+from adaptive_margins.profiles.encoders import EncoderSettings
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="not run here: needs a CUDA device"

@@ -39,7 +39,7 @@ from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.losses import margin_loss
 from adaptive_margins.paper.reproduction import Reproduction
 from adaptive_margins.paper.store import StoredRun
-from adaptive_margins.profiles.config import EncoderSettings
+from adaptive_margins.profiles.encoders import EncoderSettings
 from adaptive_margins.training import TrainingError, train, trainable
 from conftest import die, in_child, kill_in, run_config
 

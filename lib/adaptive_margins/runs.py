@@ -118,9 +118,10 @@ class TrainingRun(EncoderRun):
         in_batch: whether the other negatives of a batch count too; False for "distributed".
         similarity: of two embeddings under MarginMSE; the margin loss always takes the cosine.
         teacher: identity of the teacher's scores; None without a teacher.
-        sampling: how batches are drawn from the triples. Only "random" is implemented; "topics":
-            each from one cluster of queries; "topics-balanced" (TAS-B): pairs are also drawn evenly
-            over the bins of the teacher's margin; "topics-hard": without bins of the easiest pairs.
+        sampling: how batches are drawn from the triples (`topics.sampled_order`): "random";
+            "topics", each from one cluster of queries; "topics-balanced" (TAS-B), whose pairs are
+            also drawn evenly over the bins of the teacher's margin; "topics-hard", without the
+            easiest pairs.
         orientation: see `losses.margin_loss`, as for ``error`` and ``stop_gradient``.
         batch_size: triples per step.
         chunks: parts in which a step's texts are encoded; it changes rounding and speed.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import psutil
 import torch
@@ -32,6 +33,7 @@ from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.errors import TrainingError as TrainingError
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.runs import TrainingRun
+from adaptive_margins.teachers import SCORES, InBatchTeacher
 from adaptive_margins.training_step import RecordedLoss, TripleCollator
 
 REPORTERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -83,10 +85,11 @@ class _Callback(TrainerCallback):
         folder: Path,
         checkpoint_every: int,
         on_check: Callable[[pd.DataFrame], None] | None,
+        in_batch: InBatchTeacher | None,
     ) -> None:
         self.config = config
         self.model = model
-        self.loss = RecordedLoss(model, config)
+        self.loss = RecordedLoss(model, config, in_batch)
         self.evaluator = evaluator
         self.checkpoint_every = checkpoint_every
         self.on_check = on_check
@@ -291,16 +294,19 @@ def train(
     report_to: Sequence[str] = (),
     run_name: str = "",
     on_check: Callable[[pd.DataFrame], None] | None = None,
+    order: np.ndarray | None = None,
+    in_batch: InBatchTeacher | None = None,
 ) -> TrainingResult:
     """Train ``model`` in place; a call that was interrupted is resumed.
 
-    The order of the triples depends on their number and ``config.seed`` alone: all runs of a grid
-    see the same one, and shorter runs the beginning of it.
+    Without ``order``, that of the triples depends on their number and ``config.seed`` alone: all
+    runs of a grid see the same one, and shorter runs the beginning of it.
 
     Args:
         config: the run.
         model: a SentenceTransformer; changed.
-        triples: columns query, positive and negative: rows of ``queries`` and ``passages``.
+        triples: columns query, positive and negative: rows of ``queries`` and ``passages``; for
+            MarginMSE also `teachers.SCORES`.
         queries, passages: tokenised texts.
         evaluator: returns the validation measures of a model.
         initial: its result at step 0, if that is known.
@@ -313,18 +319,17 @@ def train(
             ``folder / "tensorboard"``.
         run_name: the name that the reporters show.
         on_check: called with the learning curve so far, at the beginning and after each evaluation.
+        order: numbers of triples, batch by batch (`topics.sampled_order`).
+        in_batch: the teacher of pairs across a batch, for MarginMSE in-batch.
 
     Raises:
-        TrainingError: there are fewer triples than one pass needs, the loss is not finite, or a
-            reporter is unknown or cannot be used.
+        TrainingError: there are fewer triples than one pass needs, MarginMSE has no scores, the
+            loss is not finite, or a reporter is unknown or cannot be used.
     """
     reporters = _reporters(report_to, folder)
-    if config.steps * config.batch_size > len(triples) or not config.steps:
-        raise TrainingError(
-            f"run {config.run_id} needs {config.triples} triples in batches of"
-            f" {config.batch_size}, there are {len(triples)}"
-        )
-    callback = _Callback(config, model, evaluator, folder, checkpoint_every, on_check)
+    order = seeded_order(len(triples), config.seed) if order is None else order
+    _check_triples(config, triples, order, in_batch)
+    callback = _Callback(config, model, evaluator, folder, checkpoint_every, on_check, in_batch)
     checkpoint = newest_checkpoint(folder)
     callback.progress.load(checkpoint)
     if checkpoint is None:
@@ -333,7 +338,9 @@ def train(
         callback.timer("eval_seconds")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # of earlier runs in this process
-    arguments = _arguments(config, folder, device, reporting=bool(reporters), run_name=run_name)
+    arguments = _arguments(
+        config, folder, device, order, reporting=bool(reporters), run_name=run_name
+    )
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -351,11 +358,35 @@ def train(
     return _result(callback, callback.progress.stopped_step or trainer.state.global_step)
 
 
+def _check_triples(
+    config: TrainingRun, triples: Dataset, order: np.ndarray, in_batch: InBatchTeacher | None
+) -> None:
+    if config.steps * config.batch_size > len(order) or not config.steps:
+        raise TrainingError(
+            f"run {config.run_id} needs {config.triples} triples in batches of"
+            f" {config.batch_size}, there are {len(order)}"
+        )
+    if config.loss != "margin-mse":
+        return
+    if lacking := [name for name in SCORES if name not in triples.column_names]:
+        raise TrainingError(
+            f"run {config.run_id}: MarginMSE needs a teacher's scores, but the triples have no"
+            f" column {' and '.join(lacking)}; give the profile a teacher"
+        )
+    if config.in_batch and in_batch is None:
+        raise TrainingError(f"run {config.run_id}: MarginMSE in-batch needs an in-batch teacher")
+
+
 def _arguments(
-    config: TrainingRun, folder: Path, device: str, *, reporting: bool, run_name: str
+    config: TrainingRun,
+    folder: Path,
+    device: str,
+    order: np.ndarray,
+    *,
+    reporting: bool,
+    run_name: str,
 ) -> SentenceTransformerTrainingArguments:
     def batches(dataset: Dataset, batch_size: int, **_: Any) -> BatchSampler:
-        order = seeded_order(len(dataset), config.seed)
         return BatchSampler(order[: config.steps * batch_size], batch_size, drop_last=True)
 
     arguments = SentenceTransformerTrainingArguments(

@@ -16,6 +16,7 @@ from adaptive_margins.encoder.embed import embed_chunks, length_chunks
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.losses import margin_loss
 from adaptive_margins.runs import TrainingRun
+from adaptive_margins.teachers import SCORES, InBatchTeacher, dual_margin_mse, margin_mse
 
 
 class TripleCollator:
@@ -38,7 +39,10 @@ class TripleCollator:
         self.queries, self.passages, self.chunks, self.batch = queries, passages, chunks, batch
 
     def __call__(self, rows: list[dict[str, int]]) -> dict[str, Any]:
-        """One dict per triple, with the rows of its query and of its passages."""
+        """One dict per triple: the rows of its query and of its passages, and a teacher's scores.
+
+        With scores, the places are followed by (2, B) scores and the (3, B) rows.
+        """
         query, positive, negative = (np.array([row[c] for row in rows]) for c in COLUMNS)
         queries, query_at = np.unique(query, return_inverse=True)
         passages, passage_at = np.unique([positive, negative], return_inverse=True)
@@ -46,29 +50,41 @@ class TripleCollator:
         parts = length_chunks(texts.lengths, self.chunks)
         place = np.argsort(np.concatenate(parts))
         at = np.vstack([query_at, len(queries) + passage_at.reshape(2, -1)])
-        return {
+        features = {
             "chunks": [self.batch(texts, part) for part in parts],
             "rows": torch.from_numpy(place[at]),
         }
+        if SCORES[0] in rows[0]:
+            scores = torch.tensor([[row[name] for row in rows] for name in SCORES])
+            features["rows"] = (features["rows"], scores, np.vstack([query, positive, negative]))
+        return features
 
 
 class RecordedLoss(nn.Module):
     """The loss of the run; records its value, and mean, min and max of φ over D⁺ × D⁻ (Figure 6).
 
-    The records stay on the device: reading them in every step would make a GPU wait.
+    The records stay on the device: reading them in every step would make a GPU wait. ``in_batch``
+    scores pairs across the batch, for MarginMSE.
     """
 
-    def __init__(self, model: Any, config: TrainingRun) -> None:
+    def __init__(
+        self, model: Any, config: TrainingRun, in_batch: InBatchTeacher | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.config = config
+        self.in_batch = in_batch
         self.recorded: list[Tensor] = []
         self.softmax = MultipleNegativesRankingLoss(model) if config.loss == "softmax" else None
 
-    def forward(self, chunks: Sequence[dict[str, Tensor]], rows: Tensor) -> Tensor:
+    def forward(self, chunks: Sequence[dict[str, Tensor]], rows: Any) -> Tensor:
         """The loss of a step from the features that `TripleCollator` makes."""
+        rows, *teacher = rows if isinstance(rows, tuple) else (rows,)
         query, positive, negative = embed_chunks(self.model, chunks, rows)
-        loss = self._loss(query, positive, negative)
+        if self.config.loss == "margin-mse":
+            loss = self._distilled(query, positive, negative, *teacher)
+        else:
+            loss = self._loss(query, positive, negative)
         with torch.no_grad():
             similarity = normalize(positive.float(), dim=-1) @ normalize(negative.float(), dim=-1).T
             values = [loss.float(), similarity.mean(), similarity.min(), similarity.max()]
@@ -90,3 +106,14 @@ class RecordedLoss(nn.Module):
             error=c.error,
             stop_gradient=c.stop_gradient,
         )
+
+    def _distilled(
+        self, query: Tensor, positive: Tensor, negative: Tensor, scores: Tensor, triples: np.ndarray
+    ) -> Tensor:
+        texts, similarity = (query, positive, negative), self.config.similarity
+        if not self.config.in_batch:
+            return margin_mse(*texts, *scores, similarity=similarity)
+        assert self.in_batch is not None
+        size = len(query)
+        across = self.in_batch(triples[0], triples[1:].reshape(-1))  # (B, 2B)
+        return dual_margin_mse(texts, scores, across[:, :size], across[:, size:], similarity)

@@ -17,7 +17,7 @@ from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.encoder.embed import embed, embed_shards, length_chunks
 from adaptive_margins.encoder.load import open_encoder
 from adaptive_margins.encoder.tokens import tokenize
-from adaptive_margins.profiles.config import EncoderSettings
+from adaptive_margins.profiles.encoders import EncoderSettings
 from conftest import TEXTS as SENTENCES
 from conftest import in_child, kill_in
 

@@ -15,7 +15,7 @@ from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.frozen import cached_states, hidden_states, put_back, upper_layers
 from adaptive_margins.encoder.load import open_encoder, save_encoder
 from adaptive_margins.encoder.tokens import Tokens, tokenize
-from adaptive_margins.profiles.config import EncoderSettings
+from adaptive_margins.profiles.encoders import EncoderSettings
 from conftest import TEXTS, in_child, plain_embeddings
 
 

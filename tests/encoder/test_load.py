@@ -30,7 +30,7 @@ from adaptive_margins.encoder.load import (
 from adaptive_margins.encoder.speed import packs
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.files import file_sha256
-from adaptive_margins.profiles.config import EncoderSettings
+from adaptive_margins.profiles.encoders import EncoderSettings
 from conftest import TEXTS, plain_embeddings
 
 FORMS = r"An encoder is 'minilm' .* folder with safetensors .* ORGANISATION/NAME@REVISION"

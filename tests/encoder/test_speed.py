@@ -13,7 +13,7 @@ from adaptive_margins.encoder import speed
 from adaptive_margins.encoder.load import open_encoder, save_encoder
 from adaptive_margins.encoder.speed import batcher, packs
 from adaptive_margins.encoder.tokens import tokenize
-from adaptive_margins.profiles.config import EncoderSettings
+from adaptive_margins.profiles.encoders import EncoderSettings
 from conftest import TEXTS
 
 

@@ -25,7 +25,7 @@ from adaptive_margins.encoder.load import (
     weights_folder,
 )
 from adaptive_margins.files import WriteError, locked
-from adaptive_margins.profiles.config import EncoderSettings
+from adaptive_margins.profiles.encoders import EncoderSettings
 from adaptive_margins.retrieval import dense as retrieval_dense
 from adaptive_margins.retrieval import dense_index as retrieval_dense_index
 from adaptive_margins.retrieval.dense import DenseRetriever, hybrid

@@ -82,9 +82,16 @@ def comparison(
         ours = ours.assign(model=model, in_batch=in_batch(ours))
         printed["name"] = printed["model"] + ", " + printed["target"]
     else:
-        same = ["loss", "sampling", "in_batch"]
+        same = ["loss", "sampling", "in_batch", "of"]
         ours = ours[~ours["source"].astype(str).str.startswith((SUPPLIED, "published"))]
-        printed["name"] = printed["loss"]
+        # Rows of MarginMSE name the sources whose configuration they have.
+        of = ours["source"].where(ours["source"].str.startswith("as "), "").str.removeprefix("as ")
+        sampling = ours["sampling"].str.split(",").str[0]
+        ours = ours.assign(of=of.str.split(", "), sampling=sampling).explode("of")
+        taught = printed["loss"] == "MarginMSE"
+        printed["of"] = printed["source"].where(taught, "")
+        printed["sampling"] = printed["sampling"].str.strip("_")
+        printed["name"] = printed["loss"] + (", " + printed["source"]).where(taught, "")
     ours = ours.assign(plain=ours["measure"].map(level_free), ours=ours["value"])
     ours = ours[[*same, "set", "plain", "measure", "ours", "run_id"]]
     found = printed.drop(columns="measure").merge(ours, on=[*same, "set", "plain"])

@@ -103,7 +103,8 @@ def cover(profile: Profile, table4: Path | None) -> str:
         return render("cover.md", profile=profile, scores=None)
     frame = pd.read_csv(table4, keep_default_na=False, na_values=[""])
     frame = frame[~frame["source"].str.startswith(("published", "supplied"))]
-    in_batch = frame["in_batch"].map({"✓": ", in-batch"}).fillna("")
+    sampling = (", " + frame["sampling"]).where(~frame["sampling"].isin(["Rand.", "—"]), "")
+    in_batch = sampling + frame["in_batch"].map({"✓": ", in-batch"}).fillna("")
     frame = frame.assign(
         Loss=frame["loss"] + in_batch.where(frame["loss"] != "Distributed", ""),
         column=frame["measure"].map(measure_label) + ", " + frame["set"],

@@ -176,16 +176,28 @@ def table4(
     runs = data.drop_duplicates("row")
     blocks = runs["block"].str[:1].str.upper() + runs["block"].str[1:]
     reference = runs[runs["run_id"] == runs["reference_run_id"]]
+    after = {"Triples": runs["triples"].map(triples)}
+    teacher = runs["teacher_seconds"].fillna(0) if "teacher_seconds" in runs else 0 * runs["low"]
+    if "seconds" in runs:
+        times = runs["seconds"].where(runs["seconds"] > 0).map(clock, na_action="ignore")
+        after = {
+            "Training time": times.fillna(NONE) + (teacher > 0).map({True: "*", False: ""})
+        } | after
+    of = runs["source"].astype(str)
+    of = ("<small>" + of.map(escape) + "</small>").where(of.str.startswith("as "), "")
     cells, titles = _run_rows(
         data,
         index={
             "": blocks.map(escape),
             "Loss, run": runs["loss"].map(escape) + _below(runs, commands),
         },
-        before={"Sampling": runs["sampling"].map(escape), "In-batch": runs["in_batch"]},
-        after={"Triples": runs["triples"].map(triples)},
+        before={"Sampling": runs["sampling"].map(escape) + of, "In-batch": runs["in_batch"]},
+        after=after,
         underline=True,
     )
+    if "seconds" in runs:
+        of_teacher = "of which the teacher: " + teacher.map(clock)
+        titles["", "Training time"] = of_teacher.where(teacher > 0, "").to_numpy()
     return _page(
         4,
         published,

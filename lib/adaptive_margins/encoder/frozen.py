@@ -25,7 +25,7 @@ from adaptive_margins.encoder.embed import token_batches
 from adaptive_margins.encoder.load import encoder_identity, layer_count, open_encoder
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.files import atomic_file, digest
-from adaptive_margins.profiles.config import EncoderSettings
+from adaptive_margins.profiles.encoders import EncoderSettings
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.speed import adapt
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.files import file_sha256
-from adaptive_margins.profiles.config import EncoderSettings
+from adaptive_margins.profiles.encoders import EncoderSettings
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -8,6 +8,7 @@ from typing import Any
 
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.store import Store, StoreError
+from adaptive_margins.paper.teacher import Teacher
 from adaptive_margins.profiles.config import CurveSettings, StaticSettings
 from adaptive_margins.runs import BM25Run, RunConfig, TrainingRun, ZeroShotRun
 
@@ -19,6 +20,15 @@ VARIANTS = (
     ("distributed", False),
 )
 """The five rows per encoder of Table 3: target and in-batch negatives."""
+
+
+DISTILLED = {
+    "random": ("Rand.", "Hofstätter et al., Wang and Zuccon"),
+    "topics-balanced": ("TAS-B", "Hofstätter et al."),
+    "topics-hard": ("TAS-B, hard", "Wang and Zuccon"),
+}
+"""Samplings of the MarginMSE rows of Table 4: label, and source of the published rows. Those with
+random batches are one configuration here, for both sources."""
 
 
 class Experiments:
@@ -201,6 +211,20 @@ class Experiments:
             for seed in self.profile.row_seeds(e)
         ]
 
+    def teacher_runs(self) -> list[TrainingRun]:
+        """The MarginMSE rows of Table 4, each with its seeds; none without a teacher."""
+        if self.profile.teacher is None:
+            return []
+        e, teacher = self.profile.reference_encoder, Teacher(self.inputs).identity
+        loss = {"loss": "margin-mse", "target": None, "teacher": teacher}
+        loss["similarity"] = self.profile.teacher.similarity
+        return [
+            self.comparison_run(e, seed=seed, sampling=sampling, in_batch=in_batch, **loss)
+            for sampling in DISTILLED
+            for in_batch in (False, True)
+            for seed in self.profile.row_seeds(e)
+        ]
+
     # ---- values --------------------------------------------------------------------------------
 
     def _common(self) -> dict[str, Any]:
@@ -249,7 +273,8 @@ def fixed_runs(experiments: Experiments) -> list[RunConfig]:
     """All runs that are known before Figure 3 decides about the ε of Table 3."""
     e = experiments
     curves = [*e.figure3_runs(), *e.figure4_runs(), *e.figure5_runs()]
-    return [*baseline_runs(e), *curves, *_rows(e, VARIANTS[2:]), *e.table4_runs()]
+    rows = [*_rows(e, VARIANTS[2:]), *e.table4_runs(), *e.teacher_runs()]
+    return [*baseline_runs(e), *curves, *rows]
 
 
 def baseline_runs(experiments: Experiments) -> list[BM25Run | ZeroShotRun]:

@@ -21,18 +21,17 @@ from adaptive_margins.encoder.frozen import LoadedEncoder, for_training
 from adaptive_margins.encoder.load import encoder_identity, open_encoder, prompts, weights_folder
 from adaptive_margins.encoder.tokens import Tokens, shorten, stored_tokens
 from adaptive_margins.files import digest, file_sha256, write_text
-from adaptive_margins.profiles.config import (
-    EncoderSettings,
-    IrDatasetsSettings,
-    Profile,
-    PyDocsSettings,
-)
+from adaptive_margins.profiles.config import IrDatasetsSettings, Profile, PyDocsSettings
+from adaptive_margins.profiles.encoders import EncoderSettings
 from adaptive_margins.progress import say
 from adaptive_margins.retrieval.bm25 import BM25
 from adaptive_margins.runs import BM25_NAME
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+IN_BATCH_TEACHER = "in-batch teacher"
+"""Name of the encoder of a profile's ``teacher.in_batch``."""
 
 
 class Inputs:
@@ -118,6 +117,26 @@ class Inputs:
         columns = np.array(rows, dtype=np.int32).reshape(-1, 3).T
         return Dataset.from_dict(dict(zip(stored.COLUMNS, columns, strict=True)))
 
+    def further_triples(self, per_query: int) -> np.ndarray:
+        """(n, 3) rows: ``per_query`` sampled triples of each training query, without known ones."""
+        settings, c = self.profile.collection, self.collection
+        ranks = self.profile.candidates.negative_ranks
+        assert isinstance(settings, PyDocsSettings) and ranks is not None
+        known = dict.fromkeys(c.triples)
+        asked = {qid: c.qrels["train"][qid] for qid, _, _ in known}
+        queries = Texts(list(asked), [c.queries["train"][qid] for qid in asked])
+        sampled = sample_triples(
+            asked,
+            self._bm25.search(queries, ranks[1]),
+            count=per_query * len(asked),
+            ranks=ranks,
+            seed=settings.seed,
+            min_grade=pydocs.OWN,
+        )
+        new = [triple for triple in dict.fromkeys(sampled) if triple not in known]
+        rows = [(self.queries.row(q), *map(c.passages.row, both)) for q, *both in new]
+        return np.array(rows, np.int32).reshape(-1, 3)
+
     @property
     def triples_count(self) -> int:
         """Number of triples; the profile's number as long as the collection has to be fetched."""
@@ -197,6 +216,8 @@ class Inputs:
     def settings(self, encoder: str) -> EncoderSettings:
         """The profile's entry for an encoder. Raises KeyError with the known names."""
         known = {**self.profile.encoders, **self.profile.untrained}
+        if self.profile.teacher is not None:
+            known[IN_BATCH_TEACHER] = self.profile.teacher.in_batch
         if encoder not in known:
             raise KeyError(
                 f"encoder {encoder!r} is not in profile {self.profile.name!r}: {sorted(known)}"

@@ -31,7 +31,9 @@ from adaptive_margins.paper.experiments import Experiments, fixed_runs, static_r
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.runner import describe
 from adaptive_margins.paper.store import Store, StoreError, package_versions
-from adaptive_margins.profiles.config import EncoderSettings, IrDatasetsSettings, Profile
+from adaptive_margins.paper.teacher import Teacher
+from adaptive_margins.profiles.config import IrDatasetsSettings, Profile
+from adaptive_margins.profiles.encoders import EncoderSettings
 from adaptive_margins.progress import clock
 from adaptive_margins.runs import BM25Run, EncoderRun, RunConfig, TrainingRun
 from adaptive_margins.text_tables import aligned, size
@@ -62,7 +64,8 @@ class Plan:
         runs: a row per run: run_id, encoder, what, triples, done, why (a missing run is missing, or
             how a finished one differs from what would be computed now; "" otherwise), seconds
             (expected, in one worker; 0 if done).
-        seconds: expected for all missing runs, with the profile's workers.
+        seconds: expected for all missing runs, with the profile's workers, and the teacher.
+        teacher: seconds that are expected for the teacher, by the profile's speed.
         embeddings: bytes on disk of all passages' embeddings, per worker, while a run is ranked.
         downloads: (what, bytes) that would be fetched first.
         stated: encoders whose speed is the profile's, not measured.
@@ -72,6 +75,7 @@ class Plan:
     home: Path
     runs: pd.DataFrame
     seconds: float
+    teacher: float
     embeddings: int
     downloads: list[tuple[str, int]]
     stated: list[str]
@@ -102,6 +106,10 @@ class Plan:
             f"Disk while runs are ranked: up to {size(self.embeddings * workers)} of embeddings.",
             *self._sources(),
         ]
+        if self.teacher:
+            lines.append(
+                f"Of the time, fine-tuning and scores of the teacher: {clock(self.teacher)}."
+            )
         return "\n".join(lines)
 
     def _sources(self) -> list[str]:
@@ -133,7 +141,9 @@ def make_plan(inputs: Inputs, store: Store) -> Plan:
     profile, estimates = inputs.profile, _Estimates(inputs)
     previous = _Previous(store)
     rows = []
-    for config in _planned(Experiments(inputs, store)):
+    experiments = Experiments(inputs, store)
+    distilled = [config.run_id for config in experiments.teacher_runs()]
+    for config in _planned(experiments):
         done = store.has(config)
         rows.append(
             {
@@ -147,12 +157,15 @@ def make_plan(inputs: Inputs, store: Store) -> Plan:
             }
         )
     frame = pd.DataFrame(rows)
+    wanted = frame.loc[~frame["done"], "run_id"].isin(distilled).any()
+    teacher = Teacher(inputs).expected_seconds() if wanted else 0.0
     encoders = [] if frame["done"].all() else [*profile.encoders, *profile.untrained]
     return Plan(
         profile=profile,
         home=inputs.home,
         runs=frame,
-        seconds=float(frame["seconds"].sum()) / profile.workers,
+        seconds=float(frame["seconds"].sum()) / profile.workers + teacher,
+        teacher=teacher,
         embeddings=estimates.embedding_bytes() if encoders else 0,
         downloads=_downloads(inputs),
         stated=[name for name in encoders if not estimates.speed(name).measured],

@@ -30,6 +30,7 @@ from adaptive_margins.files import locked
 from adaptive_margins.paper.experiments import Experiments
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.store import R, Store, StoredRun, StoreError
+from adaptive_margins.paper.teacher import Teacher
 from adaptive_margins.processes import end_with_parent
 from adaptive_margins.profiles.config import Profile
 from adaptive_margins.progress import bar, say
@@ -48,8 +49,11 @@ from adaptive_margins.runs import (
     TransferRun,
     ZeroShotRun,
 )
+from adaptive_margins.teachers import InBatchTeacher, TeacherError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from adaptive_margins.training import TrainingResult
 
 Evaluations = dict[str, dict[str, Evaluation]]
@@ -72,6 +76,7 @@ class Runner:
         self.inputs = inputs
         self.store = store
         self.profile = inputs.profile
+        self.teacher = Teacher(inputs) if inputs.profile.teacher else None
         self._pool: ProcessPoolExecutor | None = None
 
     # ---- many runs -----------------------------------------------------------------------------
@@ -110,12 +115,18 @@ class Runner:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _prepare(self, missing: Iterable[RunConfig]) -> None:
-        """Compute what the workers share (tokens, cached states, candidates) with all cores."""
+        """Compute what the workers share (tokens, states, candidates, teacher) with all cores."""
+        missing = list(missing)
         for name in dict.fromkeys(c.encoder for c in missing if isinstance(c, EncoderRun)):
             self.inputs.encoder(name)
         for name in self.inputs.evaluated_sets:
             self.inputs.top_candidates(name)
             self.inputs.bm25_ranking(name)
+        distilled = [c for c in missing if isinstance(c, TrainingRun) and c.teacher is not None]
+        if distilled and self.teacher is not None:
+            self.teacher.prepare()
+            for config in distilled:  # stores clusters; errors come before any training
+                self.teacher.order(config, steps=1)
 
     def _compute(self, missing: Iterable[RunConfig]) -> None:
         # Zero-shot runs first: training runs read step 0 from them. Then long runs, so that the
@@ -203,6 +214,8 @@ class Runner:
             # If the validation set is a test set too, its scores are those of the learning curve.
             evaluations = {m: {**sets, **evaluations.get(m, {})} for m, sets in full.items()}
             runs = {m: {**sets, **runs.get(m, {})} for m, sets in rankings.items()}
+        if isinstance(config, TrainingRun) and config.teacher is not None and self.teacher:
+            extra["teacher"] = self.teacher.about
         save = None
         if isinstance(config, TrainingRun) and config.save_model:
             save = functools.partial(save_encoder, encoder.whole_with(model))
@@ -216,14 +229,17 @@ class Runner:
 
         start = Experiments(self.inputs, self.store).zero_shot_run(config.encoder)
         initial = None
-        if self.store.has(start):
+        if self.store.has(start) and config.similarity == "cosine":
             stored = self.store.get(start)
             if config.validation in stored.result["rerank"]:
                 initial = stored.evaluation("rerank", config.validation)
+        triples, order, in_batch = self.inputs.triples, None, None
+        if config.teacher is not None:
+            triples, order, in_batch = self._distillation(config)
         return train(
             config,
             model,
-            self.inputs.triples,
+            triples,
             encoder.queries,
             encoder.passages,
             validate,
@@ -231,7 +247,23 @@ class Runner:
             folder=work,
             checkpoint_every=self.profile.training.checkpoint_every,
             device=self.profile.device,
+            order=order,
+            in_batch=in_batch,
         )
+
+    def _distillation(
+        self, config: TrainingRun
+    ) -> tuple[Dataset, np.ndarray, InBatchTeacher | None]:
+        """Triples with the teacher's scores, their order, and the in-batch teacher."""
+        if self.teacher is None or self.teacher.identity != config.teacher:
+            there = self.teacher.identity if self.teacher else "none"
+            raise TeacherError(
+                f"run {config.run_id} needs the scores of teacher {config.teacher}; the teacher of"
+                f" profile {self.profile.name!r} is {there}"
+            )
+        self.teacher.prepare()
+        in_batch = self.teacher.across if config.in_batch else None
+        return self.teacher.dataset(), self.teacher.order(config), in_batch
 
     def _evaluate(self, run: Run, query_set: str, measures: Iterable[str]) -> Evaluation:
         return evaluate(self.inputs.collection.qrels[query_set], run, list(measures))
@@ -259,6 +291,8 @@ class Runner:
         return _Reranked(found.mean, found.per_query, run)
 
     def _normalized(self, config: EncoderRun) -> bool:
+        if isinstance(config, TrainingRun):
+            return config.similarity == "cosine"
         return self.inputs.settings(config.encoder).similarity == "cosine"
 
     def _embed_queries(
@@ -374,6 +408,7 @@ def describe(config: RunConfig, with_target: bool = True) -> str:
     parts = {
         target: True,
         "in-batch": config.in_batch,
+        config.sampling: config.sampling != "random",
         f"B {config.batch_size}": True,
         f"{config.triples} triples": True,
         "early stopping": config.patience > 0,

