@@ -156,6 +156,10 @@ BROKEN = [
     ("lengths", ..., ["lengths", "required"]),
     ("lengths", [10, 12], ["lengths", "[10, 12]"]),
     ("workers", 0, ["workers", "greater than 0"]),
+    ("seed", -1, ["seed", "-1", "greater than or equal to 0"]),
+    ("differences.seeds", [1, 1 << 32], ["differences.seeds.1", "4294967296"]),
+    ("comparison.budgets", {"statc": 64}, ["comparison", "'statc'", "static, static in-batch"]),
+    ("comparison.budgets", {"distributed": 7}, ["comparison", "7 triples", "batch of 8"]),
     ("target_plot.window", -1, ["target_plot.window", "-1", "greater than 0"]),
 ]  # fmt: skip
 
@@ -195,6 +199,9 @@ def test_bm25_is_no_encoder(tmp_path, values):
         (b"just words", "expected keys and values, got str"),
         (b"name: \xff\xfe", "cannot be read"),
         (b"!!python/object/apply:os.system ['true']", "is not YAML"),
+        (b"extends: smoke\nseed: 1\nseed: 2", "my.yaml:3: the file is not YAML: the key 'seed'"),
+        (b"static: {triples: 8,\n triples: 9}", "my.yaml:2: the file is not YAML: the key 'triples'"),
+        (b"extends: smoke\nname: a\x00b", "special characters are not allowed"),
         (b"extends: nothing-like-it", "unknown profile 'nothing-like-it' (which"),
         (b"extends: [smoke]", "extends): known are"),
         (b"extends: no.yaml", "no.yaml (which"),
@@ -208,6 +215,21 @@ def test_a_file_that_is_no_profile(tmp_path, content, words):
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_anchors_and_merged_keys(tmp_path):
+    """A key may be given again where it replaces one that `<<` merges, also of a merged mapping."""
+    path = tmp_path / "my.yaml"
+    path.write_text(
+        "extends: smoke\n"
+        "adaptive: &one {<<: &two {triples: 64, decay: 0.5}, decay: 0.75}\n"
+        "distributed: {<<: *one, triples: 128}\n"
+        "comparison: {<<: *two, budgets: {static in-batch: 32}}\n"
+    )
+    p = load_profile(path)
+    found = [(c.triples, c.decay) for c in (p.adaptive, p.distributed, p.comparison)]
+    assert found == [(64, 0.75), (128, 0.75), (64, 0.5)]
+    assert p.comparison.budgets == {"static in-batch": 32}
 
 
 def test_names_that_are_not_there(tmp_path):

@@ -9,7 +9,19 @@ from pydantic import Field, field_validator, model_validator
 
 from adaptive_margins.device import default_device
 from adaptive_margins.profiles.encoders import EncoderSettings, TeacherSettings
-from adaptive_margins.profiles.values import LearningRate, Number, Positive, Settings, Share, Whole
+from adaptive_margins.profiles.values import (
+    LearningRate,
+    Number,
+    Positive,
+    Seed,
+    Settings,
+    Share,
+    Whole,
+)
+
+
+ROWS = ("static", "static in-batch", "adaptive", "adaptive in-batch", "distributed")
+"""The rows of Table 3: targets, with and without in-batch negatives."""
 
 
 class PyDocsSettings(Settings):
@@ -26,7 +38,7 @@ class PyDocsSettings(Settings):
     test: Positive
     max_passages: Positive | None = None
     max_words: Positive = 60
-    seed: Whole = 1
+    seed: Seed = 1
 
 
 class IrDatasetsSettings(Settings):
@@ -151,7 +163,7 @@ class _Experiment(Settings):
     """What an experiment may set in place of the profile's values."""
 
     learning_rate: LearningRate | None = None
-    seed: Whole | None = None
+    seed: Seed | None = None
 
 
 class StaticSettings(_Experiment):
@@ -163,7 +175,7 @@ class StaticSettings(_Experiment):
     targets: tuple[Number, ...] = Field(min_length=1)
     triples: Positive
     batch_size: Positive
-    seeds: dict[str, tuple[Whole, ...]] = Field(
+    seeds: dict[str, tuple[Seed, ...]] = Field(
         default_factory=dict, description="further seeds per encoder"
     )
     tuned: dict[str, tuple[Number, Number]] = Field(default_factory=dict)
@@ -224,9 +236,17 @@ class ComparisonSettings(CurveSettings):
     validation: str | None = None
     keep: Literal["best", "last"] = "best"
     budgets: dict[str, Positive] = Field(default_factory=dict)
-    seeds: dict[str, Annotated[tuple[Whole, ...], Field(min_length=1)]] = Field(
-        default_factory=dict
-    )
+    seeds: dict[str, Annotated[tuple[Seed, ...], Field(min_length=1)]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _budgets_are_of_rows(self) -> ComparisonSettings:
+        for row, triples in self.budgets.items():
+            if row not in ROWS:
+                raise ValueError(f"budgets names {row!r}; the rows are {', '.join(ROWS)}")
+            if triples < self.batch_sizes[0]:
+                size = self.batch_sizes[0]
+                raise ValueError(f"budgets: {triples} triples do not fill a batch of {size}")
+        return self
 
     @model_validator(mode="after")
     def _last_is_where_training_stops(self) -> ComparisonSettings:
@@ -250,7 +270,7 @@ class NoteSettings(Settings):
 class DifferencesSettings(Settings):
     """The chapter on the paper and the released code: seeds, and how often queries are drawn."""
 
-    seeds: Annotated[tuple[Whole, ...], Field(min_length=1)] = (1, 2, 3)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (1, 2, 3)
     draws: Positive = 2000
 
 
@@ -319,7 +339,7 @@ class Profile(Settings):
     ranking: RankingSettings = RankingSettings()
     notes: NoteSettings = NoteSettings()
     differences: DifferencesSettings = DifferencesSettings()
-    seed: Whole = 1
+    seed: Seed = 1
     tables_only: bool = Field(False, description="Figures 4 to 6 show the rows of Table 3")
     workers: Positive = 2
     device: str = Field(

@@ -21,6 +21,22 @@ class ProfileError(AdaptiveMarginsError, ValueError):
     """
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping with a key twice, of which PyYAML would take the second without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r} is given twice; keep one of them",
+                    problem_mark=key.start_mark,
+                )
+            seen.add(key.value)
+        return node
+
+
 def available() -> list[str]:
     """Names of the profiles that come with the library."""
     names = (path.name for path in files(__package__).iterdir())
@@ -66,11 +82,12 @@ def _read(profile: str, extended_by: tuple[str, ...] = ()) -> tuple[str, dict[st
         raise ProfileError(f"profiles extend each other in a circle: {circle}")
     source, text = _text(profile, f" (which {extended_by[-1]} extends)" if extended_by else "")
     try:
-        values = yaml.safe_load(text)
+        values = _Loader(text).get_single_data()
     except yaml.YAMLError as error:
         mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", "")
         where = f"{source}:{mark.line + 1}" if mark else source
-        raise ProfileError(f"{where}: the file is not YAML: {reason or error}") from None
+        reason = reason or " ".join(str(error).split())
+        raise ProfileError(f"{where}: the file is not YAML: {reason}") from None
     if not isinstance(values, dict):
         raise ProfileError(f"{source}: expected keys and values, got {type(values).__name__}")
     if (base := values.pop("extends", None)) is not None:

@@ -16,6 +16,7 @@ def _number(value: Any) -> Any:
 Whole = Annotated[int, Field(strict=True)]
 Number = Annotated[float, BeforeValidator(_number)]  # not strict: YAML reads 1e-6 as a text
 Positive = Annotated[Whole, Field(gt=0)]
+Seed = Annotated[Whole, Field(ge=0, lt=1 << 32)]  # as numpy takes them
 Rate = Annotated[Number, Field(gt=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 
