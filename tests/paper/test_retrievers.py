@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
@@ -13,15 +16,39 @@ from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.paper.reproduction import Reproduction
 from adaptive_margins.profiles.load import load_profile
 from adaptive_margins.runs import ZeroShotRun
-from conftest import RANDOM_TEXTS, write_retriever
+from conftest import RANDOM_TEXTS, SPECIAL, WORDS, write_retriever
 
 LENGTHS = {"query": 9, "passage": 12}
+
+
+def edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def in_a_subfolder(folder):
+    """The layout of old Sentence Transformers folders, whose transformer is in 0_Transformer."""
+    folder = Path(folder)
+    (folder / "0_Transformer").mkdir()
+    for path in [path for path in folder.iterdir() if path.is_file()]:
+        if path.name not in ("modules.json", "config_sentence_transformers.json", "README.md"):
+            path.rename(folder / "0_Transformer" / path.name)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     base = tmp_path_factory.mktemp("retrievers")
+    mirrored = [*SPECIAL, *reversed(WORDS[5:])]
+    short = write_retriever(base / "short", "bert", 9)
+    edit(Path(short, "sentence_bert_config.json"), max_seq_length=6)
+    edit(Path(short, "config_sentence_transformers.json"), similarity_fn_name="dot")
     return {
+        "old": in_a_subfolder(write_retriever(base / "old", "bert", 7)),
+        "mirrored": in_a_subfolder(write_retriever(base / "mirrored", "bert", 2, mirrored)),
+        "short": short,
         "passages": write_retriever(base / "passages", "bert", 1),
         "queries": write_retriever(base / "queries", "bert", 2),
         "ance": write_retriever(base / "ance", "roberta", 3, linear=True),
@@ -40,6 +67,7 @@ def reproduction(folders, tmp_path):
         "ance": {"base": folders["ance"], **retriever},
         "tas-b": {"base": folders["tas-b"], **retriever},
         "cosine": {"base": folders["tas-b"], "pooling": "own"},
+        **{name: {"base": folders[name], **retriever} for name in ("old", "mirrored", "short")},
         "wide": {"base": folders["passages"], "query_base": folders["wide"], "pooling": "own"},
         "prompted": {"base": folders["prompted"], "pooling": "own"},
     }
@@ -60,18 +88,22 @@ def reproduction(folders, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "passages", "queries"),
-    [("dpr", "passages", "queries"), ("ance", "ance", "ance"), ("tas-b", "tas-b", "tas-b"), ("cosine", "tas-b", "tas-b")],
+    [("dpr", "passages", "queries"), ("ance", "ance", "ance"), ("tas-b", "tas-b", "tas-b"), ("cosine", "tas-b", "tas-b"),
+     ("short", "short", "short"), ("mirrored", "mirrored", "mirrored")],
 )  # fmt: skip
 def test_rankings_are_those_of_sentence_transformers(
     reproduction, folders, name, passages, queries
 ):
     """One text at a time, by the folders themselves; the dot product of embeddings of any length."""
+    if name == "mirrored":  # the tokens of a retriever with the same files next to its transformer
+        reproduction.zero_shot("old")
     run = reproduction.zero_shot(name)
     collection = reproduction.inputs.collection
     of_passages, of_queries = (
         SentenceTransformer(folders[x], device="cpu") for x in (passages, queries)
     )
-    of_passages.max_seq_length, of_queries.max_seq_length = LENGTHS["passage"], LENGTHS["query"]
+    for model, key in ((of_passages, "passage"), (of_queries, "query")):
+        model.max_seq_length = min(model.max_seq_length or 512, LENGTHS[key])
     unit = name == "cosine"
     docs = np.stack(
         [of_passages.encode(t, normalize_embeddings=unit) for t in collection.passages.texts]
@@ -95,6 +127,20 @@ def test_rankings_are_those_of_sentence_transformers(
                     sorted(found.values(), reverse=True), best, rtol=1e-4, atol=1e-4
                 )
     assert run.result["index"]["factory"] == "Flat"
+
+
+def test_a_retrievers_own_limit_is_stated_and_its_similarity_used(reproduction):
+    with pytest.warns(UserWarning, match="reads at most 6 tokens") as caught:
+        loaded = reproduction.inputs.encoder("short")
+    assert loaded.queries.lengths.max() == loaded.passages.lengths.max() == 6
+    messages = [str(one.message) for one in caught]
+    assert sum("reads at most" in text for text in messages) == 2  # queries and passages
+    assert not any("similarity" in text for text in messages)
+    assert loaded.whole.similarity_fn_name == "dot"
+    with pytest.warns(UserWarning, match="'dot'; here, the cosine is used"):
+        open_encoder(
+            reproduction.profile.untrained["short"].model_copy(update={"similarity": "cosine"})
+        )
 
 
 def test_a_second_encoder_is_part_of_the_runs_identity(reproduction, folders):

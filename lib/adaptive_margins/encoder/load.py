@@ -75,6 +75,7 @@ def open_encoder(
     """
     name, settings = _named(encoder)
     folder, weights = _files(name, settings)
+    similarity = "cosine" if settings is None else settings.similarity
     if settings is not None and settings.pooling == "own":
         settings = None
     place = weights[0].parent  # of the transformer, which comes first
@@ -86,7 +87,7 @@ def open_encoder(
         warnings.warn(message, stacklevel=2)
     checks.limit_length(name, model)
     if settings is None:
-        _check_use(name, folder, model)
+        _check_use(name, folder, model, similarity)
     else:
         model = _with_pooling(name, model, settings, seed)
     adapt(model[0])
@@ -122,9 +123,12 @@ def encoder_identity(encoder: str | EncoderSettings) -> str:
 
 
 def weights_folder(settings: EncoderSettings) -> Path | None:
-    """Return the local folder of a profile's encoder, SHA-256 checked; None if it is on the hub."""
+    """Return the local folder of an encoder's transformer, with its tokenizer; None for the hub's.
+
+    The SHA-256 of the weights is checked, if the settings have one.
+    """
     name, _ = _named(settings)
-    return None if _is_hub_name(name) else _files(name, settings)[0]
+    return None if _is_hub_name(name) else _files(name, settings)[1][0].parent
 
 
 def layer_count(settings: EncoderSettings) -> int:
@@ -232,8 +236,8 @@ def _with_pooling(
     return SentenceTransformer(modules=modules, device="cpu")
 
 
-def _check_use(name: str, folder: Path, model: SentenceTransformer) -> None:
-    """Refuse what the loss and the ranking do not support; set the prompts."""
+def _check_use(name: str, folder: Path, model: SentenceTransformer, similarity: str) -> None:
+    """Refuse what the loss and the ranking do not support; set the prompts and the similarity."""
     if model.truncate_dim is not None:
         raise EncoderError(
             f"{folder / 'config_sentence_transformers.json'} truncates embeddings to"
@@ -256,10 +260,11 @@ def _check_use(name: str, folder: Path, model: SentenceTransformer) -> None:
             f" of queries is {used[0]!r}, that of passages {used[1]!r}"
         )
         warnings.warn(message, stacklevel=3)
-    if (similarity := model.similarity_fn_name) != "cosine":
-        message = f"encoder {name!r} has the similarity {similarity!r}; here, the cosine is used"
+    if (declared := model.similarity_fn_name) not in ("cosine", similarity):
+        taken = "cosine" if similarity == "cosine" else "dot product"
+        message = f"encoder {name!r} has the similarity {declared!r}; here, the {taken} is used"
         warnings.warn(message, stacklevel=3)
-        model.similarity_fn_name = "cosine"
+    model.similarity_fn_name = similarity
 
 
 # ---- files ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -280,11 +281,21 @@ class Inputs:
     def _tokens(
         self, kind: Literal["queries", "passages"], settings: EncoderSettings, model: Any
     ) -> Tokens:
-        """Queries or passages, tokenised once for all encoders with the same tokenizer."""
+        """Queries or passages, tokenised once for all encoders with the same tokenizer.
+
+        They are truncated at the encoder's own limit, with a warning, if that is lower.
+        """
         lengths, texts = self.profile.lengths, self.collection.passages.texts
         length = lengths.passage
         if kind == "queries":
             texts, length = self.queries.texts, lengths.query
+        if (limit := model.max_seq_length) < length:
+            warnings.warn(
+                f"encoder {settings.base!r} reads at most {limit} tokens: its {kind} are not"
+                f" truncated at {length}, as those of others, but at {limit}",
+                stacklevel=2,
+            )
+            length = limit
         key = [self.fingerprint, self.evaluated_sets, lengths.model_dump(), _tokenizer(settings)]
         folder = self.home / "cache" / "tokens" / digest(key) / kind
         return stored_tokens(lambda: model.tokenizer, texts, length, folder)
@@ -293,7 +304,8 @@ class Inputs:
 def shortener(profile: Profile) -> Callable[[Literal["query", "passage"], list[str]], list[str]]:
     """The truncation of queries and of passages to what a profile's reference encoder reads."""
     encoder = open_encoder(profile.encoders[profile.reference_encoder])
-    return lambda kind, texts: shorten(encoder, texts, getattr(profile.lengths, kind))
+    limit = encoder.max_seq_length
+    return lambda kind, texts: shorten(encoder, texts, min(limit, getattr(profile.lengths, kind)))
 
 
 def _build_pydocs(profile: Profile) -> Collection:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from adaptive_margins.profiles.values import Number, Positive, Rate, Settings, Whole
+from adaptive_margins.profiles.values import Number, Positive, Rate, Seed, Settings
 
 Pooling = Literal["mean", "cls", "cls+linear", "cls+pooler", "own"]
 
@@ -36,10 +36,10 @@ class EncoderSettings(Settings):
         published: the paper's name of the encoder in its Table 3, if it is the same one.
     """
 
-    base: str
+    base: str = Field(min_length=1)
     revision: str | None = None
     sha256: str | None = None
-    query_base: str | None = None
+    query_base: str | None = Field(None, min_length=1)
     query_revision: str | None = None
     pooling: Pooling = "mean"
     similarity: Literal["cosine", "dot"] = "cosine"
@@ -99,7 +99,7 @@ class TeacherSettings(Settings):
     triples: Positive | None = None
     batch_size: Positive = 32
     learning_rate: Rate = 1e-4
-    seed: Whole = 1
+    seed: Seed = 1
     scores: str | None = None
     negatives: Positive | None = None
     in_batch: EncoderSettings
