@@ -219,6 +219,57 @@ def test_a_folder_of_the_readers(home, tmp_path, study):
         _ = OutOfDomain(paper.open("smoke", home), str(folder)).collections
 
 
+def write_folder(folder, passages, queries, qrels):
+    folder.mkdir()
+    files = {"collection.tsv": passages, "queries.tsv": queries, "qrels.txt": qrels}
+    for name, lines in files.items():
+        (folder / name).write_text("".join(f"{line}\n" for line in lines))
+    return str(folder)
+
+
+PASSAGES = ["a\tthe graph", "b\ta node", "e\t", "z\t\u200b\u200b"]
+QUERIES = ["q1\tgraph", "q2\tnode", "q3\tmatrix", "q4\t\u200b"]
+
+
+def test_what_has_no_text_is_left_out_with_its_judgements(home, study, tmp_path):
+    """A zero-width space is no token of any encoder."""
+    qrels = ["q1 0 a 1", "q1 0 e 1", "q2 0 b 1", "q2 0 z 0", "q3 0 e 1", "q4 0 a 1"]
+    folder = write_folder(tmp_path / "mine", PASSAGES, QUERIES, qrels)
+    with pytest.warns(UserWarning, match="2 passages, 2 queries and 4 judgements"):
+        opened = OutOfDomain(paper.open("smoke", home), folder).collections["mine"]
+    assert (opened.passages.ids, opened.queries[TEST].ids) == (["a", "b"], ["q1", "q2"])
+    assert opened.qrels == {TEST: {"q1": {"a": 1}, "q2": {"b": 1}}}
+
+
+def test_binary_judgements_do_not_reach_a_level_of_2(home, study, tmp_path, monkeypatch):
+    folder = write_folder(
+        tmp_path / "mine", PASSAGES[:2], QUERIES[:2], ["q1 0 a 1", "q2 0 b 1", "q2 0 a 0"]
+    )
+    monkeypatch.chdir(folder)
+    opened = OutOfDomain(paper.open("smoke", home, workers=1), ".")
+    monkeypatch.setattr(
+        OutOfDomain, "_runs", lambda self, c: [("minilm", "zero-shot", False, "", 0, "", self._on(c).bm25())]
+    )  # fmt: skip
+    found = opened.results.groupby("domain")["measure"].unique().map(list)
+    both = [MEASURE, "R(rel=2)@20"]
+    assert dict(found) == {"jinja2": both, "pydantic": both, "mine": [MEASURE]}
+
+
+@pytest.mark.parametrize(
+    ("name", "queries", "qrels", "message"),
+    [
+        ("jinja2", 2, ["q1 0 a 1", "q2 0 b 1"], "'jinja2' is taken here; rename the folder"),
+        ("all", 2, ["q1 0 a 1", "q2 0 b 1"], "'all' is taken here"),
+        ("one", 1, ["q1 0 a 1"], "1 judged test queries; a test needs 2 or more"),
+        ("zero", 2, ["q1 0 a 0", "q2 0 b 0"], "no query has a passage that is relevant for nDCG@10"),
+    ],
+)  # fmt: skip
+def test_folders_that_cannot_be_used(home, study, tmp_path, name, queries, qrels, message):
+    folder = write_folder(tmp_path / name, PASSAGES[:2], QUERIES[:queries], qrels)
+    with pytest.raises(DataError, match=message):
+        _ = OutOfDomain(paper.open("smoke", home), folder).collections
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

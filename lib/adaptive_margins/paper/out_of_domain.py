@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
@@ -16,7 +16,9 @@ from adaptive_margins.data import pydocs
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.text import DataError
+from adaptive_margins.data.trec import Qrels
 from adaptive_margins.data.words import words_of
+from adaptive_margins.evaluation.measures import MeasureError, relevant
 from adaptive_margins.evaluation.significance import compare
 from adaptive_margins.files import digest, read_object, write_text
 from adaptive_margins.paper.experiments import VARIANTS
@@ -58,8 +60,9 @@ class OutOfDomain:
         """Name → collection with the query set `TEST`, built once for the same versions and sizes.
 
         Raises:
-            DataError: there is none; a package is in the training collection; a collection has no
-                judged test queries, or its queries are passages.
+            DataError: there is none; a package is in the training collection; a collection has
+                fewer than 2 judged test queries or no relevant passage, or its queries are
+                passages; the folder has the name of another collection.
             ValueError: a package is not installed, or has too few docstrings.
             LicenceError, DownloadError: as `data.ir_datasets.read_collection`.
         """
@@ -68,7 +71,10 @@ class OutOfDomain:
             raise DataError(f"out_of_domain.packages: {both[0]} is in the training collection")
         found = {name: self._cached(name) for name in (*s.packages, *s.collections)}
         if self.folder:
-            found[Path(self.folder).name] = self._saved(self._opened(self.folder))
+            opened = self._opened(self.folder)
+            if opened.name in (*found, ALL):
+                raise DataError(f"{self.folder}: {opened.name!r} is taken here; rename the folder")
+            found[opened.name] = self._saved(opened)
         if not found:
             raise DataError(
                 f"profile {self.profile.name!r} has no out_of_domain.packages or collections; add"
@@ -119,16 +125,30 @@ class OutOfDomain:
         return Collection(package, built.passages, {TEST: texts}, {TEST: qrels}, built.sources)
 
     def _opened(self, source: str) -> Collection:
-        """The judged test queries of a folder or an ir_datasets id, and all passages."""
+        """The judged test queries of a folder or an ir_datasets id, and all passages with a text.
+
+        What is without text is left out with its judgements, and a warning.
+        """
         found = open_collection(source)
-        if not (qrels := found.qrels.get(TEST)):
+        if not (judged := found.qrels.get(TEST)):
             raise DataError(f"{source} has no judged test queries, but {sorted(found.queries)}")
         asked, passages = found.queries[TEST], found.passages
         if count := count_self(asked, passages):
             raise DataError(f"{source}: {count:,} queries are passages, which is not supported")
-        ids = [q for q in asked.ids if q in qrels]
-        queries = Texts(ids, self._shorten("query", [asked[q] for q in ids]))
-        passages = Texts(passages.ids, self._shorten("passage", list(passages.texts)))
+        passages = _with_text(passages.ids, self._shorten("passage", list(passages.texts)))
+        qrels = {q: {p: g for p, g in judged[q].items() if p in passages} for q in judged}
+        ids = [q for q in asked.ids if qrels.get(q)]
+        queries = _with_text(ids, self._shorten("query", [asked[q] for q in ids]))
+        qrels = {q: qrels[q] for q in queries.ids}
+        counts = [len(found.passages) - len(passages), len(judged) - len(qrels)]
+        counts += [sum(map(len, judged.values())) - sum(map(len, qrels.values()))]
+        if any(counts):
+            what = "{:,} passages, {:,} queries and {:,} judgements".format(*counts)
+            warnings.warn(f"{source}: left out, as there is no text: {what}", stacklevel=2)
+        if len(queries) < 2:
+            raise DataError(f"{source}: {len(queries)} judged test queries; a test needs 2 or more")
+        if not _is_reached(measure := self.profile.measures.full[0], qrels):
+            raise DataError(f"{source}: no query has a passage that is relevant for {measure}")
         return Collection(found.name, passages, {TEST: queries}, {TEST: qrels}, found.sources)
 
     def domains(self) -> pd.DataFrame:
@@ -205,14 +225,19 @@ class OutOfDomain:
         """A row per collection, system, seed, measure and query; missing runs are computed.
 
         The systems are BM25, the zero-shot encoders, and the selected and the last checkpoint of
-        the rows of Table 3, whose run is ``source``; all ranked in full.
+        the rows of Table 3, whose run is ``source``; all ranked in full. A collection lacks a
+        measure whose level of relevance none of its judgements reaches, as rel=2 with binary ones.
         """
         frames = []
         for name, collection in self.collections.items():
+            measures, qrels = self.profile.measures.full, collection.qrels[TEST]
+            reached = [measure for measure in measures if _is_reached(measure, qrels)]
             for *system, run in self._runs(collection):
                 about = dict(zip([*_SYSTEM[:4], "seed", "source"], system, strict=True))
                 about |= {"domain": name, "run_id": run.run_id}
-                for measure, scores in run.evaluation("full", TEST).per_query.items():
+                found = run.evaluation("full", TEST).per_query
+                for measure in reached:
+                    scores = found[measure]
                     frame = pd.DataFrame({"qid": list(scores), "value": list(scores.values())})
                     frames.append(frame.assign(measure=measure, **about))
         return pd.concat(frames, ignore_index=True)
@@ -250,7 +275,8 @@ class OutOfDomain:
         for key, frame in both.groupby(keys, sort=False):
             selected, last = (frame[frame["checkpoint"] == name] for name in CHECKPOINTS)
             ids = frame.groupby("source")["run_id"].nunique()  # one a collection, or two
-            counts = {"runs": len(ids), "distinct": int((ids > len(self.collections)).sum())}
+            distinct = int((ids > frame["domain"].nunique()).sum())
+            counts = {"runs": len(ids), "distinct": distinct}
             tested = _tested(selected, last) | (
                 {} if counts["distinct"] else {"verdict": "no test"}
             )
@@ -268,6 +294,20 @@ def word_overlap(one: Iterable[str], other: Iterable[str]) -> float:
     p, q = ({word: n / c.total() for word, n in c.items()} for c in counts)
     smaller = sum(min(p[word], q[word]) for word in p.keys() & q.keys())
     return smaller / (2 - smaller)  # the shares of each sum to 1
+
+
+def _is_reached(measure: str, qrels: Qrels) -> bool:
+    """Whether any passage has the grade that is relevant for a measure."""
+    try:
+        return bool(relevant(qrels, measure))
+    except MeasureError:
+        return False
+
+
+def _with_text(ids: Sequence[str], texts: Sequence[str]) -> Texts:
+    """The texts that are not empty."""
+    kept = [(i, text) for i, text in zip(ids, texts, strict=True) if text.strip()]
+    return Texts([i for i, _ in kept], [text for _, text in kept])
 
 
 def _tested(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, Any]:

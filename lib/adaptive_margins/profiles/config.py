@@ -19,7 +19,6 @@ from adaptive_margins.profiles.values import (
     Whole,
 )
 
-
 ROWS = ("static", "static in-batch", "adaptive", "adaptive in-batch", "distributed")
 """The rows of Table 3: targets, with and without in-batch negatives."""
 
