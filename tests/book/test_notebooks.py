@@ -87,9 +87,20 @@ def test_every_parameter_is_used_and_explained(path):
     )
     read = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
     prose = "\n".join(c.source for c in cells(path, "markdown"))
+    lines = next(c.source for c in cells(path, "code")).splitlines()
     for name in parameter_defaults(path):
         assert name in read, f"{name} is not used"
-        assert name == "profile" or f"`{name}`" in prose, f"{name} is not explained"
+        explained = any(re.match(rf"{name} = .+  # \S", line) for line in lines)
+        assert explained or f"`{name}`" in prose, f"{name} is not explained"
+
+
+@each_page
+def test_plumbing_is_folded_away_so_that_the_first_result_is_near_the_top(path):
+    folded = {c.id: c.metadata.get("tags", []) for c in cells(path, "code")}
+    assert "hide-input" in folded["parameters"]
+    assert {"hide-input", "hide-cell"} & set(folded["setup"])
+    title, *_ = cells(path, "markdown")
+    assert len(title.source.split()) <= 110
 
 
 BAD = {
@@ -175,7 +186,8 @@ def test_shows_and_saves_its_figures_and_tables(path):
             # Numbers are in the text that is computed.
             words = caption.removeprefix(f"Paper Figure {number}").replace("BM25", "")
             assert not re.search(r"\d", words)
-    figures = [c.metadata["mystnb"] for c in code.values() if "mystnb" in c.metadata]
+    shown = [c.metadata.get("mystnb", {}) for c in code.values()]
+    figures = [f for f in shown if "figure" in f]
     names = [f["figure"]["name"] for f in figures]
     assert len(set(names)) == len(names)
     assert all(len(f["image"]["alt"]) > 80 for f in figures)

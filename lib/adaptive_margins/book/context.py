@@ -86,13 +86,15 @@ def check_parameters(namespace: Mapping[str, Any]) -> None:
 
 
 def setup(reproduction: Reproduction, *parts: str) -> Styler:
-    """Parts of the set-up (keys of ``setup`` in ``published.yaml``): the paper's, and this run's.
+    """Parts of the set-up (keys of ``setup`` in ``published.yaml``; all if none is named).
+
+    The paper's and this run's stand side by side.
 
     Raises:
         KeyError: an unknown part.
     """
     paper, here = load().setup, _setup(reproduction)
-    rows = {part: (paper[part]["text"], here[part]) for part in parts}
+    rows = {part: (paper[part]["text"], here[part]) for part in parts or paper}
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=["Paper", "Here"])
     styler = frame.rename(index=lambda part: part.replace("_", " ").capitalize()).style
     caption = f"Set-up, profile {reproduction.profile.name}"
