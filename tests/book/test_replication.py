@@ -18,19 +18,19 @@ NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "05_comparison.ip
 CELLS = {cell.id: cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells}
 
 
-def replicated(reproduction, data) -> pd.DataFrame:
-    """What the notebook's cell finds."""
+def replicated(reproduction, data) -> tuple[pd.DataFrame, str]:
+    """What the notebook's cell finds, and its text."""
     tree = ast.parse(CELLS["setup"])
     tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     variables = {"reproduction": reproduction, "data": data}
     exec(compile(tree, "setup", "exec"), variables)
     exec(CELLS["replication"], variables)
-    return variables["replicated"]
+    return variables["replicated"], variables["text"]
 
 
 def test_external_runs_are_compared_with_the_rows_of_their_name(smoke, tmp_path):
     data = smoke.table3()
-    assert replicated(smoke, data).empty  # nothing is supplied
+    assert replicated(smoke, data)[0].empty  # nothing is supplied
     for name in ("runs", "collections", "cache"):
         (tmp_path / name).symlink_to(smoke.home / name)
     rows = data[(data["encoder"] == "minilm-4") & ~data["in_batch"]].drop_duplicates("run_id")
@@ -43,7 +43,18 @@ def test_external_runs_are_compared_with_the_rows_of_their_name(smoke, tmp_path)
         run = ours[target].run("full", "test1")
         write_run(run, tmp_path / "supplied" / "test1" / f"minilm-4-{name}.run.gz", "x")
     write_run(run, tmp_path / "supplied" / "test1" / "another.run", "x")
-    found = replicated(paper.open("smoke", tmp_path), data)
+    # Of two queries only; and too shallow for one measure of two.
+    part = {qid: run[qid] for qid in list(run)[:2]}
+    write_run(part, tmp_path / "supplied" / "test1" / "minilm-3-static.run", "x")
+    shallow = {qid: dict(list(hits.items())[:10]) for qid, hits in run.items()}
+    write_run(shallow, tmp_path / "supplied" / "test1" / "minilm-3-distributed.run", "x")
+    found, text = replicated(paper.open("smoke", tmp_path), data)
+    assert text.startswith("Not compared: minilm-3-distributed, test1: R(rel=2)@20 needs 20 hits")
+    others = found[found["row"].str.startswith("minilm-3")].set_index(["row", "measure"])["queries"]
+    assert others["minilm-3-static"].tolist() == [2, 2]
+    assert dict(others["minilm-3-distributed"]) == {"nDCG@10": len(run)}
+    found = found[found["row"].str.startswith("minilm-4")]
+    assert (found["queries"] == len(run)).all()
     assert set(found["row"]) == {"minilm-4-static", "minilm-4-distributed", "minilm-4-adaptive"}
     assert set(found["set"]) == {"test1"}
     for row in found.to_dict("records"):

@@ -1,4 +1,4 @@
-"""How well runs replicate others: measures of Breuer et al. (SIGIR 2020), as in repro_eval.
+"""How well runs replicate others: measures of Breuer et al. (SIGIR 2020).
 
 Rankings are docids of one query, best first; scores are query id → value of a measure.
 """
@@ -15,7 +15,9 @@ Scores = Mapping[str, float]
 def kendall_union(original: Sequence[str], replicated: Sequence[str]) -> float:
     """Kendall's τ-b of the positions of both rankings' documents in their union.
 
-    The longer ranking is cut to the length of the other. NaN with fewer than 2 documents.
+    The union has the original's documents first, in their order (the authors' repro_eval orders it
+    by docid, which changes τ), so disjoint rankings have τ = 1. The longer ranking is cut to the
+    length of the other. NaN with fewer than 2 documents.
     """
     from scipy.stats import kendalltau
 
