@@ -44,7 +44,7 @@ def test_notebooks_are_those_of_the_contents():
         pytest.skip("there are no notebooks yet")
     contents = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
     pages = [chapter["file"] for part in contents["parts"] for chapter in part["chapters"]]
-    numbered = [p.removeprefix("_executed/") for p in pages if re.match(r"_executed/\d\d_", p)]
+    numbered = [p for p in pages if re.match(r"\d\d_", p)]
     assert [n.stem for n in NOTEBOOKS] == sorted([*numbered, OWN])
 
 

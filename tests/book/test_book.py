@@ -59,6 +59,11 @@ def test_page_is_there_with_one_title(html, page):
     assert len(shown) >= len(PAGES) - 1
 
 
+def test_no_page_is_in_a_folder(smoke_home):
+    """A page has an address to cite."""
+    assert set(PAGES) <= {p.stem for p in (smoke_home / "_build" / "html").glob("*.html")}
+
+
 def test_github_pages_keeps_every_folder(smoke_home):
     assert (smoke_home / "_build" / "html" / ".nojekyll").is_file()
 
@@ -154,7 +159,7 @@ def test_figures_have_alternative_text_and_caption(html, page):
     ],
 )
 def test_each_figure_is_followed_by_a_paragraph_that_reads_it(html, page, number):
-    soup = article(html(f"_executed/{page}"))
+    soup = article(html(page))
     captions = [f.get_text(" ", strip=True) for f in soup.select("figcaption")]
     assert sum(c.startswith(f"Paper Figure {number}, ") for c in captions) == 1
     (figure,) = (f for f in soup.select("figure") if f"Paper Figure {number}," in f.get_text())
@@ -213,7 +218,7 @@ def table(soup: BeautifulSoup, number: int) -> list[list[str]]:
 @pytest.fixture
 def table_rows(smoke_home):
     def rows(page, number):
-        text = (smoke_home / "_build" / "html" / "_executed" / f"{page}.html").read_text()
+        text = (smoke_home / "_build" / "html" / f"{page}.html").read_text()
         soup = BeautifulSoup(text, "html.parser")  # not the cached one: it is changed
         assert soup.select_one(f"table#T_table{number}-published")  # the printed numbers beside it
         return table(soup, number)
@@ -324,7 +329,7 @@ def test_values_are_the_runs_own(smoke_home, csv):
 def test_downloads_are_the_data(html, smoke_home):
     data = smoke_home / "book" / "_executed" / "data"
     linked = set()
-    for page in (p for p in PAGES if re.match(r"_executed/\d\d_", p)):
+    for page in (p for p in PAGES if re.match(r"\d\d_", p)):
         folder = (smoke_home / "_build" / "html" / f"{page}.html").parent
         for a in article(html(page)).select("a.download[href$='.csv']"):
             file = (folder / a["href"]).resolve()
@@ -336,7 +341,7 @@ def test_downloads_are_the_data(html, smoke_home):
 def test_text_under_figure4_has_the_maximum_of_the_data(html, smoke, csv):
     frame = csv("figure4")
     measure, encoder = smoke.profile.measures.selection, smoke.profile.reference_encoder
-    text = " ".join(article(html("_executed/03_adaptive_targets")).get_text(" ").split())
+    text = " ".join(article(html("03_adaptive_targets")).get_text(" ").split())
     best = frame[frame["maximum"] & (frame["measure"] == measure) & (frame["encoder"] == encoder)]
     for one in best.to_dict("records"):
         assert f"{one['value']:.3f}".removeprefix("0") in text
@@ -344,7 +349,7 @@ def test_text_under_figure4_has_the_maximum_of_the_data(html, smoke, csv):
 
 
 def test_provenance_lists_every_run_that_is_shown(html, smoke_home):
-    text = html("_executed/provenance").get_text(" ")
+    text = html("provenance").get_text(" ")
     for file in (smoke_home / "book" / "_executed" / "data").glob("*.csv"):
         frame = pd.read_csv(file, dtype=str)
         if "run_id" not in frame:

@@ -285,14 +285,14 @@ def test_the_notebook_on_ones_own_collection_is_no_page(tmp_path):
 CONTENTS = """
 format: jb-book
 root: index
-chapters: [{file: prose}, {file: _executed/datasheet}, {file: _executed/01_first}]
+chapters: [{file: prose}, {file: datasheet}, {file: 01_first}]
 """
 
 
 def test_the_book_is_built_strictly_and_only_when_something_changed(tmp_path, monkeypatch, capsys):
     """The real configuration, with a few short pages in the place of the real ones."""
     texts = {"datasheet.md": "# Data sheet\n\nStub.\n"}
-    monkeypatch.setattr(pages, "texts", lambda home, profile, receipts: texts)
+    monkeypatch.setattr(pages, "texts", lambda *_: texts)
     monkeypatch.setattr(Site, "execute", pretend_to_execute)
     source, home = tmp_path / "checkout", tmp_path / "home"
     write_notebook(source / "notebooks" / "01_first.ipynb")
@@ -312,8 +312,8 @@ def test_the_book_is_built_strictly_and_only_when_something_changed(tmp_path, mo
     assert sorted(source.rglob("*")) == there  # the checkout is not touched
     html = BeautifulSoup(index.read_text(), "html.parser")
     links = {a["href"] for a in html.select("nav.bd-links a")}
-    assert {"prose.html", "_executed/datasheet.html", "_executed/01_first.html"} <= links
-    assert "Stub." in (index.parent / "_executed" / "datasheet.html").read_text()
+    assert {"prose.html", "datasheet.html", "01_first.html"} <= links
+    assert "Stub." in (index.parent / "datasheet.html").read_text()
     assert f"Open {index}" in capsys.readouterr().err
 
     built = index.stat().st_mtime_ns
@@ -350,6 +350,7 @@ def table4() -> pd.DataFrame:
                 "block": b,
                 "loss": n,
                 "in_batch": i,
+                "sampling": "Rand.",
                 "source": s,
                 "set": t,
                 "measure": m,

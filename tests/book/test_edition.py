@@ -101,7 +101,7 @@ def test_the_front_page_says_which_edition_decides(tmp_path):
     assert "Only the quick edition has been computed" in quick["claims.md"]
     assert "`laptop-long`" in quick["claims.md"] and "It cannot be seen here" in quick["answer.md"]
     assert quick["claims.md"].count("\n| ") == 3 and "A \\| B" in quick["claims.md"]
-    assert "{doc}`5.4 <_executed/05_comparison>`" in quick["claims.md"]
+    assert "{doc}`5.4 <05_comparison>`" in quick["claims.md"]
 
     committed = written(tmp_path / "long", "supported")
     (committed / "claims_5_4.csv").rename(committed / "claims.csv")

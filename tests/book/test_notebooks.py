@@ -201,7 +201,7 @@ def test_links_name_files_of_the_repository(path):
         if name.startswith("_executed/data/"):
             continue  # test_book.py
         if name.startswith("_executed/"):
-            assert f"file: {name.removesuffix('.md')}\n" in contents
+            assert f"file: {Path(name).stem}\n" in contents
         else:
             assert (path.parent / target).is_file(), target
 

@@ -108,8 +108,8 @@ def build(
         site.execute(chosen, force=force)
         if notebooks is not None:
             return site.pages
-        site.copy_sources(source)
-        site.write_pages(chosen, settings)
+        site.write_pages(chosen, settings, source / "book" / pages.SUMMARY)
+        site.stage(source)
         return site.build_book()
 
 
@@ -138,6 +138,11 @@ class Site:
     def pages(self) -> Path:
         """The folder of generated pages."""
         return self.home / "book" / "_executed"
+
+    @property
+    def staged(self) -> Path:
+        """The folder that Sphinx reads and writes, which is removed once the book is complete."""
+        return self.home / ".book.partial"
 
     def receipt(self, notebook: Path) -> Path:
         """Path of a notebook's receipt."""
@@ -238,8 +243,7 @@ class Site:
             self.pages / notebook.name,
             self.parameters(notebook),
             cwd=notebook.parent,
-            # Links that hold in notebooks/ must hold in book/_executed/, where the page lies.
-            replacements={**paths_to_hide(**hidden), "(../book/": "(../"},
+            replacements=paths_to_hide(**hidden),
         )
 
     def _sign(self, notebook: Path, seconds: float) -> None:
@@ -264,19 +268,10 @@ class Site:
         }
         write_text(self.receipt(notebook), json.dumps(receipt, indent=1) + "\n")
 
-    def copy_sources(self, source: Path) -> None:
-        """Copy pages written by hand, and the code they quote, to a home that is no checkout."""
-        if self.home == source:
-            return
-        shutil.copy(source / "_config.yml", self.home)
-        ignored = shutil.ignore_patterns("_executed", "__pycache__", "*.egg-info")
-        for folder in ("book", "lib"):
-            shutil.copytree(source / folder, self.home / folder, ignore=ignored, dirs_exist_ok=True)
-
-    def write_pages(self, notebooks: Sequence[Path], profile: Profile) -> None:
+    def write_pages(self, notebooks: Sequence[Path], profile: Profile, summary: Path) -> None:
         """Write what the book shows besides notebooks; remove what no notebook writes any more."""
         receipts = {n.stem: read_object(self.receipt(n)) for n in notebooks}
-        texts = pages.texts(self.home, profile, receipts)
+        texts = pages.texts(self.home, profile, receipts, summary)
         for name, text in texts.items():
             write_text(self.pages / name, text)
         images = self.pages / "images"
@@ -289,42 +284,58 @@ class Site:
             if not any(file.match(pattern) for pattern in _UNFINISHED):
                 file.unlink()
 
+    def stage(self, source: Path) -> None:
+        """Copy pages written by hand, and next to them those of the build, to `staged`.
+
+        All are in one folder, so that a page has an address to cite: ``/05_comparison.html``.
+        """
+        shutil.rmtree(self.staged, ignore_errors=True)
+        ignored = shutil.ignore_patterns("_executed", "__pycache__", "*.egg-info")
+        for folder in ("book", "lib"):  # pages quote the code
+            shutil.copytree(source / folder, self.staged / folder, ignore=ignored)
+        shutil.copy(source / "_config.yml", self.staged)
+        book = self.staged / "book"
+        ignored = shutil.ignore_patterns("receipts", "book.log", ".*", *_UNFINISHED)
+        shutil.copytree(self.pages, book, ignore=ignored, dirs_exist_ok=True)
+        for page in [*book.glob("*.ipynb"), *book.glob("*.md")]:
+            text = page.read_text("utf-8")  # with links that hold in notebooks/
+            page.write_text(re.sub(r"\(\.\./book/(_executed/)?", "(", text), "utf-8")
+
     def book_inputs(self) -> str:
         """Hash of everything the book is built from."""
-        skipped = {self.pages / "receipts", self.pages / "book.log"}
         digest = hashlib.sha256(json.dumps([library_hash(), pages.versions()]).encode())
-        for file in [self.home / "_config.yml", *sorted((self.home / "book").rglob("*"))]:
-            unfinished = any(file.match(pattern) for pattern in _UNFINISHED)
-            if file.is_file() and not unfinished and not skipped & {file, file.parent}:
-                digest.update(f"{file.relative_to(self.home)} {file_sha256(file)}\n".encode())
+        for file in [self.staged / "_config.yml", *sorted((self.staged / "book").rglob("*"))]:
+            if file.is_file():
+                digest.update(f"{file.relative_to(self.staged)} {file_sha256(file)}\n".encode())
         return digest.hexdigest()
 
     def build_book(self) -> Path:
-        """Build the book strictly, unless it is built; returns its first page.
+        """Build the book of `staged` strictly, unless it is built; returns its first page.
 
         Sphinx repeats no warning of a page that it does not read again, so it starts from scratch,
         in a folder that replaces the last book once it is complete.
         """
-        built, partial = self.home / "_build", self.home / ".book.partial"
+        built, partial = self.home / "_build", self.staged
         index = built / "html" / "index.html"
         inputs = self.book_inputs()
         if read_object(built / "receipt.json").get("inputs") == inputs and index.is_file():
+            shutil.rmtree(partial)
             say(f"[book] nothing has changed. Open {index}")
             return index
         say("[book] building")
         started = time.monotonic()
-        shutil.rmtree(partial, ignore_errors=True)
         command = [str(Path(sysconfig.get_path("scripts")) / "jupyter-book"), "build", "book"]
         command += ["-n", "-W", "--keep-going", "--config", "_config.yml"]
-        command += ["--path-output", partial.name]
+        command += ["--path-output", "."]
         log = self.pages / "book.log"
         with log.open("w") as file:
             done = subprocess.run(
-                command, cwd=self.home, stdout=file, stderr=subprocess.STDOUT, check=False
+                command, cwd=partial, stdout=file, stderr=subprocess.STDOUT, check=False
             )
         if done.returncode or not (partial / "_build" / "html" / "index.html").is_file():
             shutil.rmtree(partial, ignore_errors=True)
-            lines = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text()).splitlines()
+            text = log.read_text().replace(f"{partial}/", "")
+            lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
             found = [x for x in lines if re.search("WARNING|ERROR|rror:", x)] or lines[-20:]
             message = ["the book did not build:", *found[:40], f"all of it: {log}"]
             raise BuildError("\n".join(message))

@@ -44,8 +44,8 @@ Receipts = Mapping[str, Mapping[str, Any]]
 """Notebook (without suffix) → its receipt, as `build` writes it."""
 
 
-def texts(home: Path, profile: Profile, receipts: Receipts) -> dict[str, str]:
-    """File name below ``HOME/book/_executed`` → its text."""
+def texts(home: Path, profile: Profile, receipts: Receipts, summary: Path) -> dict[str, str]:
+    """File name below ``HOME/book/_executed`` → its text; ``summary``: the committed `SUMMARY`."""
     folder = home / "book" / "_executed"
     table4 = folder / "data" / "table4.csv"
     read = {run_id for receipt in receipts.values() for run_id in receipt.get("results", ())}
@@ -64,10 +64,10 @@ def texts(home: Path, profile: Profile, receipts: Receipts) -> dict[str, str]:
     if LONG in receipts:
         frames, receipt = released_code.read_frames(folder / "data"), receipts[LONG]
         about = receipt["machine"], receipt["finished"], profile.name
-        summary = released_code.summary(frames, *about)
-        found[SUMMARY] = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+        written = released_code.summary(frames, *about)
+        found[SUMMARY] = json.dumps(written, indent=1, ensure_ascii=False) + "\n"
     else:
-        committed = json.loads((home / "book" / SUMMARY).read_text("utf-8"))
+        committed = json.loads(summary.read_text("utf-8"))
         found[f"{LONG}.md"] = released_code.summary_page(committed)
         compared = pd.DataFrame(committed["compared"])
         found["data/paper_and_released_code.csv"] = compared.to_csv(index=False)
