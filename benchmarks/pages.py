@@ -1,4 +1,4 @@
-"""Write the book's pages *Speed* and *What to expect* from the JSON files next to this script.
+"""Write what the book shows of the JSON files next to this script, and RESULTS.md with all of them.
 
 python benchmarks/pages.py
 """
@@ -21,11 +21,10 @@ COMMAND = "% Written by benchmarks/pages.py from benchmarks/*.json.\n\n"
 SPEED = """\
 # Speed
 
-The paper is about cost, so this page shows the cost of this project's code. Every figure is a
-**ratio** measured in one process, both sides in turns: the median of the rounds, with quartiles in
-brackets. Above 1, this project is faster or needs less. `make bench` measures the first ones again
-in less than ten minutes, `make bench-full` the others; `benchmarks/NOTES.md` lists what was tried
-and rejected.
+Every figure is a **ratio** measured in one process, both sides in turns: the median of the rounds,
+with quartiles in brackets. Above 1, this project is faster or needs less. `make bench` measures the
+first ones again in less than ten minutes, `make bench-full` the others; `NOTES.md` lists what was
+tried and rejected.
 """
 GROWTH = """\
 ## Growth
@@ -65,6 +64,7 @@ Differences between the trained and the original encoder in nDCG@10 on the test 
 confidence intervals; *p* of a paired t test, and of a TOST for equivalence within ±.05. Times are
 those of one thread, with another training on the other core.
 """
+PEERS = ("a forward a column", "SentenceTransformer.encode", "MarginMSELoss", "pair by pair")
 VERDICTS = {
     "better": "better on the test queries",
     "worse": "**worse** on the test queries",
@@ -90,7 +90,7 @@ def machines(rows: list[dict[str, Any]]) -> str:
 
 
 def speed() -> str:
-    """The page *Speed*."""
+    """All measurements."""
     latest, growth = read("latest"), read("growth")
     parts = [SPEED, machines([*latest, *growth]), "## Compared with other code\n"]
     for setting in dict.fromkeys(row["setting"] for row in latest):
@@ -98,6 +98,16 @@ def speed() -> str:
         parts += [f"### {setting}\n", table(map(ratio, rows))]
     parts += [GROWTH, table(map(grown, growth))]
     return COMMAND + "\n".join(parts)
+
+
+def speed_table() -> str:
+    """The comparisons with Sentence Transformers, for a page of the book."""
+    rows = [row for row in read("latest") if any(peer in row["name"] for peer in PEERS)]
+    table_rows = [{"Setting": row["setting"]} | ratio(row) for row in rows]
+    shown = ["Setting", "This project / other", "Ratio"]
+    return (
+        COMMAND + machines(rows) + "\n" + table([{k: row[k] for k in shown} for row in table_rows])
+    )
 
 
 def ratio(row: dict[str, Any]) -> dict[str, str]:
@@ -192,8 +202,9 @@ def training(row: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Write both pages."""
-    write_text(BOOK / "speed.md", speed())
+    """Write the files."""
+    write_text(FOLDER / "RESULTS.md", speed())
+    write_text(BOOK / "speed_table.md", speed_table())
     write_text(BOOK / "what_to_expect.md", expect(read("expect")))
 
 
