@@ -155,6 +155,7 @@ BROKEN = [
     ("collection.packages", "numpy", ["collection.packages", "'numpy'"]),
     ("collection.test", ..., ["collection.test", "required"]),
     ("lengths", ..., ["lengths", "required"]),
+    ("lengths.query", 2, ["lengths.query", "2", "greater than or equal to 3"]),
     ("lengths", [10, 12], ["lengths", "[10, 12]"]),
     ("workers", 0, ["workers", "greater than 0"]),
     ("seed", -1, ["seed", "-1", "greater than or equal to 0"]),

@@ -105,10 +105,10 @@ class CandidateSettings(Settings):
 
 
 class LengthSettings(Settings):
-    """Maximum sequence lengths in tokens, special tokens included."""
+    """Maximum sequence lengths in tokens, the two special tokens included."""
 
-    query: Positive
-    passage: Positive
+    query: Annotated[Whole, Field(ge=3)]
+    passage: Annotated[Whole, Field(ge=3)]
 
 
 class TrainingSettings(Settings):
