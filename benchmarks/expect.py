@@ -1,6 +1,6 @@
 """Fine-tune on some collections with several seeds, and save the reports, for the book's page "What to expect".
 
-    python benchmarks/expect.py benchmarks/expect.json WORK NAME=SOURCE… --models "MiniLM=minilm" --seeds 1 2 3
+    python benchmarks/expect.py book/what_to_expect.json WORK NAME=SOURCE… --models "MiniLM=minilm" --seeds 1 2 3
 
 Finished trainings in WORK are read, not repeated. `pages.py` then writes the page.
 """

@@ -182,7 +182,7 @@ def test_the_books_pages_are_written_from_the_measurements():
     expected = {
         FOLDER / "RESULTS.md": pages.speed(),
         book / "speed_table.md": pages.speed_table(),
-        book / "what_to_expect.md": pages.expect(pages.read("expect")),
+        book / "what_to_expect.md": pages.expect(pages.trainings()),
     }
     for path, text in expected.items():
         assert path.read_text("utf-8") == text, "run benchmarks/pages.py"
