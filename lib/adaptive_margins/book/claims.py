@@ -136,6 +136,8 @@ def overview(editions: Mapping[str, pd.DataFrame]) -> list[dict[str, str]]:
     for row in first.to_dict("records"):
         names = ("claim", "paper", "outcome", "why", "section")
         texts = {name: str(row[name]) for name in names} | {"chapter": CHAPTERS[row["section"]]}
+        if texts["why"].startswith("Supported "):
+            texts["why"] = texts["why"].partition(":")[0] + "."  # the reason is in the chapter
         for profile, claims in editions.items():
             found = claims[claims["claim"] == row["claim"]].to_dict("records")
             texts[profile] = _here(found[0]) if found else "—"
