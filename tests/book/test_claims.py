@@ -412,3 +412,18 @@ def test_the_long_edition_decides_and_the_quick_one_stands_next_to_it():
         text = claims.answer({"laptop": edition(outcome)})
         assert "−.020" in text and "{" not in text and "`laptop`" in text
     assert claims.answer({"laptop": quick.assign(claim="another")}) == ""
+
+
+def test_the_figure_has_the_numbers_of_the_claims():
+    rows = pd.concat([edition("supported", 0.01), edition("cannot be seen here", -0.2)])
+    (axis,) = claims.figure(rows).axes
+    dots = [line for line in axis.get_lines() if line.get_marker() == "o"]
+    assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in dots] == [(0.01, 0), (-0.2, 1)]
+    assert [line.get_markerfacecolor() == "white" for line in dots] == [False, True]
+    paper = [line for line in axis.get_lines() if line.get_marker() == "D"]
+    assert [line.get_xdata()[0] for line in paper] == [-0.02, -0.02]
+    intervals = [line.get_xdata() for line in axis.get_lines() if len(line.get_xdata()) == 2]
+    assert any(list(ends) == [pytest.approx(0.0), pytest.approx(0.02)] for ends in intervals)
+    ranges = [shade.get_paths()[0].get_extents() for shade in axis.collections]
+    assert [(r.x0, r.x1) for r in ranges] == [(-0.05, 0.05)] * 2
+    assert claims.figure(edition("cannot be tested here")) is None

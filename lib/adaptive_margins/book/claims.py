@@ -10,19 +10,24 @@ short, or lack a row.
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import yaml
+from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from adaptive_margins.book.claim_conditions import CONDITIONS, FORCED
 from adaptive_margins.book.claim_statistics import STATISTICS, Evidence, interval, published_frames
+from adaptive_margins.book.figures import GREY, WIDTH, drawing
 from adaptive_margins.book.published import load
 from adaptive_margins.book.style import signed
 from adaptive_margins.paper import Reproduction
@@ -116,6 +121,41 @@ def show(claims: pd.DataFrame) -> Styler:
     return styler.set_table_attributes('class="am-claims"')
 
 
+def figure(claims: pd.DataFrame) -> Figure | None:
+    """The differences in nDCG@10 that the claims are about, each with its confidence interval.
+
+    Pale bars are the ranges in which a claim is supported, hollow diamonds the paper's values.
+    None if there is no such claim with an interval.
+    """
+    known = {claim.claim: claim for claim in rules()}
+    about = np.array(
+        [known[c].format == "difference" and "nDCG@10" in known[c].of for c in claims["claim"]]
+    )
+    rows = claims[about & claims["low"].notna() & (claims["outcome"] != UNTESTABLE)]
+    if rows.empty:
+        return None
+    colors = {"supported": "#00664d", "not supported": "#a34200"}
+    with drawing():
+        figure, axis = plt.subplots(figsize=(WIDTH, 0.8 + 0.36 * len(rows)), layout="constrained")
+        span = np.nanmax(np.abs(rows[["low", "high"]].to_numpy())) * 1.15
+        for y, row in enumerate(rows.to_dict("records")):
+            low, high = known[row["claim"]].supported
+            ends = (-span if low is None else low, span if high is None else high)
+            axis.fill_betweenx([y - 0.4, y + 0.4], *ends, color="#e3efe9", linewidth=0)
+            color = colors.get(row["outcome"], GREY)
+            axis.plot([row["low"], row["high"]], [y, y], color=color, linewidth=2)
+            seen = color if row["outcome"] != UNSEEN else "white"
+            axis.plot(row["here"], y, "o", color=color, markerfacecolor=seen, markersize=6)
+            if number := re.fullmatch(r"[+−]?[\d.]+", row["paper"]):
+                axis.plot(float(number[0].replace("−", "-")), y, "D", color="black", mfc="none")
+        axis.axvline(0, color=GREY, linewidth=0.8)
+        labels = [textwrap.fill(claim, 56) for claim in rows["claim"]]
+        axis.set_yticks(range(len(rows)), labels, fontsize=8)
+        axis.set(xlim=(-span, span), ylim=(len(rows) - 0.4, -0.6), xlabel="difference in nDCG@10")
+        axis.grid(visible=False)
+    return figure
+
+
 def _here(row: Mapping[Any, Any]) -> str:
     """The statistic of a row with its interval, as text."""
     f = next(FORMATS[c.format] for c in rules() if c.claim == row["claim"])
@@ -137,7 +177,9 @@ def overview(editions: Mapping[str, pd.DataFrame]) -> list[dict[str, str]]:
         names = ("claim", "paper", "outcome", "why", "section")
         texts = {name: str(row[name]) for name in names} | {"chapter": CHAPTERS[row["section"]]}
         if texts["why"].startswith("Supported "):
-            texts["why"] = texts["why"].partition(":")[0] + "."  # the reason is in the chapter
+            texts["why"] = (
+                f"({texts['why'].partition(':')[0].lower()})"  # the reason: in the chapter
+            )
         for profile, claims in editions.items():
             found = claims[claims["claim"] == row["claim"]].to_dict("records")
             texts[profile] = _here(found[0]) if found else "—"

@@ -6,6 +6,7 @@ Every number on them is read from an artefact: the tables' CSV files, receipts, 
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import psutil
 import yaml
@@ -116,7 +118,7 @@ def cover(profile: Profile, table4: Path | None) -> str:
 
 
 def tested(profile: Profile, data: Path, committed: Path | None = None) -> dict[str, str]:
-    """``answer.md`` and ``claims.md`` for the front page, from ``claims_*.csv`` in ``data``.
+    """``answer.md``, ``claims.md``, ``claims.svg`` for the front page; from ``data/claims_*.csv``.
 
     Committed results (`edition`) decide, if there are any.
     """
@@ -130,10 +132,16 @@ def tested(profile: Profile, data: Path, committed: Path | None = None) -> dict[
     values = {"profiles": list(found), "long": edition.LONG.get(profile.name, "")}
     rows = claims.overview(found) if found else []
     answer = claims.answer(found) if found else ""
-    return {
-        "answer.md": render("answer.md", answer=answer),
+    drawn = claims.figure(next(iter(found.values()))) if found else None
+    texts = {
+        "answer.md": render("answer.md", answer=answer, drawn=drawn, **values),
         "claims.md": render("claims.md", rows=rows, **values),
     }
+    if drawn is not None:
+        with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "claims"}):
+            drawn.savefig(file := io.StringIO(), format="svg", metadata={"Date": None})
+        texts["claims.svg"] = file.getvalue()
+    return texts
 
 
 def provenance(profile: Profile, receipts: Receipts, runs: Iterable[StoredRun]) -> str:
