@@ -51,11 +51,24 @@ def figure3(encoders=ENCODERS, targets=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), seeds=Non
                 value += rng.normal(0, 0.0025) - (0.012 if in_batch else 0)
                 ids = run_id(encoder, target, in_batch, seed), run_id("start", encoder)
                 rows.append(
-                    (encoder, in_batch, target, seed, measure, value, base, False, False, *ids)
+                    (
+                        encoder,
+                        in_batch,
+                        target,
+                        seed,
+                        measure,
+                        value,
+                        value - 0.02,
+                        value + 0.03,
+                        base,
+                        False,
+                        False,
+                        *ids,
+                    )
                 )
     columns = [
-        "encoder", "in_batch", "target", "seed", "measure", "value", "start", "maximum", "collapsed", "run_id",
-        "start_run_id",
+        "encoder", "in_batch", "target", "seed", "measure", "value", "low", "high", "start", "maximum", "collapsed",
+        "run_id", "start_run_id",
     ]  # fmt: skip
     return mark_maxima(pd.DataFrame(rows, columns=columns), ["encoder", "in_batch", "measure"])
 
@@ -72,9 +85,10 @@ def curves(kind: str, encoders=ENCODERS, sizes=(32,), in_batches=(False, True)) 
             value += 0.004 * (kind == "distributed") * x
             value += rng.normal(0, 0.002) if triples else 0
             id = run_id(kind, encoder, in_batch, size)
-            rows.append((encoder, in_batch, size, 1, triples // size, triples, measure, value, False, id))  # fmt: skip
+            rows.append((encoder, in_batch, size, 1, triples // size, triples, measure, value, value - 0.02 * x, value + 0.03 * x, False, id))  # fmt: skip
     columns = [
-        "encoder", "in_batch", "batch_size", "seed", "step", "triples", "measure", "value", "maximum", "run_id",
+        "encoder", "in_batch", "batch_size", "seed", "step", "triples", "measure", "value", "low", "high", "maximum",
+        "run_id",
     ]  # fmt: skip
     by = ["encoder", "in_batch", "batch_size", "measure"]
     return mark_maxima(pd.DataFrame(rows, columns=columns), by)

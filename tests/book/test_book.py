@@ -147,6 +147,8 @@ def test_figures_have_alternative_text_and_caption(html, page):
         caption = figure.select_one("figcaption").get_text(" ", strip=True)
         assert len(caption) > 20
         assert not caption.startswith("Fig.")  # one number, the paper's
+    for drawing in soup.select("figure svg"):
+        assert len(drawing["aria-label"]) > 60 and drawing.select("a.am-point, text")
 
 
 @pytest.mark.parametrize(

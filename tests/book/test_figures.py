@@ -1,16 +1,19 @@
 """What Figures 3 to 6 show: lines, maxima, labels, axes."""
 
-from itertools import combinations, pairwise
+import re
+from itertools import combinations, pairwise, product
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from bs4 import BeautifulSoup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
 import report_frames as frames
 from adaptive_margins.book import figures
+from adaptive_margins.book.shown import svg
 from adaptive_margins.book.style import encoder_label, measure_label, score, spread, style
 
 PAPER, LAPTOP = ("distilbert", "roberta", "mpnet"), frames.ENCODERS
@@ -60,6 +63,16 @@ def check_curves(axis, rows, x):
     assert values == sorted(score(v) for v in rows.groupby("encoder")["value"].max())
 
 
+def check_band(axis, rows, x):
+    """The band of an encoder spans the confidence intervals."""
+    (encoder,) = set(rows["encoder"])
+    (band,) = (c for c in axis.collections if c.get_gid() == f"band {encoder}")
+    heights = band.get_paths()[0].vertices
+    for row in rows.to_dict("records"):
+        at = heights[np.isclose(heights[:, 0], row[x])][:, 1]
+        assert (at.min(), at.max()) == pytest.approx((row["low"], row["high"]))
+
+
 def test_styles_are_distinct_stable_and_legible():
     looks = [style(name) for name in (*LAPTOP, *PAPER)]
     assert len({look.color for look in looks}) == len({look.marker for look in looks}) == 6
@@ -103,36 +116,29 @@ def test_figure3():
     assert [axis.get_label() for axis in figure.axes] == [label for label, *_ in PANELS3]
     assert [a.get_title() for a in figure.axes] == [*figures.IN_BATCH.values(), "", ""]
     assert [a.get_ylabel() for a in figure.axes] == ["nDCG@10", "", "Hits@5", ""]
-    assert figure.get_supxlabel() == "static target ε (bands: lowest and highest of 3 seeds)"
+    assert figure.get_supxlabel() == "static target ε"
     for label, measure, in_batch in PANELS3:
         axis = panel(figure, label)
         rows = data[(data["measure"] == measure) & (data["in_batch"] == in_batch)]
         check_curves(axis, rows[rows["seed"] == 1], "target")
-        (start,) = lines(axis, "start").values()
-        assert start.get_ydata() == pytest.approx(rows["start"].iloc[:2])
+        starts = [line.get_ydata()[0] for line in axis.get_lines() if line.get_gid() == "start"]
+        assert starts == pytest.approx(
+            rows.groupby("encoder", sort=False)["start"].first().tolist()
+        )
         ends = {"MiniLM-3", "MiniLM-4", "MiniLM-5", "zero-shot", *["BM25"] * (measure == frames.NDCG)}  # fmt: skip
         assert {text.get_text() for text in texts(axis, "end")} == ends
-        (band,) = axis.collections
         own = rows[rows["encoder"] == "minilm-3"]
-        heights = band.get_paths()[0].vertices
-        for target, values in own.groupby("target")["value"]:
-            at = heights[np.isclose(heights[:, 0], target)][:, 1]
-            assert (at.min(), at.max()) == (values.min(), values.max())
+        check_band(axis, own[own["seed"] == 1], "target")
         assert len(lines(axis, "seeds")["minilm-3"].get_xdata()) == (own["seed"] != 1).sum()
-    single = figures.figure3(frames.figure3(seeds={"none": (1,)}))
-    assert not any(axis.collections for axis in single.axes)
-    assert single.get_supxlabel() == "static target ε"
 
 
-def test_collapsed_runs_are_crosses_and_in_no_band():
+def test_collapsed_runs_are_crosses():
     data = frames.figure3(seeds={"minilm-3": (1, 2, 3), "minilm-4": (1, 2)})
     down = (data["encoder"] == "minilm-3") & (data["target"] == 0) & (data["seed"] == 3)
     data.loc[down & data["in_batch"], ["value", "collapsed"]] = [0.1, True]
     figure = figures.figure3(data)
-    assert figure.get_supxlabel().endswith("(bands: lowest and highest of 2 or 3 seeds)")
     axis = panel(figure, f"{frames.NDCG} | with in-batch negatives")
     assert lines(axis, "collapsed")["minilm-3"].get_xydata().tolist() == [[0.0, 0.1]]
-    assert min(band.get_paths()[0].vertices[:, 1].min() for band in axis.collections) > 0.3
     assert 0.1 not in lines(axis, "seeds")["minilm-3"].get_ydata()
     other = panel(figure, f"{frames.NDCG} | without in-batch negatives")
     assert len(lines(other, "collapsed")["minilm-3"].get_xdata()) == 0
@@ -155,6 +161,7 @@ def test_figures_4_and_5():
         axis = panel(figure, label)
         rows = data[(data["measure"] == measure) & (data["in_batch"] == in_batch)]
         check_curves(axis, rows, "triples")
+        check_band(axis, rows[rows["encoder"] == "minilm-5"], "triples")
         (reference,) = lines(axis, "reference").values()
         assert set(reference.get_ydata()) == {REFERENCES[measure]}
         assert not lines(axis, "start")
@@ -176,9 +183,12 @@ def test_figures_4_and_5():
 
 def test_figure6():
     data = frames.figure6(window=4, span=20)
-    figure = figures.figure6(data)
-    expected = "training step (first and last 20 batches, rolling mean over 4 batches)"
-    assert figure.get_supxlabel() == expected
+    figure = figures.figure6(data, published=0.0)
+    assert figure.get_supxlabel() == "training step"
+    marks = [lines(axis, "published") for axis in figure.axes]
+    assert [bool(found) for found in marks] == [False, True] * 3  # at the end of each encoder
+    assert {line.get_ydata()[0] for found in marks for line in found.values()} == {0.0}
+    assert all(x.get_markerfacecolor() == "white" for found in marks for x in found.values())
     for (encoder, part), rows in data.groupby(["encoder", "part"]):
         axis = panel(figure, f"{encoder} | 32 | {part}")
         for name in ("mean", "min", "max"):
@@ -194,9 +204,51 @@ def test_figure6():
     low, high = figure.axes[-1].get_ylim()
     assert right.get_ylim() == pytest.approx(((1 + low) / 2, (1 + high) / 2))
     assert "0.5" in [t.get_text() for t in right.get_yticklabels()]
-    data = frames.figure6(encoders=("minilm-3",), steps=6, span=6, window=1)
-    short = figures.figure6(data[data["part"] == "first"])
-    assert len(short.axes) == 1 and short.get_supxlabel().endswith("not smoothed)")
+    data = frames.figure6(encoders=("minilm-3",), steps=48, span=48, window=1)
+    whole = figures.figure6(data[data["part"] == "first"].assign(part="all"))
+    assert len(whole.axes) == 1 and not len(lines(whole.axes[0], "cut")[""].get_xdata())
+    assert [t.get_text() for t in whole.axes[0].get_xticklabels()] == ["1", "24", "48"]
+
+
+@pytest.mark.parametrize("name", ["figure3", "figure4", "figure5"])
+def test_values_lie_on_no_line_and_in_the_order_of_their_size(name):
+    figure = DRAW[name]()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    for axis in figure.axes:
+        labels = texts(axis, "value")
+        boxes = [t.get_window_extent(canvas.get_renderer()) for t in labels]
+        for line in axis.get_lines():
+            ends = line.get_transform().transform(line.get_xydata())
+            for (a, b), box in product(pairwise(ends), boxes):
+                at = np.linspace(a, b, 300)
+                assert not box.shrunk(0.8, 0.6).count_contains(at), (
+                    axis.get_label(),
+                    line.get_gid(),
+                )
+        for (one, a), (two, b) in combinations(zip(labels, boxes, strict=True), 2):
+            close = abs(a.x0 - b.x0) < a.width
+            assert not close or (a.y0 - b.y0) * (one.xy[1] - two.xy[1]) >= 0
+
+
+def test_points_lead_to_their_runs():
+    data = frames.figure3()
+    text = svg(figures.figure3(data), "figure3")
+    soup = BeautifulSoup(text, "html.parser")
+    points = soup.select("a.am-point")
+    assert len(points) == len(data)
+    for row in data.to_dict("records"):
+        found = [a for a in points if a["href"] == f"#figure3-{row['run_id']}"]
+        words = f"{measure_label(row['measure'])} {score(row['value'])} ["
+        assert any(
+            words in a["aria-label"] and a.title.get_text() == a["aria-label"] for a in found
+        )
+    best = data[data["maximum"]].iloc[0]
+    assert f"MiniLM-3 {score(best['value'])} at {best['target']:g}" in soup.svg["aria-label"]
+    assert {"nDCG@10", "Hits@5"} <= {t.get_text(strip=True) for t in soup.select("text")}
+    ids = [tag["id"] for tag in soup.select("[id]")]
+    assert len(ids) == len(set(ids)) and svg(figures.figure3(data), "figure3") == text
+    assert not re.search("\n\\s*\n", text) and "<metadata" not in text
 
 
 @pytest.mark.parametrize("name", DRAW)
@@ -232,7 +284,7 @@ def test_bad_frames_are_named():
     with pytest.raises(ValueError, match=r"references has the measures \['MRR'\]"):
         figures.figure4(frames.figure4(), references={"MRR": 0.4})
     data = frames.figure6()
-    with pytest.raises(ValueError, match="'first' or 'last', got"):
+    with pytest.raises(ValueError, match="'first' and 'last', got"):
         figures.figure6(data.replace({"part": {"last": "end"}}))
     data.loc[0, "window"] = 9
     with pytest.raises(ValueError, match=r"one window and one span, got \[9, 4\]"):

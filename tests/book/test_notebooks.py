@@ -186,11 +186,12 @@ def test_shows_and_saves_its_figures_and_tables(path):
             # Numbers are in the text that is computed.
             words = caption.removeprefix(f"Paper Figure {number}").replace("BM25", "")
             assert not re.search(r"\d", words)
-    shown = [c.metadata.get("mystnb", {}) for c in code.values()]
-    figures = [f for f in shown if "figure" in f]
-    names = [f["figure"]["name"] for f in figures]
+    figures = [c for c in code.values() if "figure" in c.metadata.get("mystnb", {})]
+    names = [c.metadata["mystnb"]["figure"]["name"] for c in figures]
     assert len(set(names)) == len(names)
-    assert all(len(f["image"]["alt"]) > 80 for f in figures)
+    for cell in figures:  # what `shown` draws has words of its own
+        alt = cell.metadata["mystnb"].get("image", {}).get("alt", "")
+        assert len(alt) > 80 or "shown.figure(" in cell.source
 
 
 @each

@@ -1,19 +1,27 @@
 """What Tables 1 to 4 show, cell by cell, and how they compare with the published numbers."""
 
+import base64
+import gzip
+import io
+import json
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
 import report_frames as frames
-from adaptive_margins.book import published, tables
+from adaptive_margins.book import latex, published, tables
 from adaptive_margins.book.comparison import COMPARED, comparison
+from adaptive_margins.book.shown import records, shell
 from adaptive_margins.data.trec import write_run
 from adaptive_margins.evaluation.measures import evaluate
+from adaptive_margins.paper.store import StoredRun
 
 PAPER = published.load()
 NDCG, RECALL, DEEP = frames.NDCG, frames.RECALL, "R(rel=2)@1000"
@@ -61,13 +69,14 @@ def shown(value: float) -> str:
 
 def check_score(cell, row, underlined=False) -> None:
     reference = row["run_id"] == row["reference_run_id"]
+    ci = cell.select_one("small:not(.am-printed)")
     assert text(cell) == shown(row["value"]) + "†" * (bool(row["equivalent"]) and not reference)
     assert bool(cell.find("strong")) == bool(row["best"])
     assert bool(cell.find("u")) == (reference and underlined)
     if reference:
-        assert cell.small is None
+        assert ci is None
     else:
-        assert cell.small.get_text() == f"[{shown(row['low'])}, {shown(row['high'])}]"
+        assert ci.get_text() == f"[{shown(row['low'])}, {shown(row['high'])}]"
         expected = f"difference {shown(row['difference'])} to run {row['reference_run_id']}, p = "
         assert cell["title"].startswith(expected)
 
@@ -186,7 +195,7 @@ def test_incomplete_frames():
     alone = data[data["run_id"] == data["reference_run_id"]]
     soup, ours, _ = parse(tables.table4(alone, PAPER, heading=""))
     assert "Nothing to compare" in soup.select_one("p.am-note").get_text()
-    assert "†" not in ours.get_text() and not ours.select("td small")
+    assert "†" not in ours.get_text() and not ours.select("td small:not(.am-printed)")
     data = frames.table3()
     gone = data.index[(data["set"] == "test2") & (data["measure"] == NDCG)][0]
     _, ours, _ = parse(tables.table3(data.drop(gone), PAPER, heading=""))
@@ -210,21 +219,119 @@ def test_numbers_and_texts_are_written_short():
 
 
 @pytest.mark.parametrize("name", ["table3", "table4"])
-def test_every_row_opens_to_its_commands(name):
+def test_every_row_opens_to_what_is_known_of_its_run(name):
     data = getattr(frames, name)()
-    lines = {
-        id: tables.commands("<my> profile.yaml", id, "0123", frames.TESTS, [NDCG, RECALL])
-        for id in data["run_id"].unique()
-    }
-    html = getattr(tables, name)(data, PAPER, heading="", commands=lines)
-    soup, ours, theirs = parse(html)
-    opened = {d.summary.code["title"]: d.pre.get_text().split("\n") for d in ours("details")}
-    assert opened == lines and list(opened) == list(lines)
-    first = next(iter(lines))
-    quoted = shlex.split(opened[first][0])
-    assert quoted[-4:] == ["--profile", "<my> profile.yaml", "--run", first]
-    assert "<my>" not in html and not theirs.find("details")
-    assert "opens to the commands" in soup.select_one("p.am-note").get_text()
+    opens = {id: f"<pre>run {id}</pre>" for id in data["run_id"].unique()}
+    soup, ours, theirs = parse(getattr(tables, name)(data, PAPER, heading="", opens=opens))
+    opened = {d.summary.code["title"]: d.pre.get_text() for d in ours("details")}
+    assert opened == {id: f"run {id}" for id in opens} and list(opened) == list(opens)
+    assert not theirs.find("details")
+    assert "opens to its commands" in soup.select_one("p.am-note").get_text()
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """What `shown` reads of a reproduction, with the runs of Table 3 in a store."""
+    data = frames.table3()
+    scores = {"q1": 0.25, "q2": 0.75}
+    for id in data["run_id"].unique():
+        (tmp_path / id).mkdir()
+        full = {
+            name: {"mean": {NDCG: 0.5}, "per_query": {NDCG: scores, RECALL: scores}}
+            for name in frames.TESTS
+        }
+        (tmp_path / id / "result.json").write_text(json.dumps({"full": full}))
+    profile = SimpleNamespace(
+        name="<my> profile",
+        sets=SimpleNamespace(tests=frames.TESTS),
+        measures=SimpleNamespace(full=[NDCG, RECALL]),
+    )
+    made = SimpleNamespace(
+        profile=profile,
+        store=SimpleNamespace(folder=tmp_path),
+        inputs=SimpleNamespace(fingerprint="0123"),
+    )
+    return made, data
+
+
+def test_a_run_opens_to_its_commands_configuration_files_and_scores(stored, monkeypatch):
+    reproduction, data = stored
+    config = SimpleNamespace(model_dump=lambda mode: {"target": 0.2, "seed": 1})
+    monkeypatch.setattr(StoredRun, "config", config)
+    found = records(reproduction, data)
+    assert list(found) == list(data["run_id"].unique())
+    for id, html in found.items():
+        soup = BeautifulSoup(html, "html.parser")
+        lines = soup.select_one("pre.am-command").get_text().split("\n")
+        assert shlex.split(lines[0])[-4:] == ["--profile", "<my> profile.yaml", "--run", id]
+        assert len(lines) == 1 + len(frames.TESTS) and "<my>" not in html
+        assert soup.details.pre.get_text() == "target: 0.2\nseed: 1"
+        files = [code["data-file"] for code in soup.select("code[data-file]")]
+        assert files == [f"runs/{id}/full.{name}.run.gz" for name in frames.TESTS]
+        content = base64.b64decode(soup.a["href"].split(",")[1])
+        scores = pd.read_csv(io.BytesIO(gzip.decompress(content)))
+        assert list(scores) == ["set", "qid", NDCG, RECALL]
+        assert scores[NDCG].tolist() == [0.25, 0.75] * 2
+
+
+# --- downloads, and published values beside ours ---
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_downloads_are_the_frame_and_the_table_in_latex(name):
+    soup, ours, theirs = parse(ALL[name])
+    links = {a["download"]: a["href"].split(",")[1] for a in soup.select("a[download]")}
+    assert list(links) == [f"{name}-ours.tex", f"{name}.csv", f"{name}-published.tex"]
+    frame = pd.read_csv(io.BytesIO(base64.b64decode(links[f"{name}.csv"])))
+    expected = getattr(frames, name)()
+    assert list(frame) == list(expected) and len(frame) == len(expected)
+    for kind, table in (("ours", ours), ("published", theirs)):
+        tex = base64.b64decode(links[f"{name}-{kind}.tex"]).decode()
+        assert tex in ALL[name].others["text/latex"]
+        assert all(rule in tex for rule in ("\\toprule", "\\midrule", "\\bottomrule"))
+        body = [line for line in tex.split("\\midrule", 1)[1].splitlines() if line.endswith("\\\\")]
+        assert len(body) == len(table.select("tbody tr"))
+        for line, cells in zip(body, rows(table), strict=True):
+            texts = [x.strip() for x in re.split(r"(?<!\\)&", line.removesuffix("\\\\"))]
+            assert len(texts) == len(cells)
+            for tex_cell, cell in zip(texts, cells, strict=True):
+                number = re.match(r"−?[\d.,:]+", text(cell))
+                if cell.name == "td" and number:
+                    assert number[0].replace("−", "$-$") in tex_cell
+                    assert ("textbf" in tex_cell) == bool(cell.find("strong"))
+                    assert ("dag" in tex_cell) == ("†" in cell.get_text())
+
+
+def test_latex_is_escaped():
+    assert latex.latex("50 % of a_b &amp; <strong>c</strong>") == r"50 \% of a\_b \& \textbf{c}"
+    assert latex.latex("<i>ε</i> = −1<small>x</small>") == r"\textit{$\varepsilon$} = $-$1"
+
+
+def test_published_values_stand_beside_ours():
+    _, ours, _ = parse(ALL["table3"])
+    printed = PAPER.scores(3)
+    for cells, (_, own) in zip(
+        rows(ours), frames.table3().groupby("run_id", sort=False), strict=True
+    ):
+        one = own.iloc[0]
+        tick = "✓" if one["in_batch"] or one["target"] == "distributed" else "✗"
+        for cell, (name, measure) in zip(cells[3:7], COLUMNS, strict=True):
+            same = printed[(printed["target"] == one["target"]) & (printed["in_batch"] == tick)]
+            same = same[same["set"] == SETS[name]]
+            same = same[same["measure"] == ("nDCG@10" if measure == NDCG else "R@1000")]["value"]
+            found = cell.select_one(".am-printed").get_text()
+            assert found == f"{same.min():.3f}–{same.max():.3f}" and len(same) == 3
+    html = tables.table3(THREE, PAPER, heading="")  # encoders of the paper: their own values
+    (first, *_) = rows(parse(html)[1])
+    assert [c.select_one(".am-printed").get_text() for c in first[3:7]] == [
+        "0.647",
+        "0.792",
+        "0.632",
+        "0.821",
+    ]
+    _, ours, _ = parse(ALL["table4"])
+    found = [[x.get_text() for x in tr.select(".am-printed")] for tr in ours.select("tbody tr")]
+    assert found[0] == ["0.53", "0.66", "0.55", "0.74"] and found[-1] == []
 
 
 def test_the_command_that_checks_computes_the_score(tmp_path):
@@ -239,7 +346,7 @@ def test_the_command_that_checks_computes_the_score(tmp_path):
     (folder / "qrels.TREC-DL19.txt").write_text("".join(lines))
     write_run(run, tmp_path / "runs" / id / "full.TREC-DL19.run.gz", id)
     measures = [NDCG, "R(rel=2)@2"]
-    _, check = tables.commands("paper", id, fingerprint, ["TREC-DL19"], measures)
+    _, check = shell("paper", id, fingerprint, ["TREC-DL19"], measures)
     program = [str(Path(sys.executable).with_name("ir_measures")), *shlex.split(check)[1:]]
     done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=True)
     found = dict(line.split("\t") for line in done.stdout.splitlines())

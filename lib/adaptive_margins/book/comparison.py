@@ -133,6 +133,32 @@ def printed_scores(published: Published, table: int, supplied: pd.DataFrame | No
     return scores.merge(runs, how="left", on=["key", "set", "plain"])
 
 
+def printed_beside(data: pd.DataFrame, published: Published, table: Literal[3, 4]) -> list[str]:
+    """What the paper prints for the row of each score, or the range over its encoders; "" for none.
+
+    Query sets correspond by their order, nDCG and recall by their names whatever the cut-off.
+    """
+    scores = published.scores(table)
+    sets = dict(zip(data["set"].unique(), scores["set"].unique(), strict=False))
+    ticked = in_batch(data) if table == 3 else data["in_batch"]
+    found = []
+    for row, tick in zip(data.to_dict("records"), ticked, strict=True):
+        same = scores["measure"].str.startswith(row["measure"][0]) & (scores["in_batch"] == tick)
+        same &= scores["set"] == sets.get(row["set"])
+        if table == 3:
+            same &= scores["target"] == row["target"]
+            model = scores["model"] == encoder_label(row["encoder"])
+            same &= model | (not model.any())
+        else:
+            sampling = str(row["sampling"]).split(",")[0]
+            same &= (scores["loss"] == row["loss"]) & (
+                scores["sampling"].str.strip("_") == sampling
+            )
+        ends = scores[same].sort_values("value")["printed"].iloc[[0, -1] if same.any() else []]
+        found.append("–".join(dict.fromkeys(ends)))
+    return found
+
+
 def level_free(measure: str) -> str:
     """A measure without relevance level: R@1000 for R(rel=2)@1000 and Recall@1000."""
     return re.sub(r"\(rel=\d+\)", "", measure).replace("Recall@", "R@")

@@ -15,7 +15,6 @@ from IPython.display import Markdown
 from pandas.io.formats.style import Styler
 from pydantic import Field, TypeAdapter, ValidationError
 
-from adaptive_margins.book import tables
 from adaptive_margins.book.published import load
 from adaptive_margins.book.style import encoder_label, measure_label
 from adaptive_margins.book.tables import shorten
@@ -23,10 +22,8 @@ from adaptive_margins.data.collection import Collection
 from adaptive_margins.data.trec import top
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.paper import Reproduction
-from adaptive_margins.paper.frames import external_runs
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.profiles.config import CurveSettings, StaticSettings
-from adaptive_margins.profiles.load import available
 
 _NUMBER = Annotated[float, Field(allow_inf_nan=False)]
 _NATURAL = Annotated[int, Field(ge=0)]
@@ -133,8 +130,8 @@ def _setup(reproduction: Reproduction) -> dict[str, str]:
         "static": "; ".join([f"{static}, batches of {s.batch_size}", *seeds]) + _own(s),
         "adaptive": _curve(p.adaptive, p.adaptive.batch_sizes[:1]),
         "distributed": _curve(p.distributed, p.distributed.batch_sizes),
-        "target_plot": f"rolling mean over {p.target_plot.window} batches, the first and last"
-        f" {p.target_plot.span} batches",
+        "target_plot": f"rolling mean over {p.target_plot.window} batches, "
+        + (f"the first and last {p.target_plot.span} batches" if p.target_plot.span else "all"),
         "comparison": f"{_curve(comparison, comparison.batch_sizes[:1])}, decay γ ="
         f" {comparison.decay:g} per step; early stopping after {comparison.patience} evaluations"
         f" without a gain in {measure_label(p.measures.selection)} on {stopping};"
@@ -170,51 +167,6 @@ def _rate(value: float | str) -> str:
 
 
 # --- tables and files -----------------------------------------------------------------------------
-
-
-def heading(reproduction: Reproduction) -> str:
-    """Collection, its fingerprint and the profile, for the caption of a table."""
-    collection = reproduction.inputs.collection
-    return f"{collection.name} {collection.fingerprint}, profile {reproduction.profile.name}"
-
-
-def commands(reproduction: Reproduction, data: pd.DataFrame) -> dict[str, list[str]]:
-    """Run id → the commands that compute the run and score it without this project
-    (`tables.commands`).
-    """
-    p, fingerprint = reproduction.profile, reproduction.inputs.fingerprint
-    profile = p.name if p.name in available() else f"{p.name}.yaml"
-    return {
-        run_id: tables.commands(profile, run_id, fingerprint, p.sets.tests, p.measures.full)
-        for run_id in data["run_id"].unique()
-        if run_id
-    }
-
-
-def table3(reproduction: Reproduction, data: pd.DataFrame) -> str:
-    """Table 3 as HTML, then its scores next to the published ones, where there are any to compare
-    with.
-    """
-    published, about = load(), heading(reproduction)
-    models = {n: e.published for n, e in reproduction.profile.encoders.items() if e.published}
-    supplied = reproduction.table4() if external_runs(reproduction.runner) else None
-    lines = commands(reproduction, data)
-    html = tables.table3(data, published, heading=about, commands=lines, supplied=supplied)
-    return html + tables.compared(
-        data, published, table=3, heading=about, models=models, supplied=supplied
-    )
-
-
-def table4(reproduction: Reproduction, data: pd.DataFrame) -> str:
-    """Table 4 as HTML, then its scores next to the published ones, if the reference encoder is that
-    of the paper.
-    """
-    p, published = reproduction.profile, load()
-    about = f"{heading(reproduction)}, encoder {encoder_label(p.reference_encoder)}"
-    html = tables.table4(data, published, heading=about, commands=commands(reproduction, data))
-    if p.encoders[p.reference_encoder].published != "distilBERT":
-        return html
-    return html + tables.compared(data, published, table=4, heading=about)
 
 
 def save(data_folder: str | Path, **frames: pd.DataFrame) -> Markdown:

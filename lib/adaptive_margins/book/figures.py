@@ -30,6 +30,7 @@ from adaptive_margins.book.style import (
     end_labels,
     measure_label,
     require,
+    score,
     style,
     value_labels,
 )
@@ -37,9 +38,9 @@ from adaptive_margins.book.style import (
 WIDTH = 7.5  # inches; text of 9 points is then about 12 px high in a page column 700 px wide
 GREY, PALE = "#595959", "#8c8c8c"
 IN_BATCH = {False: "without in-batch negatives", True: "with in-batch negatives"}
-STATIC = ["encoder", "in_batch", "target", "seed", "measure", "value", "start", "maximum"]
-STATIC += ["collapsed"]
-CURVE = ["encoder", "in_batch", "batch_size", "seed", "triples", "measure", "value", "maximum"]
+_DRAWN = ["seed", "measure", "value", "low", "high", "maximum", "run_id"]
+STATIC = ["encoder", "in_batch", "target", "start", "collapsed", *_DRAWN]
+CURVE = ["encoder", "in_batch", "batch_size", "triples", *_DRAWN]
 LINES = ["encoder", "loss", "in_batch", "seed", "triples", "measure", "value"]
 TARGETS = ["encoder", "batch_size", "part", "step", "mean", "min", "max", "window", "span"]
 _COLORS = color_sequences["okabe_ito"]
@@ -53,17 +54,13 @@ def figure3(data: pd.DataFrame, *, references: References = None) -> Figure:
     """Score by static target ε, without and with in-batch negatives (Section 5.1).
 
     ``data`` has one row a run and measure, with the columns `STATIC`: target is ε, start the
-    zero-shot value, maximum true in one row a curve. The line is that of the seed with the maximum;
-    where an encoder has several seeds in a setting, a band spans the lowest and the highest, but
-    for collapsed runs, which are crosses. Raises ValueError on missing columns, and on a curve
-    without exactly one maximum.
+    zero-shot value, low and high the confidence interval, maximum true in one row a curve. The line
+    with its band is that of the seed with the maximum; other seeds are small marks, collapsed runs
+    crosses. Raises ValueError on missing columns, and on a curve without exactly one maximum.
     """
     require(data, STATIC, "figure3")
-    seeds = data.groupby(["encoder", "in_batch"])["seed"].nunique()
-    several = sorted({f"{n}" for n in seeds if n > 1})
-    band = f" (bands: lowest and highest of {' or '.join(several)} seeds)" if several else ""
     columns = {side: title for side, title in IN_BATCH.items() if side in set(data["in_batch"])}
-    figure = _panels(data, "target", "in_batch", columns, f"static target ε{band}", references)
+    figure = _panels(data, "target", "in_batch", columns, "static target ε", references)
     figure.axes[0].xaxis.set_major_locator(MultipleLocator(0.2))
     return figure
 
@@ -92,25 +89,26 @@ def figure5(data: pd.DataFrame, *, references: References = None) -> Figure:
     return _learning_curves(data, "batch_size", columns, references)
 
 
-def figure6(data: pd.DataFrame) -> Figure:
+def figure6(data: pd.DataFrame, *, published: float | None = None) -> Figure:
     """Mean, maximum and minimum of raw φ(d⁺, d⁻) over a batch, during training (Section 5.3).
 
-    ``data`` has one row a step and part, with the columns `TARGETS`: part "first" or "last"; mean,
-    min and max in [-1, 1], smoothed; window (batches of the rolling mean) and span (batches a
-    part). Columns are encoders, rows batch sizes; first and last span stand side by side on a
-    broken axis. The axis on the right is the target T = (1 + φ) / 2. Raises ValueError on missing
+    ``data`` has one row a step and part, with the columns `TARGETS`: part is "all", or "first" and
+    "last"; mean, min and max in [-1, 1], smoothed; window (batches of the rolling mean) and span
+    (batches a part). Columns are encoders, rows batch sizes; first and last span stand side by side
+    on a broken axis. The axis on the right is the target T = (1 + φ) / 2. ``published`` is the mean
+    to which the paper's batches settle, a hollow mark at the end. Raises ValueError on missing
     columns, an unknown part, several windows or spans.
     """
     require(data, TARGETS, "figure6")
     encoders, sizes = _unique(data["encoder"]), sorted(_unique(data["batch_size"]))
-    parts = [part for part in ("first", "last") if part in set(data["part"])]
-    if len(parts) < data["part"].nunique():
-        raise ValueError(f"figure6: a part is 'first' or 'last', got {_unique(data['part'])}")
+    parts = [part for part in ("all", "first", "last") if part in set(data["part"])]
+    if len(parts) < data["part"].nunique() or (len(parts) > 1 and parts[0] == "all"):
+        found = _unique(data["part"])
+        raise ValueError(f"figure6: parts are 'all', or 'first' and 'last', got {found}")
     windows, spans = _unique(data["window"]), _unique(data["span"])
     if len(windows) > 1 or len(spans) > 1:
         raise ValueError(f"figure6 shows one window and one span, got {windows} and {spans}")
-    smooth = f"rolling mean over {windows[0]} batches" if windows[0] > 1 else "not smoothed"
-    label = f"training step (first and last {spans[0]} batches, {smooth})"
+    label = "training step"
     with drawing():
         places, height = edges(len(sizes), left=0.75, right=0.75, panel=2.0, between=0.2)
         figure = plt.figure(figsize=(WIDTH, height))
@@ -122,6 +120,10 @@ def figure6(data: pd.DataFrame) -> Figure:
                 batch = f", batch size {size}" if len(sizes) > 1 else ""
                 axes[0].set_ylabel(f"φ(d⁺, d⁻){batch}")
                 axes[0].tick_params(axis="y", left=True, labelleft=True)
+            if published is not None:
+                hollow = {"color": GREY, "markerfacecolor": "white", "markersize": 7, "zorder": 5}
+                at = axes[-1].get_yaxis_transform()
+                axes[-1].plot(0.94, published, "D", transform=at, gid="published", **hollow)
             for axis in axes:
                 axis.tick_params(axis="x", length=0, labelbottom=row == len(sizes) - 1)
             if row == 0:
@@ -311,17 +313,16 @@ def _curve(
     best = maxima.iloc[0]
     line = rows[rows["seed"] == best["seed"]].sort_values(x)
     color, marker = look.color, look.marker
+    _points(axis, rows, x, encoder)
     if "collapsed" in rows:
         down = rows[rows["collapsed"]]
         axis.plot(down[x], down["value"], "x", color=color, zorder=4, gid=f"collapsed {encoder}")
         rows = rows[~rows["collapsed"]]
+    band = {"color": color, "alpha": 0.1, "linewidth": 0, "gid": f"band {encoder}"}
+    axis.fill_between(line[x], line["low"], line["high"], **band)
     others = rows[rows["seed"] != best["seed"]]
-    if len(others):
-        band, gid = rows.groupby(x)["value"].agg(["min", "max"]), f"band {encoder}"
-        low, high = band["min"], band["max"]
-        axis.fill_between(band.index, low, high, color=color, alpha=0.2, linewidth=0, gid=gid)
-        seeds = {"color": color, "markersize": 2, "alpha": 0.7, "gid": f"seeds {encoder}"}
-        axis.plot(others[x], others["value"], marker, **seeds)
+    seeds = {"color": color, "markersize": 2.4, "alpha": 0.7, "gid": f"seeds {encoder}"}
+    axis.plot(others[x], others["value"], marker, **seeds)
     hollow = {"marker": marker, "markerfacecolor": "white", "markeredgewidth": 0.9}
     every = max(1, len(line) // 24)
     axis.plot(
@@ -332,16 +333,25 @@ def _curve(
     return float(line["value"].iloc[-1]), (float(best[x]), float(best["value"]))
 
 
+def _points(axis: Axes, rows: pd.DataFrame, x: str, encoder: str) -> None:
+    """Invisible marks with the run behind each point and its words, for `shown.svg`."""
+    at = f"{'ε =' if x == 'target' else x} "
+    links = [
+        f"#{row['run_id']}|{encoder_label(encoder)}, {at}{row[x]:,g}, seed {row['seed']}:"
+        f" {measure_label(row['measure'])} {score(row['value'])}"
+        f" [{score(row['low'])}, {score(row['high'])}], run {row['run_id']}"
+        for row in rows.to_dict("records")
+    ]
+    axis.scatter(rows[x], rows["value"], s=90, alpha=0, zorder=9, urls=links, gid="points")
+
+
 def _starts(axis: Axes, panel: pd.DataFrame) -> list[End]:
-    """Dashed lines at the zero-shot score; one grey line where it is the same for all."""
+    """Dashed lines at the zero-shot scores, of which one label is enough."""
     starts = panel.groupby("encoder", sort=False)["start"].mean()
-    if starts.max() - starts.min() < 5e-4:
-        lines = {GREY: float(starts.mean())}
-    else:
-        lines = {style(str(encoder)).text: float(value) for encoder, value in starts.items()}
-    for color, value in lines.items():
-        axis.axhline(value, color=color, linestyle=(0, (4, 3)), linewidth=0.9, gid="start")
-    return [End(value, "zero-shot", color) for color, value in lines.items()]
+    for encoder, value in starts.items():
+        color, dashes = style(str(encoder)).text, (0, (4, 3))
+        axis.axhline(value, color=color, linestyle=dashes, linewidth=0.9, gid="start")
+    return [End(float(starts.mean()), "zero-shot", GREY)]
 
 
 # --- Figure 6 -------------------------------------------------------------------------------------
@@ -383,9 +393,9 @@ def _distribution(axis: Axes, rows: pd.DataFrame, encoder: str) -> None:
 
 def _broken(axis: Axes, steps: pd.Series, position: int, parts: int) -> None:
     """Tick labels at both ends of a part, and the diagonal marks of a broken axis between parts."""
-    ends = int(steps.min()), int(steps.max())
+    ends = [int(step) for step in np.linspace(steps.min(), steps.max(), 3 if parts == 1 else 2)]
     axis.set_xticks(ends, [f"{end:,}" if end < 10_000 else f"{end / 1000:.4g}k" for end in ends])
-    first, last = axis.get_xticklabels()
+    first, *_, last = axis.get_xticklabels()
     first.set_horizontalalignment("left")
     last.set_horizontalalignment("right")
     axis.margins(x=0)
@@ -412,7 +422,7 @@ def _target_axis(axis: Axes) -> None:
         name = str(line.get_gid())
         if name in ("max", "mean", "min"):
             end = tuple(np.asarray(line.get_xydata())[-1])
-            up, va = (-4, "top") if name == "min" else (4, "bottom")
+            up, va = (-7, "top") if name == "min" else (7, "bottom")
             axis.annotate(name, end, (-2, up), va=va, **look)
     low, high = axis.get_ylim()
     ticks = [_target(phi) for phi in axis.get_yticks() if low <= phi <= high]

@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+
+class Shown(str):
+    """HTML that a notebook displays. ``others`` has what other formats take in its place: MIME
+    type → content.
+    """
+
+    others: dict[str, str]
+
+    def __new__(cls, html: str, **others: str) -> Shown:
+        """Take the HTML, and the others by MIME type."""
+        made = super().__new__(cls, html)
+        made.others = others
+        return made
+
+    def before(self, html: str) -> Shown:
+        """The same, followed by more HTML."""
+        return Shown(self + html, **self.others)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        return {"text/html": str(self), "text/plain": "(HTML)", **self.others}
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """A file as a link that needs no server."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def plain(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 from zlib import crc32
 
@@ -145,29 +146,53 @@ def end_labels(axis: Axes, ends: Sequence[End]) -> None:
 
 
 def value_labels(axis: Axes, maxima: Sequence[tuple[float, float, str]]) -> None:
-    """Write the value of each maximum (x, y, colour) above it, or below where one is above."""
-    places = axis.transData.transform([(x, y) for x, y, _ in maxima]) * 72 / axis.figure.dpi
-    frame = (
-        axis.get_window_extent().transformed(axis.figure.dpi_scale_trans.inverted()).padded(-0.15)
+    """Write the value of each maximum (x, y, colour) next to it: on no line, no mark and no other
+    label, and never above the label of a higher value. Limits must be final.
+    """
+    points = 72 / axis.figure.dpi
+    frame = axis.get_window_extent()
+    corners = np.array([[frame.x0, frame.y0], [frame.x1, frame.y1]]) * points
+    lines = np.vstack(
+        [_dense(line.get_transform(), line.get_xydata()) for line in axis.get_lines()]
     )
-    for (x, y, color), place in zip(maxima, places, strict=True):
-        right, up = (places - place).T
-        below = ((up > 0) & (up < 3 * SMALL) & (abs(right) < 4 * SMALL)).any()
-        side = (
-            "left"
-            if place[0] < 72 * frame.x0
-            else "right"
-            if place[0] > 72 * frame.x1
-            else "center"
-        )
-        look = {
-            "fontsize": SMALL,
-            "fontweight": "bold",
-            "color": color,
-            "zorder": 6,
-            "gid": "value",
-        }
-        look["path_effects"] = [withStroke(linewidth=2, foreground="white")]
-        offset = (0, (-1.2 if below else 1.2) * SMALL)
-        where = {"xytext": offset, "textcoords": "offset points", "ha": side, "va": "center"}
-        axis.annotate(score(y), xy=(x, y), **where, **look)
+    white, taken = [withStroke(linewidth=2, foreground="white")], np.empty((0, 2))
+    look: dict[str, Any] = {"fontsize": SMALL, "fontweight": "bold", "zorder": 6, "gid": "value"}
+    look |= {"ha": "center", "va": "center", "textcoords": "offset points", "path_effects": white}
+    for x, y, color in sorted(maxima, key=lambda maximum: -maximum[1]):
+        place = axis.transData.transform((x, y)) * points
+        offset = _free_place(place, lines * points, taken, corners)
+        taken = np.vstack([taken, place + offset])
+        axis.annotate(score(y), (x, y), offset, color=color, **look)
+        if np.hypot(*offset) > 2.5 * SMALL:
+            leader = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkB": 4}
+            axis.annotate("", (x, y), 0.75 * offset, textcoords="offset points", arrowprops=leader)
+
+
+_LABEL = np.array([2.9, 1.2]) * SMALL
+"""Width and height of a value, in points, with a margin."""
+
+
+def _dense(transform: Any, path: Any) -> np.ndarray:
+    """Points on a line, a few apart, in pixels."""
+    ends = transform.transform(np.asarray(path, dtype=float))
+    return np.vstack([ends[-1:], *(np.linspace(a, b, 60) for a, b in pairwise(ends))])
+
+
+def _free_place(
+    place: np.ndarray, lines: np.ndarray, taken: np.ndarray, corners: np.ndarray
+) -> np.ndarray:
+    """The nearest offset at which a value covers nothing, or as little as possible."""
+    grid = np.stack(np.meshgrid(np.arange(-5, 5.1, 0.5), np.arange(-6, 6.1, 0.3)), axis=-1)
+    offsets = grid.reshape(-1, 2) * SMALL
+    at = place + offsets
+    hidden = (abs(at[:, None] - lines) < (_LABEL + 2) / 2).all(axis=2).sum(axis=1)
+    mark = (abs(offsets) < (_LABEL + 9) / 2).all(axis=1)
+    apart = abs(at[:, None] - taken)
+    labels = (apart < _LABEL).all(axis=2).any(axis=1)
+    above = ((apart[..., 0] < 2.5 * _LABEL[0]) & (at[:, None, 1] > taken[:, 1] - SMALL / 2)).any(
+        axis=1
+    )
+    outside = ((at - _LABEL / 2 < corners[0]) | (at + _LABEL / 2 > corners[1])).any(axis=1)
+    far = np.hypot(*offsets.T) - 0.3 * SMALL * (offsets[:, 1] > 0)
+    cost = far + 40 * (hidden > 0) + hidden + 1e3 * mark + 1e4 * (labels | above | outside)
+    return np.asarray(offsets[cost.argmin()])

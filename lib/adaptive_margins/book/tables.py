@@ -7,24 +7,26 @@ those scores that do not. Cells are HTML: texts are escaped where they enter one
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping
 from html import escape
 from typing import Any, Literal
 
 import pandas as pd
 from pandas.io.formats.style import Styler
 
+from adaptive_margins.book import latex
 from adaptive_margins.book.comparison import (
     SCORED,
     SUPPLIED,
     comparison,
     in_batch,
     is_true,
+    printed_beside,
     printed_scores,
 )
 from adaptive_margins.book.published import Published
-from adaptive_margins.book.render import render
+from adaptive_margins.book.render import Shown, data_uri, render
 from adaptive_margins.book.style import encoder_label, measure_label, require
 from adaptive_margins.progress import clock
 
@@ -69,12 +71,13 @@ HEADINGS = {
 INDEX = {1: ["model"], 2: ["role"], 3: ["model", "target"], 4: ["block", "source", "loss"]}
 """Columns of the printed tables that head their rows."""
 LEFT = {"Weights", "Embedding", "Run", "Text", "In-batch", "Sampling", "Verdict"}
+LONG = {"Weights", "Text"}
 """Headings of columns of text, which are aligned left."""
-Commands = Mapping[str, Sequence[str]]
-"""Run id → the shell commands that its row opens to."""
+Opens = Mapping[str, str] | None
+"""Run id → the HTML that its row opens to."""
 
 
-def table1(data: pd.DataFrame, published: Published, *, heading: str) -> str:
+def table1(data: pd.DataFrame, published: Published, *, heading: str) -> Shown:
     """Table 1, the encoders; ``data`` has a row an encoder and the columns `ENCODERS`.
 
     ``heading`` ends the caption, here as in the other tables: what this run used.
@@ -91,11 +94,11 @@ def table1(data: pd.DataFrame, published: Published, *, heading: str) -> str:
             "Run": data["run_id"].map(_code),
         }
     )
-    ours = _html(cells.set_index("Encoder"), 1, "ours", f"this run: {heading}")
+    ours = _html(cells.set_index("Encoder"), 1, "ours", f"this run: {heading}", None, data)
     return _page(1, published, ours)
 
 
-def table2(data: pd.DataFrame, published: Published, *, heading: str) -> str:
+def table2(data: pd.DataFrame, published: Published, *, heading: str) -> Shown:
     """Table 2, a training instance: relevance ρ, target t and loss of its negatives.
 
     ``data`` has a row a text and the columns `INSTANCE`: roles are q, d+, d-max, d-mid, d-min; a
@@ -115,7 +118,7 @@ def table2(data: pd.DataFrame, published: Published, *, heading: str) -> str:
         }
     )
     titles = pd.DataFrame({"Text": data["text"].map(escape)})
-    ours = _html(cells.set_index(""), 2, "ours", f"this run: {heading}", titles)
+    ours = _html(cells.set_index(""), 2, "ours", f"this run: {heading}", titles, data)
     return _page(2, published, ours, run_id=data["run_id"].iloc[0], qid=data["qid"].iloc[0])
 
 
@@ -124,9 +127,9 @@ def table3(
     published: Published,
     *,
     heading: str,
-    commands: Commands | None = None,
+    opens: Opens = None,
     supplied: pd.DataFrame | None = None,
-) -> str:
+) -> Shown:
     """Table 3, every encoder and target in full ranking.
 
     ``data`` is the frame of ``Reproduction.table3``, a row a run, set and measure. † stands where
@@ -134,7 +137,10 @@ def table3(
     whose supplied runs replace printed numbers.
     """
     require(data, ["encoder", "target", "epsilon", "seconds", "sweep_seconds", *SCORED], "table3")
-    data = data.assign(row=data.groupby(["encoder", "target", "in_batch"], sort=False).ngroup())
+    data = data.assign(
+        row=data.groupby(["encoder", "target", "in_batch"], sort=False).ngroup(),
+        printed=printed_beside(data, published, 3),
+    )
     runs = data.drop_duplicates("row")
     static = runs["target"] == "static"
     margins = "static, <i>ε</i> = " + runs["epsilon"].map("{:g}".format)
@@ -142,7 +148,7 @@ def table3(
         data,
         index={
             "Encoder": runs["encoder"].map(encoder_label).map(escape),
-            "Target, run": runs["target"].where(~static, margins) + _below(runs, commands),
+            "Target, run": runs["target"].where(~static, margins) + _below(runs, opens),
         },
         before={"In-batch": in_batch(runs)},
         after={
@@ -152,13 +158,11 @@ def table3(
     )
     sweeps = "of which the sweep over ε: " + runs["sweep_seconds"].map(clock)
     titles["", "Training time"] = sweeps.where(static, "").to_numpy()
-    ours = _html(cells, 3, "ours", f"this run: {heading}", titles)
-    return _page(3, published, ours, supplied, commands=commands, **_test(data))
+    ours = _html(cells, 3, "ours", f"this run: {heading}", titles, data)
+    return _page(3, published, ours, supplied, opens=bool(opens), **_test(data))
 
 
-def table4(
-    data: pd.DataFrame, published: Published, *, heading: str, commands: Commands | None = None
-) -> str:
+def table4(data: pd.DataFrame, published: Published, *, heading: str, opens: Opens = None) -> Shown:
     """Table 4, the losses next to baselines; its reference is underlined.
 
     ``data`` is the frame of ``Reproduction.table4``, a row a run, set and measure. A supplied run
@@ -172,7 +176,8 @@ def table4(
     data = data.assign(run_id=data["run_id"].where(~source.str.startswith(SUPPLIED), source))
     data = data[~source.str.startswith("published")]
     keys = ["block", "loss", "in_batch", "run_id"]
-    data = data.assign(row=data.groupby(keys, sort=False).ngroup())
+    rows = data.groupby(keys, sort=False).ngroup()
+    data = data.assign(row=rows, printed=printed_beside(data, published, 4))
     runs = data.drop_duplicates("row")
     blocks = runs["block"].str[:1].str.upper() + runs["block"].str[1:]
     reference = runs[runs["run_id"] == runs["reference_run_id"]]
@@ -187,10 +192,7 @@ def table4(
     of = ("<small>" + of.map(escape) + "</small>").where(of.str.startswith("as "), "")
     cells, titles = _run_rows(
         data,
-        index={
-            "": blocks.map(escape),
-            "Loss, run": runs["loss"].map(escape) + _below(runs, commands),
-        },
+        index={"": blocks.map(escape), "Loss, run": runs["loss"].map(escape) + _below(runs, opens)},
         before={"Sampling": runs["sampling"].map(escape) + of, "In-batch": runs["in_batch"]},
         after=after,
         underline=True,
@@ -201,30 +203,14 @@ def table4(
     return _page(
         4,
         published,
-        _html(cells, 4, "ours", f"this run: {heading}", titles),
+        _html(cells, 4, "ours", f"this run: {heading}", titles, data),
         data,
-        commands=commands,
+        opens=bool(opens),
         reference=", ".join(reference["loss"] + " (" + reference["in_batch"] + ")") or "none",
         teacher=blocks.str.startswith("Teacher").any(),
         limits=_limits(data),
         **_test(data),
     )
-
-
-def commands(
-    profile: str, run_id: str, fingerprint: str, sets: Iterable[str], measures: Iterable[str]
-) -> list[str]:
-    """Shell commands that compute a run, and that score its full rankings without this project.
-
-    Paths are relative to the folder that has ``collections/`` and ``runs/``; ``fingerprint`` is the
-    collection's. ``measures`` in ir_measures' notation.
-    """
-    lines = [["adaptive-margins", "reproduce", "--profile", profile, "--run", run_id]]
-    for name in sets:
-        qrels = f"collections/{fingerprint}/qrels.{name}.txt"
-        ranking = f"runs/{run_id}/full.{name}.run.gz"
-        lines.append(["ir_measures", qrels, ranking, " ".join(measures)])
-    return [shlex.join(line) for line in lines]
 
 
 # --- this run next to the published numbers -------------------------------------------------------
@@ -270,7 +256,7 @@ def compared(
 # --- printed tables and supplied runs -------------------------------------------------------------
 
 
-def _printed_table(published: Published, table: int, supplied: pd.DataFrame | None = None) -> str:
+def _printed_table(published: Published, table: int, supplied: pd.DataFrame | None = None) -> Shown:
     """A table as printed, marks included; scores of supplied runs replace printed ones."""
     frame = published.tables[table]
     cells = frame.map(escape)
@@ -361,6 +347,8 @@ def _score_cell(row: Mapping[Any, Any], underline: bool) -> tuple[str, str]:
         title = f"difference {_score(row['difference'])} to run {row['reference_run_id']}"
         if pd.notna(row.get("p_adjusted")):
             title += f", p = {row['p_adjusted']:.2g} after Bonferroni"
+    if row["printed"]:
+        text += f'<small class="am-printed">{row["printed"]}</small>'
     return text, "" if pd.isna(title) else escape(title)
 
 
@@ -404,21 +392,30 @@ def shorten(text: str, max_chars: int) -> str:
 
 
 def _html(
-    cells: pd.DataFrame, table: int, kind: str, caption: str, titles: pd.DataFrame | None = None
-) -> str:
-    """A captioned table that scrolls in its box; the index of ``cells`` has the row headings."""
+    cells: pd.DataFrame,
+    table: int,
+    kind: str,
+    caption: str,
+    titles: pd.DataFrame | None = None,
+    data: pd.DataFrame | None = None,
+) -> Shown:
+    """A captioned table that scrolls in its box; the index of ``cells`` has the row headings.
+
+    ``data`` is the frame that is offered as CSV, if any.
+    """
     depth = cells.index.nlevels
     frame = cells.set_index(pd.RangeIndex(len(cells)), append=True)  # Styler wants unique labels
     names = [column[-1] if isinstance(column, tuple) else column for column in frame]
     frame.columns.names = [""] * frame.columns.nlevels
-    caption = escape(f"Paper Table {table}, {caption}")
+    plain = f"Paper Table {table}, {caption}"
+    caption = escape(plain)
     styler = Styler(frame, uuid=f"table{table}-{kind}", caption=caption)
     styler.hide(axis="index", level=depth)
     if depth == 1:  # its name goes into the row of the columns' names
         frame.columns.names = [*frame.columns.names[:-1], cells.index.name]
         styler.hide(axis="index", names=True)
     left = {
-        c: "am-long" if n == "Text" else "am-text"
+        c: "am-long" if n in LONG else "am-text"
         for c, n in zip(frame, names, strict=True)
         if n in LEFT
     }
@@ -429,28 +426,44 @@ def _html(
     )
     if titles is not None:
         styler.set_tooltips(titles.set_index(frame.index), as_title_attribute=True)
+    # A phone shows a row as a list: its cells have their headings as text for the style sheet.
+    heads = [" ".join(filter(None, c)) if isinstance(c, tuple) else str(c) for c in cells]
+    labels = [re.sub(r"<small>.*?</small>|<[^>]*>", "", head) for head in heads]
+    styler.set_table_styles(
+        [{"selector": f"td.col{i}", "props": [("--label", f'"{x}"')]} for i, x in enumerate(labels)]
+    )
     html = styler.set_table_attributes('class="am-table"').to_html()
     box = f'class="am-scroll am-{kind}" role="region" tabindex="0" aria-label="{caption}"'
-    return f"<div {box}>\n{html}</div>"
+    text = latex.table(cells, plain)
+    return Shown(f"<div {box}>\n{html}</div>\n{_downloads(table, kind, text, data)}", latex=text)
+
+
+def _downloads(table: int, kind: str, text: str, data: pd.DataFrame | None) -> str:
+    links = {"LaTeX": (f"table{table}-{kind}.tex", data_uri(text.encode(), "text/plain"))}
+    if data is not None:
+        file = data.drop(columns=["row", "printed"], errors="ignore").to_csv(index=False)
+        links["CSV"] = (f"table{table}.csv", data_uri(file.encode(), "text/csv"))
+    listed = ", ".join(f'<a download="{f}" href="{u}">{n}</a>' for n, (f, u) in links.items())
+    return f'<p class="am-downloads">Download: {listed}.</p>'
 
 
 def _code(id: str) -> str:
     return f'<code title="{escape(id)}">{escape(id[:8])}</code>'
 
 
-def _below(runs: pd.DataFrame, commands: Commands | None) -> list[str]:
-    """Below the name of a row: its run id, which opens to the commands."""
+def _below(runs: pd.DataFrame, opens: Opens) -> list[str]:
+    """Below the name of a row: its run id, which opens to what is known of the run."""
     found = []
     for id, seeds in zip(runs["run_id"], _seeds(runs), strict=True):
         more = f" and {len(seeds) - 1} more by seed" if len(seeds) > 1 else ""
         if id.startswith(SUPPLIED):
             found.append(f"<small>{escape(id)}</small>")
-        elif not commands or id not in commands:
+        elif not opens or id not in opens:
             found.append(f"<small>{_code(id)}{more}</small>")
         else:
-            lines = escape("\n".join([*commands[id], *(f"# other seeds: {i}" for i in seeds[1:])]))
-            opened = f"<pre><code>{lines}</code></pre>"
-            found.append(f"<details><summary>{_code(id)}{more}</summary>{opened}</details>")
+            others = f"<p>Other seeds: {', '.join(seeds[1:])}</p>" if more else ""
+            summary = f"<summary>{_code(id)}{more}</summary>"
+            found.append(f"<details>{summary}{opens[id]}{others}</details>")
     return found
 
 
@@ -460,11 +473,15 @@ def _seeds(runs: pd.DataFrame) -> list[list[str]]:
 
 
 def _page(
-    table: int, published: Published, ours: str, supplied: pd.DataFrame | None = None, **values: Any
-) -> str:
+    table: int,
+    published: Published,
+    ours: Shown,
+    supplied: pd.DataFrame | None = None,
+    **values: Any,
+) -> Shown:
     """This run's table, the published one, and their notes."""
     printed = _printed_table(published, table, supplied)
-    return render(
+    html = render(
         "tables.html",
         table=table,
         ours=ours,
@@ -473,3 +490,5 @@ def _page(
         notes=published.notes_on(table),
         **values,
     )
+    both = f"{ours.others['latex']}\n{printed.others['latex']}"
+    return Shown(html, **{"text/latex": both})

@@ -42,9 +42,12 @@ def _names(text: str) -> list[str]:
 
 
 _FIGURE3 = _names(
-    "encoder in_batch target seed measure value start maximum collapsed run_id start_run_id"
+    "encoder in_batch target seed measure value low high start maximum collapsed run_id"
+    " start_run_id"
 )
-_CURVE = _names("encoder in_batch batch_size seed step triples measure value maximum run_id")
+_CURVE = _names(
+    "encoder in_batch batch_size seed step triples measure value low high maximum run_id"
+)
 _GAINS = _names(
     "encoder loss in_batch batch_size measure start best difference low high step run_id"
 )
@@ -70,6 +73,9 @@ _TABLE4 = _names(
 def figure3(experiments: Experiments, runner: Runner) -> pd.DataFrame:
     """Static targets: a row per ε, seed and measure, on the validation set after the last step.
 
+    ``low`` and ``high`` are the zero-shot score and the 95 % confidence interval of the gain over
+    it, paired over the queries.
+
     A run has ``collapsed`` if the encoder is worse in the selection measure than before training:
     the paired t test finds a loss, and TOST does not find it within ±.05. Fine-tuning that ends
     below a trivial baseline is called failed by Mosbach et al. (ICLR 2021), too; the baseline is
@@ -80,12 +86,13 @@ def figure3(experiments: Experiments, runner: Runner) -> pd.DataFrame:
     for run in runner.ensure(experiments.figure3_runs()):
         c = run.config
         start = starts[c.encoder]
-        before = start.evaluation("rerank", c.validation).mean
-        both = (r.evaluation("rerank", c.validation).per_query[c.selection] for r in (run, start))
+        after, before = (r.evaluation("rerank", c.validation) for r in (run, start))
+        both = (x.per_query[c.selection] for x in (after, before))
         collapsed = compare(*both).verdict == "worse"
-        for measure, value in run.evaluation("rerank", c.validation).mean.items():
-            key = (c.encoder, c.in_batch, c.target, c.seed, measure)
-            facts = (value, before[measure], False, collapsed)
+        for measure, value in after.mean.items():
+            key = (c.encoder, c.in_batch, c.target, c.seed, measure, value)
+            ends = _ends(after.per_query[measure], before.per_query[measure])
+            facts = (*ends, before.mean[measure], False, collapsed)
             rows.append((*key, *facts, run.run_id, start.run_id))
     frame = pd.DataFrame(rows, columns=_FIGURE3)
     highest = _is_first_maximum(frame, ["encoder", "in_batch", "seed", "measure"])
@@ -93,12 +100,27 @@ def figure3(experiments: Experiments, runner: Runner) -> pd.DataFrame:
     return frame
 
 
+def _ends(after: Mapping[str, float], before: Mapping[str, float]) -> tuple[float, float]:
+    """The mean before, moved by the ends of the gain's 95 % confidence interval."""
+    _, low, high = paired_interval(after, before)
+    start = sum(before.values()) / len(before)
+    return start + low, start + high
+
+
 def curves(runner: Runner, configs: Sequence[TrainingRun]) -> pd.DataFrame:
-    """Figures 4 and 5: learning curves on the validation set."""
+    """Figures 4 and 5: learning curves on the validation set, with the confidence intervals of
+    `figure3` where the gain is that over step 0.
+    """
     frames = []
     for run in runner.ensure(configs):
         c = run.config
         long = run.curve.melt(["step", "triples"], list(c.rerank_measures), "measure", "value")
+        queries = run.checks.pivot(index="qid", columns=["measure", "step"], values="value")
+        ends = [
+            _ends(queries[m, step].to_dict(), queries[m, 0].to_dict())
+            for m, step in zip(long["measure"], long["step"], strict=True)
+        ]
+        long[["low", "high"]] = ends
         facts = {name: getattr(c, name) for name in ("encoder", "in_batch", "batch_size", "seed")}
         frames.append(long.assign(**facts, run_id=run.run_id))
     frame = pd.concat(frames, ignore_index=True)
@@ -122,7 +144,9 @@ def gains(experiments: Experiments, runner: Runner, configs: Sequence[TrainingRu
 
 
 def figure6(experiments: Experiments, runner: Runner) -> pd.DataFrame:
-    """Raw φ(d⁺, d⁻) over training, smoothed: first and last steps with the largest batch size."""
+    """Raw φ(d⁺, d⁻) over training, smoothed, with the largest batch size: all steps, or the first
+    and last ``span`` where there are more.
+    """
     profile = experiments.profile
     window, span = profile.target_plot.window, profile.target_plot.span
     size = max(profile.distributed.batch_sizes)
@@ -130,7 +154,10 @@ def figure6(experiments: Experiments, runner: Runner) -> pd.DataFrame:
     for run in runner.ensure([c for c in experiments.figure5_runs() if c.batch_size == size]):
         smooth = run.targets[["mean", "min", "max"]].rolling(window, min_periods=1).mean()
         smooth.insert(0, "step", run.targets["step"])
-        for part, rows in (("first", smooth.head(span)), ("last", smooth.tail(span))):
+        parts = {"all": smooth}
+        if span and 2 * span < len(smooth):
+            parts = {"first": smooth.head(span), "last": smooth.tail(span)}
+        for part, rows in parts.items():
             rows = rows.assign(encoder=run.config.encoder, batch_size=size, part=part)
             frames.append(rows.assign(window=window, span=len(rows), run_id=run.run_id))
     return pd.concat(frames, ignore_index=True)[_TARGETS]

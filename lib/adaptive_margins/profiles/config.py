@@ -286,10 +286,12 @@ class RankingSettings(Settings):
 
 
 class TargetPlotSettings(Settings):
-    """Figure 6: rolling mean over ``window`` batches, the first and last ``span`` batches shown."""
+    """Figure 6: rolling mean over ``window`` batches, the first and last ``span`` batches shown
+    (None: all).
+    """
 
     window: Positive
-    span: Positive
+    span: Positive | None = None
 
 
 class OutOfDomainSettings(Settings):

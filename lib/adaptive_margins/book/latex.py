@@ -1,0 +1,62 @@
+"""Tables of HTML cells as LaTeX with booktabs."""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+
+import pandas as pd
+
+_TAGS = {"strong": r"\textbf{", "u": r"\underline{", "i": r"\textit{"}
+_TAGS |= {"sup": r"\textsuperscript{", "sub": r"\textsubscript{"}
+_MATHS = {"✓": r"\checkmark", "✗": r"\times", "−": "-", "≈": r"\approx", "±": r"\pm"}
+_MATHS |= {"ε": r"\varepsilon", "ρ": r"\rho", "φ": r"\varphi", "²": "^2", "⁺": "^+", "⁻": "^-"}
+_TEXTS = {"\\": "textbackslash", "~": "textasciitilde", "^": "textasciicircum", "†": "dag"}
+_TEXTS |= {"‡": "ddag", "…": "dots"}
+_CHARACTERS = {c: f"\\{c}" for c in "&%$#_{}"} | {"№": "No.", "—": "---"}
+_CHARACTERS |= {c: f"${maths}$" for c, maths in _MATHS.items()}
+_CHARACTERS |= {c: f"\\{name}{{}}" for c, name in _TEXTS.items()}
+
+
+def table(cells: pd.DataFrame, caption: str) -> str:
+    """A table environment; the index of ``cells`` has the row headings. It needs the packages
+    booktabs and amssymb.
+    """
+    heads, depth = cells.index.to_frame(index=False), cells.columns.nlevels
+    same = heads.eq(heads.shift()).cummin(axis=1) if heads.shape[1] > 1 else heads.isna()
+    names = [("",) * (depth - 1) + (name,) for name in heads]
+    names += [column if isinstance(column, tuple) else (column,) for column in cells]
+    shown = heads.mask(same, "")
+    rows = [[*head, *row] for head, row in zip(shown.values, cells.values, strict=True)]
+    columns = pd.DataFrame(names).map(latex).T.values.tolist()
+    frame = pd.DataFrame(rows).map(latex).set_axis(columns if depth > 1 else columns[0], axis=1)
+    wide = ["p{6cm}" if name[-1] == "Text" else "r" for name in names[heads.shape[1] :]]
+    text = frame.style.hide(axis="index").to_latex(
+        hrules=True,
+        multicol_align="c",
+        column_format="l" * heads.shape[1] + "".join(wide),
+        caption=latex(caption),
+        position="htbp",
+        position_float="centering",
+    )
+    if heads.shape[1] == 1:
+        return text
+    head, rule, body = text.partition("\\midrule")  # a rule above each group of rows
+    return head + rule + re.sub(r"(?<=\\\\\n)(?=[^ \\&])", r"\\midrule\n", body)
+
+
+def latex(html: str) -> str:
+    """A cell without what it opens to and its small print."""
+    html = re.sub(r"<small>.*?</small>|<details>.*</details>", "", str(html), flags=re.DOTALL)
+    found: list[str] = []
+    opened: list[str] = []
+    for part in re.split(r"(<[^>]+>)", html):
+        if part.startswith("</"):
+            found.append("}" if opened.pop() else "")
+        elif part.startswith("<"):
+            text = _TAGS.get(re.findall(r"\w+", part)[0], "")
+            opened.append(text)
+            found.append(text)
+        else:
+            found.append("".join(_CHARACTERS.get(c, c) for c in unescape(part)))
+    return "".join(found)
