@@ -1,6 +1,10 @@
 """Figure 2 redrawn: its arrows point where the loss falls."""
 
 import io
+import json
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +12,7 @@ import torch
 from matplotlib.image import imread
 
 from adaptive_margins.book import schematics
-from adaptive_margins.losses import margin_loss
+from adaptive_margins.losses import margin_loss, margins_and_targets
 
 
 def test_the_figure_draws_on_white_and_texts_do_not_overlap():
@@ -66,3 +70,51 @@ def test_levels_are_where_the_loss_is_zero():
     there = np.stack([np.sqrt(1 - height**2), height], axis=1)
     parts = (torch.tensor(part) for part in (drawn.query[None], drawn.positive[None], there))
     assert margin_loss(*parts, target=0.5).item() == pytest.approx(0, abs=1e-12)
+
+
+# --- the same with points to drag ---
+
+SCRIPT = Path(__file__).resolve().parents[2] / "book" / "_static" / "figure2.js"
+with_node = pytest.mark.skipif(not shutil.which("node"), reason="there is no node")
+
+
+def in_node(code: str, **values) -> list:
+    """The value of an expression over ``f``, the script's functions, and ``x``, the values."""
+    text = f"const f = require({json.dumps(str(SCRIPT))}), x = {json.dumps(values)};"
+    text += f"console.log(JSON.stringify({code}))"
+    done = subprocess.run(["node", "-e", text], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@with_node
+@pytest.mark.parametrize(
+    ("target", "in_batch"),
+    [(0.3, False), (0.3, True), ("adaptive", False), ("adaptive", True), ("distributed", False)],
+)
+def test_the_script_computes_margins_and_targets(target, in_batch):
+    parts = torch.randn(3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    q, p, n = (part.tolist() for part in parts)
+    code = "f.marginsAndTargets(x.q, x.p, x.n, x.target, x.inBatch)"
+    found = in_node(code, q=q, p=p, n=n, target=target, inBatch=in_batch)
+    expected = margins_and_targets(*parts, target=target, in_batch=in_batch)
+    for name, tensor in zip(("margins", "targets"), expected, strict=True):
+        values = np.array(found[name], dtype=float)
+        assert values.shape == tuple(tensor.shape)
+        np.testing.assert_allclose(values, tensor.numpy(), rtol=0, atol=1e-12)
+
+
+@with_node
+@pytest.mark.parametrize("target", [0.5, "adaptive", "distributed"])
+def test_the_script_draws_what_the_figure_draws(target):
+    angles = [90, 66, 140, 48, -18]
+    drawn = schematics.scene(target)
+    terms = in_node("f.terms(x.angles, x.target)", angles=angles, target=target)
+    levels = terms["similarity"] - np.array(terms["wanted"])
+    np.testing.assert_allclose(levels, drawn.levels, atol=1e-12)
+    code = "[2, 3, 4].map(i => f.slope(x.angles, x.target, i))"
+    slopes = np.array(in_node(code, angles=angles, target=target))
+    radians = np.deg2rad(angles[2:])
+    tangents = np.stack([-np.sin(radians), np.cos(radians)], axis=1)
+    along = (drawn.shifts * tangents).sum(axis=1)
+    ratio = len(slopes) if target == "distributed" else 1  # the mean over B² instead of B
+    np.testing.assert_allclose(-slopes, along * ratio, atol=1e-6)
