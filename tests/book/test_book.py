@@ -315,6 +315,11 @@ def test_values_are_the_runs_own(smoke_home, csv):
         start = result(smoke_home, one["start_run_id"])["rerank"][profile]["mean"]
         assert one["start"] == pytest.approx(start[one["measure"]], abs=1e-12)
     for name in ("figure4", "figure5"):
+        keys = ["run_id", "measure", "step"]
+        both = csv(f"{name}_gains").merge(csv(name), on=keys, suffixes=("", " of the band"))
+        assert len(both) == len(csv(f"{name}_gains")) > 0
+        for end in ("low", "high"):
+            assert (both[f"{end} of the band"] - both["start"]).tolist() == pytest.approx(both[end])
         for run_id, rows in csv(name).groupby("run_id"):
             curve = pd.read_parquet(smoke_home / "runs" / run_id / "curve.parquet")
             for measure, own in rows.groupby("measure"):
