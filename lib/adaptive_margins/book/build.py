@@ -223,7 +223,8 @@ class Site:
                 except (OSError, ValueError) as error:
                     failures.append(f"{notebook.name}: its results could not be saved: {error}")
                 if failures:
-                    pool.shutdown(wait=False, cancel_futures=True)
+                    for other in futures:  # shutdown(cancel_futures=True) would never end the loop
+                        other.cancel()
         if failures:
             raise BuildError("\n\n".join(failures))
 
