@@ -1,6 +1,11 @@
 # `make` alone lists the targets.
 PYTHON ?= python3.11
 PROFILE ?= laptop
+# Where the book and its sources are published, e.g. SITE=https://me.github.io/REPO REPOSITORY=https://github.com/me/REPO.
+SITE ?=
+REPOSITORY ?=
+export ADAPTIVE_MARGINS_SITE = $(SITE)
+export ADAPTIVE_MARGINS_REPOSITORY = $(REPOSITORY)
 # ALL=1: with the chapter on the paper and the released code, which takes longer than all others.
 ALL ?=
 # More arguments for pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for torch without CUDA.
@@ -13,14 +18,14 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test lab bench bench-full clean
+.PHONY: help setup book publish test lab bench bench-full clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s%s\n", $$1, $$2}'
 	@echo "Profile of make book: PROFILE=$(PROFILE). Python: PYTHON=$(PYTHON)."
 
-setup: $(STAMP)  ## make .venv with the pinned versions (book, test, lab and bench do this by themselves)
+setup: $(STAMP)  ## make .venv with the pinned versions (book, publish, test, lab and bench do this by themselves)
 
 # The stamp is written last: an interrupted installation is taken up again.
 $(STAMP): pyproject.toml constraints.txt
@@ -36,6 +41,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 book: $(STAMP)  ## run what is missing, execute the notebooks and build the book
 	$(BIN)/adaptive-margins reproduce --profile $(PROFILE) $(if $(ALL),--all)
+
+publish: book  ## build the book, check it, and archive it in _build/
+	$(BIN)/python -m adaptive_margins.book.publish
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)

@@ -115,6 +115,8 @@ NOT_IMPORTED = {
     "networkx": "docstrings of PyDocs",
     "scikit-learn": "docstrings of PyDocs",
     "sphinx-mathjax-offline": "an extension in _config.yml",
+    "sphinx-notfound-page": "an extension in _config.yml",
+    "sphinxext-opengraph": "an extension in _config.yml",
     "tokenizers": "its version is part of the key of stored tokens",
     "onnx": "written through torch.onnx",
     "onnxscript": "used by torch.onnx",

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -310,6 +311,8 @@ def test_the_book_is_built_strictly_and_only_when_something_changed(tmp_path, mo
     (source / "lib").mkdir()
     (source / "_config.yml").write_bytes((ROOT / "_config.yml").read_bytes())
     prose = source / "book" / "prose.md"
+    for folder in ("_static", "_templates"):
+        shutil.copytree(ROOT / "book" / folder, source / "book" / folder)
     for file, text in (
         (source / "book" / "_toc.yml", CONTENTS), (source / "book" / "references.bib", ""),
         (source / "book" / "index.md", "# A book\n"), (prose, "# Prose\n"),

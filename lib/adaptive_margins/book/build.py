@@ -26,6 +26,7 @@ from typing import Any
 import pandas as pd
 
 from adaptive_margins.book import edition, pages, schematics
+from adaptive_margins.book import site as web
 from adaptive_margins.book.execute import (
     NotebookError,
     Scalar,
@@ -294,8 +295,15 @@ class Site:
         ignored = shutil.ignore_patterns("_executed", "__pycache__", "*.egg-info")
         for folder in ("book", "lib"):  # pages quote the code
             shutil.copytree(source / folder, self.staged / folder, ignore=ignored)
-        shutil.copy(source / "_config.yml", self.staged)
-        book = self.staged / "book"
+        book, config = self.staged / "book", (source / "_config.yml").read_text("utf-8")
+        receipts = map(read_object, (self.pages / "receipts").glob("*.json"))
+        newest = max((receipt.get("finished", "") for receipt in receipts), default="")
+        (self.staged / "_config.yml").write_text(web.configure(config, newest[:10]), "utf-8")
+        for name in web.ABOUT:
+            if (source / name).is_file():
+                shutil.copy(source / name, book)
+        if (book / "CITATION.cff").is_file():
+            (book / "software.bib").write_text(web.bibtex(book / "CITATION.cff"), "utf-8")
         ignored = shutil.ignore_patterns("receipts", "book.log", ".*", *_UNFINISHED)
         shutil.copytree(self.pages, book, ignore=ignored, dirs_exist_ok=True)
         for page in [*book.glob("*.ipynb"), *book.glob("*.md")]:

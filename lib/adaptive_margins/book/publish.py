@@ -1,0 +1,148 @@
+"""`make publish`: check the built book, add notebooks that install the library, archive it."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import subprocess
+import tarfile
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import nbformat
+import yaml
+
+from adaptive_margins import __version__
+from adaptive_margins.book.site import configure
+from adaptive_margins.files import file_sha256, home
+from adaptive_margins.progress import say
+
+LEFTOVERS = re.compile(
+    r"Traceback|<Figure size|IPython\.core|object at 0x|Loading weights|\b(?:nan|NaN|inf)\b"
+    r"|\]\(\.\./|\{(?:doc|ref|numref|cite|term)[}:]|\(\s+\)|±\s*[,)]"
+)
+"""What a page shows if something went wrong: errors, empty values, unresolved references."""
+
+_LINKS = {"a": "href", "link": "href", "img": "src", "script": "src", "iframe": "src"}
+_EMPTY = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
+_NOT_READ = {"script", "style", "pre", "code"}
+
+
+class Page(HTMLParser):
+    """Links, anchors and text of an HTML page, code apart."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(path.read_text("utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note the link and the anchor of a tag."""
+        values = dict(attrs)
+        self.ids |= {value for value in (values.get("id"), values.get("name")) if value}
+        if link := values.get(_LINKS.get(tag, "")):
+            self.links.append(link)
+        if tag not in _EMPTY:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        """Close a tag, and those within it that were left open."""
+        while tag in self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        """Note text that is read."""
+        if not _NOT_READ & set(self._open):
+            self.text += data
+
+
+def problems(site: Path) -> list[str]:
+    """Links that lead nowhere and `LEFTOVERS` on the pages of a built book, each with its page."""
+    pages = {path.resolve(): Page(path) for path in sorted(site.glob("*.html"))}
+    found = []
+    for path, page in pages.items():
+        found += [f"{path.name}: {match[0]!r}" for match in LEFTOVERS.finditer(page.text)]
+        for link in page.links:
+            url = urlparse(link)
+            if url.scheme or url.netloc or path.name == "404.html":  # whose links are absolute
+                continue
+            target = (site / unquote(url.path)).resolve() if url.path else path
+            known = target.is_file() and (
+                not url.fragment
+                or target not in pages
+                or unquote(url.fragment) in pages[target].ids
+            )
+            if not known:
+                found.append(f"{path.name}: link to {link}, which is not there")
+    return found
+
+
+def add_notebooks(source: Path, site: Path, repository: str) -> None:
+    """Write ``notebooks/``, whose first cell installs the library, and Binder's environment."""
+    done = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=source, capture_output=True, text=True, check=False
+    )
+    version = done.stdout.strip() or f"v{__version__}"
+    requirement = f"adaptive-margins[cpu,lab] @ git+{repository}@{version}"
+    install = (
+        "# Where the library is not installed yet, as on Colab\nimport importlib.util\n\n"
+        'if importlib.util.find_spec("adaptive_margins") is None:\n'
+        f'    %pip install --quiet "{requirement}"'
+    )
+    (site / "notebooks").mkdir(exist_ok=True)
+    for path in sorted((source / "notebooks").glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(install, id="install"))
+        nbformat.write(notebook, site / "notebooks" / path.name)
+    (site / "binder").mkdir(exist_ok=True)
+    (site / "binder" / "requirements.txt").write_text(requirement + "\n")
+    (site / "binder" / "runtime.txt").write_text("python-3.11\n")
+
+
+def archive(site: Path, target: Path) -> Path:
+    """Pack a built book into ``target`` (.tar.gz), with a checksum next to it, and return it.
+
+    The same book gives the same archive.
+    """
+
+    def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
+        info.uid = info.gid = info.mtime = 0
+        info.uname = info.gname = ""
+        return info
+
+    partial = target.with_name(f".{target.name}")
+    with (
+        partial.open("wb") as file,
+        gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as tar,
+    ):
+        for path in sorted(site.rglob("*")):
+            name = Path(target.name.removesuffix(".tar.gz")) / path.relative_to(site)
+            tar.add(path, str(name), recursive=False, filter=plain)
+    os.replace(partial, target)
+    checksum = f"{file_sha256(target)}  {target.name}\n"
+    target.with_name(f"{target.name}.sha256").write_text(checksum)
+    return target
+
+
+def main() -> None:
+    """Check and archive the book that was built last; end with the problems, if there are any."""
+    source, built = Path(__file__).resolve().parents[3], home() / "_build"
+    site = built / "html"
+    if not (site / "index.html").is_file():
+        raise SystemExit(f"{site} has no book; build it with: make book")
+    config = yaml.safe_load(configure((source / "_config.yml").read_text("utf-8"), ""))
+    if repository := config.get("repository", {}).get("url"):
+        add_notebooks(source, site, repository)
+    if found := problems(site):
+        raise SystemExit("\n".join([f"{len(found)} problems in {site}:", *found]))
+    say(f"[book] archived as {archive(site, built / f'adaptive-margins-{__version__}.tar.gz')}")
+
+
+if __name__ == "__main__":
+    main()
