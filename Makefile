@@ -4,8 +4,8 @@ PROFILE ?= laptop
 # Where the book and its sources are published, e.g. SITE=https://me.github.io/REPO REPOSITORY=https://github.com/me/REPO.
 SITE ?=
 REPOSITORY ?=
-export ADAPTIVE_MARGINS_SITE = $(SITE)
-export ADAPTIVE_MARGINS_REPOSITORY = $(REPOSITORY)
+export ADAPTIVE_MARGINS_SITE := $(or $(SITE),$(ADAPTIVE_MARGINS_SITE))
+export ADAPTIVE_MARGINS_REPOSITORY := $(or $(REPOSITORY),$(ADAPTIVE_MARGINS_REPOSITORY))
 # ALL=1: with the chapter on the paper and the released code, which takes longer than all others.
 ALL ?=
 # More arguments for pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for torch without CUDA.
