@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import gc
+import json
 import multiprocessing
 import os
 import shutil
@@ -10,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ import torch
 import yaml
 from filelock import FileLock
 
+import warm
 from adaptive_margins.encoder import load as encoder_load
 
 atexit.register(shutil.rmtree, os.environ["IR_DATASETS_HOME"], ignore_errors=True)
@@ -60,6 +63,8 @@ TEXTS = [
     "the shape of a matrix",
 ]
 
+# jsonschema would build grammars of IRIs when imported, for 2 s; no notebook has one.
+sys.modules["rfc3987_syntax"] = None
 torch.set_num_threads(1)
 # Encoders are opened on the CPU, whatever the machine has; tests of a GPU name it.
 encoder_load.default_device = lambda: "cpu"
@@ -92,7 +97,7 @@ def command(*arguments: str, home: Path, timeout: float = 600, **environment: st
     """Run ``adaptive-margins`` in a process of its own; stdout and stderr come together."""
     environment = {**os.environ, "ADAPTIVE_MARGINS_HOME": str(home), **environment}
     return subprocess.run(
-        [sys.executable, "-m", "adaptive_margins.cli", *arguments],
+        [sys.executable, warm.__file__, "-m", "adaptive_margins.cli", *arguments],
         env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False,
     )  # fmt: skip
 
@@ -148,6 +153,10 @@ def pytest_configure(config):
     config.option.loadscopereorder = False
 
 
+def pytest_collection_finish():
+    gc.freeze()  # every training run collects garbage, and need not look at all that was imported
+
+
 def pytest_collection_modifyitems(items):
     # What takes longest begins first; whichever test of a home comes first waits for its reproduction.
     homes = [{"smoke_home", "miniature_home"} & set(getattr(i, "fixturenames", ())) for i in items]
@@ -171,23 +180,44 @@ def shared(factory: pytest.TempPathFactory, name: str) -> Path:
     return folder
 
 
-def reproduced(home: Path, profile: str, *arguments: str) -> Path:
+@pytest.fixture(scope="session")
+def warm_start(tmp_path_factory) -> Iterator[None]:
+    """Kernels and commands of this session are forked by `warm`, from one server for all workers."""
+    folder = shared(tmp_path_factory, "warm")
+    kernel = folder / "kernels" / "python3" / "kernel.json"
+    server = None
+    with FileLock(f"{folder}.lock"):
+        if not kernel.is_file():
+            server = warm.start(folder / "socket")
+            kernel.parent.mkdir(parents=True)
+            argv = [sys.executable, "-S", "-E", warm.__file__, "-m", "ipykernel_launcher", "-f"]
+            text = {"argv": [*argv, "{connection_file}"], "display_name": "", "language": "python"}
+            kernel.write_text(json.dumps(text))
+    os.environ |= {warm.SOCKET: str(folder / "socket"), "JUPYTER_PATH": str(folder)}
+    yield
+    if server is not None:
+        server.stdin.close()
+        server.wait()
+
+
+def reproduced(factory: Any, home: Path, profile: str, *arguments: str) -> Path:
     """``home``, with what ``adaptive-margins reproduce`` makes of a profile there, and what it said in reproduce.log."""
-    log = home / "reproduce.log"
+    done_here = shared(factory, "reproduced") / Path(profile).stem
     with FileLock(f"{home}.lock"):  # the first worker makes it, others wait
-        if log.is_file() and home.parent.name.startswith("pytest-"):
+        if done_here.is_file():  # in this session: workers may be reading it
             return home
         done = command("reproduce", "--profile", profile, *arguments, home=home, timeout=850)
         if done.returncode:
             pytest.fail(
                 f"reproduce --profile {profile} failed:\n{done.stdout[-8000:]}", pytrace=False
             )
-        log.write_text(done.stdout)
+        (home / "reproduce.log").write_text(done.stdout)
+        done_here.touch()
     return home
 
 
 @pytest.fixture(scope="session")
-def smoke_home(tmp_path_factory) -> Path:
+def smoke_home(tmp_path_factory, warm_start) -> Path:
     """A home folder with everything that ``adaptive-margins reproduce --profile smoke`` makes. Read only: copy to change.
 
     For repeated test runs, $ADAPTIVE_MARGINS_TEST_HOME may name a folder: what is finished there is not made again.
@@ -196,7 +226,7 @@ def smoke_home(tmp_path_factory) -> Path:
     home = Path(given).resolve() if given else shared(tmp_path_factory, "smoke")
     numbered = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     arguments = [] if numbered else ["--runs-only"]
-    return reproduced(home, "smoke", *arguments)
+    return reproduced(tmp_path_factory, home, "smoke", *arguments)
 
 
 @pytest.fixture(scope="session")
@@ -373,7 +403,7 @@ def write_miniature(home: Path, extends: str = "paper", **values: Any) -> Path:
 
 
 @pytest.fixture(scope="session")
-def miniature_home(tmp_path_factory) -> Path:
+def miniature_home(tmp_path_factory, warm_start) -> Path:
     """A home folder with the runs of the profile paper, in small, and `MINIATURE_NOTEBOOKS`, executed. Read only.
 
     $ADAPTIVE_MARGINS_TEST_MINIATURE may name a folder, as with `smoke_home`.
@@ -385,7 +415,7 @@ def miniature_home(tmp_path_factory) -> Path:
         if not profile.is_file():
             write_miniature(home)
     arguments = [word for number in MINIATURE_NOTEBOOKS for word in ("--notebook", number)]
-    return reproduced(home, str(profile), *arguments)
+    return reproduced(tmp_path_factory, home, str(profile), *arguments)
 
 
 @pytest.fixture(scope="session")

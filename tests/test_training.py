@@ -733,6 +733,22 @@ def kill_before_the_mark_of(name):
     os.fsync = deadly
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(material, tiny_folder, tmp_path_factory):
+    """A training run as a function of its folder, and what it gives."""
+    dropout = 0.2  # so that the state of the random numbers counts, too
+    settings = EncoderSettings(base=str(tiny_folder("bert")))
+    values = {
+        "evaluate_every": 2, "patience": 3, "decay": 0.95, "weight_decay": 0.1, "dropout": dropout, "checkpoint_every": 2,
+    }  # fmt: skip
+
+    def go(folder):
+        model = open_encoder(settings, dropout=dropout)
+        return run(material, folder, measured, model=model, **values)
+
+    return go, go(tmp_path_factory.mktemp("uninterrupted") / "run")
+
+
 @pytest.mark.parametrize(
     ("moment", "resumed_from"),
     [
@@ -745,20 +761,8 @@ def kill_before_the_mark_of(name):
     ],
     ids=["before any", "step", "half of the first", "half of the third", "evaluation", "mark"],
 )  # fmt: skip
-def test_a_killed_run_ends_as_an_uninterrupted_one(
-    material, tiny_folder, tmp_path, moment, resumed_from
-):
-    dropout = 0.2  # so that the state of the random numbers counts, too
-    settings = EncoderSettings(base=str(tiny_folder("bert")))
-    values = {
-        "evaluate_every": 2, "patience": 3, "decay": 0.95, "weight_decay": 0.1, "dropout": dropout, "checkpoint_every": 2,
-    }  # fmt: skip
-
-    def go(folder):
-        model = open_encoder(settings, dropout=dropout)
-        return run(material, folder, measured, model=model, **values)
-
-    expected_model, expected = go(tmp_path / "whole")
+def test_a_killed_run_ends_as_an_uninterrupted_one(uninterrupted, tmp_path, moment, resumed_from):
+    go, (expected_model, expected) = uninterrupted
 
     def killed():
         moment()
@@ -916,10 +920,9 @@ def test_workers_end_with_their_parent_and_the_rest_is_made_later(smoke, tmp_pat
     removed = smoke.experiments.figure4_runs()
     ids = {c.run_id for c in removed}
     home = copy_home(smoke.home, tmp_path / "home", ids)
+    two = smoke.profile.model_copy(update={"workers": 2})
     # Forked, so that it need not import everything again; its workers are new processes.
-    forked = multiprocessing.get_context("fork").Process(
-        target=Reproduction(smoke.profile, home).run_all
-    )
+    forked = multiprocessing.get_context("fork").Process(target=Reproduction(two, home).run_all)
     forked.start()
     parent = psutil.Process(forked.pid)
     runs = home / "runs"
@@ -941,8 +944,7 @@ def test_workers_end_with_their_parent_and_the_rest_is_made_later(smoke, tmp_pat
         assert stored.config.run_id == path.name
         assert stored.result
 
-    alone = Reproduction(smoke.profile.model_copy(update={"workers": 1}), home)
-    alone.runner.ensure(removed)
+    Reproduction(smoke.profile, home).runner.ensure(removed)
     assert {i: (runs / i).stat().st_mtime_ns for i in made} == made
     for config in removed:
         same_run(StoredRun(runs / config.run_id), smoke.store.get(config))

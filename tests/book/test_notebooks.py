@@ -223,11 +223,7 @@ def test_papermill_from_any_folder_reads_what_is_there_and_trains_what_is_not(sm
     before = runs(home)
     data = tmp_path / "data"
     ours = pd.read_csv(smoke_home / "book" / "_executed" / "data" / "figure4.csv")
-    profile = home / "one.yaml"
-    profile.write_text(
-        "extends: smoke\nname: one\nabout: Without processes for the runs.\nworkers: 1\n"
-    )
-    parameters = ["-p", "profile", profile, "-p", "data_folder", data, "-p", "seed", "9"]
+    parameters = ["-p", "profile", "smoke", "-p", "data_folder", data, "-p", "seed", "9"]
     done = subprocess.run(
         [sys.executable, "-m", "papermill", ROOT / "notebooks" / "03_adaptive_targets.ipynb", "out.ipynb", *parameters],
         cwd=tmp_path, env={**os.environ, "ADAPTIVE_MARGINS_HOME": str(home)}, capture_output=True, text=True,

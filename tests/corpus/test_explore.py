@@ -74,7 +74,7 @@ def rows_of(style) -> list[list[str]]:
     return [[cell.get_text() for cell in row.find_all("td")] for row in body.find_all("tr")]
 
 
-def test_the_notebook_runs_where_training_does_not_help(tmp_path, encoder):  # noqa: F811
+def test_the_notebook_runs_where_training_does_not_help(tmp_path, encoder, warm_start):  # noqa: F811
     saved(collection_of(train_on_chance=True), tmp_path / "collection")
     parameters = {"source": "collection", "output": "output", "model": encoder, "triples": 64}
     notebook = papermill.execute_notebook(

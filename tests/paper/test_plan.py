@@ -31,9 +31,9 @@ def test_the_runs_of_the_laptop_take_what_was_expected(tmp_path):
         "laptop",
         tmp_path,
         collection={"packages": ["networkx"], "max_passages": 500, "validation": 40, "test": 40},
-        static={"triples": 256},
-        distributed={"triples": 256, "evaluate_every": 64},
-        comparison={"triples": 256, "evaluate_every": 64},
+        static={"triples": 128},
+        distributed={"triples": 128, "evaluate_every": 64},
+        comparison={"triples": 128, "evaluate_every": 64},
         workers=1,
     )  # fmt: skip
     e, inputs = reproduction.experiments, reproduction.inputs
@@ -82,7 +82,7 @@ def test_the_plan_of_a_finished_home_and_of_an_unfinished_one(smoke, tmp_path):
     result = json.loads(file.read_text())
     file.write_text(json.dumps(result | {"versions": result["versions"] | {"torch": "1.0"}}))
 
-    plan = paper.open("smoke", home).plan()
+    plan = paper.open("smoke", home, workers=2).plan()
     runs = plan.runs.set_index("run_id")
     assert len(runs) == 55  # ε of Table 3 is not known: two seeds count apart from those of ε = 1
     assert runs.index[runs["done"]].tolist() == [smoke.experiments.bm25_run().run_id, done.run_id]

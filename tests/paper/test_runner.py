@@ -147,7 +147,7 @@ def test_workers_are_shared_in_a_block_and_end_with_it(smoke, monkeypatch):
             self.ended = True
 
     monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
-    mine = Reproduction(smoke.profile, smoke.home).runner
+    mine = paper.open("smoke", smoke.home, workers=2).runner
     with mine.workers(), mine.workers():
         assert not started[0].ended
     assert len(started) == 1
