@@ -22,7 +22,6 @@ SOCKET = "ADAPTIVE_MARGINS_TEST_SERVER"
 
 def start(path: Path) -> subprocess.Popen[bytes]:
     """Start a server; returns once it answers. It ends when its standard input is closed."""
-
     server = subprocess.Popen(
         [sys.executable, __file__, "serve", path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -103,6 +102,8 @@ def _child(connection: socket.socket) -> None:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         status = 1
