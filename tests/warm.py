@@ -38,7 +38,7 @@ def serve(path: str) -> None:
     import datasets  # noqa: F401
     import faiss  # noqa: F401
     import ipykernel.kernelapp  # noqa: F401
-    import nbclient  # noqa: F401
+    import papermill  # noqa: F401
     import scipy.stats  # noqa: F401
     from sentence_transformers import CrossEncoder, SentenceTransformerTrainer  # noqa: F401
 

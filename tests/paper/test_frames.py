@@ -241,7 +241,7 @@ def test_what_is_kept_is_the_best_of_the_curve(files):
 def test_figure_3(frames, files):
     frame = frames["figure3"]
     assert list(frame.columns) == [
-        "encoder", "in_batch", "target", "seed", "measure", "value", "start", "maximum", "collapsed", "run_id",
+        "encoder", "in_batch", "target", "seed", "measure", "value", "low", "high", "start", "maximum", "collapsed", "run_id",
         "start_run_id",
     ]  # fmt: skip
     assert len(frame) == 18 * 2
@@ -280,7 +280,7 @@ def test_figure_3(frames, files):
 def test_figures_4_and_5(frames, files, name):
     frame = frames[name]
     assert list(frame.columns) == [
-        "encoder", "in_batch", "batch_size", "seed", "step", "triples", "measure", "value", "maximum", "run_id",
+        "encoder", "in_batch", "batch_size", "seed", "step", "triples", "measure", "value", "low", "high", "maximum", "run_id",
     ]  # fmt: skip
     target = "adaptive" if name == "figure4" else "distributed"
     assert set(frame["run_id"]) == files.having(target=target, seed=1)
@@ -321,16 +321,15 @@ def test_figure_6(frames, files):
     assert list(frame.columns) == [
         "encoder", "batch_size", "part", "step", "mean", "min", "max", "window", "span", "run_id",
     ]  # fmt: skip
-    window = span = 3
-    assert len(frame) == 2 * 2 * span  # encoders, parts
-    for (run_id, part), group in frame.groupby(["run_id", "part"]):
+    window = 3
+    assert set(frame["part"]) == {"all"} and frame["run_id"].nunique() == 2  # encoders
+    for run_id, group in frame.groupby("run_id"):
         config = files.config[run_id]
         assert (config["target"], config["batch_size"], config["seed"]) == ("distributed", 8, 1)
         assert set(group["encoder"]) == {config["encoder"]}
         raw = pd.read_parquet(files.runs[run_id] / "targets.parquet").to_dict("list")
-        steps = raw["step"][:span] if part == "first" else raw["step"][-span:]
-        assert group["step"].tolist() == steps
-        assert set(group["window"]) == set(group["span"]) == {3}
+        assert group["step"].tolist() == raw["step"]
+        assert set(group["window"]) == {window} and set(group["span"]) == {len(raw["step"])}
         for column in ("mean", "min", "max"):
             for step, value in zip(group["step"], group[column], strict=True):
                 recent = [raw[column][s - 1] for s in range(step - window + 1, step + 1) if s >= 1]

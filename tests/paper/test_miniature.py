@@ -20,8 +20,7 @@ from bs4 import BeautifulSoup
 from sentence_transformers import SentenceTransformer
 
 from adaptive_margins import paper
-from adaptive_margins.book import context as show
-from adaptive_margins.book import describe
+from adaptive_margins.book import context, describe, shown
 from adaptive_margins.book.comparison import comparison
 from adaptive_margins.book.published import load
 from adaptive_margins.data.converted import StoredCollection
@@ -55,7 +54,7 @@ def read_ranking(path):
 def test_only_sizes_places_and_the_device_differ_from_the_profile_paper(miniature):
     full, small = (p.model_dump() for p in (load_profile("paper"), miniature.profile))
     differing = {k for k in full if full[k] != small[k]}
-    assert differing == {*MINIATURE_SIZES, "name", "about", "collection", "encoders", "untrained", "device"}  # fmt: skip
+    assert differing == {*MINIATURE_SIZES, "name", "about", "collection", "encoders", "untrained", "teacher", "device"}  # fmt: skip
     for part, sizes in MINIATURE_SIZES.items():
         assert {k for k in full[part] if full[part][k] != small[part][k]} <= set(sizes)
     for name in ENCODERS:
@@ -78,7 +77,8 @@ def test_every_run_has_the_papers_settings(configs, miniature):
         assert c["depth"] == 1000
     assert {c["full_depth"] for c in trained.values() if c["patience"]} == {1000}
     per_encoder = 3 * 2 + 2 + 2 + 5
-    assert len(trained) == 3 * per_encoder + 1 + (
+    taught = 3 * 2  # samplings, with and without in-batch negatives
+    assert len(trained) == 3 * per_encoder + taught + 1 + (
         miniature.experiments.tuned_target("distilbert", False) != 1
     )
 
@@ -139,7 +139,7 @@ def test_the_stored_ranking_is_that_of_the_saved_model(miniature):
 
 def test_the_index_is_of_the_papers_kind_and_its_cost_is_reported(miniature):
     data = miniature.table3()
-    cost = show.index_cost(miniature, data)
+    cost = context.index_cost(miniature, data)
     assert set(cost["run_id"]) == set(data["run_id"])
     assert cost["index"].str.fullmatch(r"OPQ\d+,IVF\d+_HNSW32,PQ\d+x?\d*").all()
     assert cost["recall"].between(0.9, 1).all()
@@ -212,7 +212,7 @@ def test_tables_are_beside_the_published_ones(miniature):
         assert row["ours"] == own["value"]
         assert own["target"] == number["target"]
         assert row["difference"] == pytest.approx(row["ours"] - row["published"])
-    html = show.table3(miniature, data)
+    html = shown.table3(miniature, data)
     assert f"Miniature {miniature.inputs.fingerprint}" in html
     run_id = data["run_id"].iloc[0]
     text = BeautifulSoup(html, "html.parser").text
@@ -249,7 +249,7 @@ def test_supplied_runs_are_scored_and_tested(miniature, tmp_path):
         assert "at most 100" in refused["refused"]
     own = frame[(frame["source"] == "not in the paper") & (frame["loss"] == "Softmax (MNRL)")]
     assert own["equivalent"].all()  # it is the same ranking
-    page = show.table4(other, frame)
+    page = shown.table4(other, frame)
     assert "wang-zuccon-tas-b" in page
     assert "at most 100" in page
     assert external_runs(miniature.runner) == {}
@@ -299,6 +299,7 @@ def test_the_profile_released_in_small(tmp_path):
         "released",
         collection={"triples_per_query": 8},
         comparison={"triples": None, "evaluate_every_steps": 2, "patience": 2, "batch_sizes": [16]},
+        teacher=None,
     )
     released = paper.open(path, tmp_path)
     per_query = Counter(qid for qid, _, _ in released.inputs.collection.triples)

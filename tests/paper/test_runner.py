@@ -158,7 +158,7 @@ def test_workers_are_shared_in_a_block_and_end_with_it(smoke, monkeypatch):
 
 
 def test_an_encoder_that_is_not_in_the_profile(smoke):
-    with pytest.raises(KeyError, match=r"'bert' is not in profile 'smoke': \['minilm'"):
+    with pytest.raises(KeyError, match=r"'bert' is not in profile 'smoke': \[.*'minilm'"):
         smoke.inputs.encoder("bert")
 
 

@@ -10,6 +10,7 @@ import pytest
 from adaptive_margins import paper, teachers
 from adaptive_margins.data.stored import seeded_order
 from adaptive_margins.errors import AdaptiveMarginsError
+from adaptive_margins.paper.experiments import teacher_runs
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.profiles.load import ProfileError, load_profile
 from adaptive_margins.runs import TrainingRun
@@ -26,7 +27,7 @@ def home(smoke_home, tmp_path):
 
 
 def runs_of(reproduction, **values):
-    found = [c for c in reproduction.experiments.teacher_runs() if c.seed == 1]
+    found = [c for c in teacher_runs(reproduction.experiments) if c.seed == 1]
     return [c for c in found if all(getattr(c, k) == v for k, v in values.items())]
 
 
@@ -61,7 +62,7 @@ def test_table4_has_all_rows(smoke):
 
 def test_students_are_ranked_by_inner_product_from_step_0(smoke):
     cosine = smoke.zero_shot("minilm-4").evaluation("rerank", "validation").mean["nDCG@10"]
-    starts = {smoke.store.get(c).curve["nDCG@10"][0] for c in smoke.experiments.teacher_runs()}
+    starts = {smoke.store.get(c).curve["nDCG@10"][0] for c in teacher_runs(smoke.experiments)}
     assert len(starts) == 1 and starts != {cosine}
 
 
@@ -153,7 +154,7 @@ def test_what_is_refused_before_anything_is_trained(home, smoke_home, values, me
     shutil.copytree(smoke_home / "cache" / "teachers", home / "cache" / "teachers")
     reproduction = paper.open("smoke", home, workers=1, **values)
     with pytest.raises(AdaptiveMarginsError, match=message):
-        reproduction.runner.ensure(reproduction.experiments.teacher_runs())
+        reproduction.runner.ensure(teacher_runs(reproduction.experiments))
     assert not (home / "runs").exists()
 
 

@@ -211,20 +211,6 @@ class Experiments:
             for seed in self.profile.row_seeds(e)
         ]
 
-    def teacher_runs(self) -> list[TrainingRun]:
-        """The MarginMSE rows of Table 4, each with its seeds; none without a teacher."""
-        if self.profile.teacher is None:
-            return []
-        e, teacher = self.profile.reference_encoder, Teacher(self.inputs).identity
-        loss = {"loss": "margin-mse", "target": None, "teacher": teacher}
-        loss["similarity"] = self.profile.teacher.similarity
-        return [
-            self.comparison_run(e, seed=seed, sampling=sampling, in_batch=in_batch, **loss)
-            for sampling in DISTILLED
-            for in_batch in (False, True)
-            for seed in self.profile.row_seeds(e)
-        ]
-
     # ---- values --------------------------------------------------------------------------------
 
     def _common(self) -> dict[str, Any]:
@@ -269,11 +255,27 @@ class Experiments:
         }
 
 
+def teacher_runs(experiments: Experiments) -> list[TrainingRun]:
+    """The MarginMSE rows of Table 4, each with its seeds; none without a teacher."""
+    profile = experiments.profile
+    if profile.teacher is None:
+        return []
+    e, teacher = profile.reference_encoder, Teacher(experiments.inputs).identity
+    loss = {"loss": "margin-mse", "target": None, "teacher": teacher}
+    loss["similarity"] = profile.teacher.similarity
+    return [
+        experiments.comparison_run(e, seed=seed, sampling=sampling, in_batch=in_batch, **loss)
+        for sampling in DISTILLED
+        for in_batch in (False, True)
+        for seed in profile.row_seeds(e)
+    ]
+
+
 def fixed_runs(experiments: Experiments) -> list[RunConfig]:
     """All runs that are known before Figure 3 decides about the ε of Table 3."""
     e = experiments
     curves = [*e.figure3_runs(), *e.figure4_runs(), *e.figure5_runs()]
-    rows = [*_rows(e, VARIANTS[2:]), *e.table4_runs(), *e.teacher_runs()]
+    rows = [*_rows(e, VARIANTS[2:]), *e.table4_runs(), *teacher_runs(e)]
     return [*baseline_runs(e), *curves, *rows]
 
 

@@ -18,7 +18,7 @@ from adaptive_margins.evaluation.external_runs import read_external_runs, score
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.evaluation.significance import compare, paired_interval
 from adaptive_margins.losses import margin_loss
-from adaptive_margins.paper.experiments import DISTILLED, VARIANTS, Experiments
+from adaptive_margins.paper.experiments import DISTILLED, VARIANTS, Experiments, teacher_runs
 from adaptive_margins.paper.runner import Runner
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.profiles.config import Profile
@@ -355,7 +355,7 @@ def _table4_runs(
 
 def _distilled(experiments: Experiments, runner: Runner) -> Iterator[tuple[Any, ...]]:
     """The MarginMSE rows of Table 4, with the source whose configuration they have."""
-    stored = iter(runner.ensure(experiments.teacher_runs()))
+    stored = iter(runner.ensure(teacher_runs(experiments)))
     seeds = experiments.profile.row_seeds(experiments.profile.reference_encoder)
     for label, source in DISTILLED.values():
         for in_batch in ("✗", "✓") if experiments.profile.teacher else ():

@@ -68,7 +68,7 @@ class Inputs:
         return self.home / "cache" / "collections" / f"{digest(key)}.json"
 
     @property
-    def built(self) -> Path | None:
+    def _built(self) -> Path | None:
         """The collection's folder if it has been built, or fetched and converted; else None."""
         if not self._pointer.is_file():
             return None
@@ -79,12 +79,12 @@ class Inputs:
     @property
     def is_available(self) -> bool:
         """Whether the collection can be used without fetching anything."""
-        return isinstance(self.profile.collection, PyDocsSettings) or self.built is not None
+        return isinstance(self.profile.collection, PyDocsSettings) or self._built is not None
 
     @functools.cached_property
     def collection(self) -> Collection:
         """Passages, query sets, qrels and training triples; stored under ``collections/``."""
-        built, folder = self.built, self.home / "collections"
+        built, folder = self._built, self.home / "collections"
         settings = self.profile.collection
         if isinstance(settings, IrDatasetsSettings):
             if built is not None:
@@ -118,26 +118,6 @@ class Inputs:
         columns = np.array(rows, dtype=np.int32).reshape(-1, 3).T
         return Dataset.from_dict(dict(zip(stored.COLUMNS, columns, strict=True)))
 
-    def further_triples(self, per_query: int) -> np.ndarray:
-        """(n, 3) rows: ``per_query`` sampled triples of each training query, without known ones."""
-        settings, c = self.profile.collection, self.collection
-        ranks = self.profile.candidates.negative_ranks
-        assert isinstance(settings, PyDocsSettings) and ranks is not None
-        known = dict.fromkeys(c.triples)
-        asked = {qid: c.qrels["train"][qid] for qid, _, _ in known}
-        queries = Texts(list(asked), [c.queries["train"][qid] for qid in asked])
-        sampled = sample_triples(
-            asked,
-            self._bm25.search(queries, ranks[1]),
-            count=per_query * len(asked),
-            ranks=ranks,
-            seed=settings.seed,
-            min_grade=pydocs.OWN,
-        )
-        new = [triple for triple in dict.fromkeys(sampled) if triple not in known]
-        rows = [(self.queries.row(q), *map(c.passages.row, both)) for q, *both in new]
-        return np.array(rows, np.int32).reshape(-1, 3)
-
     @property
     def triples_count(self) -> int:
         """Number of triples; the profile's number as long as the collection has to be fetched."""
@@ -168,7 +148,8 @@ class Inputs:
         return np.array([self.queries.row(q) for q in self.collection.queries[query_set].ids])
 
     @functools.cached_property
-    def _bm25(self) -> BM25:
+    def bm25(self) -> BM25:
+        """BM25 over all passages."""
         return BM25(self.collection.passages)
 
     @functools.cache  # noqa: B019  (it lives as long as its process)
@@ -176,7 +157,7 @@ class Inputs:
         """BM25's ranking of all passages, to the largest depth of the profile."""
         depth = max(self.profile.candidates.depth, self.profile.measures.full_depth)
         queries = self.collection.queries[query_set]
-        return self._cached_run(f"{depth}.{query_set}", lambda: self._bm25.search(queries, depth))
+        return self._cached_run(f"{depth}.{query_set}", lambda: self.bm25.search(queries, depth))
 
     @functools.cache  # noqa: B019
     def top_candidates(self, query_set: str) -> Run:
@@ -193,7 +174,7 @@ class Inputs:
             if all(len(set(scores.values())) == 1 for scores in run.values()):
                 queries, unscored = self.collection.queries[query_set], run
                 run = self._cached_run(
-                    f"candidates.{query_set}", lambda: self._bm25.rescore(queries, unscored)
+                    f"candidates.{query_set}", lambda: self.bm25.rescore(queries, unscored)
                 )
         return {q: dict(top(scores, depth)) for q, scores in run.items()}
 

@@ -27,7 +27,7 @@ from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import read_object
 from adaptive_margins.losses import margin_loss
-from adaptive_margins.paper.experiments import Experiments, fixed_runs, static_rows
+from adaptive_margins.paper.experiments import Experiments, fixed_runs, static_rows, teacher_runs
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.runner import describe
 from adaptive_margins.paper.store import Store, StoreError, package_versions
@@ -142,7 +142,7 @@ def make_plan(inputs: Inputs, store: Store) -> Plan:
     previous = _Previous(store)
     rows = []
     experiments = Experiments(inputs, store)
-    distilled = [config.run_id for config in experiments.teacher_runs()]
+    distilled = [config.run_id for config in teacher_runs(experiments)]
     for config in _planned(experiments):
         done = store.has(config)
         rows.append(
@@ -355,7 +355,7 @@ def _step_seconds(model: Any, collate: TripleCollator, rows: np.ndarray) -> floa
 def _downloads(inputs: Inputs) -> list[tuple[str, int]]:
     """(what, bytes) that the profile would fetch and that is not on this machine yet."""
     settings, found = inputs.profile.collection, []
-    if isinstance(settings, IrDatasetsSettings) and inputs.built is None:
+    if isinstance(settings, IrDatasetsSettings) and not inputs.is_available:
         found += converted.downloads(settings)
     for name in [*inputs.profile.encoders, *inputs.profile.untrained]:
         encoder = inputs.settings(name)

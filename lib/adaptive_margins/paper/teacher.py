@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from adaptive_margins.data import pydocs
+from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.stored import COLUMNS
 from adaptive_margins.data.trec import Run
+from adaptive_margins.data.triples import sample_triples
 from adaptive_margins.encoder.arrays import read_array
 from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.load import encoder_identity, quiet
@@ -28,6 +31,7 @@ from adaptive_margins.files import (
     write_text,
 )
 from adaptive_margins.paper.inputs import IN_BATCH_TEACHER, Inputs
+from adaptive_margins.profiles.config import PyDocsSettings
 from adaptive_margins.progress import say
 from adaptive_margins.runs import CODE_VERSION, TrainingRun
 from adaptive_margins.teachers import (
@@ -111,7 +115,7 @@ class Teacher:
         rows = np.column_stack([np.asarray(known[column]) for column in COLUMNS])
         if self.settings.negatives is None:
             return rows
-        return np.concatenate([rows, self.inputs.further_triples(self.settings.negatives)])
+        return np.concatenate([rows, _further(self.inputs, self.settings.negatives)])
 
     @functools.cached_property
     def scores(self) -> np.ndarray:
@@ -270,3 +274,24 @@ class Teacher:
 def _save(path: Path, array: np.ndarray) -> None:
     with atomic_file(path) as partial, partial.open("wb") as file:
         np.save(file, array)
+
+
+def _further(inputs: Inputs, per_query: int) -> np.ndarray:
+    """(n, 3) rows: ``per_query`` sampled triples of each training query, without known ones."""
+    settings, c = inputs.profile.collection, inputs.collection
+    ranks = inputs.profile.candidates.negative_ranks
+    assert isinstance(settings, PyDocsSettings) and ranks is not None
+    known = dict.fromkeys(c.triples)
+    asked = {qid: c.qrels["train"][qid] for qid, _, _ in known}
+    queries = Texts(list(asked), [c.queries["train"][qid] for qid in asked])
+    sampled = sample_triples(
+        asked,
+        inputs.bm25.search(queries, ranks[1]),
+        count=per_query * len(asked),
+        ranks=ranks,
+        seed=settings.seed,
+        min_grade=pydocs.OWN,
+    )
+    new = [triple for triple in dict.fromkeys(sampled) if triple not in known]
+    rows = [(inputs.queries.row(q), *map(c.passages.row, both)) for q, *both in new]
+    return np.array(rows, np.int32).reshape(-1, 3)
