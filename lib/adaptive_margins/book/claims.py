@@ -89,6 +89,10 @@ def rules() -> tuple[Claim, ...]:
     return tuple(Claim(**entry) for entry in entries)
 
 
+def _rule(claim: str) -> Claim:
+    return next(rule for rule in rules() if rule.claim == claim)
+
+
 def table(
     section: str, frames: Mapping[str, pd.DataFrame], reproduction: Reproduction
 ) -> pd.DataFrame:
@@ -127,10 +131,8 @@ def figure(claims: pd.DataFrame) -> Figure | None:
     Pale bars are the ranges in which a claim is supported, hollow diamonds the paper's values.
     None if there is no such claim with an interval.
     """
-    known = {claim.claim: claim for claim in rules()}
-    about = np.array(
-        [known[c].format == "difference" and "nDCG@10" in known[c].of for c in claims["claim"]]
-    )
+    tested = map(_rule, claims["claim"])
+    about = np.array([rule.format == "difference" and "nDCG@10" in rule.of for rule in tested])
     rows = claims[about & claims["low"].notna() & (claims["outcome"] != UNTESTABLE)]
     if rows.empty:
         return None
@@ -139,7 +141,7 @@ def figure(claims: pd.DataFrame) -> Figure | None:
         figure, axis = plt.subplots(figsize=(WIDTH, 0.8 + 0.36 * len(rows)), layout="constrained")
         span = np.nanmax(np.abs(rows[["low", "high"]].to_numpy())) * 1.15
         for y, row in enumerate(rows.to_dict("records")):
-            low, high = known[row["claim"]].supported
+            low, high = _rule(row["claim"]).supported
             ends = (-span if low is None else low, span if high is None else high)
             axis.fill_betweenx([y - 0.4, y + 0.4], *ends, color="#e3efe9", linewidth=0)
             color = colors.get(row["outcome"], GREY)
@@ -158,7 +160,7 @@ def figure(claims: pd.DataFrame) -> Figure | None:
 
 def _here(row: Mapping[Any, Any]) -> str:
     """The statistic of a row with its interval, as text."""
-    f = next(FORMATS[c.format] for c in rules() if c.claim == row["claim"])
+    f = FORMATS[_rule(row["claim"]).format]
     if np.isnan(row["here"]):
         return "—"
     low, high = row["low"], row["high"]
@@ -176,10 +178,9 @@ def overview(editions: Mapping[str, pd.DataFrame]) -> list[dict[str, str]]:
     for row in first.to_dict("records"):
         names = ("claim", "paper", "outcome", "why", "section")
         texts = {name: str(row[name]) for name in names} | {"chapter": CHAPTERS[row["section"]]}
-        if texts["why"].startswith("Supported "):
-            texts["why"] = (
-                f"({texts['why'].partition(':')[0].lower()})"  # the reason: in the chapter
-            )
+        if row["outcome"] not in (UNTESTABLE, UNSEEN):  # the reason for the range: in the chapter
+            rule = _rule(row["claim"])
+            texts["why"] = f"(supported {_in_words(rule.supported, FORMATS[rule.format])})"
         for profile, claims in editions.items():
             found = claims[claims["claim"] == row["claim"]].to_dict("records")
             texts[profile] = _here(found[0]) if found else "—"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
+from io import StringIO
 from itertools import cycle, product
 from typing import Any
 
@@ -197,6 +198,13 @@ def drawing() -> Iterator[None]:
     finally:
         for number in set(plt.get_fignums()) - before:
             plt.close(number)
+
+
+def svg(figure: Figure, name: str) -> str:
+    """A figure as SVG whose text is text; the same figure and name give the same file."""
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(file := StringIO(), format="svg", metadata={"Date": None})
+    return file.getvalue()
 
 
 def _unique(values: pd.Series) -> list[Any]:

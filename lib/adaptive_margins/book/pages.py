@@ -6,7 +6,6 @@ Every number on them is read from an artefact: the tables' CSV files, receipts, 
 from __future__ import annotations
 
 import importlib.metadata
-import io
 import json
 import os
 import platform
@@ -15,12 +14,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import psutil
 import yaml
 
-from adaptive_margins.book import claims, describe, edition, released_code
+from adaptive_margins.book import claims, describe, edition, figures, released_code
 from adaptive_margins.book.render import render
 from adaptive_margins.book.style import measure_label
 from adaptive_margins.paper import Reproduction
@@ -138,9 +136,7 @@ def tested(profile: Profile, data: Path, committed: Path | None = None) -> dict[
         "claims.md": render("claims.md", rows=rows, **values),
     }
     if drawn is not None:
-        with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "claims"}):
-            drawn.savefig(file := io.StringIO(), format="svg", metadata={"Date": None})
-        texts["claims.svg"] = file.getvalue()
+        texts["claims.svg"] = figures.svg(drawn, "claims")
     return texts
 
 

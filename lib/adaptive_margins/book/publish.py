@@ -15,6 +15,7 @@ import nbformat
 import yaml
 
 from adaptive_margins import __version__
+from adaptive_margins.book.edition import BOOK
 from adaptive_margins.book.site import configure
 from adaptive_margins.files import file_sha256, home
 from adaptive_margins.progress import say
@@ -132,7 +133,7 @@ def archive(site: Path, target: Path) -> Path:
 
 def main() -> None:
     """Check and archive the book that was built last; end with the problems, if there are any."""
-    source, built = Path(__file__).resolve().parents[3], home() / "_build"
+    source, built = BOOK.parent, home() / "_build"
     site = built / "html"
     if not (site / "index.html").is_file():
         raise SystemExit(f"{site} has no book; build it with: make book")

@@ -11,16 +11,15 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
-from io import BytesIO, StringIO
+from io import BytesIO
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from adaptive_margins.book import tables
+from adaptive_margins.book import figures, tables
 from adaptive_margins.book.published import load
 from adaptive_margins.book.render import Shown, data_uri, render
 from adaptive_margins.book.style import encoder_label, measure_label, score
@@ -58,10 +57,7 @@ def figure(reproduction: Reproduction, drawn: Figure, data: pd.DataFrame, name: 
 
 def svg(drawn: Figure, name: str) -> str:
     """A figure as SVG for HTML: text is text, points are links to ``#NAME-RUN``."""
-    file, settings = StringIO(), {"svg.fonttype": "none", "svg.hashsalt": name}
-    with mpl.rc_context(settings):
-        drawn.savefig(file, format="svg", metadata={"Date": None})
-    text = re.sub(r"^.*?<svg ", "<svg ", file.getvalue(), count=1, flags=re.DOTALL)
+    text = re.sub(r"^.*?<svg ", "<svg ", figures.svg(drawn, name), count=1, flags=re.DOTALL)
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # not unique, and nothing refers to them
     link = rf'<a class="am-point" href="#{name}-\1" aria-label="\2"><title>\2</title>'
@@ -75,7 +71,7 @@ def svg(drawn: Figure, name: str) -> str:
 def png(drawn: Figure, note: str) -> bytes:
     """A figure as PNG, with the note below it."""
     file = BytesIO()
-    words = drawn.text(0.01, -0.02, note, va="top", fontsize=7, color="#595959", wrap=True)
+    words = drawn.text(0.01, -0.02, note, va="top", fontsize=7, color=figures.GREY, wrap=True)
     drawn.savefig(file, format="png", dpi=200, bbox_inches="tight")
     words.remove()
     return file.getvalue()

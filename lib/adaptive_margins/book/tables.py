@@ -71,8 +71,9 @@ HEADINGS = {
 INDEX = {1: ["model"], 2: ["role"], 3: ["model", "target"], 4: ["block", "source", "loss"]}
 """Columns of the printed tables that head their rows."""
 LEFT = {"Weights", "Embedding", "Run", "Text", "In-batch", "Sampling", "Verdict"}
-LONG = {"Weights", "Text"}
 """Headings of columns of text, which are aligned left."""
+LONG = {"Weights", "Text"}
+"""Those of them that hold long texts, which are wrapped."""
 Opens = Mapping[str, str] | None
 """Run id → the HTML that its row opens to."""
 

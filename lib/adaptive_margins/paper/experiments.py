@@ -8,7 +8,7 @@ from typing import Any
 
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.store import Store, StoreError
-from adaptive_margins.paper.teacher import Teacher
+from adaptive_margins.paper.teacher import teacher_of
 from adaptive_margins.profiles.config import CurveSettings, StaticSettings
 from adaptive_margins.runs import BM25Run, RunConfig, TrainingRun, ZeroShotRun
 
@@ -257,12 +257,12 @@ class Experiments:
 
 def teacher_runs(experiments: Experiments) -> list[TrainingRun]:
     """The MarginMSE rows of Table 4, each with its seeds; none without a teacher."""
-    profile = experiments.profile
-    if profile.teacher is None:
+    profile, teacher = experiments.profile, teacher_of(experiments.inputs)
+    if teacher is None:
         return []
-    e, teacher = profile.reference_encoder, Teacher(experiments.inputs).identity
-    loss = {"loss": "margin-mse", "target": None, "teacher": teacher}
-    loss["similarity"] = profile.teacher.similarity
+    e = profile.reference_encoder
+    loss = {"loss": "margin-mse", "target": None, "teacher": teacher.identity}
+    loss["similarity"] = teacher.settings.similarity
     return [
         experiments.comparison_run(e, seed=seed, sampling=sampling, in_batch=in_batch, **loss)
         for sampling in DISTILLED

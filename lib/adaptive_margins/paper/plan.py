@@ -27,11 +27,11 @@ from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import read_object
 from adaptive_margins.losses import margin_loss
-from adaptive_margins.paper.experiments import Experiments, fixed_runs, static_rows, teacher_runs
+from adaptive_margins.paper.experiments import Experiments, fixed_runs, static_rows
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.runner import describe
 from adaptive_margins.paper.store import Store, StoreError, package_versions
-from adaptive_margins.paper.teacher import Teacher
+from adaptive_margins.paper.teacher import teacher_of
 from adaptive_margins.profiles.config import IrDatasetsSettings, Profile
 from adaptive_margins.profiles.encoders import EncoderSettings
 from adaptive_margins.progress import clock
@@ -141,10 +141,10 @@ def make_plan(inputs: Inputs, store: Store) -> Plan:
     profile, estimates = inputs.profile, _Estimates(inputs)
     previous = _Previous(store)
     rows = []
-    experiments = Experiments(inputs, store)
-    distilled = [config.run_id for config in teacher_runs(experiments)]
-    for config in _planned(experiments):
+    taught = False
+    for config in _planned(Experiments(inputs, store)):
         done = store.has(config)
+        taught |= not done and isinstance(config, TrainingRun) and config.teacher is not None
         rows.append(
             {
                 "run_id": config.run_id,
@@ -157,15 +157,15 @@ def make_plan(inputs: Inputs, store: Store) -> Plan:
             }
         )
     frame = pd.DataFrame(rows)
-    wanted = frame.loc[~frame["done"], "run_id"].isin(distilled).any()
-    teacher = Teacher(inputs).expected_seconds() if wanted else 0.0
+    teacher = teacher_of(inputs)
+    teaching = teacher.expected_seconds() if teacher and taught else 0.0
     encoders = [] if frame["done"].all() else [*profile.encoders, *profile.untrained]
     return Plan(
         profile=profile,
         home=inputs.home,
         runs=frame,
-        seconds=float(frame["seconds"].sum()) / profile.workers + teacher,
-        teacher=teacher,
+        seconds=float(frame["seconds"].sum()) / profile.workers + teaching,
+        teacher=teaching,
         embeddings=estimates.embedding_bytes() if encoders else 0,
         downloads=_downloads(inputs),
         stated=[name for name in encoders if not estimates.speed(name).measured],

@@ -30,7 +30,7 @@ from adaptive_margins.files import locked
 from adaptive_margins.paper.experiments import Experiments
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.store import R, Store, StoredRun, StoreError
-from adaptive_margins.paper.teacher import Teacher
+from adaptive_margins.paper.teacher import teacher_of
 from adaptive_margins.processes import end_with_parent
 from adaptive_margins.profiles.config import Profile
 from adaptive_margins.progress import bar, say
@@ -76,7 +76,7 @@ class Runner:
         self.inputs = inputs
         self.store = store
         self.profile = inputs.profile
-        self.teacher = Teacher(inputs) if inputs.profile.teacher else None
+        self.teacher = teacher_of(inputs)
         self._pool: ProcessPoolExecutor | None = None
 
     # ---- many runs -----------------------------------------------------------------------------
