@@ -315,7 +315,9 @@ def test_the_book_is_built_strictly_and_only_when_something_changed(tmp_path, mo
         shutil.copytree(ROOT / "book" / folder, source / "book" / folder)
     for file, text in (
         (source / "book" / "_toc.yml", CONTENTS), (source / "book" / "references.bib", ""),
-        (source / "book" / "index.md", "# A book\n"), (prose, "# Prose\n"),
+        (source / "book" / "index.md", "# A book\n"),
+        (source / "book" / "measured.yaml", "speed: {step: 12}\n"),
+        (prose, "# Prose\n\n{{ measured.speed.step }} of {{ profiles.paper.lengths.query }}\n"),
     ):  # fmt: skip
         file.write_text(text)
     there = sorted(source.rglob("*"))
@@ -327,6 +329,7 @@ def test_the_book_is_built_strictly_and_only_when_something_changed(tmp_path, mo
     links = {a["href"] for a in html.select("nav.bd-links a")}
     assert {"prose.html", "datasheet.html", "01_first.html"} <= links
     assert "Stub." in (index.parent / "datasheet.html").read_text()
+    assert "12 of 30" in (index.parent / "prose.html").read_text()
     assert f"Open {index}" in capsys.readouterr().err
 
     built = index.stat().st_mtime_ns
@@ -334,9 +337,10 @@ def test_the_book_is_built_strictly_and_only_when_something_changed(tmp_path, mo
     assert "nothing has changed" in capsys.readouterr().err
     assert index.stat().st_mtime_ns == built
 
-    prose.write_text(prose.read_text() + "\n{ref}`nowhere`\n")
-    with pytest.raises(BuildError, match=r"prose\.md.*nowhere"):
+    prose.write_text(prose.read_text() + "\n{ref}`nowhere`, {{ measured.speed.other }}\n")
+    with pytest.raises(BuildError, match=r"prose\.md.*nowhere") as caught:
         build("smoke", home=home, source=source, every=True)
+    assert "no attribute 'other'" in str(caught.value)
     assert index.stat().st_mtime_ns == built  # the last whole book is still there
     assert not (home / ".book.partial").exists()  # so that no warning is missing the next time
 

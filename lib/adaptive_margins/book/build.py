@@ -298,7 +298,8 @@ class Site:
         book, config = self.staged / "book", (source / "_config.yml").read_text("utf-8")
         receipts = map(read_object, (self.pages / "receipts").glob("*.json"))
         newest = max((receipt.get("finished", "") for receipt in receipts), default="")
-        (self.staged / "_config.yml").write_text(web.configure(config, newest[:10]), "utf-8")
+        text = web.configure(config, newest[:10], pages.values(source))
+        (self.staged / "_config.yml").write_text(text, "utf-8")
         for name in web.ABOUT:
             if (source / name).is_file():
                 shutil.copy(source / name, book)

@@ -26,6 +26,7 @@ from adaptive_margins.paper.out_of_domain import FOLDER
 from adaptive_margins.paper.runner import describe as describe_run
 from adaptive_margins.paper.store import StoredRun, package_versions
 from adaptive_margins.profiles.config import Profile
+from adaptive_margins.profiles.load import available, load_profile
 from adaptive_margins.progress import clock
 
 LONG = "07_paper_and_released_code"
@@ -72,6 +73,16 @@ def texts(home: Path, profile: Profile, receipts: Receipts, summary: Path) -> di
         compared = pd.DataFrame(committed["compared"])
         found["data/paper_and_released_code.csv"] = compared.to_csv(index=False)
     return found
+
+
+def values(source: Path) -> dict[str, Any]:
+    """What ``{{ profiles.laptop.lengths.query }}`` and the like on pages of ``source`` stand for.
+
+    ``profiles``: settings of the packaged profiles; ``measured``: ``book/measured.yaml``.
+    """
+    measured = yaml.safe_load((source / "book" / "measured.yaml").read_text("utf-8"))
+    profiles = {name: load_profile(name).model_dump(mode="json") for name in available()}
+    return {"profiles": profiles, "measured": measured}
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -29,14 +30,17 @@ _MATHJAX = ("tex-chtml.js", "input/tex/extensions", "output/chtml/fonts/woff-v2"
 """What a page with formulas can load; the rest of MathJax are other inputs, outputs and voices."""
 
 
-def configure(text: str, date: str) -> str:
+def configure(text: str, date: str, values: Mapping[str, Any] | None = None) -> str:
     """``_config.yml`` with addresses from the environment, buttons that lead to them, and a footer.
 
     Args:
         text: the file's text.
         date: of the newest result, for the footer; empty if there is none.
+        values: what ``{{ key }}`` on a page stands for (MyST substitutions); another key is a
+            warning, which ends a strict build.
     """
     config = yaml.safe_load(text)
+    config.setdefault("parse", {})["myst_substitutions"] = dict(values or {})
     html, repository = config.setdefault("html", {}), config.setdefault("repository", {})
     for place, key, variable in (
         (html, "baseurl", SITE_VARIABLE),
