@@ -13,15 +13,22 @@ document.addEventListener("DOMContentLoaded", () => {
       button.setAttribute("aria-label", button.innerText.replace(/\s+/g, " ").trim());
     }
   }
-  makeScrollable();
+  // Copying (clipboard.js) takes the focus to the end of the page.
+  document.addEventListener("click", event => event.target.closest("button.copybtn")?.focus());
+  addEventListener("load", makeScrollable);
   addEventListener("resize", makeScrollable);
   window.MathJax?.startup?.promise?.then(makeScrollable);
 });
 
-// What scrolls sideways can be reached and named by the keyboard.
+// What scrolls sideways can be reached and named by the keyboard, and its edge fades where more is out of sight.
 function makeScrollable() {
   for (const element of document.querySelectorAll("article :is(figure, pre, div, mjx-container)")) {
     const scrolls = element.scrollWidth > element.clientWidth && /auto|scroll/.test(getComputedStyle(element).overflowX);
+    const more = () => {
+      element.classList.toggle("am-more", scrolls && element.scrollLeft + element.clientWidth < element.scrollWidth - 1);
+    };
+    element.onscroll = scrolls ? more : null;
+    more();
     if (scrolls && element.tabIndex < 0) {
       element.tabIndex = 0;
       if (element.tagName === "DIV" && !element.hasAttribute("role")) {

@@ -88,7 +88,7 @@ function panel(name, state, changed) {
   const below = svg("g", {}, drawing);
   const points = NAMES.map((label, i) => {
     const point = svg("g", {tabindex: 0, role: "slider", "aria-label": label, class: "am-handle"}, drawing);
-    svg("circle", {r: 0.16, class: "am-grip"}, point);
+    svg("circle", {r: 0.19, class: "am-grip"}, point);
     svg("circle", {r: 0.06}, point);
     svg("text", {class: "am-name"}, point).textContent = label;
     const turn = angle => {

@@ -2,6 +2,7 @@
    their order. */
 document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll(".am-figure").forEach(points);
+  document.querySelectorAll(".am-drawing svg").forEach(stack);
   document.querySelectorAll("table.am-table").forEach(sortable);
   if (location.protocol === "file:") {
     document.querySelectorAll("code[data-file]").forEach(linkFile);
@@ -31,6 +32,53 @@ function points(figure) {
   figure.addEventListener("click", event => {
     if (of(event)) figure.querySelector(".am-runs").open = true;
   });
+}
+
+/* On a phone the columns of a figure stand below each other. Groups are moved, not drawn again: their points remain links. The
+   columns share the y axis of the first one, so that the others get a copy of it. */
+function stack(svg) {
+  const columns = [];
+  for (let found; (found = [...svg.querySelectorAll(`.am-column-${columns.length}`)]).length;) columns.push(found);
+  if (columns.length < 2) return;
+  const wide = svg.getAttribute("viewBox");
+  const height = svg.viewBox.baseVal.height;
+  const panels = columns.map(groups => groups.filter(group => group.querySelector("path")));
+  const frames = panels.map(axes => axes.map(axis => axis.querySelector("path").getBBox()));
+  const lefts = frames.map(boxes => Math.min(...boxes.map(box => box.x)));
+  const boxes = columns.map(groups => groups.map(group => group.getBBox()));
+  const start = Math.min(...boxes[0].map(box => box.x)) - 4;
+  const end = Math.max(...boxes.map((all, i) => Math.max(...all.map(box => box.x + box.width)) - lefts[i])) + lefts[0] + 4;
+  const label = svg.querySelector(".am-xlabel");
+  const place = label.getBBox();
+  const middle = (lefts[0] + Math.max(...frames[0].map(box => box.x + box.width))) / 2 - place.x - place.width / 2;
+  const copies = [];
+  const copy = (group, x, y) => {
+    const made = group.cloneNode(true);
+    made.setAttribute("transform", `translate(${x} ${y})`);
+    svg.append(made);
+    copies.push(made);
+  };
+  const phone = matchMedia("(max-width: 600px)");
+  const set = () => {
+    copies.splice(0).forEach(made => made.remove());
+    svg.setAttribute("viewBox", phone.matches ? `${start} 0 ${end - start} ${height * columns.length}` : wide);
+    svg.style.minWidth = phone.matches ? `${1.25 * (end - start)}px` : ""; // text of 8 points is then 10 pixels high
+    svg.classList.toggle("am-stacked", phone.matches);
+    columns.forEach((groups, i) => {
+      const move = `translate(${lefts[0] - lefts[i]} ${i * height})`;
+      groups.forEach(group => phone.matches ? group.setAttribute("transform", move) : group.removeAttribute("transform"));
+      if (!phone.matches) return;
+      copy(label, middle, i * height);
+      const rows = new Set(frames[i].map(box => box.y));
+      for (const row of i ? rows : []) {
+        copy(panels[0][frames[0].findIndex(box => box.y === row)].querySelector(".am-yaxis"), 0, i * height);
+      }
+    });
+    label.style.display = phone.matches ? "none" : "";
+    dispatchEvent(new Event("resize"));
+  };
+  phone.addEventListener("change", set);
+  if (phone.matches) set();
 }
 
 /* Buttons in the headings sort by a column: descending, ascending, as before. */

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import http.server
 import os
 import shutil
@@ -42,10 +43,15 @@ WIDE = """() => {
     e => e.getBoundingClientRect().right > innerWidth + 1 && !clips(e.parentElement)
   ).map(e => e.outerHTML.slice(0, 120)).slice(0, 5);
 }"""
-SMALL = """() => [...document.querySelectorAll("article summary")].filter(e => {
-  const box = e.getBoundingClientRect();
-  return box.width && (box.width < 24 || box.height < 24);
-}).map(e => e.outerHTML.slice(0, 120)).slice(0, 5)"""
+SMALL = """() => {
+  document.querySelectorAll("article details").forEach(details => { details.open = true; });
+  // The run of a mark, which is smaller, is in the list below its figure, too.
+  const ours = "button, summary, input, .am-handle, :is(.am-figure, .am-tables) a:not(.am-point)";
+  return [...document.querySelectorAll(`article :is(${ours})`)].filter(e => {
+    const box = e.getBoundingClientRect();
+    return box.width && (box.width < 24 || box.height < 24);
+  }).map(e => e.outerHTML.slice(0, 120)).slice(0, 5);
+}"""
 
 MENU = """(() => {
   const menu = document.querySelector(".bd-links"), box = menu.getBoundingClientRect(), style = getComputedStyle(menu);
@@ -169,3 +175,112 @@ def test_keyboard(tab, visit):
     tab.keyboard.press("Enter")
     tab.wait_for_url("**/search.html?q=margin**")
     sync_api.expect(tab.locator("#search-results li").first).to_be_visible()
+
+
+def tab_to(tab, selector, most=12):
+    """Press Tab until what has the focus matches."""
+    for _ in range(most):
+        tab.keyboard.press("Tab")
+        if tab.evaluate("selector => document.activeElement.matches(selector)", selector):
+            return
+    raise AssertionError(f"no {selector} after {most} times Tab")
+
+
+def downloaded(tab) -> bytes:
+    """The file of the link that has the focus."""
+    with tab.expect_download() as download:
+        tab.keyboard.press("Enter")
+    return Path(download.value.path()).read_bytes()
+
+
+def test_a_table_by_keyboard(tab, visit, address):
+    """A heading sorts; a row opens to a command that can be copied and scores to download; so can the table."""
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=address)
+    visit("05_comparison")
+    table = tab.locator("#T_table3-ours")
+    column = (
+        "t => [...t.querySelectorAll('tbody td.col1')].map(cell => parseFloat(cell.textContent))"
+    )
+    before = table.evaluate(column)
+    tab.locator(".am-ours").focus()
+    tab_to(tab, "th.col1.level1 > button")
+    for order, found in (("descending", sorted(before)[::-1]), ("ascending", sorted(before))):
+        tab.keyboard.press("Enter")
+        assert table.locator("th[aria-sort]").get_attribute("aria-sort") == order
+        assert table.evaluate(column) == found
+    tab_to(tab, "tbody summary")
+    tab.keyboard.press("Enter")
+    opened = table.locator("details[open] .am-opened")
+    command = opened.locator("pre.am-command")
+    sync_api.expect(command).to_be_visible()
+    tab_to(tab, ".am-opened > button", 1)
+    tab.keyboard.press("Enter")
+    copied = tab.evaluate("navigator.clipboard.readText()")
+    assert copied.strip() == command.inner_text().strip() and " --run " in copied
+    tab_to(tab, ".am-opened a[download]")
+    assert gzip.decompress(downloaded(tab)).startswith(b"set,qid,")
+    table.locator("th > details > summary").last.focus()
+    tab_to(tab, "a[download='table3.csv']")
+    assert b"encoder,target," in downloaded(tab)
+
+
+def test_figures_by_keyboard(tab, visit):
+    """Arrow keys move from mark to mark, Enter opens the run; in Figure 2 they turn a point."""
+    visit("02_static_targets")
+    tab.locator(".am-drawing").focus()
+    tab_to(tab, "a.am-point", 1)
+    tab.keyboard.press("ArrowRight")
+    words = tab.locator(".am-shown").inner_text()
+    assert words == tab.evaluate("document.activeElement.getAttribute('aria-label')")
+    tab.keyboard.press("Enter")
+    sync_api.expect(tab.locator(f"li[id='figure3-{words.split()[-1]}']")).to_be_visible()
+    visit("method")
+    point = tab.locator(".am-figure2-panels [role=slider]").nth(2)
+    tab.locator(".am-figure2-panels [role=slider]").first.focus()
+    before = [
+        int(point.get_attribute("aria-valuenow")),
+        tab.locator(".am-figure2-panels p").all_inner_texts(),
+    ]
+    tab_to(tab, "[aria-label='d⁻₁']", 2)
+    tab.keyboard.press("ArrowRight")
+    assert int(point.get_attribute("aria-valuenow")) == before[0] - 2
+    assert all(
+        a != b
+        for a, b in zip(
+            before[1], tab.locator(".am-figure2-panels p").all_inner_texts(), strict=True
+        )
+    )
+
+
+PANELS = """() => {
+  const drawing = document.querySelector(".am-drawing"), svg = drawing.querySelector("svg");
+  const frames = [...svg.querySelectorAll("g[class^=am-column]")].map(g => g.querySelector("path").getBoundingClientRect());
+  const different = values => new Set(values.map(Math.round)).size;
+  return {
+    lefts: different(frames.map(frame => frame.left)), tops: different(frames.map(frame => frame.top)),
+    text: 8 * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width,
+    more: drawing.scrollWidth > drawing.clientWidth + 1, sign: drawing.classList.contains("am-more"),
+  };
+}"""
+
+
+def test_figures_on_a_phone(tab, visit):
+    """Panels stand below each other, in text that can be read; what is out of sight has a sign."""
+    visit("02_static_targets")
+    assert tab.evaluate(PANELS)["lefts"] == 2
+    for width in (390, 320):
+        tab.set_viewport_size({"width": width, "height": 900})
+        tab.wait_for_function(f"({PANELS})().lefts === 1")
+        found = tab.evaluate(PANELS)
+        assert (
+            found["tops"] == 4
+            and found["text"] > 9.9
+            and found["more"] == found["sign"] == (width == 320)
+        )
+    tab.locator(".am-drawing").evaluate("drawing => { drawing.scrollLeft = 999; }")
+    tab.wait_for_function(f"!({PANELS})().sign")
+    tab.set_viewport_size({"width": 1280, "height": 900})
+    tab.wait_for_function(f"({PANELS})().lefts === 2")
+    visit("index", 390)
+    sync_api.expect(tab.locator("img.am-narrow")).to_be_visible()
+    sync_api.expect(tab.locator("img.am-wide")).to_be_hidden()

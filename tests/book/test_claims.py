@@ -416,6 +416,8 @@ def test_the_long_edition_decides_and_the_quick_one_stands_next_to_it():
 
 def test_the_figure_has_the_numbers_of_the_claims():
     rows = pd.concat([edition("supported", 0.01), edition("cannot be seen here", -0.2)])
+    (narrow,) = claims.figure(rows, narrow=True).axes
+    assert len(narrow.texts) == 2 and not narrow.get_yticklabels()
     (axis,) = claims.figure(rows).axes
     dots = [line for line in axis.get_lines() if line.get_marker() == "o"]
     assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in dots] == [(0.01, 0), (-0.2, 1)]

@@ -97,6 +97,8 @@ def test_dead_links_and_leftovers_are_named(tmp_path):
         page(tmp_path, "d.html", body)
         (found,) = publish.problems(tmp_path)
         assert found.startswith("d.html: ") and problem in found
+    page(tmp_path, "d.html", " " * 10_000_000)
+    assert publish.problems(tmp_path) == ["10.0 MB, expected at most 10; see: du -a"]
 
 
 def test_published_notebooks_install_the_library_first(tmp_path):

@@ -125,11 +125,11 @@ def show(claims: pd.DataFrame) -> Styler:
     return styler.set_table_attributes('class="am-claims"')
 
 
-def figure(claims: pd.DataFrame) -> Figure | None:
+def figure(claims: pd.DataFrame, *, narrow: bool = False) -> Figure | None:
     """The differences in nDCG@10 that the claims are about, each with its confidence interval.
 
     Pale bars are the ranges in which a claim is supported, hollow diamonds the paper's values.
-    None if there is no such claim with an interval.
+    ``narrow`` has each claim above its row, for phones. None without such a claim and interval.
     """
     tested = map(_rule, claims["claim"])
     about = np.array([rule.format == "difference" and "nDCG@10" in rule.of for rule in tested])
@@ -138,12 +138,18 @@ def figure(claims: pd.DataFrame) -> Figure | None:
         return None
     colors = {"supported": "#00664d", "not supported": "#a34200"}
     with drawing():
-        figure, axis = plt.subplots(figsize=(WIDTH, 0.8 + 0.36 * len(rows)), layout="constrained")
+        width, each, half = (3.8, 0.6, 0.2) if narrow else (WIDTH, 0.36, 0.4)
+        size = width, 0.8 + each * len(rows)
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
         span = np.nanmax(np.abs(rows[["low", "high"]].to_numpy())) * 1.15
         for y, row in enumerate(rows.to_dict("records")):
             low, high = _rule(row["claim"]).supported
             ends = (-span if low is None else low, span if high is None else high)
-            axis.fill_betweenx([y - 0.4, y + 0.4], *ends, color="#e3efe9", linewidth=0)
+            axis.fill_betweenx([y - half, y + half], *ends, color="#e3efe9", linewidth=0)
+            if narrow:
+                above = {"fontsize": 8, "va": "bottom", "linespacing": 1}
+                above["bbox"] = {"facecolor": "white", "linewidth": 0, "pad": 0}
+                axis.text(-span, y - half, textwrap.fill(row["claim"], 52), **above)
             color = colors.get(row["outcome"], GREY)
             axis.plot([row["low"], row["high"]], [y, y], color=color, linewidth=2)
             seen = color if row["outcome"] != UNSEEN else "white"
@@ -151,9 +157,10 @@ def figure(claims: pd.DataFrame) -> Figure | None:
             if number := re.fullmatch(r"[+−]?[\d.]+", row["paper"]):
                 axis.plot(float(number[0].replace("−", "-")), y, "D", color="black", mfc="none")
         axis.axvline(0, color=GREY, linewidth=0.8)
-        labels = [textwrap.fill(claim, 56) for claim in rows["claim"]]
-        axis.set_yticks(range(len(rows)), labels, fontsize=8)
-        axis.set(xlim=(-span, span), ylim=(len(rows) - 0.4, -0.6), xlabel="difference in nDCG@10")
+        labels = [] if narrow else [textwrap.fill(claim, 56) for claim in rows["claim"]]
+        axis.set_yticks(range(len(labels)), labels, fontsize=8)
+        ends = (len(rows) - 1 + 1.5 * half, -0.75 if narrow else -0.6)
+        axis.set(xlim=(-span, span), ylim=ends, xlabel="difference in nDCG@10")
         axis.grid(visible=False)
     return figure
 

@@ -126,16 +126,18 @@ def figure6(data: pd.DataFrame, *, published: float | None = None) -> Figure:
                 at = axes[-1].get_yaxis_transform()
                 axes[-1].plot(0.94, published, "D", transform=at, gid="published", **hollow)
             for axis in axes:
+                _mark(axis, column)
                 axis.tick_params(axis="x", length=0, labelbottom=row == len(sizes) - 1)
             if row == 0:
                 place = grid[row, column].get_position(figure)
                 middle, color = (place.x0 + place.x1) / 2, style(encoder).text
                 top = 1 - 0.06 / height
-                figure.text(middle, top, encoder_label(encoder), ha="center", va="top", color=color)
+                look = {"ha": "center", "va": "top", "color": color, "gid": f"column-{column}"}
+                figure.text(middle, top, encoder_label(encoder), **look)
         _room(figure.axes, 0.1)
         for axis in figure.axes[len(parts) * len(encoders) - 1 :: len(parts) * len(encoders)]:
             _target_axis(axis)
-        figure.supxlabel(label, x=0.5, y=0.06 / height, va="bottom", fontsize=9)
+        figure.supxlabel(label, x=0.5, y=0.06 / height, va="bottom", fontsize=9, gid="xlabel")
     return figure
 
 
@@ -264,6 +266,7 @@ def _panels(
         for (row, measure), (column, value) in product(enumerate(measures), enumerate(columns)):
             axis = axes[row, column]
             axis.set_label(f"{measure} | {columns[value]}")
+            _mark(axis, column)
             axis.tick_params(axis="x", bottom=row == len(measures) - 1)
             axis.tick_params(axis="y", left=column == 0)
             panel = data[(data["measure"] == measure) & (data[split] == value)]
@@ -277,8 +280,14 @@ def _panels(
             end_labels(axis, ends)
             value_labels(axis, maxima)
         middle = (left + WIDTH - lane) / 2 / WIDTH
-        figure.supxlabel(xlabel, x=middle, y=0.06 / height, va="bottom", fontsize=9)
+        figure.supxlabel(xlabel, x=middle, y=0.06 / height, va="bottom", fontsize=9, gid="xlabel")
     return figure
+
+
+def _mark(axis: Axes, column: int) -> None:
+    """Name the column of a panel, and its y axis: `shown.js` puts columns below each other."""
+    axis.set_gid(f"column-{column}")
+    axis.yaxis.set_gid("yaxis")
 
 
 def _learning_curves(

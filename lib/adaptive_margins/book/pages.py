@@ -127,7 +127,7 @@ def cover(profile: Profile, table4: Path | None) -> str:
 
 
 def tested(profile: Profile, data: Path, committed: Path | None = None) -> dict[str, str]:
-    """``answer.md``, ``claims.md``, ``claims.svg`` for the front page; from ``data/claims_*.csv``.
+    """``answer.md``, ``claims.md`` and two ``.svg`` for the front page; from ``data/claims_*.csv``.
 
     Committed results (`edition`) decide, if there are any.
     """
@@ -141,14 +141,17 @@ def tested(profile: Profile, data: Path, committed: Path | None = None) -> dict[
     values = {"profiles": list(found), "long": edition.LONG.get(profile.name, "")}
     rows = claims.overview(found) if found else []
     answer = claims.answer(found) if found else ""
-    drawn = claims.figure(next(iter(found.values()))) if found else None
-    texts = {
-        "answer.md": render("answer.md", answer=answer, drawn=drawn, **values),
-        "claims.md": render("claims.md", rows=rows, **values),
+    drawn = {
+        f"{name}.svg": figures.svg(figure, name)
+        for first in list(found.values())[:1]
+        for name, narrow in (("claims", False), ("claims_narrow", True))
+        if (figure := claims.figure(first, narrow=narrow))
     }
-    if drawn is not None:
-        texts["claims.svg"] = figures.svg(drawn, "claims")
-    return texts
+    return {
+        "answer.md": render("answer.md", answer=answer, drawn=bool(drawn), **values),
+        "claims.md": render("claims.md", rows=rows, **values),
+        **drawn,
+    }
 
 
 def provenance(profile: Profile, receipts: Receipts, runs: Iterable[StoredRun]) -> str:

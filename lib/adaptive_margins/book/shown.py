@@ -18,6 +18,7 @@ import pandas as pd
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from adaptive_margins.book import figures, tables
 from adaptive_margins.book.published import load
@@ -59,6 +60,7 @@ def svg(drawn: Figure, name: str) -> str:
     """A figure as SVG for HTML: text is text, points are links to ``#NAME-RUN``."""
     text = re.sub(r"^.*?<svg ", "<svg ", figures.svg(drawn, name), count=1, flags=re.DOTALL)
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="(column-\d+|yaxis|xlabel)"', r'<g class="am-\1"', text)  # for shown.js
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # not unique, and nothing refers to them
     link = rf'<a class="am-point" href="#{name}-\1" aria-label="\2"><title>\2</title>'
     text = re.sub(r'<a xlink:href="#([^"|]*)\|([^"]*)"[^>]*>', link, text)
@@ -74,7 +76,9 @@ def png(drawn: Figure, note: str) -> bytes:
     words = drawn.text(0.01, -0.02, note, va="top", fontsize=7, color=figures.GREY, wrap=True)
     drawn.savefig(file, format="png", dpi=200, bbox_inches="tight")
     words.remove()
-    return file.getvalue()
+    few = Image.open(file).convert("RGB").quantize(256)  # looks the same, in a third
+    few.save(small := BytesIO(), format="png", dpi=(200, 200), optimize=True)
+    return small.getvalue()
 
 
 def _words(axis: Axes) -> str:
@@ -122,12 +126,14 @@ def heading(reproduction: Reproduction) -> str:
 
 def table1(reproduction: Reproduction, data: pd.DataFrame) -> Shown:
     """Table 1 next to the published one."""
-    return tables.table1(data, load(), heading=heading(reproduction))
+    opens = records(reproduction, data)
+    return tables.table1(data, load(), heading=heading(reproduction), opens=opens)
 
 
 def table2(reproduction: Reproduction, data: pd.DataFrame) -> Shown:
     """Table 2 next to the published one."""
-    return tables.table2(data, load(), heading=heading(reproduction))
+    opens = records(reproduction, data)
+    return tables.table2(data, load(), heading=heading(reproduction), opens=opens)
 
 
 def table3(reproduction: Reproduction, data: pd.DataFrame) -> Shown:

@@ -70,7 +70,7 @@ HEADINGS = {
 """Columns of the printed tables → headings; Tables 3 and 4 have words for target and loss."""
 INDEX = {1: ["model"], 2: ["role"], 3: ["model", "target"], 4: ["block", "source", "loss"]}
 """Columns of the printed tables that head their rows."""
-LEFT = {"Weights", "Embedding", "Run", "Text", "In-batch", "Sampling", "Verdict"}
+LEFT = {"Weights", "Embedding", "Text", "In-batch", "Sampling", "Verdict"}
 """Headings of columns of text, which are aligned left."""
 LONG = {"Weights", "Text"}
 """Those of them that hold long texts, which are wrapped."""
@@ -78,7 +78,7 @@ Opens = Mapping[str, str] | None
 """Run id → the HTML that its row opens to."""
 
 
-def table1(data: pd.DataFrame, published: Published, *, heading: str) -> Shown:
+def table1(data: pd.DataFrame, published: Published, *, heading: str, opens: Opens = None) -> Shown:
     """Table 1, the encoders; ``data`` has a row an encoder and the columns `ENCODERS`.
 
     ``heading`` ends the caption, here as in the other tables: what this run used.
@@ -86,20 +86,19 @@ def table1(data: pd.DataFrame, published: Published, *, heading: str) -> Shown:
     require(data, ENCODERS, "table1")
     cells = pd.DataFrame(
         {
-            "Encoder": data["encoder"].map(encoder_label).map(escape),
+            "Encoder, run": data["encoder"].map(encoder_label).map(escape) + _below(data, opens),
             "Weights": data["base"].map(escape),
             "Parameters": data["parameters"].map(millions),
             "Trained": data["trained"].map(millions),
             "Embedding": data["embedding"].map(escape),
             "Dimensions": data["dimensions"].map("{:.0f}".format),
-            "Run": data["run_id"].map(_code),
         }
     )
-    ours = _html(cells.set_index("Encoder"), 1, "ours", f"this run: {heading}", None, data)
-    return _page(1, published, ours)
+    ours = _html(cells.set_index("Encoder, run"), 1, "ours", f"this run: {heading}", None, data)
+    return _page(1, published, ours, opens=bool(opens))
 
 
-def table2(data: pd.DataFrame, published: Published, *, heading: str) -> Shown:
+def table2(data: pd.DataFrame, published: Published, *, heading: str, opens: Opens = None) -> Shown:
     """Table 2, a training instance: relevance ρ, target t and loss of its negatives.
 
     ``data`` has a row a text and the columns `INSTANCE`: roles are q, d+, d-max, d-mid, d-min; a
@@ -120,7 +119,8 @@ def table2(data: pd.DataFrame, published: Published, *, heading: str) -> Shown:
     )
     titles = pd.DataFrame({"Text": data["text"].map(escape)})
     ours = _html(cells.set_index(""), 2, "ours", f"this run: {heading}", titles, data)
-    return _page(2, published, ours, run_id=data["run_id"].iloc[0], qid=data["qid"].iloc[0])
+    (run,) = _below(data[:1], opens)
+    return _page(2, published, ours, opens=bool(opens), run=run, qid=data["qid"].iloc[0])
 
 
 def table3(
