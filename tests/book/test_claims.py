@@ -150,7 +150,8 @@ def test_a_claim_is_decided_by_its_interval(low, high, supported, outcome):
 def test_every_rule_is_complete():
     for rule in claims.rules():
         assert rule.section in claims.CHAPTERS
-        assert set(rule.answers) in (set(), set(claims.OUTCOMES))
+        assert set(rule.asks) in (set(), {"question", "answer", "over"})
+        assert not rule.asks or rule.supported == [-0.05, 0.05]
         assert rule.of and rule.format in claims.FORMATS
         if rule.untestable:
             continue
@@ -158,7 +159,8 @@ def test_every_rule_is_complete():
         assert rule.supported != (None, None) and len(rule.supported) == 2
         assert rule.reason.endswith(".")
     assert {rule.statistic for rule in claims.rules()} == {*STATISTICS}
-    assert sum(bool(rule.answers) for rule in claims.rules()) == 1
+    assert sum(bool(rule.asks) for rule in claims.rules()) == 2
+    assert set(claims.ANSWERS) == set(claims.OUTCOMES)
     assert set(FORCED) < set(CONDITIONS)
 
 
@@ -391,7 +393,7 @@ def test_to_teacher_takes_the_student_that_was_trained_here(runs):
 
 
 def edition(outcome, here=-0.02):
-    rule = next(rule for rule in claims.rules() if rule.answers)
+    rule = next(rule for rule in claims.rules() if rule.asks)
     row = {"claim": rule.claim, "section": rule.section, "paper": "−.020", "outcome": outcome}
     return pd.DataFrame(
         [row | {"here": here, "low": here - 0.01, "high": here + 0.01, "why": "W."}]
@@ -404,14 +406,14 @@ def test_the_long_edition_decides_and_the_quick_one_stands_next_to_it():
     assert row["outcome"] == "supported" and row["laptop-long"] == "−.020 [−.030, −.010]"
     assert row["laptop"] == "−.090 [−.100, −.080] (cannot be seen here)"
     assert row["chapter"] == "05_comparison"
-    answer = claims.answer({"laptop-long": long, "laptop": quick})
-    assert (
-        answer.startswith("**Yes") and "−.020 [−.030, −.010]" in answer and "laptop-long" in answer
-    )
+    (answer,) = claims.answers({"laptop-long": long, "laptop": quick})
+    assert answer["question"].endswith("?") and answer["verdict"].startswith("Yes")
+    assert "−.020 [−.030, −.010] (profile `laptop-long`" in answer["text"]
     for outcome in claims.OUTCOMES:
-        text = claims.answer({"laptop": edition(outcome)})
-        assert "−.020" in text and "{" not in text and "`laptop`" in text
-    assert claims.answer({"laptop": quick.assign(claim="another")}) == ""
+        (answer,) = claims.answers({"laptop": edition(outcome)})
+        assert answer["text"].endswith(("the paper has −.020).", "The paper has −.020."))
+        assert answer["text"].startswith("W.") == outcome.startswith("cannot")
+    assert claims.answers({"laptop": quick.assign(claim="another")}) == []
 
 
 def test_the_figure_has_the_numbers_of_the_claims():

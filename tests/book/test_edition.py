@@ -80,7 +80,7 @@ def test_an_unfinished_profile_is_not_exported(tmp_path):
 
 
 def written(folder: Path, outcome: str) -> Path:
-    rule = next(rule for rule in claims.rules() if rule.answers)
+    rule = next(rule for rule in claims.rules() if rule.asks)
     row = {"claim": rule.claim, "section": rule.section, "shows": rule.shows, "statistic": rule.of}
     row |= {
         "paper": "−.020",
@@ -112,6 +112,6 @@ def test_the_front_page_says_which_edition_decides(tmp_path):
 
     nothing = pages.tested(load_profile("laptop"), tmp_path / "empty", tmp_path / "none")
     assert "No claim has been tested" in nothing["claims.md"]
-    assert "has not been computed" in nothing["answer.md"]
+    assert "have not been computed" in nothing["answer.md"]
     smoke = pages.tested(load_profile("smoke"), data, tmp_path / "none")
     assert "profile **smoke**" in smoke["claims.md"] and "quick" not in smoke["claims.md"]

@@ -34,6 +34,14 @@ from adaptive_margins.paper import Reproduction
 
 UNTESTABLE, UNSEEN = "cannot be tested here", "cannot be seen here"
 OUTCOMES = ("supported", "not supported", "not decided", UNTESTABLE, UNSEEN)
+ANSWERS = {
+    "supported": "Yes, within ±.05.",
+    "not supported": "No.",
+    "not decided": "Not decided: the confidence interval contains an end of ±.05.",
+    UNTESTABLE: "It cannot be tested here.",
+    UNSEEN: "It cannot be seen here.",
+}
+"""Outcome of a claim → the answer to what it asks."""
 CHAPTERS = {
     "1": "11_at_convergence",
     "5.1": "02_static_targets",
@@ -79,7 +87,7 @@ class Claim:
     reason: str = ""
     needs: dict[str, dict[str, Any]] = field(default_factory=dict)
     untestable: str = ""
-    answers: dict[str, str] = field(default_factory=dict)
+    asks: dict[str, str] = field(default_factory=dict)
 
 
 @cache
@@ -197,18 +205,24 @@ def overview(editions: Mapping[str, pd.DataFrame]) -> list[dict[str, str]]:
     return rows
 
 
-def answer(editions: Mapping[str, pd.DataFrame]) -> str:
-    """Whether the untuned loss keeps up, in the words that ``claims.yaml`` has for the outcome in
-    the first edition; empty if that claim was not tested.
+def answers(editions: Mapping[str, pd.DataFrame]) -> list[dict[str, str]]:
+    """What the first page asks, answered from the first edition: question, verdict, text.
+
+    Claims that were not tested are left out.
     """
-    rule = next(claim for claim in rules() if claim.answers)
     profile, claims = next(iter(editions.items()))
-    found = claims[claims["claim"] == rule.claim].to_dict("records")
-    if not found:
-        return ""
-    row = found[0]
-    words = {"here": _here(row), "paper": row["paper"], "why": row["why"], "profile": profile}
-    return rule.answers[row["outcome"]].format(**words)
+    asked = {rule.claim: rule.asks for rule in rules() if rule.asks}
+    found = []
+    for row in claims[claims["claim"].isin(asked)].to_dict("records"):
+        asks, outcome = asked[row["claim"]], row["outcome"]
+        text = f"{asks['answer']} {_here(row)} (profile `{profile}`, {asks['over']}, 95 % CI; the"
+        text += f" paper has {row['paper']})."
+        if outcome == UNTESTABLE:
+            text = f"The paper has {row['paper']}."
+        if outcome in (UNSEEN, UNTESTABLE):
+            text = f"{row['why']} {text}"
+        found.append({"question": asks["question"], "verdict": ANSWERS[outcome], "text": text})
+    return found
 
 
 def _row(claim: Claim, here: Evidence, printed: Evidence) -> dict[str, Any]:

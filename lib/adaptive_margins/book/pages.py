@@ -140,7 +140,7 @@ def tested(profile: Profile, data: Path, committed: Path | None = None) -> dict[
         found.setdefault(profile.name, here)
     values = {"profiles": list(found), "long": edition.LONG.get(profile.name, "")}
     rows = claims.overview(found) if found else []
-    answer = claims.answer(found) if found else ""
+    answers = claims.answers(found) if found else []
     drawn = {
         f"{name}.svg": figures.svg(figure, name)
         for first in list(found.values())[:1]
@@ -148,7 +148,7 @@ def tested(profile: Profile, data: Path, committed: Path | None = None) -> dict[
         if (figure := claims.figure(first, narrow=narrow))
     }
     return {
-        "answer.md": render("answer.md", answer=answer, drawn=bool(drawn), **values),
+        "answer.md": render("answer.md", answers=answers, drawn=bool(drawn), **values),
         "claims.md": render("claims.md", rows=rows, **values),
         **drawn,
     }
