@@ -152,7 +152,8 @@ def test_home_page_and_site_are_light(visit, smoke_home):
     loaded, _ = visit("index")
     assert sum(loaded.values()) < 1e6
     site = smoke_home / "_build" / "html"
-    assert sum(f.stat().st_size for f in site.rglob("*") if f.is_file()) < 10e6
+    # A book of laptop has 1.3 MB more; `make publish` refuses one of more than 10.
+    assert sum(f.stat().st_size for f in site.rglob("*") if f.is_file()) < 8.5e6
 
 
 @pytest.mark.parametrize(("width", "opens"), [(390, True), (800, True), (1280, False)])
@@ -282,5 +283,5 @@ def test_figures_on_a_phone(tab, visit):
     tab.set_viewport_size({"width": 1280, "height": 900})
     tab.wait_for_function(f"({PANELS})().lefts === 2")
     visit("index", 390)
-    sync_api.expect(tab.locator("img.am-narrow")).to_be_visible()
-    sync_api.expect(tab.locator("img.am-wide")).to_be_hidden()
+    sync_api.expect(tab.locator("figure.am-narrow")).to_be_visible()
+    sync_api.expect(tab.locator("figure.am-wide")).to_be_hidden()
