@@ -32,7 +32,8 @@ class CachedMarginLoss(CachedLossMixin, MarginLoss):
 
     Args:
         model: the SentenceTransformer to train.
-        target, in_batch, orientation, error, stop_gradient: as `MarginLoss` has them.
+        target, in_batch, orientation, error, stop_gradient, gather_across_devices: as `MarginLoss`
+            has them.
         mini_batch_size: texts embedded at a time, at least 1. Loss and gradients do not depend on
             it, except for the random numbers of dropout.
 
@@ -59,6 +60,7 @@ class CachedMarginLoss(CachedLossMixin, MarginLoss):
         orientation: str = "paper",
         error: str = "squared",
         stop_gradient: bool = False,
+        gather_across_devices: bool = False,
     ) -> None:
         super().__init__(
             model,
@@ -67,6 +69,7 @@ class CachedMarginLoss(CachedLossMixin, MarginLoss):
             orientation=orientation,
             error=error,
             stop_gradient=stop_gradient,
+            gather_across_devices=gather_across_devices,
         )
         if isinstance(model, BaseModel) and has_static_embedding_input(model):
             raise ValueError(

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import pad, softplus
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 ORIENTATIONS = ("paper", "released")
+_SETTINGS = ("target", "in_batch", "orientation", "error", "stop_gradient")
 ERRORS: dict[str, Callable[[Tensor], Tensor]] = {
     "squared": torch.square,  # the paper's, Eqs. 4 and 5
     "absolute": torch.abs,
@@ -225,6 +226,22 @@ def _check_embeddings(query: Tensor, positive: Tensor, negative: Tensor) -> None
         raise ValueError(f"shapes are {shapes}; expected one (B, D) for all, B and D at least 1")
 
 
+def gathered(vectors: Tensor) -> Tensor:
+    """Rows (B, D) of all processes in the order of their ranks, with gradients.
+
+    B may differ, D and the type may not. Without `torch.distributed`, the rows as they are.
+    """
+    from sentence_transformers.util import all_gather, all_gather_with_grad, get_world_size
+
+    if get_world_size() == 1:
+        return vectors
+    sizes = all_gather(torch.tensor([len(vectors)], device=vectors.device))
+    longest = int(sizes.max())  # gathered tensors have one shape
+    rows = all_gather_with_grad(pad(vectors, (0, 0, 0, longest - len(vectors))))
+    there = torch.arange(longest, device=vectors.device) < sizes[:, None]
+    return rows[there.flatten()]
+
+
 class MarginLoss(nn.Module):
     """`margin_loss` for the trainer of Sentence Transformers.
 
@@ -234,6 +251,9 @@ class MarginLoss(nn.Module):
     Args:
         model: the SentenceTransformer to train.
         target, in_batch, orientation, error, stop_gradient: as `margin_loss` has them.
+        gather_across_devices: with several processes, compute the loss of the triples of all of
+            them, as one process with the whole batch would. Averaged over the processes, as DDP
+            does, the gradients are those of that one process. Batches may differ in size.
 
     Raises:
         ValueError: a setting that `margin_loss` does not have, or data with other than three text
@@ -254,7 +274,8 @@ class MarginLoss(nn.Module):
     Recommendations:
         - With ``in_batch=True`` use ``BatchSamplers.NO_DUPLICATES``, or the negative of one triple
           may be the positive of another. "distributed" margins have one negative a query.
-        - With several processes, the batch is that of each process.
+        - With several processes, the batch is that of each process, unless
+          ``gather_across_devices=True``.
 
     Relations:
         - :class:`MarginMSELoss` takes the target of each triple as a label from a teacher model,
@@ -278,6 +299,7 @@ class MarginLoss(nn.Module):
         orientation: str = "paper",
         error: str = "squared",
         stop_gradient: bool = False,
+        gather_across_devices: bool = False,
     ) -> None:
         super().__init__()
         _check_settings(target, in_batch, orientation, error, stop_gradient)
@@ -287,6 +309,7 @@ class MarginLoss(nn.Module):
         self.orientation = orientation
         self.error = error
         self.stop_gradient = stop_gradient
+        self.gather_across_devices = gather_across_devices
 
     def forward(
         self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None
@@ -307,13 +330,13 @@ class MarginLoss(nn.Module):
                 f"the data has {len(embeddings)} text columns; "
                 "expected 3: query, positive, negative"
             )
-        # A subclass may have settings that `margin_loss` does not have.
-        return margin_loss(*embeddings, **MarginLoss.get_config_dict(self))
+        if self.gather_across_devices:
+            embeddings = [gathered(vectors) for vectors in embeddings]
+        return margin_loss(*embeddings, **{name: getattr(self, name) for name in _SETTINGS})
 
     def get_config_dict(self) -> dict[str, Any]:
         """Return the settings, as Sentence Transformers writes them to the model card."""
-        names = ("target", "in_batch", "orientation", "error", "stop_gradient")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*_SETTINGS, "gather_across_devices")}
 
     @property
     def citation(self) -> str:

@@ -1,0 +1,163 @@
+"""Losses over the triples of several processes, on the CPU with gloo: equal to one process with all of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from adaptive_margins.losses import CachedMarginLoss, MarginLoss, gathered, margin_loss
+from conftest import TEXTS
+
+SETTINGS = [
+    {"target": 0.3, "in_batch": False},
+    {"target": 0.3, "in_batch": True},
+    {"target": "adaptive", "in_batch": False},
+    {"target": "adaptive", "in_batch": True, "orientation": "released", "error": "soft"},
+    {"target": "distributed"},
+    {"target": "distributed", "orientation": "released", "stop_gradient": True},
+]
+SIZES = {2: [5, 3], 4: [3, 3, 3, 1]}
+"""Processes → triples of each; the last batch of an epoch is smaller."""
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def on_ranks(number: int, work) -> list[Any]:
+    """What ``work(rank)`` returns on each of some processes that `torch.distributed` connects, as torchrun would."""
+    context = multiprocessing.get_context("fork")
+    results, port = context.SimpleQueue(), str(free_port())
+
+    def start(rank: int) -> None:
+        names = (
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+        )
+        values = (rank, rank, number, number, "127.0.0.1", port)
+        os.environ |= dict(zip(names, map(str, values), strict=True))
+        try:
+            torch.distributed.init_process_group("gloo")
+            results.put((rank, work(rank), ""))
+        except BaseException as error:
+            results.put((rank, None, f"rank {rank}: {type(error).__name__}: {error}"))
+        os._exit(0)
+
+    processes = [context.Process(target=start, args=(rank,)) for rank in range(number)]
+    for process in processes:
+        process.start()
+    found = sorted(results.get() for _ in processes)
+    for process in processes:
+        process.join()
+    assert not [error for *_, error in found if error]
+    return [value for _, value, _ in found]
+
+
+def rows_of(rank: int, sizes: list[int]) -> slice:
+    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+
+@pytest.mark.parametrize("number", SIZES)
+def test_loss_and_gradients_are_those_of_one_process(number):
+    """Each query and positive against the negatives of all ranks; gradients as DDP averages them, in 64-bit floats."""
+    sizes, generator = SIZES[number], torch.Generator().manual_seed(3)
+    texts = torch.randn(3, sum(sizes), 6, generator=generator, dtype=torch.float64)
+    encoder = nn.Linear(6, 4).double()
+
+    def work(rank):
+        found = []
+        model = DistributedDataParallel(encoder)
+        for settings in SETTINGS:
+            model.zero_grad()
+            own = model(texts[:, rows_of(rank, sizes)])
+            loss = MarginLoss(encoder, gather_across_devices=True, **settings)
+            value = loss.compute_loss_from_embeddings(list(own))
+            value.backward()
+            found.append([value.item(), *(p.grad.numpy() for p in encoder.parameters())])
+        return found
+
+    for found in on_ranks(number, work):
+        for settings, (value, *gradients) in zip(SETTINGS, found, strict=True):
+            encoder.zero_grad()
+            want = margin_loss(*encoder(texts), **settings)
+            want.backward()
+            assert value == pytest.approx(want.item(), rel=1e-13)
+            for gradient, parameter in zip(gradients, encoder.parameters(), strict=True):
+                torch.testing.assert_close(
+                    torch.from_numpy(gradient), parameter.grad, rtol=1e-11, atol=1e-13
+                )
+
+
+def test_rows_of_all_processes_in_the_order_of_their_ranks():
+    sizes = SIZES[4]
+
+    def work(rank):
+        return gathered(torch.full((sizes[rank], 2), float(rank))).tolist()
+
+    want = [[float(rank)] * 2 for rank, size in enumerate(sizes) for _ in range(size)]
+    assert on_ranks(4, work) == [want] * 4
+
+
+def test_one_process_needs_no_distribution():
+    vectors = torch.randn(3, 2)
+    assert gathered(vectors) is vectors
+
+
+@pytest.mark.parametrize(
+    "kind", [MarginLoss, partial(CachedMarginLoss, mini_batch_size=3)], ids=["plain", "cached"]
+)
+def test_the_trainer_on_two_processes_trains_as_on_one(kind, tiny_folder, tmp_path):
+    """Sentence Transformers' trainer under torchrun; the processes' batches together are that of one process."""
+    from sentence_transformers import SentenceTransformer
+
+    folder, texts = str(tiny_folder("bert")), [text for text in TEXTS if text]
+    columns = {
+        name: [texts[(i * step + i // 3) % len(texts)] for i in range(16)]
+        for name, step in (("query", 1), ("positive", 2), ("negative", 3))
+    }
+
+    def trained(batch_size: int, place: str) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = SentenceTransformer(folder, device="cpu")
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path / place), per_device_train_batch_size=batch_size, max_steps=2,
+            learning_rate=0.05, optim="sgd", lr_scheduler_type="constant", max_grad_norm=0.0,
+            use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+            accelerator_config={"use_seedable_sampler": True},
+        )  # fmt: skip
+        loss = kind(model, target="distributed", gather_across_devices=True)
+        trainer = SentenceTransformerTrainer(
+            model=model, args=arguments, train_dataset=Dataset.from_dict(columns), loss=loss
+        )
+        trainer.train()
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    alone = trained(8, "alone")
+    start = dict(SentenceTransformer(folder, device="cpu").named_parameters())
+    assert any(not torch.equal(alone[name], start[name]) for name in alone)
+
+    def work(rank):
+        return {name: value.numpy() for name, value in trained(4, f"rank{rank}").items()}
+
+    for found in on_ranks(2, work):
+        for name, value in found.items():
+            torch.testing.assert_close(torch.from_numpy(value), alone[name], rtol=1e-4, atol=1e-6)
