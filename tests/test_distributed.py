@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
+import sys
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -15,8 +18,12 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from adaptive_margins.losses import CachedMarginLoss, MarginLoss, gathered, margin_loss
+from adaptive_margins.checkpoints import newest_checkpoint
+from adaptive_margins.distributed import gathered
+from adaptive_margins.errors import TrainingError
+from adaptive_margins.losses import CachedMarginLoss, MarginLoss, margin_loss
 from conftest import TEXTS
+from test_training import Script, material, measured, run  # noqa: F401
 
 SETTINGS = [
     {"target": 0.3, "in_batch": False},
@@ -54,7 +61,7 @@ def on_ranks(number: int, work) -> list[Any]:
         os.environ |= dict(zip(names, map(str, values), strict=True))
         try:
             torch.distributed.init_process_group("gloo")
-            results.put((rank, work(rank), ""))
+            results.put((rank, pickle.dumps(work(rank)), ""))
         except BaseException as error:
             results.put((rank, None, f"rank {rank}: {type(error).__name__}: {error}"))
         os._exit(0)
@@ -65,8 +72,7 @@ def on_ranks(number: int, work) -> list[Any]:
     found = sorted(results.get() for _ in processes)
     for process in processes:
         process.join()
-    assert not [error for *_, error in found if error]
-    return [value for _, value, _ in found]
+    return [error or pickle.loads(value) for _, value, error in found]
 
 
 def rows_of(rank: int, sizes: list[int]) -> slice:
@@ -161,3 +167,69 @@ def test_the_trainer_on_two_processes_trains_as_on_one(kind, tiny_folder, tmp_pa
     for found in on_ranks(2, work):
         for name, value in found.items():
             torch.testing.assert_close(torch.from_numpy(value), alone[name], rtol=1e-4, atol=1e-6)
+
+
+# ---- a run -----------------------------------------------------------------------------------------
+
+BATCHES = {"evaluate_every": 2, "learning_rate": 1e-3}  # of 4 triples, 7 steps
+
+
+def assert_equal_runs(found, expected):
+    """Curve, targets and weights: of (result, model) here, and of one process."""
+    for name in ("curve", "targets"):
+        here, there = (
+            getattr(result, name).drop(columns="seconds", errors="ignore")
+            for result in (found, expected)
+        )
+        np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert (found.kept_step, found.stop_step) == (expected.kept_step, expected.stop_step)
+    for which, state in expected.states.items():
+        for name, value in state.items():
+            if name.endswith("key.bias"):  # has no gradient but rounding errors, which Adam scales
+                continue
+            np.testing.assert_allclose(found.states[which][name], value, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"loss": "softmax", "target": None, "in_batch": True}],
+    ids=["margins", "softmax"],
+)
+def test_a_run_on_two_processes_is_that_of_one(material, tmp_path, values):  # noqa: F811
+    """The batch, its loss and targets are the same; only the first process evaluates."""
+    settings = {**BATCHES, **values}
+    _, alone = run(material, tmp_path / "alone", measured, **settings)
+
+    def work(rank):
+        evaluator = measured if rank == 0 else Script(then=sys.exit)
+        return run(material, tmp_path / "two", evaluator, **settings)[1]
+
+    both = on_ranks(2, work)
+    assert not [found for found in both if isinstance(found, str)]
+    for found in both:
+        assert_equal_runs(found, alone)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(material, tmp_path):  # noqa: F811
+    settings = {**BATCHES, "checkpoint_every": 3}
+    _, alone = run(material, tmp_path / "alone", measured, **settings)
+
+    def fails(model):
+        if fails.calls == 2:  # at step 4, after the checkpoint
+            raise InterruptedError("no power")
+        fails.calls += 1
+        return measured(model)
+
+    fails.calls = 0
+    errors = on_ranks(2, lambda rank: run(material, tmp_path / "two", fails, **settings)[1])
+    assert "rank 0: InterruptedError" in errors[0]
+    assert errors[1].startswith("rank 1: ")  # it does not wait for ever
+    assert newest_checkpoint(tmp_path / "two").name == "checkpoint-3"
+    _, resumed = run(material, tmp_path / "two", measured, **settings)
+    assert_equal_runs(resumed, alone)
+
+
+def test_batches_that_cannot_be_shared_are_refused(material, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(TrainingError, match="batches of 4 triples, which 3 processes cannot share"):
+        run(material, tmp_path, Script())

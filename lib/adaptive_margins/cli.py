@@ -76,9 +76,16 @@ def reproduce(
 
     An interrupted call is resumed.
     """
+    from adaptive_margins import distributed
     from adaptive_margins.book.build import build
     from adaptive_margins.data.ir_datasets import ACCEPT_VARIABLE
 
+    distributed.start()
+    if distributed.processes() > 1 and not (runs_only or run):
+        raise typer.BadParameter(
+            "several processes (torchrun) compute runs, not the book; add --runs-only or --run ID,"
+            " and build the book afterwards with one process"
+        )
     if accept_licence:
         os.environ[ACCEPT_VARIABLE] = "all"
     reproduction = _open(profile)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, softplus
+from torch.nn.functional import softplus
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -226,22 +226,6 @@ def _check_embeddings(query: Tensor, positive: Tensor, negative: Tensor) -> None
         raise ValueError(f"shapes are {shapes}; expected one (B, D) for all, B and D at least 1")
 
 
-def gathered(vectors: Tensor) -> Tensor:
-    """Rows (B, D) of all processes in the order of their ranks, with gradients.
-
-    B may differ, D and the type may not. Without `torch.distributed`, the rows as they are.
-    """
-    from sentence_transformers.util import all_gather, all_gather_with_grad, get_world_size
-
-    if get_world_size() == 1:
-        return vectors
-    sizes = all_gather(torch.tensor([len(vectors)], device=vectors.device))
-    longest = int(sizes.max())  # gathered tensors have one shape
-    rows = all_gather_with_grad(pad(vectors, (0, 0, 0, longest - len(vectors))))
-    there = torch.arange(longest, device=vectors.device) < sizes[:, None]
-    return rows[there.flatten()]
-
-
 class MarginLoss(nn.Module):
     """`margin_loss` for the trainer of Sentence Transformers.
 
@@ -331,6 +315,8 @@ class MarginLoss(nn.Module):
                 "expected 3: query, positive, negative"
             )
         if self.gather_across_devices:
+            from adaptive_margins.distributed import gathered
+
             embeddings = [gathered(vectors) for vectors in embeddings]
         return margin_loss(*embeddings, **{name: getattr(self, name) for name in _SETTINGS})
 

@@ -27,6 +27,7 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 
 from adaptive_margins.checkpoints import COMPLETE, Progress, newest_checkpoint, to_disk
 from adaptive_margins.data.stored import seeded_order
+from adaptive_margins.distributed import is_first, processes, shared, wait
 from adaptive_margins.encoder.load import quiet
 from adaptive_margins.encoder.speed import batcher
 from adaptive_margins.encoder.tokens import Tokens
@@ -98,6 +99,7 @@ class _Callback(TrainerCallback):
         self.best_state: dict[str, Tensor] = {}
         self.best: Evaluation | None = None
         self.last: Evaluation | None = None
+        self.evaluated: Evaluation | None = None  # in the first process, until it is recorded
         self._process = psutil.Process()
         self._since = time.perf_counter()
 
@@ -108,13 +110,12 @@ class _Callback(TrainerCallback):
             setattr(self.progress, name, getattr(self.progress, name) + now - self._since)
         self._since = now
 
-    def evaluate(self, step: int, known: Evaluation | None = None) -> Evaluation:
-        """Evaluate the model (or take a ``known`` evaluation), and remember it if it is the best.
+    def record(self, step: int, evaluation: Evaluation) -> None:
+        """Record an evaluation of the model, and remember it if it is the best.
 
         Of equal ones, the first is the best. Only the best and the last evaluation are referred to:
         an evaluator may return large ones, with their rankings.
         """
-        evaluation = known or self.evaluator(self.model)
         progress, patience = self.progress, self.config.patience
         value = evaluation.mean[self.config.selection]
         gained = not progress.evaluations or value > progress.best_value
@@ -137,7 +138,6 @@ class _Callback(TrainerCallback):
             }
         )
         self.last = evaluation
-        return evaluation
 
     def read_records(self) -> None:
         """Fetch the records of the steps from the device. Raises TrainingError for a bad loss."""
@@ -185,6 +185,7 @@ class _Callback(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
+        self.record(state.global_step, _told(self.evaluated))
         self.timer("eval_seconds")
         self._report()
         if self.config.stop_early and self.progress.stopped_step:
@@ -196,8 +197,14 @@ class _Callback(TrainerCallback):
         self.timer(None)
 
 
+def _told(evaluation: Evaluation | None) -> Evaluation:
+    """The first process's evaluation: itself there, its measures in the others."""
+    measures = shared((evaluation.mean, evaluation.per_query) if evaluation else ({}, {}))
+    return evaluation or Evaluation(*measures)
+
+
 class _Evaluator(SentenceEvaluator):
-    """The trainer's view of the evaluation."""
+    """The trainer's view of the evaluation; it calls this in the first process."""
 
     def __init__(self, callback: _Callback) -> None:
         super().__init__()
@@ -206,7 +213,8 @@ class _Evaluator(SentenceEvaluator):
     def __call__(
         self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
     ) -> dict[str, float]:
-        return dict(self.callback.evaluate(steps).mean)
+        self.callback.evaluated = self.callback.evaluator(model)
+        return dict(self.callback.evaluated.mean)
 
 
 class _Trainer(SentenceTransformerTrainer):
@@ -251,8 +259,10 @@ class _Trainer(SentenceTransformerTrainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-            to_disk(folder.iterdir())  # all of it, before the marker
-            (folder / COMPLETE).touch()
+            wait()  # for the others' random states
+            if is_first():
+                to_disk(folder.iterdir())  # all of it, before the marker
+                (folder / COMPLETE).touch()
         except (
             OSError,
             SafetensorError,
@@ -330,11 +340,12 @@ def train(
     order = seeded_order(len(triples), config.seed) if order is None else order
     _check_triples(config, triples, order, in_batch)
     callback = _Callback(config, model, evaluator, folder, checkpoint_every, on_check, in_batch)
-    checkpoint = newest_checkpoint(folder)
-    callback.progress.load(checkpoint)
+    checkpoint = _resumed(callback.progress, folder)
     if checkpoint is None:
         callback.timer(None)
-        callback.evaluate(0, initial)
+        if initial is None and is_first():
+            initial = evaluator(model)
+        callback.record(0, _told(initial if is_first() else None))
         callback.timer("eval_seconds")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # of earlier runs in this process
@@ -358,9 +369,25 @@ def train(
     return _result(callback, callback.progress.stopped_step or trainer.state.global_step)
 
 
+def _resumed(progress: Progress, folder: Path) -> Path | None:
+    """The checkpoint to go on from, if there is one; its progress is loaded."""
+    checkpoint = shared(newest_checkpoint(folder) if is_first() else None)
+    if is_first():
+        progress.load(checkpoint)  # removes what was written after the checkpoint
+    wait()
+    if not is_first():
+        progress.load(checkpoint)
+    return checkpoint
+
+
 def _check_triples(
     config: TrainingRun, triples: Dataset, order: np.ndarray, in_batch: InBatchTeacher | None
 ) -> None:
+    if config.batch_size % processes():
+        raise TrainingError(
+            f"run {config.run_id} has batches of {config.batch_size} triples, which"
+            f" {processes()} processes cannot share evenly; start another number of them"
+        )
     if config.steps * config.batch_size > len(order) or not config.steps:
         raise TrainingError(
             f"run {config.run_id} needs {config.triples} triples in batches of"
@@ -387,12 +414,13 @@ def _arguments(
     run_name: str,
 ) -> SentenceTransformerTrainingArguments:
     def batches(dataset: Dataset, batch_size: int, **_: Any) -> BatchSampler:
-        return BatchSampler(order[: config.steps * batch_size], batch_size, drop_last=True)
+        used = order[: config.steps * config.batch_size]
+        return BatchSampler(used, batch_size, drop_last=True)  # each process takes its share
 
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=config.batch_size // processes(),
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         optim=config.optimizer,

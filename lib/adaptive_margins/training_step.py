@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from adaptive_margins.data.stored import COLUMNS
+from adaptive_margins.distributed import gathered
 from adaptive_margins.encoder.embed import embed_chunks, length_chunks
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.losses import margin_loss
@@ -80,7 +81,8 @@ class RecordedLoss(nn.Module):
     def forward(self, chunks: Sequence[dict[str, Tensor]], rows: Any) -> Tensor:
         """The loss of a step from the features that `TripleCollator` makes."""
         rows, *teacher = rows if isinstance(rows, tuple) else (rows,)
-        query, positive, negative = embed_chunks(self.model, chunks, rows)
+        embeddings = embed_chunks(self.model, chunks, rows)
+        query, positive, negative = map(gathered, embeddings)  # the batch of all processes
         if self.config.loss == "margin-mse":
             loss = self._distilled(query, positive, negative, *teacher)
         else:
@@ -111,9 +113,11 @@ class RecordedLoss(nn.Module):
         self, query: Tensor, positive: Tensor, negative: Tensor, scores: Tensor, triples: np.ndarray
     ) -> Tensor:
         texts, similarity = (query, positive, negative), self.config.similarity
+        scores = gathered(scores.T).T
         if not self.config.in_batch:
             return margin_mse(*texts, *scores, similarity=similarity)
         assert self.in_batch is not None
         size = len(query)
+        triples = gathered(torch.from_numpy(triples.T).to(query.device)).T.cpu().numpy()
         across = self.in_batch(triples[0], triples[1:].reshape(-1))  # (B, 2B)
         return dual_margin_mse(texts, scores, across[:, :size], across[:, size:], similarity)

@@ -47,6 +47,7 @@ from adaptive_margins.corpus.settings import FinetuneError, Job, OnCheck, Settin
 from adaptive_margins.corpus.validation import DEPTH, SELECTION, Validation, gain
 from adaptive_margins.data.stored import COLUMNS
 from adaptive_margins.data.trec import Run
+from adaptive_margins.distributed import is_first, shared, wait
 from adaptive_margins.encoder.load import (
     default_device,
     encoder_identity,
@@ -123,8 +124,20 @@ def finetune(
         on_check=on_check,
         settings=settings or Settings.for_device(device),
     ).checked()
+    if not is_first():
+        _follow(job)
+        return Finetuned.load(job.output)
     with working_folder(job.output) as work:
-        return _finetune(job, work)
+        found = _finetune(job, work)
+    wait()
+    return found
+
+
+def _follow(job: Job) -> None:
+    """Train with the first process, which prepares and writes."""
+    encoder = open_encoder(job.model, device=job.device, seed=job.seed)
+    _train(job, *shared(None), encoder=encoder)
+    wait()
 
 
 def _finetune(job: Job, work: Path) -> Finetuned:
@@ -138,7 +151,7 @@ def _finetune(job: Job, work: Path) -> Finetuned:
     prepared = prepare(job, work, data, encoder, identity, stages)
     config = _config(job, data, encoder, identity, prepared)
     folder = work / f"training-{prepared.digest(config)}"
-    result = _train(job, config, encoder, prepared, folder)
+    result = _train(job, *shared((config, prepared, folder)), encoder=encoder)
     stages.seconds |= {"training": result.train_seconds, "validation": result.eval_seconds}
     with stages("ranking", "ranking the test queries"):
         difference, error = gain(result.checks, result.best_step)
@@ -222,7 +235,7 @@ def _config(
 
 
 def _train(
-    job: Job, config: TrainingRun, encoder: Any, prepared: Prepared, folder: Path
+    job: Job, config: TrainingRun, prepared: Prepared, folder: Path, *, encoder: Any
 ) -> TrainingResult:
     """Train the encoder in place; the selected checkpoint is loaded at the end."""
     validation, every = prepared.validation, config.evaluate_every

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from adaptive_margins.distributed import is_first, wait
 from adaptive_margins.files import home as default_home
 from adaptive_margins.paper.experiments import Experiments, find_run, fixed_runs
 from adaptive_margins.paper.frames import (
@@ -59,11 +60,13 @@ class Reproduction:
 
     def run_all(self) -> None:
         """Compute all runs of the profile that are missing."""
-        _ = self.inputs.collection
-        plan = self.plan()
-        done, total = int(plan.runs["done"].sum()), len(plan.runs)
-        time = "" if done == total else f"; the others take about {clock(plan.seconds)}"
-        say(f"profile {self.profile.name}: {done} of {total} runs are done{time}")
+        if is_first():
+            _ = self.inputs.collection
+            plan = self.plan()
+            done, total = int(plan.runs["done"].sum()), len(plan.runs)
+            time = "" if done == total else f"; the others take about {clock(plan.seconds)}"
+            say(f"profile {self.profile.name}: {done} of {total} runs are done{time}")
+        wait()
         with self.runner.workers():
             self.runner.ensure(fixed_runs(self.experiments))
             self.runner.ensure(self.experiments.table3_runs())

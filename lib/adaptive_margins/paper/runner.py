@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from adaptive_margins.data.trec import Run
+from adaptive_margins.distributed import is_first, processes, shared, wait
 from adaptive_margins.encoder.embed import embed, embed_shards
 from adaptive_margins.encoder.frozen import LoadedEncoder
 from adaptive_margins.encoder.load import save_encoder
@@ -84,9 +85,11 @@ class Runner:
     def ensure(self, configs: Iterable[R]) -> list[StoredRun[R]]:
         """Return the finished runs of ``configs``, in order; missing ones are computed first."""
         configs = list(configs)
-        missing = [c for c in dict.fromkeys(configs) if not self.store.has(c)]
+        missing = shared([c for c in dict.fromkeys(configs) if not self.store.has(c)])
         if missing:
-            self._prepare(missing)
+            if is_first():
+                self._prepare(missing)
+            wait()
             with self.workers():
                 self._compute(missing)
         return [self.store.get(c) for c in configs]
@@ -95,9 +98,10 @@ class Runner:
     def workers(self) -> Iterator[None]:
         """Worker processes with one thread each, shared by all calls of `ensure` in the block.
 
-        They start with the first missing run. With one worker, runs are computed in this process.
+        They start with the first missing run. With one worker, or under torchrun, runs are computed
+        in this process.
         """
-        if self.profile.workers == 1 or self._pool is not None:
+        if self.profile.workers == 1 or self._pool is not None or processes() > 1:
             yield
             return
         self._pool = ProcessPoolExecutor(
@@ -165,17 +169,16 @@ class Runner:
         computes the same run, this call waits for it and returns its result.
         """
         work = self.inputs.home / "cache" / "work" / config.run_id
-        with locked(work):
-            if self.store.has(config):
-                return self.store.get(config)
-            if isinstance(config, BM25Run):
-                return self._bm25(config)
-            assert isinstance(config, EncoderRun)
-            stored = self._encoder_run(config, work)
-            shutil.rmtree(work, ignore_errors=True)
-            return stored
+        with locked(work) if is_first() else nullcontext():
+            if not shared(self.store.has(config)):
+                if isinstance(config, TrainingRun) or is_first():
+                    self._compute_one(config, work)
+                if is_first():
+                    shutil.rmtree(work, ignore_errors=True)
+            wait()
+        return self.store.get(config)
 
-    def _bm25(self, config: Any) -> StoredRun[Any]:
+    def _bm25(self, config: BM25Run) -> None:
         runs: Rankings = {
             "rerank": {name: self.inputs.top_candidates(name) for name in config.rerank_sets},
             "full": {name: self.inputs.bm25_ranking(name) for name in config.test_sets},
@@ -185,9 +188,12 @@ class Runner:
             mode: {name: self._evaluate(run, name, measures[mode]) for name, run in sets.items()}
             for mode, sets in runs.items()
         }
-        return self.store.put(config, None, evaluations, runs)
+        self.store.put(config, None, evaluations, runs)
 
-    def _encoder_run(self, config: Any, work: Path) -> StoredRun[Any]:
+    def _compute_one(self, config: Any, work: Path) -> None:
+        """Train if the run is one, in all processes; evaluate, rank and store in the first."""
+        if isinstance(config, BM25Run):
+            return self._bm25(config)
         encoder = self.inputs.encoder(config.encoder)
         model = encoder.fresh()
         validate = functools.partial(self._rerank, encoder, config=config)
@@ -202,6 +208,8 @@ class Runner:
         if isinstance(config, TrainingRun):
             result = self._train(config, encoder, model, validate, work)
             selected = result.kept
+            if not is_first():
+                return
         else:
             selected = validate(model)
         # The selected evaluation has no ranking if it was read from a checkpoint or the store.
@@ -219,7 +227,7 @@ class Runner:
         save = None
         if isinstance(config, TrainingRun) and config.save_model:
             save = functools.partial(save_encoder, encoder.whole_with(model))
-        return self.store.put(config, result, evaluations, runs, extra=extra, save_model=save)
+        self.store.put(config, result, evaluations, runs, extra=extra, save_model=save)
 
     def _train(
         self, config: TrainingRun, encoder: LoadedEncoder, model: Any, validate: Any, work: Path

@@ -1,0 +1,79 @@
+"""Several processes that train a run together, as torchrun or ``accelerate launch`` start them.
+
+All of them execute the same calls. The first one, of rank 0, also evaluates, ranks and writes; what
+it found out and decided, it tells the others (`shared`), so that all of them take the same path.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from adaptive_margins import progress
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=7)
+"""How long processes wait for the first one, which may rank millions of passages meanwhile.
+
+If one ends with an error, torchrun ends the others at once."""
+
+
+def processes() -> int:
+    """How many processes torchrun or the like started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start() -> None:
+    """Connect the processes, if there are several and they are not; all but the first are quiet."""
+    if processes() == 1 or torch.distributed.is_initialized():
+        return
+    from accelerate import PartialState
+
+    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    if not is_first():
+        progress.quiet()
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def is_first() -> bool:
+    """Whether this process evaluates and writes; true where there is one."""
+    return processes() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+def shared(value: T) -> T:
+    """The first process's value, in all processes; they wait for it."""
+    if processes() == 1:
+        return value
+    start()
+    values = [value]
+    torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
+def wait() -> None:
+    """Wait until all processes are here."""
+    if processes() > 1:
+        start()
+        torch.distributed.barrier()
+
+
+def gathered(values: Tensor) -> Tensor:
+    """Rows (B, …) of all processes in the order of their ranks, with gradients if floating-point.
+
+    B may differ between them, other dimensions and the type may not.
+    """
+    from sentence_transformers.util import all_gather, get_world_size
+
+    if get_world_size() == 1:
+        return values
+    sizes = all_gather(torch.tensor([len(values)], device=values.device))
+    longest = int(sizes.max())  # what is gathered has one shape
+    filler = values.new_zeros(longest - len(values), *values.shape[1:])
+    rows = all_gather(torch.cat([values, filler]), with_grad=values.is_floating_point())
+    there = torch.arange(longest, device=values.device) < sizes[:, None]
+    return rows[there.flatten()]
