@@ -186,6 +186,7 @@ class _Callback(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         self.record(state.global_step, _told(self.evaluated))
+        self.evaluated = None
         self.timer("eval_seconds")
         self._report()
         if self.config.stop_early and self.progress.stopped_step:
@@ -343,9 +344,7 @@ def train(
     checkpoint = _resumed(callback.progress, folder)
     if checkpoint is None:
         callback.timer(None)
-        if initial is None and is_first():
-            initial = evaluator(model)
-        callback.record(0, _told(initial if is_first() else None))
+        callback.record(0, _told((initial or evaluator(model)) if is_first() else None))
         callback.timer("eval_seconds")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # of earlier runs in this process
