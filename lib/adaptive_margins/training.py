@@ -429,6 +429,7 @@ def _arguments(
         fp16=config.precision == "fp16",
         seed=config.seed,
         batch_sampler=batches,
+        dataloader_drop_last=processes() > 1,  # the trainer would set it, and say so
         logging_strategy="steps" if reporting else "no",
         logging_steps=max(1, min(10, config.steps // 20)) if reporting else 500,
         logging_nan_inf_filter=False,  # it reads the loss of every step; _Callback does so rarely
