@@ -76,12 +76,10 @@ def reproduce(
 
     An interrupted call is resumed.
     """
-    from adaptive_margins import distributed
     from adaptive_margins.book.build import build
     from adaptive_margins.data.ir_datasets import ACCEPT_VARIABLE
 
-    distributed.start()
-    if distributed.processes() > 1 and not (runs_only or run):
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (runs_only or run):
         raise typer.BadParameter(
             "several processes (torchrun) compute runs, not the book; add --runs-only or --run ID,"
             " and build the book afterwards with one process"

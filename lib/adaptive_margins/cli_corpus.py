@@ -117,10 +117,8 @@ def train(
     """
     with working(verbose, model):
         names = _measures(measures)
-        from adaptive_margins import distributed
         from adaptive_margins.corpus.finetune import finetune
 
-        distributed.start()
         found = finetune(
             path,
             output,

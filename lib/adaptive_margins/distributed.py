@@ -7,14 +7,11 @@ it found out and decided, it tells the others (`shared`), so that all of them ta
 from __future__ import annotations
 
 import os
-import sys
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from torch import Tensor
-
-from adaptive_margins import progress
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
@@ -28,16 +25,14 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def start() -> None:
-    """Connect the processes, if there are several and they are not; all but the first are quiet."""
+def _start() -> None:
+    """Connect the processes, if there are several and they are not connected."""
     if processes() == 1 or torch.distributed.is_initialized():
         return
-    from accelerate import PartialState
-
-    PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-    if not is_first():
-        progress.quiet()
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    on_gpus = torch.cuda.is_available()
+    if on_gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if on_gpus else "gloo", timeout=PATIENCE)
 
 
 def is_first() -> bool:
@@ -49,7 +44,7 @@ def shared(value: T) -> T:
     """The first process's value, in all processes; they wait for it."""
     if processes() == 1:
         return value
-    start()
+    _start()
     values = [value]
     torch.distributed.broadcast_object_list(values)
     return values[0]
@@ -58,7 +53,7 @@ def shared(value: T) -> T:
 def wait() -> None:
     """Wait until all processes are here."""
     if processes() > 1:
-        start()
+        _start()
         torch.distributed.barrier()
 
 

@@ -85,7 +85,7 @@ def working(verbose: bool = False, model: str = "") -> Iterator[None]:
     """
     offline(model)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    progress.quiet(not (verbose or sys.stderr.isatty()))
+    progress.quiet(_follows() or not (verbose or sys.stderr.isatty()))
     try:
         with warnings.catch_warnings(), redirect_stdout(sys.stderr):
             warnings.showwarning = _warn
@@ -124,16 +124,27 @@ def show(result: Mapping[str, Any], as_json: bool, text: str, written: Path | No
 
 
 def prepare_streams() -> None:
-    """Make the standard streams accept any text, and silence messages about caches."""
+    """Make the standard streams accept any text, and silence messages about caches.
+
+    Of several processes (torchrun), only the first one reports.
+    """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # it was closed
         pass
     os.close(descriptor)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if _follows():
+        progress.quiet()
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+
+def _follows() -> bool:
+    """Whether this is one of several processes, but not the first."""
+    return os.environ.get("RANK", "0") != "0"  # as `distributed.is_first`, without importing torch
 
 
 def forget_output() -> None:

@@ -136,7 +136,8 @@ def finetune(
 def _follow(job: Job) -> None:
     """Train with the first process, which prepares and writes."""
     encoder = open_encoder(job.model, device=job.device, seed=job.seed)
-    _train(job, *shared(None), encoder=encoder)
+    nothing: Any = None
+    _train(job, *shared(nothing), encoder=encoder)
     wait()
 
 
