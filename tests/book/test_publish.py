@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from bs4 import BeautifulSoup
 
 from adaptive_margins import __version__
 from adaptive_margins.book import publish, site
+from adaptive_margins.book.build import Site
 from adaptive_margins.book.execute import parameter_defaults
 from adaptive_margins.files import file_sha256
 
@@ -126,6 +131,109 @@ def test_archive_is_the_same_for_the_same_book(tmp_path):
         assert tar.getnames() == ["book-1/.nojekyll", "book-1/index.html"]
     (tmp_path / "html" / "index.html").touch()
     assert file_sha256(publish.archive(tmp_path / "html", first)) == digest
+
+
+WIDE = """<div class="am-tables"><style>#T_row0_col9 { font-weight: bold; }</style>
+<table><caption>Paper Table 7</caption>
+<thead><tr><th></th><th></th><th colspan="9">test1</th></tr></thead>
+<tbody><tr><th rowspan="2">MiniLM-3</th><th>static, <i>ε</i> = 0.2<details>OPENS</details></th>%s</tr>
+<tr><th>φ(d<sup>+</sup>), d⁺</th>%s</tr></tbody></table>
+<p class="am-note">†: equivalent &lt;here&gt;</p><ul><li>A note.</li></ul></div>"""
+CELL = "<td>0.%d<sup>†</sup><small>[−0.061, −0.025]</small></td>"
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+DRAWN = """<svg xmlns="http://www.w3.org/2000/svg" width="200" height="50">
+<text x="9" y="20" font-family="DejaVu Sans">A drawing of ε</text></svg>"""
+
+
+@pytest.fixture
+def small_book(tmp_path, monkeypatch):
+    """A checkout with three pages, and a home with its book, which has a page of HTML."""
+    source, executed = tmp_path / "source", tmp_path / "book" / "_executed"
+    for folder in (source / "book", source / "lib", executed / "receipts"):
+        folder.mkdir(parents=True)
+    (source / "_config.yml").write_text(CONFIG)
+    for name in ("references.bib", "bibliography.md"):
+        shutil.copy(ROOT / "book" / name, source / "book")
+    shutil.copytree(ROOT / "book" / "_static", source / "book" / "_static")
+    chapters = "".join(f"  - file: {name}\n" for name in ("tables", "bibliography"))
+    (source / "book" / "_toc.yml").write_text(
+        f"format: jb-book\nroot: index\nchapters:\n{chapters}"
+    )
+    (source / "book" / "drawn.svg").write_text(DRAWN)
+    (source / "book" / "index.md").write_text(
+        "# Small\n\n{cite:t}`gienapp2025`, {doc}`tables`.\n\n```{figure} drawn.svg\nRedrawn.\n```\n"
+        "\n:::{dropdown} All runs\nOPENS\n:::\n\n| a | b |\n| --- | --- |\n| ✓ | x⁻ − 1 |\n"
+    )
+    rows = tuple(CELL.replace("%d", str(n)) * 9 for n in (123, 987))
+    shown = [
+        {"text/html": WIDE % rows, "text/latex": "WRONG"},
+        {"text/html": "WRONG", "image/png": PIXEL},
+    ]
+    outputs = [nbformat.v4.new_output("display_data", data=data) for data in shown]
+    cells = [nbformat.v4.new_markdown_cell("# Tables")]
+    cells += [nbformat.v4.new_code_cell("shown()", outputs=[output]) for output in outputs]
+    kernel = {"name": "python3", "display_name": "Python"}
+    about = {"kernelspec": kernel, "language_info": {"name": "python", "pygments_lexer": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=about)
+    nbformat.write(notebook, executed / "tables.ipynb")
+    (executed / "receipts" / "tables.json").write_text('{"finished": "2026-01-02T03:04:05Z"}')
+    monkeypatch.setenv("ADAPTIVE_MARGINS_HOME", str(tmp_path))
+    (tmp_path / "_build").mkdir()
+    page(tmp_path / "_build" / "html", "index.html", site.footer("", ""))
+    return source, tmp_path / "_build" / "html"
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("latexmk", "xelatex", "rsvg-convert", "pdftotext"))),
+    reason=f"needs pdftotext (poppler-utils) and what {publish.INSTALL} installs",
+)
+def test_pdf_has_figures_wide_tables_and_signs(small_book, tmp_path):
+    source, built = small_book
+    book = Site(tmp_path, "")
+    book.stage(source)
+    (built.parent / "receipt.json").write_text(json.dumps({"inputs": book.book_inputs()}))
+    publish.add_pdf(source, built)
+    assert publish.problems(built) == []
+    assert '<a href="adaptive-margins.pdf">PDF</a>' in (built / "index.html").read_text()
+    assert not book.staged.exists()
+    command = ["pdftotext", "-bbox", built / "adaptive-margins.pdf", "-"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    shown = BeautifulSoup(done.stdout, "html.parser")
+    text = " ".join(word.get_text() for word in shown("word"))
+    for expected in (
+        "Version " + __version__,
+        "Results of 2026-01-02",
+        "A drawing of ε",
+        "Paper Table 7",
+        "[−0.061, −0.025]",
+        "equivalent <here>",
+        "A note.",
+        "Gienapp",
+        "[1]",
+        *"ε†✓φ−⁺⁻",
+    ):
+        assert expected in text.replace("\xa0", " "), expected
+    assert text.count("0.987") == 9 and text.count("MiniLM-3") == 1
+    assert not re.search(r"OPENS|WRONG|\?\?|</|\\\w", text)
+    for sheet in shown("page"):
+        right = max(float(word["xmax"]) for word in sheet("word"))
+        assert right < float(sheet["width"]) - 50, right  # within the margin of 2 cm
+
+
+def test_without_latex_one_sentence_says_what_to_install(tmp_path, monkeypatch, capsys):
+    page(tmp_path / "html", "index.html", site.footer("", ""))
+    monkeypatch.setattr(publish, "which", lambda name: None)
+    publish.add_pdf(ROOT, tmp_path / "html")
+    assert capsys.readouterr().err.count("apt install --no-install-recommends latexmk") == 1
+    assert "PDF" not in (tmp_path / "html" / "index.html").read_text()
+
+
+def test_pdf_is_not_of_another_book(small_book, monkeypatch):
+    source, built = small_book
+    monkeypatch.setattr(publish, "which", str)
+    with pytest.raises(SystemExit, match="have changed since the book was built; type: make book"):
+        publish.add_pdf(source, built)
 
 
 def test_without_a_book_the_command_is_named(tmp_path, monkeypatch):

@@ -47,6 +47,8 @@ WORKERS = 2
 """Notebooks executed at a time. They read results rather than compute, so memory sets the limit."""
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+_BUILD = [str(Path(sysconfig.get_path("scripts")) / "jupyter-book"), "build", "book"]
+_BUILD += ["-n", "-W", "--keep-going", "--config", "_config.yml", "--path-output", ".", "--builder"]
 _UNFINISHED = ("*.running.ipynb", "*.failed.ipynb")
 
 
@@ -334,21 +336,7 @@ class Site:
             return index
         say("[book] building")
         started = time.monotonic()
-        command = [str(Path(sysconfig.get_path("scripts")) / "jupyter-book"), "build", "book"]
-        command += ["-n", "-W", "--keep-going", "--config", "_config.yml"]
-        command += ["--path-output", "."]
-        log = self.pages / "book.log"
-        with log.open("w") as file:
-            done = subprocess.run(
-                command, cwd=partial, stdout=file, stderr=subprocess.STDOUT, check=False
-            )
-        if done.returncode or not (partial / "_build" / "html" / "index.html").is_file():
-            shutil.rmtree(partial, ignore_errors=True)
-            text = log.read_text().replace(f"{partial}/", "")
-            lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
-            found = [x for x in lines if re.search("WARNING|ERROR|rror:", x)] or lines[-20:]
-            message = ["the book did not build:", *found[:40], f"all of it: {log}"]
-            raise BuildError("\n".join(message))
+        self._run([*_BUILD, "html"], partial / "_build" / "html" / "index.html")
         receipt = json.dumps({"inputs": inputs}) + "\n"
         write_text(partial / "_build" / "receipt.json", receipt)
         shutil.rmtree(built, ignore_errors=True)
@@ -356,6 +344,30 @@ class Site:
         shutil.rmtree(partial)
         say(f"[book] built in {clock(time.monotonic() - started)}. Open {index}")
         return index
+
+    def build_pdf(self, target: Path) -> None:
+        """Build the PDF of `staged`, which is removed."""
+        text = self.staged / "_build" / "latex" / f"{web.PDF}.tex"
+        self._run([*_BUILD, "latex"], text)
+        latexmk = ["env", "SOURCE_DATE_EPOCH=0", "latexmk", "-cd", "-xelatex", "-halt-on-error"]
+        made = text.with_suffix(".pdf")
+        self._run([*latexmk, "-interaction=nonstopmode", str(text)], made)
+        made.replace(target)
+        shutil.rmtree(self.staged)
+
+    def _run(self, command: list[str], result: Path) -> None:
+        log = self.pages / "book.log"
+        with log.open("w") as file:
+            done = subprocess.run(
+                command, cwd=self.staged, stdout=file, stderr=subprocess.STDOUT, check=False
+            )
+        if done.returncode or not result.is_file():
+            text = log.read_text(errors="replace").replace(f"{self.staged}/", "")
+            shutil.rmtree(self.staged, ignore_errors=True)
+            lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+            found = [x for x in lines if re.search("WARNING|ERROR|rror:|^!", x)] or lines[-20:]
+            message = ["the book did not build:", *found[:40], f"all of it: {log}"]
+            raise BuildError("\n".join(message))
 
 
 @cache

@@ -1,4 +1,4 @@
-"""`make publish`: check the built book, add notebooks that install the library, archive it."""
+"""`make publish`: add a PDF and notebooks that install the library, check the book, archive it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ import subprocess
 import tarfile
 from html.parser import HTMLParser
 from pathlib import Path
+from shutil import which
 from urllib.parse import unquote, urlparse
 
 import nbformat
 import yaml
 
 from adaptive_margins import __version__
+from adaptive_margins.book.build import Site
 from adaptive_margins.book.edition import BOOK
-from adaptive_margins.book.site import configure
-from adaptive_margins.files import file_sha256, home
+from adaptive_margins.book.site import CITE, PDF, configure
+from adaptive_margins.errors import AdaptiveMarginsError
+from adaptive_margins.files import file_sha256, home, locked, read_object
 from adaptive_margins.progress import say
 
 LEFTOVERS = re.compile(
@@ -26,6 +29,10 @@ LEFTOVERS = re.compile(
 )
 """What a page shows if something went wrong: errors, empty values, unresolved references."""
 
+INSTALL = (
+    "apt install --no-install-recommends latexmk texlive-latex-recommended texlive-latex-extra"
+    " texlive-fonts-recommended texlive-xetex fonts-freefont-otf tex-gyre librsvg2-bin"
+)
 _LINKS = {"a": "href", "link": "href", "img": "src", "script": "src", "iframe": "src"}
 _EMPTY = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 _NOT_READ = {"script", "style", "pre", "code"}
@@ -108,6 +115,25 @@ def add_notebooks(source: Path, site: Path, repository: str) -> None:
     (site / "binder" / "runtime.txt").write_text("python-3.11\n")
 
 
+def add_pdf(source: Path, site: Path) -> None:
+    """Make the PDF of a built book that has none yet, and link it in the footer of each page."""
+    if (made := site / f"{PDF}.pdf").is_file():
+        return
+    if absent := [name for name in ("latexmk", "xelatex", "rsvg-convert") if not which(name)]:
+        say(f"[book] no PDF, for want of {', '.join(absent)}; on Debian and Ubuntu: {INSTALL}")
+        return
+    with locked(site.parent, wait=False):
+        book = Site(home(), "")
+        book.stage(source)
+        if read_object(site.parent / "receipt.json").get("inputs") != book.book_inputs():
+            raise SystemExit("the pages have changed since the book was built; type: make book")
+        say("[book] making the PDF")
+        book.build_pdf(made)
+    for page in site.glob("*.html"):
+        text = page.read_text("utf-8")
+        page.write_text(text.replace(CITE, f'{CITE} · <a href="{made.name}">PDF</a>'), "utf-8")
+
+
 def archive(site: Path, target: Path) -> Path:
     """Pack a built book into ``target`` (.tar.gz), with a checksum next to it, and return it.
 
@@ -143,6 +169,10 @@ def main() -> None:
     config = yaml.safe_load(configure((source / "_config.yml").read_text("utf-8"), ""))
     if repository := config.get("repository", {}).get("url"):
         add_notebooks(source, site, repository)
+    try:
+        add_pdf(source, site)
+    except AdaptiveMarginsError as error:
+        raise SystemExit(f"{error}\nThe PDF needs: {INSTALL}") from None
     if found := problems(site):
         raise SystemExit("\n".join([f"{len(found)} problems in {site}:", *found]))
     say(f"[book] archived as {archive(site, built / f'adaptive-margins-{__version__}.tar.gz')}")

@@ -24,6 +24,10 @@ SITE_VARIABLE = "ADAPTIVE_MARGINS_SITE"
 REPOSITORY_VARIABLE = "ADAPTIVE_MARGINS_REPOSITORY"
 ABOUT = ("CHANGELOG.md", "CITATION.cff", "LICENSE")
 """Files of a checkout that pages show."""
+CITE = '<a href="cite.html">Cite</a>'
+"""In the footer of each page."""
+PDF = "adaptive-margins"
+"""The name of the book as LaTeX and PDF."""
 
 _UNUSED = ("*.map", "*.ttf", "*.LICENSE.txt", "fontawesome.js", "all-packages.js")
 _MATHJAX = ("tex-chtml.js", "input/tex/extensions", "output/chtml/fonts/woff-v2")
@@ -60,6 +64,7 @@ def configure(text: str, date: str, values: Mapping[str, Any] | None = None) -> 
         config.pop("launch_buttons", None)
         config.pop("repository")
     html["extra_footer"] = footer(repository["url"], date)
+    options |= {"release": __version__, "today": date and f"Results of {date}"}
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 
@@ -69,7 +74,7 @@ def footer(repository: str, date: str) -> str:
         f'<a href="updates.html">Version {__version__}</a>',
         f"results of {date}" if date else "",
         '<a href="cite.html#licence">MIT licence</a>',
-        '<a href="cite.html">Cite</a>',
+        CITE,
         f'<a href="{escape(repository)}">Sources</a>' if repository else "",
     ]
     return f"<p>{' · '.join(filter(None, parts))}</p>"
