@@ -123,7 +123,7 @@ def _table(element: Tag) -> nodes.table:
                 below[column] -= 1
                 column += 1
                 row += nodes.entry()
-            wide, high = (int(str(cell.get(name, 1))) for name in ("colspan", "rowspan"))
+            wide, high = (int(str(cell.get(name, "1"))) for name in ("colspan", "rowspan"))
             below[column] = high - 1
             column += wide
             text = [nodes.paragraph("", "", *_inline(cell))] if cell.get_text().strip() else []
