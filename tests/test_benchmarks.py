@@ -218,5 +218,5 @@ def test_the_page_on_trainings_counts_and_averages():
     means = next(line for line in lines if line[:3] == ["Zoo, MiniLM", "nDCG@10", "90"])
     assert means[3:] == ["0.400", "0.407", "0.300", "0.500", "2 of 3"]
     each = [line for line in lines if line[0] == "Zoo, MiniLM" and line[2] == "2,048"]
-    assert each[0][3:] == ["+0.050 [+0.040, +0.060]", "0.012, 0.250", "better", "better", "1:05"]
-    assert each[2][3:6] == ["original kept", "", ""]
+    assert each[0][3:] == ["+0.050 [+0.040, +0.060]", "better", "better", "1:05"]
+    assert each[2][3:5] == ["original kept", ""]

@@ -283,14 +283,12 @@ def test_downloads_are_the_data(html, smoke_home):
     assert linked == {f.name for f in data.glob("*.csv")}
 
 
-def test_text_under_figure4_has_the_maximum_of_the_data(html, smoke, csv):
+def test_text_under_figure4_counts_the_curves_that_still_rise(html, smoke, csv):
     frame = csv("figure4")
-    measure, encoder = smoke.profile.measures.selection, smoke.profile.reference_encoder
+    best = frame[frame["maximum"] & (frame["measure"] == smoke.profile.measures.selection)]
     text = " ".join(article(html("03_adaptive_targets")).get_text(" ").split())
-    best = frame[frame["maximum"] & (frame["measure"] == measure) & (frame["encoder"] == encoder)]
-    for one in best.to_dict("records"):
-        assert f"{one['value']:.3f}".removeprefix("0") in text
-        assert f"after {one['triples']:,}" in text
+    rising = (best["triples"] == frame["triples"].max()).sum()
+    assert f"{rising} of {len(best)} curves are highest there" in text
 
 
 def test_provenance_lists_every_run_that_is_shown(html, smoke_home):
