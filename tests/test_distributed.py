@@ -49,16 +49,9 @@ def on_ranks(number: int, work) -> list[Any]:
     results, port = context.SimpleQueue(), str(free_port())
 
     def start(rank: int) -> None:
-        names = (
-            "RANK",
-            "LOCAL_RANK",
-            "WORLD_SIZE",
-            "LOCAL_WORLD_SIZE",
-            "MASTER_ADDR",
-            "MASTER_PORT",
-        )
-        values = (rank, rank, number, number, "127.0.0.1", port)
-        os.environ |= dict(zip(names, map(str, values), strict=True))
+        os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
+        os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(number))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         try:
             torch.distributed.init_process_group("gloo")
             results.put((rank, pickle.dumps(work(rank)), ""))
@@ -175,7 +168,7 @@ BATCHES = {"evaluate_every": 2, "learning_rate": 1e-3}  # of 4 triples, 7 steps
 
 
 def assert_equal_runs(found, expected):
-    """Curve, targets and weights: of (result, model) here, and of one process."""
+    """Curve, targets and weights of two results."""
     for name in ("curve", "targets"):
         here, there = (
             getattr(result, name).drop(columns="seconds", errors="ignore")

@@ -10,6 +10,7 @@ import typer
 from typer import Option
 
 from adaptive_margins import cli_corpus, terminal
+from adaptive_margins.distributed import processes
 from adaptive_margins.progress import printable
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def reproduce(
     from adaptive_margins.book.build import build
     from adaptive_margins.data.ir_datasets import ACCEPT_VARIABLE
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (runs_only or run):
+    if processes() > 1 and not (runs_only or run):
         raise typer.BadParameter(
             "several processes (torchrun) compute runs, not the book; add --runs-only or --run ID,"
             " and build the book afterwards with one process"

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)
@@ -25,14 +25,16 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _start() -> None:
-    """Connect the processes, if there are several and they are not connected."""
-    if processes() == 1 or torch.distributed.is_initialized():
-        return
-    on_gpus = torch.cuda.is_available()
-    if on_gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if on_gpus else "gloo", timeout=PATIENCE)
+def _connected() -> Any:
+    """`torch.distributed`, with the processes connected."""
+    import torch  # not above: commands ask for `processes` and `is_first`, and start fast
+
+    if not torch.distributed.is_initialized():
+        on_gpus = torch.cuda.is_available()
+        if on_gpus:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if on_gpus else "gloo", timeout=PATIENCE)
+    return torch.distributed
 
 
 def is_first() -> bool:
@@ -44,17 +46,15 @@ def shared(value: T) -> T:
     """The first process's value, in all processes; they wait for it."""
     if processes() == 1:
         return value
-    _start()
     values = [value]
-    torch.distributed.broadcast_object_list(values)
+    _connected().broadcast_object_list(values)
     return values[0]
 
 
 def wait() -> None:
     """Wait until all processes are here."""
     if processes() > 1:
-        _start()
-        torch.distributed.barrier()
+        _connected().barrier()
 
 
 def gathered(values: Tensor) -> Tensor:
@@ -62,6 +62,7 @@ def gathered(values: Tensor) -> Tensor:
 
     B may differ between them, other dimensions and the type may not.
     """
+    import torch
     from sentence_transformers.util import all_gather, get_world_size
 
     if get_world_size() == 1:

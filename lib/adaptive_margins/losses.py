@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from adaptive_margins.distributed import gathered
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
@@ -315,8 +317,6 @@ class MarginLoss(nn.Module):
                 "expected 3: query, positive, negative"
             )
         if self.gather_across_devices:
-            from adaptive_margins.distributed import gathered
-
             embeddings = [gathered(vectors) for vectors in embeddings]
         return margin_loss(*embeddings, **{name: getattr(self, name) for name in _SETTINGS})
 

@@ -19,6 +19,7 @@ from typing import Any
 import typer
 
 from adaptive_margins import progress
+from adaptive_margins.distributed import is_first
 from adaptive_margins.errors import AdaptiveMarginsError, ArgumentError
 from adaptive_margins.progress import printable
 
@@ -85,7 +86,7 @@ def working(verbose: bool = False, model: str = "") -> Iterator[None]:
     """
     offline(model)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    progress.quiet(_follows() or not (verbose or sys.stderr.isatty()))
+    progress.quiet(not is_first() or not (verbose or sys.stderr.isatty()))
     try:
         with warnings.catch_warnings(), redirect_stdout(sys.stderr):
             warnings.showwarning = _warn
@@ -133,18 +134,13 @@ def prepare_streams() -> None:
     os.close(descriptor)
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    if _follows():
+    if not is_first():
         progress.quiet()
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
-
-
-def _follows() -> bool:
-    """Whether this is one of several processes, but not the first."""
-    return os.environ.get("RANK", "0") != "0"  # as `distributed.is_first`, without importing torch
 
 
 def forget_output() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from adaptive_margins.data.stored import COLUMNS
-from adaptive_margins.distributed import gathered
+from adaptive_margins.distributed import gathered, processes
 from adaptive_margins.encoder.embed import embed_chunks, length_chunks
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.losses import margin_loss
@@ -118,6 +118,7 @@ class RecordedLoss(nn.Module):
             return margin_mse(*texts, *scores, similarity=similarity)
         assert self.in_batch is not None
         size = len(query)
-        triples = gathered(torch.from_numpy(triples.T).to(query.device)).T.cpu().numpy()
+        if processes() > 1:  # of one, they are on the host already
+            triples = gathered(torch.from_numpy(triples.T).to(query.device)).T.cpu().numpy()
         across = self.in_batch(triples[0], triples[1:].reshape(-1))  # (B, 2B)
         return dual_margin_mse(texts, scores, across[:, :size], across[:, size:], similarity)

@@ -234,6 +234,7 @@ def test_pdf_is_not_of_another_book(small_book, monkeypatch):
     monkeypatch.setattr(publish, "which", str)
     with pytest.raises(SystemExit, match="have changed since the book was built; type: make book"):
         publish.add_pdf(source, built)
+    assert not list(built.parents[1].glob(".book*"))
 
 
 def test_without_a_book_the_command_is_named(tmp_path, monkeypatch):

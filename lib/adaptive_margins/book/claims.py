@@ -33,7 +33,6 @@ from adaptive_margins.book.style import signed
 from adaptive_margins.paper import Reproduction
 
 UNTESTABLE, UNSEEN = "cannot be tested here", "cannot be seen here"
-OUTCOMES = ("supported", "not supported", "not decided", UNTESTABLE, UNSEEN)
 ANSWERS = {
     "supported": "Yes, within ±.05.",
     "not supported": "No.",
@@ -42,6 +41,7 @@ ANSWERS = {
     UNSEEN: "It cannot be seen here.",
 }
 """Outcome of a claim → the answer to what it asks."""
+OUTCOMES = tuple(ANSWERS)
 CHAPTERS = {
     "1": "11_at_convergence",
     "5.1": "02_static_targets",

@@ -141,12 +141,10 @@ def tested(profile: Profile, data: Path, committed: Path | None = None) -> dict[
     values = {"profiles": list(found), "long": edition.LONG.get(profile.name, "")}
     rows = claims.overview(found) if found else []
     answers = claims.answers(found) if found else []
-    drawn = {
-        f"{name}.svg": figures.svg(figure, name)
-        for first in list(found.values())[:1]
-        for name, narrow in (("claims", False), ("claims_narrow", True))
-        if (figure := claims.figure(first, narrow=narrow))
-    }
+    drawn = {}
+    for name, narrow in (("claims", False), ("claims_narrow", True)) if found else ():
+        if figure := claims.figure(next(iter(found.values())), narrow=narrow):
+            drawn[f"{name}.svg"] = figures.svg(figure, name)
     return {
         "answer.md": render("answer.md", answers=answers, drawn=bool(drawn), **values),
         "claims.md": render("claims.md", rows=rows, **values),

@@ -9,7 +9,7 @@ import subprocess
 import tarfile
 from html.parser import HTMLParser
 from pathlib import Path
-from shutil import which
+from shutil import rmtree, which
 from urllib.parse import unquote, urlparse
 
 import nbformat
@@ -128,6 +128,7 @@ def add_pdf(source: Path, site: Path) -> None:
         book = Site(home(), "")
         book.stage(source)
         if read_object(site.parent / "receipt.json").get("inputs") != book.book_inputs():
+            rmtree(book.staged)
             raise SystemExit("the pages have changed since the book was built; type: make book")
         say("[book] making the PDF")
         book.build_pdf(made)

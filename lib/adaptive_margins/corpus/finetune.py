@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import math
 import platform
 import shutil
@@ -124,13 +123,13 @@ def finetune(
         on_check=on_check,
         settings=settings or Settings.for_device(device),
     ).checked()
-    if not is_first():
+    if is_first():
+        with working_folder(job.output) as work:
+            _finetune(job, work)
+    else:
         _follow(job)
-        return Finetuned.load(job.output)
-    with working_folder(job.output) as work:
-        found = _finetune(job, work)
     wait()
-    return found
+    return Finetuned.load(job.output)
 
 
 def _follow(job: Job) -> None:
@@ -138,10 +137,9 @@ def _follow(job: Job) -> None:
     encoder = open_encoder(job.model, device=job.device, seed=job.seed)
     nothing: Any = None
     _train(job, *shared(nothing), encoder=encoder)
-    wait()
 
 
-def _finetune(job: Job, work: Path) -> Finetuned:
+def _finetune(job: Job, work: Path) -> None:
     """Prepare, train, rank, compare and write."""
     stages = Stages()
     identity = encoder_identity(job.model)  # an encoder that cannot be used is reported first
@@ -185,14 +183,12 @@ def _finetune(job: Job, work: Path) -> Finetuned:
     report["verdict"] = verdict(report)
     report["seconds"] = {name: round(seconds, 1) for name, seconds in stages.seconds.items()}
     report["versions"] = _versions()
-    report = json.loads(json.dumps(report))  # as it will be loaded again
     with _complete(job, work) as partial:
         save_encoder(encoder, partial)
         write_results(partial, report, result, runs, data.collection)
         if (folder / _TENSORBOARD).is_dir():
             shutil.copytree(folder / _TENSORBOARD, partial / _TENSORBOARD)
     say(report["verdict"])
-    return Finetuned(job.output, report)
 
 
 # ---- training and ranking ---------------------------------------------------------------------
