@@ -160,11 +160,11 @@ while not Path("go").exists():
 @pytest.mark.timeout(300)
 def test_a_failure_ends_the_build_although_other_notebooks_wait(site, tmp_path):
     folder = tmp_path / "notebooks"
-    first = write_notebook(folder / "01_error.ipynb", "raise ValueError('here')")
-    others = [write_notebook(folder / f"0{i}_waits.ipynb", "1 + 1") for i in range(2, 9)]
-    with pytest.raises(BuildError, match="01_error"):
-        site.execute([first, *others])
-    assert site.finished(others[-1]) is None
+    others = [write_notebook(folder / f"0{i}_waits.ipynb", "1 + 1") for i in range(1, 9)]
+    first = write_notebook(folder / "09_error.ipynb", "raise ValueError('here')")
+    with pytest.raises(BuildError, match="09_error"):
+        site.execute([*others, first])
+    assert site.finished(others[0]) is None
 
 
 def test_a_killed_build_leaves_nothing_that_counts_and_goes_on(site, tmp_path):

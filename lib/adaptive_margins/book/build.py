@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import subprocess
@@ -207,11 +208,12 @@ class Site:
                 min(WORKERS, len(pending)),
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=worker_settings,
-                initargs=({HOME_VARIABLE: str(self.home)},),
+                initargs=({HOME_VARIABLE: str(self.home), "OMP_NUM_THREADS": _threads()},),
             ) as pool,
             bar("executing notebooks", total=len(pending), unit="notebooks") as progress,
         ):
-            futures = {self._submit(pool, notebook): notebook for notebook in pending}
+            # The last notebooks train and rank by themselves: the longest start first.
+            futures = {self._submit(pool, notebook): notebook for notebook in reversed(pending)}
             for future in as_completed(futures):
                 if future.cancelled():
                     continue
@@ -368,6 +370,11 @@ class Site:
             found = [x for x in lines if re.search("WARNING|ERROR|rror:|^!", x)] or lines[-20:]
             message = ["the book did not build:", *found[:40], f"all of it: {log}"]
             raise BuildError("\n".join(message))
+
+
+def _threads() -> str:
+    """Threads of a kernel, so that `WORKERS` of them share the cores: more only wait."""
+    return os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 
 @cache
