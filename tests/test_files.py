@@ -17,15 +17,19 @@ import pytest
 import adaptive_margins
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import (
+    DamagedError,
     WriteError,
     atomic_file,
     atomic_folder,
+    check_folder,
     check_output,
     locked,
+    remove_damaged,
     working_folder,
+    write_checksums,
     write_text,
 )
-from conftest import in_child
+from conftest import flip, in_child
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path):
@@ -107,6 +111,46 @@ def test_a_text_that_cannot_be_written(tmp_path, monkeypatch):
     assert list(path.parent.iterdir()) == [path]
     with pytest.raises(WriteError, match=r"note\.json/below could not be written"):
         write_text(path / "below", "three")
+
+
+def test_checksums_are_those_of_sha256sum_and_find_every_change(tmp_path, capsys):
+    folder = tmp_path / "folder"
+    (folder / "model").mkdir(parents=True)
+    check_folder(folder)  # of an older version: it has none
+    for name in ("a.txt", "ä b.bin", "model/weights"):
+        (folder / name).write_bytes(name.encode() * 9)
+    (folder / ".hidden").touch()
+    write_checksums(folder)
+    listed = (folder / "SHA256SUMS").read_text().splitlines()
+    assert [line[66:] for line in listed] == ["a.txt", "model/weights", "ä b.bin"]
+    checked = subprocess.run(
+        ["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, check=True
+    )
+    assert checked.stdout.count(b": OK\n") == 3
+    check_folder(folder)
+    flip(folder / "model" / "weights")
+    for only in ("a.txt", "model", "ä b.bin"):
+        check_folder(folder, only=only)
+    for only in ("", "model/weights"):
+        with pytest.raises(
+            DamagedError, match=rf"model/weights .*SHA-256 \w{{64}}, .*{listed[1][:64]}"
+        ):
+            check_folder(folder, only=only)
+    flip(folder / "model" / "weights")  # back
+    for byte in range(0, 3 * 66, 6):
+        flip(folder / "SHA256SUMS", byte)
+        with pytest.raises(DamagedError):
+            check_folder(folder)
+        flip(folder / "SHA256SUMS", byte)
+    remove_damaged(folder)  # nothing is wrong
+    (folder / "a.txt").unlink()
+    with pytest.raises(DamagedError, match=r"a\.txt .*no such file, expected"):
+        check_folder(folder)
+    assert in_child(lambda: remove_damaged(folder)) == ""  # a worker trusts its parent
+    assert folder.is_dir()
+    remove_damaged(folder)
+    assert not folder.exists()
+    assert "a.txt" in capsys.readouterr().err
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -41,7 +42,7 @@ from adaptive_margins.paper.reproduction import Reproduction
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.profiles.encoders import EncoderSettings
 from adaptive_margins.training import TrainingError, train, trainable
-from conftest import die, in_child, kill_in, run_config
+from conftest import die, flip, in_child, kill_in, linked, run_config
 
 TRIPLES = 40
 
@@ -782,6 +783,39 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(uninterrupted, tmp_path, mome
     assert seconds == sorted(seconds)
 
 
+@pytest.mark.parametrize(
+    ("name", "resumed_from"),
+    [
+        ("checkpoint-8/optimizer.pt", 6),
+        ("checkpoint-8/model.safetensors", 6),
+        ("checkpoint-8/COMPLETE", 6),
+        ("progress/8.json", 6),
+        ("progress/6.json", None),  # both checkpoints need it
+    ],
+)
+def test_a_damaged_checkpoint_is_not_resumed_from(
+    uninterrupted, tmp_path, capsys, name, resumed_from
+):
+    go, (expected_model, expected) = uninterrupted
+    folder = tmp_path / "run"
+
+    def killed():
+        kill_in(training._Trainer, "training_step", 9)
+        go(folder)
+
+    assert in_child(killed) == "died"
+    checked = ["sha256sum", "--strict", "-c", "--quiet", COMPLETE]
+    subprocess.run(checked, cwd=folder / "checkpoint-8", check=True)
+    flip(folder / name, 30)
+    checkpoint = newest_checkpoint(folder)
+    assert (checkpoint and checkpoint.name) == (resumed_from and f"checkpoint-{resumed_from}")
+    assert "was changed or damaged" in capsys.readouterr().err
+    model, result = go(folder)
+    same(trainable(model), trainable(expected_model))
+    pd.testing.assert_frame_equal(result.targets, expected.targets)
+    assert result.kept == expected.kept
+
+
 def test_a_step_of_early_stopping_is_not_resumed_past(material, tmp_path):
     """Killed after it stopped but before it was stored, a run stops at the same step again."""
     values = {"evaluate_every": 2, "patience": 1, "checkpoint_every": 2}
@@ -862,8 +896,9 @@ def copy_home(home: Path, to: Path, without: set[str]) -> Path:
     """A home with the collection, caches and runs of another, some runs left out."""
     to.mkdir()
     for name in ("collections", "cache"):
-        shutil.copytree(home / name, to / name)
-    shutil.copytree(home / "runs", to / "runs", ignore=shutil.ignore_patterns(*without))
+        shutil.copytree(home / name, to / name, copy_function=linked)
+    left = shutil.ignore_patterns(*without)
+    shutil.copytree(home / "runs", to / "runs", ignore=left, copy_function=linked)
     return to
 
 

@@ -14,19 +14,25 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from adaptive_margins.files import DamagedError, check_folder, file_sha256
+from adaptive_margins.progress import say
+
 COMPLETE = "COMPLETE"
-"""The file that marks a checkpoint whose other files are on the disk."""
+"""The file that marks a checkpoint whose other files are on the disk; it has their checksums."""
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; incomplete ones are removed."""
-    complete = []
-    for checkpoint in folder.glob("checkpoint-*"):
-        if (checkpoint / COMPLETE).is_file():
-            complete.append(checkpoint)
-        else:
-            shutil.rmtree(checkpoint)
-    return max(complete, key=lambda c: int(c.name.rsplit("-", 1)[1]), default=None)
+    """The newest complete checkpoint; later ones that are incomplete or damaged are removed."""
+    steps = {int(c.name.rsplit("-", 1)[1]): c for c in folder.glob("checkpoint-*")}
+    for _, checkpoint in sorted(steps.items(), reverse=True):
+        try:
+            check_folder(checkpoint, COMPLETE)
+            if (checkpoint / COMPLETE).is_file():
+                return checkpoint
+        except DamagedError as error:
+            say(f"{error}; it is removed, and an earlier checkpoint is tried", always=True)
+        shutil.rmtree(checkpoint)
+    return None
 
 
 def to_disk(files: Iterable[Path]) -> None:
@@ -42,12 +48,14 @@ class Progress:
 
     The lists grow with the run. Each checkpoint writes what is new in them to a file of its own in
     ``folder``, so that a checkpoint costs the same at any step; the other values are saved with it.
+    ``checksums`` are those of these files, by their paths from a checkpoint.
     """
 
     folder: Path
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     similarities: list[list[float]] = field(default_factory=list)
     written: tuple[int, int] = (0, 0)
+    checksums: dict[str, str] = field(default_factory=dict)
     best_step: int = 0
     best_value: float = -math.inf
     without_gain: int = 0
@@ -72,6 +80,7 @@ class Progress:
         file = self.folder / f"{step}.json"
         file.write_text(json.dumps(part))
         to_disk([file])
+        self.checksums[f"../{self.folder.name}/{file.name}"] = file_sha256(file)
         self.written = len(self.evaluations), len(self.similarities)
         (checkpoint / "progress.json").write_text(json.dumps(self._values()))
 

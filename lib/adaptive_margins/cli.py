@@ -44,9 +44,17 @@ def _open(profile: str) -> Reproduction:
 def plan(
     profile: Profile = "laptop",
     every: Annotated[bool, Option("--every", help="One line per run.")] = False,
+    check: Annotated[
+        bool,
+        Option("--check", help="Compare finished runs with their checksums; 1 if one differs."),
+    ] = False,
 ) -> None:
     """List a profile's runs: finished, or missing and why; time, disk, downloads. Computes none."""
-    print(printable(_open(profile).plan().text(every=every)))
+    reproduction = _open(profile)
+    print(printable(reproduction.plan().text(every=every)))
+    if check and (damaged := reproduction.store.damaged()):
+        print(*map(printable, damaged), "`reproduce` computes them again.", sep="\n")
+        raise typer.Exit(1)
 
 
 @app.command()

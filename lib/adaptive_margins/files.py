@@ -6,6 +6,7 @@ import errno
 import glob
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -22,12 +23,18 @@ import psutil
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.progress import say
 
+CHECKSUMS = "SHA256SUMS"
+"""The file of a folder's checksums, in the format of ``sha256sum``; ``sha256sum -c`` checks it."""
 HOME_VARIABLE = "ADAPTIVE_MARGINS_HOME"
 _NAME = 40  # characters of a name that a temporary one keeps; a file system allows 255 bytes
 
 
 class WriteError(AdaptiveMarginsError, OSError):
     """A file or folder that cannot be written; the message has the path and reason."""
+
+
+class DamagedError(AdaptiveMarginsError):
+    """A file that is missing or differs from its checksum; the message has both."""
 
 
 def check_output(path: Path, *, folder: bool = False) -> None:
@@ -104,7 +111,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a small UTF-8 file atomically; WriteError if it cannot be written."""
     try:
         with atomic_file(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise WriteError(
             f"{path} could not be written: {error.strerror or error}; its old content is unchanged"
@@ -201,6 +208,47 @@ def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path, name: str = CHECKSUMS, **known: str) -> None:
+    """Write the SHA-256 of each file in a folder and below it, but for hidden ones.
+
+    ``known`` adds checksums, by their files' paths from the folder.
+    """
+    paths = (file.relative_to(folder).as_posix() for file in folder.rglob("[!.]*"))
+    found = {path: file_sha256(folder / path) for path in paths if (folder / path).is_file()}
+    found.pop(name, None)  # an older one
+    lines = (f"{sha256}  {path}\n" for path, sha256 in sorted((found | known).items()))
+    write_text(folder / name, "".join(lines))
+
+
+def check_folder(folder: Path, name: str = CHECKSUMS, *, only: str = "") -> None:
+    """Compare a folder, or ``only`` one file, with its checksums; older versions wrote none.
+
+    Raises:
+        DamagedError: a file is missing or has changed.
+    """
+    sums = folder / name
+    lines = sums.read_text("utf-8", errors="replace").splitlines() if sums.is_file() else ()
+    for expected, _, path in (line.partition("  ") for line in lines):
+        if only in ("", path):
+            file = folder / (path or name)  # a damaged line has none
+            found = f"SHA-256 {file_sha256(file)}" if file.is_file() else "no such file"
+            if found != f"SHA-256 {expected}":
+                raise DamagedError(
+                    f"{file} was changed or damaged: {found}, expected SHA-256 {expected};"
+                    f" restore it from a copy, or delete {folder}"
+                )
+
+
+def remove_damaged(cache: Path) -> None:
+    """Remove a folder that differs from its checksums, with a message, to be computed again."""
+    try:
+        if multiprocessing.parent_process() is None:  # it has checked what its workers read
+            check_folder(cache)
+    except DamagedError as error:
+        say(f"{error}; it is removed and computed again", always=True)
+        shutil.rmtree(cache)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -33,6 +33,7 @@ from adaptive_margins.encoder.speed import batcher
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.errors import TrainingError as TrainingError
 from adaptive_margins.evaluation.measures import Evaluation
+from adaptive_margins.files import write_checksums
 from adaptive_margins.runs import TrainingRun
 from adaptive_margins.teachers import SCORES, InBatchTeacher
 from adaptive_margins.training_step import RecordedLoss, TripleCollator
@@ -263,12 +264,8 @@ class _Trainer(SentenceTransformerTrainer):
             wait()  # for the others' random states
             if is_first():
                 to_disk(folder.iterdir())  # all of it, before the marker
-                (folder / COMPLETE).touch()
-        except (
-            OSError,
-            SafetensorError,
-            RuntimeError,
-        ) as error:  # torch.save on a full disk: the last
+                write_checksums(folder, COMPLETE, **self.callback.progress.checksums)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: the last
             shutil.rmtree(folder, ignore_errors=True)
             raise TrainingError(
                 f"run {self.callback.config.run_id}: {folder} could not be written: {error}"

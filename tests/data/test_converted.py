@@ -398,7 +398,7 @@ def test_a_changed_folder_is_noticed(mini, into, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"{name}: file not found"):
             StoredCollection.load(folder)
         (folder / name).write_bytes(data)
-    for name in ("qrels.dl19.txt", "queries.train.tsv", "candidates.dl20.run.gz"):
+    for name in ("qrels.dl19.txt", "queries.train.tsv", "candidates.dl20.run.gz", "triples.arrow"):
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[:-2] + b"x" + data[-1:])
         with pytest.raises(DataError, match=f"{name}: SHA-256 is"):

@@ -16,7 +16,7 @@ from adaptive_margins.encoder.frozen import cached_states, hidden_states, put_ba
 from adaptive_margins.encoder.load import open_encoder, save_encoder
 from adaptive_margins.encoder.tokens import Tokens, tokenize
 from adaptive_margins.profiles.encoders import EncoderSettings
-from conftest import TEXTS, in_child, plain_embeddings
+from conftest import TEXTS, flip, in_child, plain_embeddings
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def refuse():
 def test_the_cache_is_computed_once_and_only_what_is_missing(bert, cache):
     tokens, folder = cache
     tables = cached_states(refuse, tokens, [1, 2], folder)
-    assert sorted(p.name for p in folder.iterdir()) == ["layer1.npy", "layer2.npy"]
+    assert sorted(p.name for p in folder.iterdir()) == ["SHA256SUMS", "layer1.npy", "layer2.npy"]
     expected = states_of(bert, tokens, [1, 2])
     for k in (1, 2):
         np.testing.assert_allclose(tables[k], expected[k], atol=1e-5)
@@ -117,9 +117,24 @@ def test_the_cache_is_computed_once_and_only_what_is_missing(bert, cache):
 def test_a_truncated_cache_says_what_to_do(cache, size):
     tokens, folder = cache
     path = folder / "layer1.npy"
+    (folder / "SHA256SUMS").unlink()  # as a cache of an older version
     os.truncate(path, path.stat().st_size - 1 if size < 0 else size)
     with pytest.raises(EncoderError, match=r"layer1\.npy .*delete it to compute it again"):
         cached_states(refuse, tokens, [1, 2], folder)
+
+
+@pytest.mark.parametrize("byte", [-1, 200])
+def test_a_damaged_cache_is_computed_again(bert, cache, capsys, byte):
+    tokens, folder = cache
+    expected = {
+        k: np.array(table) for k, table in cached_states(refuse, tokens, [1], folder).items()
+    }
+    cached_states(lambda: bert, tokens, [1, 0], folder)  # the older files are not hashed again
+    flip(folder / "layer1.npy", byte)
+    found = cached_states(lambda: bert, tokens, [1], folder)
+    assert np.array_equal(found[1], expected[1])
+    assert f"{folder / 'layer1.npy'} was changed" in capsys.readouterr().err
+    cached_states(refuse, tokens, [1], folder)
 
 
 def test_a_cache_of_other_texts_or_another_type_is_refused(cache):
@@ -130,6 +145,7 @@ def test_a_cache_of_other_texts_or_another_type_is_refused(cache):
         match=rf"layer1\.npy holds float32 of shape \({tokens.offsets[-1]}, 16\), expected",
     ):
         cached_states(refuse, shorter, [1], folder)
+    (folder / "SHA256SUMS").unlink()
     np.save(folder / "layer2.npy", np.zeros((tokens.offsets[-1], 16)))
     with pytest.raises(EncoderError, match=r"layer2\.npy .*float64.*delete it"):
         cached_states(refuse, tokens, [2], folder)

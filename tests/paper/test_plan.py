@@ -81,6 +81,7 @@ def test_the_plan_of_a_finished_home_and_of_an_unfinished_one(smoke, tmp_path):
     file = home / "runs" / done.run_id / "result.json"
     result = json.loads(file.read_text())
     file.write_text(json.dumps(result | {"versions": result["versions"] | {"torch": "1.0"}}))
+    (file.parent / "SHA256SUMS").unlink(missing_ok=True)
 
     plan = paper.open("smoke", home, workers=2).plan()
     runs = plan.runs.set_index("run_id")

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from adaptive_margins import paper
+from adaptive_margins import cli, paper
 from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.tokens import tokenize
+from adaptive_margins.files import write_checksums
 from adaptive_margins.paper import runner
 from adaptive_margins.paper.experiments import Experiments, fixed_runs
 from adaptive_margins.paper.inputs import Inputs
@@ -23,6 +24,7 @@ from adaptive_margins.paper.reproduction import Reproduction
 from adaptive_margins.paper.store import StoreError
 from adaptive_margins.profiles.load import load_profile
 from adaptive_margins.training import TrainingError
+from conftest import flip, linked
 
 
 def home_with(smoke, tmp_path, *names):
@@ -118,6 +120,42 @@ def test_cached_states_are_those_of_the_texts(smoke, tmp_path, query_sets):
     np.testing.assert_allclose(
         embed(loaded.model, loaded.queries), embed(loaded.whole, tokens), atol=1e-5
     )
+
+
+def test_damaged_runs_are_computed_again_by_reproduce(smoke, tmp_path, monkeypatch, capsys):
+    for name in ("cache", "collections", "runs"):
+        shutil.copytree(smoke.home / name, tmp_path / name, copy_function=linked)
+    config = smoke.experiments.training_run("minilm-3", target=0.25, in_batch=False, triples=16)
+    other = Reproduction(smoke.profile, tmp_path)
+    expected = other.runner.ensure([config])[0]
+    before = expected.path.stat().st_mtime_ns, expected.curve
+    monkeypatch.setattr("adaptive_margins.paper.reproduction.find_run", lambda *_: config)
+    assert other.run_one(config.run_id).path.stat().st_mtime_ns == before[0]
+    flip(expected.path / "curve.parquet")
+    monkeypatch.setenv("ADAPTIVE_MARGINS_HOME", str(tmp_path))
+    again = other.run_one(config.run_id)
+    assert again.path.stat().st_mtime_ns > before[0]
+    columns = [c for c in before[1] if c != "seconds"]
+    assert again.curve[columns].equals(before[1][columns])
+    assert f"run {config.run_id} is damaged: " in capsys.readouterr().err
+
+    # A run of the plan: `plan --check` names it.
+    bm25 = smoke.experiments.bm25_run()
+    folder = other.store.path(bm25)
+    write_checksums(folder)
+    for damaged in (False, True):
+        if damaged:
+            flip(folder / "result.json")
+        monkeypatch.setattr("sys.argv", ["x", "plan", "--profile", "smoke", "--check"])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        told = capsys.readouterr().out
+        assert (end.value.code, f"run {bm25.run_id} is damaged" in told) == (int(damaged), damaged)
+    aside = []
+    monkeypatch.setattr(other.runner, "ensure", aside.append)
+    monkeypatch.setattr(other.experiments, "table3_runs", list)
+    other.run_all()
+    assert bm25 in aside[0] and not other.store.has(bm25)
 
 
 def die(_):

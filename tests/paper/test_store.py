@@ -20,12 +20,12 @@ from pydantic import ValidationError
 
 from adaptive_margins import files
 from adaptive_margins.evaluation.measures import Evaluation
-from adaptive_margins.files import WriteError, home
+from adaptive_margins.files import CHECKSUMS, WriteError, home
 from adaptive_margins.paper import store as store_module
 from adaptive_margins.paper.store import Store, StoredRun, StoreError
 from adaptive_margins.runs import CODE_VERSION, BM25Run, TrainingRun, ZeroShotRun, read_run_config
 from adaptive_margins.training import TrainingResult
-from conftest import ENCODER_VALUES, RUN_VALUES, TRAINING_VALUES, die, in_child, run_config
+from conftest import ENCODER_VALUES, RUN_VALUES, TRAINING_VALUES, die, flip, in_child, run_config
 
 EVALUATION = Evaluation({"nDCG@10": 0.5}, {"nDCG@10": {"q1": 0.25, "q2": 0.75}})
 RUN = {"q1": {"d1": 0.1 + 0.2, "d2": 0.1}, "q2": {"d2": 1.0}}
@@ -70,8 +70,8 @@ def test_a_run_is_written_as_the_contract_says_and_read_back(store):
     stored = Store(store.folder).get(config)
     assert stored.path == store.path(config) == store.folder / config.run_id
     assert sorted(p.name for p in stored.path.iterdir()) == [
-        "checks.parquet", "config.json", "curve.parquet", "full.test1.run.gz", "model", "rerank.validation.run.gz", "result.json",
-        "targets.parquet",
+        "SHA256SUMS", "checks.parquet", "config.json", "curve.parquet", "full.test1.run.gz", "model",
+        "rerank.validation.run.gz", "result.json", "targets.parquet",
     ]  # fmt: skip
     assert stored.config == config
     assert stored.evaluation("rerank", "validation") == EVALUATION
@@ -340,6 +340,44 @@ def test_a_damaged_file_is_named_with_what_to_do(store, name, read, damage):
 
 
 @pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("curve.parquet", lambda r: r.curve),
+        ("result.json", lambda r: r.result),
+        ("full.test1.run.gz", lambda r: r.run("full", "test1")),
+        ("selected.safetensors", lambda r: r.weights()),
+    ],
+)
+def test_one_bit_is_noticed_named_and_set_aside(store, capsys, name, read):
+    """Most of these files would be read as if nothing had happened."""
+
+    def save(folder):
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"0123456789")
+
+    config = run_config(test_sets=("test1",), full_measures=("nDCG@10",), full_depth=9)
+    stored, other = put(store, config, save_model=save), put(store)
+    read(stored)
+    assert store.damaged() == []
+    flip(stored.path / name)
+    found = store.get(config)
+    with pytest.raises(StoreError, match=rf"{name} was changed.*delete the folder {stored.path}"):
+        read(found)
+    assert found.config == config  # other files are not read for it
+    assert f"{stored.path / name} was changed" in "".join(store.damaged())
+    assert store.damaged(other.run_id) == []
+    for _ in range(2):  # the second time there is one aside already
+        store.damaged(aside=True)
+        assert not store.has(config)
+        assert store.has(run_config())
+        aside = store.folder.parent / "cache" / "damaged" / config.run_id
+        assert f"{stored.path / name} was changed" in (said := capsys.readouterr().err)
+        assert f"moved to {aside} and computed again" in said
+        assert (aside / name).is_file()
+        flip(put(store, config, save_model=save).path / name)
+
+
+@pytest.mark.parametrize(
     "text", ["[]", "3", "{}", '{"rerank": 3}', '{"rerank": {"validation": {}}}']
 )
 def test_a_result_of_another_shape(store, text):
@@ -363,6 +401,7 @@ def test_a_configuration_from_another_version(store):
     stored = put(store)
     config = json.loads((stored.path / "config.json").read_text())
     (stored.path / "config.json").write_text(json.dumps({**config, "new_field": 1}))
+    (stored.path / CHECKSUMS).unlink()
     with pytest.raises(StoreError, match=r"config\.json cannot be read(.|\n)*new_field"):
         _ = store.get(run_config()).config
 

@@ -63,7 +63,7 @@ class StoredCollection(Collection):
 
     @classmethod
     def load(cls, folder: Path) -> StoredCollection:
-        """Open what `convert` wrote; file sizes are checked, and SHA-256s unless memory-mapped.
+        """Open what `convert` wrote; its files' sizes and SHA-256s are checked.
 
         Raises:
             FileNotFoundError: there is no such folder.
@@ -107,11 +107,6 @@ def _open(folder: Path, name: str, sources: dict[str, str], fingerprint: str) ->
         folder=folder,
         fingerprint=fingerprint,
     )
-
-
-def _unmapped_sha256(path: Path) -> str | None:
-    """SHA-256 of a file; None for one that is memory-mapped, which may be gigabytes large."""
-    return None if path.suffix in (".arrow", ".npy") else file_sha256(path)
 
 
 def fingerprint_of(collection: Collection, candidates: dict[str, Run]) -> str:
@@ -237,7 +232,7 @@ def _write_about(settings: IrDatasetsSettings, work: Path) -> str:
             **{name: len(texts) for name, texts in collection.queries.items()},
         },
         "files": {path.name: path.stat().st_size for path in files},
-        "sha256": {path.name: digest for path in files if (digest := _unmapped_sha256(path))},
+        "sha256": {path.name: file_sha256(path) for path in files},
     }
     write_text(work / "sources.json", json.dumps(about, indent=2, sort_keys=True) + "\n")
     return fingerprint

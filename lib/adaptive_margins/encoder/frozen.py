@@ -24,7 +24,7 @@ from adaptive_margins.encoder.checks import EncoderError, bert_model
 from adaptive_margins.encoder.embed import token_batches
 from adaptive_margins.encoder.load import encoder_identity, layer_count, open_encoder
 from adaptive_margins.encoder.tokens import Tokens
-from adaptive_margins.files import atomic_file, digest
+from adaptive_margins.files import atomic_file, digest, locked, remove_damaged, write_checksums
 from adaptive_margins.profiles.encoders import EncoderSettings
 
 
@@ -144,24 +144,27 @@ def cached_states(
     cannot be written, or has changed.
     """
     paths = {k: folder / f"layer{k}.npy" for k in layers}
-    missing = [k for k, path in paths.items() if not path.is_file()]
     rows = int(tokens.offsets[-1])
-    if missing:
-        model = encoder()
-        shape = (rows, model.get_embedding_dimension())
-        try:
-            with ExitStack() as files:
-                partial = {k: files.enter_context(atomic_file(paths[k])) for k in missing}
-                out = {k: _allocate(partial[k], shape) for k in missing}
-                hidden_states(model, tokens, missing, out)
-                for table in out.values():
-                    table.flush()
-        except OSError as error:
-            size = len(missing) * shape[0] * shape[1] * 4 / 1e9
-            raise EncoderError(
-                f"{folder}: {size:.2g} GB of hidden states could not be written: {error};"
-                " nothing was left there"
-            ) from error
+    with locked(folder):
+        remove_damaged(folder)
+        missing = [k for k, path in paths.items() if not path.is_file()]
+        if missing:
+            model = encoder()
+            shape = (rows, model.get_embedding_dimension())
+            try:
+                with ExitStack() as files:
+                    partial = {k: files.enter_context(atomic_file(paths[k])) for k in missing}
+                    out = {k: _allocate(partial[k], shape) for k in missing}
+                    hidden_states(model, tokens, missing, out)
+                    for table in out.values():
+                        table.flush()
+                write_checksums(folder)
+            except OSError as error:
+                size = len(missing) * shape[0] * shape[1] * 4 / 1e9
+                raise EncoderError(
+                    f"{folder}: {size:.2g} GB of hidden states could not be written: {error};"
+                    " nothing was left there"
+                ) from error
     return {k: read_array(path, (rows, None), np.float32) for k, path in paths.items()}
 
 

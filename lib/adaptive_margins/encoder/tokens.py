@@ -16,7 +16,7 @@ from torch import Tensor
 from adaptive_margins import progress
 from adaptive_margins.encoder.arrays import read_settings
 from adaptive_margins.encoder.checks import EncoderError
-from adaptive_margins.files import atomic_folder, locked
+from adaptive_margins.files import atomic_folder, locked, remove_damaged, write_checksums
 
 _TEXTS = 8192  # texts tokenised at a time; the output is a hundred times their size
 
@@ -154,14 +154,16 @@ def stored_tokens(
         chunk: texts in memory at a time.
 
     Raises:
-        EncoderError: the folder has tokens of other texts, is damaged, or cannot be written.
+        EncoderError: the folder has tokens of other texts, is not complete, or cannot be written.
     """
     folder = Path(folder)
     with locked(folder):
+        remove_damaged(folder)
         if not folder.exists():
             try:
                 with atomic_folder(folder) as partial:
                     _write_tokens(tokenizer_of(), texts, max_length, partial, chunk)
+                    write_checksums(partial)
             except OSError as error:
                 raise EncoderError(f"tokens could not be written to {folder}: {error}") from error
     expected = {"texts": len(texts), "max_length": max_length}

@@ -202,7 +202,10 @@ class _Previous:
     def why(self, config: RunConfig, inputs: Inputs) -> str:
         """Why a run is missing though a similar one is finished, or how a finished one is stale."""
         if self.store.has(config):
-            then, now = self.store.get(config).result.get("versions", {}), self.versions
+            try:
+                then, now = self.store.get(config).result.get("versions", {}), self.versions
+            except StoreError:
+                return "damaged"
             changed = [f"{p} {then.get(p, '—')} → {now[p]}" for p in now if then.get(p) != now[p]]
             return f"computed with other packages: {', '.join(changed)}" if then and changed else ""
         if (inputs.home / "cache" / "work" / config.run_id).is_dir():

@@ -62,6 +62,7 @@ class Reproduction:
         """Compute all runs of the profile that are missing."""
         if is_first():
             _ = self.inputs.collection
+            self.store.damaged(aside=True)
             plan = self.plan()
             done, total = int(plan.runs["done"].sum()), len(plan.runs)
             time = "" if done == total else f"; the others take about {clock(plan.seconds)}"
@@ -84,6 +85,8 @@ class Reproduction:
         assert config is not None
         if isinstance(config, EncoderRun):
             self.zero_shot(config.encoder)
+        if is_first():
+            self.store.damaged(config.run_id, aside=True)
         return self.runner.ensure([config])[0]
 
     def train(

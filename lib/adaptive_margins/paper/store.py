@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,8 @@ from adaptive_margins.data.trec import Run, read_run, write_run
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.evaluation.significance import compare
-from adaptive_margins.files import atomic_folder
+from adaptive_margins.files import DamagedError, atomic_folder, check_folder, write_checksums
+from adaptive_margins.progress import say
 from adaptive_margins.runs import RunConfig, read_run_config
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class StoredRun(Generic[R_co]):
     def _read(self, name: str, reader: Callable[[Path], Any]) -> Any:
         file = self.path / name
         try:
+            check_folder(self.path, only=name)
             return reader(file)
         except FileNotFoundError:
             problem = "is missing"
@@ -201,6 +204,25 @@ class Store:
             )
         return StoredRun(self.path(config))
 
+    def damaged(self, runs: str = "[!.]*", *, aside: bool = False) -> list[str]:
+        """What is wrong with each of ``runs``, a pattern, that differs from its checksums.
+
+        With ``aside``, they are moved to ``cache/damaged/`` of the home folder, with a message.
+        """
+        found = []
+        for folder in sorted(self.folder.glob(runs)):
+            try:
+                check_folder(folder)
+            except DamagedError as error:
+                found.append(f"run {folder.name} is damaged: {error}")
+                place = self.folder.parent / "cache" / "damaged" / folder.name
+                if aside:
+                    say(f"{found[-1]}; it is moved to {place} and computed again", always=True)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.rmtree(place, ignore_errors=True)  # an earlier one
+                    folder.rename(place)
+        return found
+
     def put(
         self,
         config: R,
@@ -237,6 +259,7 @@ class Store:
                         write_run(run, folder / f"{mode}.{name}.run.gz", config.run_id)
                 if save_model is not None:
                     save_model(folder / "model")
+                write_checksums(folder)
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{path} could not be written: {error}; nothing is left") from error
         return StoredRun(path)
