@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -40,6 +41,7 @@ from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.losses import margin_loss
 from adaptive_margins.paper.reproduction import Reproduction
 from adaptive_margins.paper.store import StoredRun
+from adaptive_margins.processes import TRY_AGAIN, end_when_asked, ending
 from adaptive_margins.profiles.encoders import EncoderSettings
 from adaptive_margins.training import TrainingError, train, trainable
 from conftest import die, flip, in_child, kill_in, linked, run_config
@@ -92,7 +94,7 @@ def measured(model):
 
 def run(material, folder, evaluator=None, **values):
     """Train a copy of the tiny model; returns it with the result."""
-    names = ("initial", "checkpoint_every", "report_to", "run_name", "on_check")
+    names = ("initial", "checkpoint_every", "report_to", "run_name", "on_check", "names")
     options = {k: values.pop(k) for k in names if k in values}
     model = values.pop("model", None) or copy.deepcopy(material.model)
     rows = values.pop("rows", material.triples)
@@ -689,11 +691,50 @@ def test_an_unknown_reporter(material, tmp_path, name):
 # ---- what cannot go on ---------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_names_run_and_settings(material, tmp_path):
-    config = run_config(learning_rate=1e30, target=0.4)
+@pytest.mark.parametrize(("rate", "step"), [(1e30, 2), (1e39, 1)])  # the loss, or a parameter
+def test_what_is_not_finite_names_run_settings_and_texts(material, tmp_path, rate, step):
+    config = run_config(learning_rate=rate, target=0.4)
+    names = [f"q{i}" for i in range(12)], [f"d{i}" for i in range(30)]
     with pytest.raises(TrainingError) as error:
-        run(material, tmp_path, learning_rate=1e30, target=0.4)
-    for word in (config.run_id, "tiny", "target 0.4", "1e+30", "after step", "try a smaller rate"):
+        run(material, tmp_path, learning_rate=rate, target=0.4, checkpoint_every=1, names=names)
+    said = str(error.value)
+    for word in (config.run_id, "tiny", "target 0.4", f"after step {step} ", "try a smaller rate"):
+        assert word in said
+    rows = material.triples[seeded_order(TRIPLES, config.seed)[4 * step - 4 : 4 * step]]
+    assert said.endswith("; ".join(f"q{q} d{p} d{n}" for q, p, n in rows))
+    if step == 1:
+        assert newest_checkpoint(tmp_path) is None
+
+
+def test_damage_to_parameters_is_in_no_checkpoint(uninterrupted, tmp_path, monkeypatch):
+    go, (expected_model, expected) = uninterrupted
+    original, calls = training._Trainer.training_step, []
+
+    def harmful(self, model, *arguments, **values):
+        loss = original(self, model, *arguments, **values)
+        calls.append(1)
+        if len(calls) == 6:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(math.nan)
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Trainer, "training_step", harmful)
+        with pytest.raises(TrainingError, match="a parameter is not finite after step 6"):
+            go(tmp_path)
+    assert newest_checkpoint(tmp_path).name == "checkpoint-4"
+    model, result = go(tmp_path)
+    same(trainable(model), trainable(expected_model))
+    assert result.kept == expected.kept
+
+
+def test_a_gpu_that_lacks_memory(material, tmp_path, monkeypatch):
+    def lacking(*_, **__):
+        raise torch.cuda.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(training._Trainer, "training_step", lacking)
+    with pytest.raises(TrainingError) as error:
+        run(material, tmp_path)
+    for word in (run_config().run_id, "step of 4 triples", "CachedMarginLoss", "2.00 GiB"):
         assert word in str(error.value)
 
 
@@ -783,14 +824,69 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(uninterrupted, tmp_path, mome
     assert seconds == sorted(seconds)
 
 
+@pytest.mark.parametrize(("name", "step"), [("SIGTERM", 5), ("SIGUSR1", 3), ("SIGTERM", 6)])
+def test_a_run_that_is_asked_to_end_does_so_after_a_checkpoint(uninterrupted, tmp_path, name, step):
+    go, (expected_model, expected) = uninterrupted
+    original, calls = training._Trainer.training_step, []
+
+    def asking(*arguments, **values):
+        calls.append(1)
+        if len(calls) == step:
+            os.kill(os.getpid(), getattr(signal, name))
+        return original(*arguments, **values)
+
+    def asked():
+        end_when_asked()
+        training._Trainer.training_step = asking
+        go(tmp_path / "asked")
+
+    process = multiprocessing.get_context("fork").Process(target=asked)
+    process.start()
+    process.join()
+    assert process.exitcode == TRY_AGAIN == 75
+    assert newest_checkpoint(tmp_path / "asked").name == f"checkpoint-{step}"
+    model, result = go(tmp_path / "asked")
+    same(trainable(model), trainable(expected_model))
+    columns = ["step", "triples", "nDCG@10"]
+    pd.testing.assert_frame_equal(result.curve[columns], expected.curve[columns])
+    pd.testing.assert_frame_equal(result.targets, expected.targets)
+    assert result.kept == expected.kept
+
+
+def test_workers_are_asked_too_and_waited_for(tmp_path):
+    fork = multiprocessing.get_context("fork")
+
+    def worker(training):
+        end_when_asked()
+        ending.training = training
+        (tmp_path / f"began-{training}").touch()
+        while not ending.asked:
+            time.sleep(0.01)
+        (tmp_path / "checkpoint").touch()
+
+    def parent():
+        for trains in (True, False):
+            fork.Process(target=worker, args=(trains,)).start()
+        end_when_asked()
+        while len(list(tmp_path.glob("began-*"))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    process = fork.Process(target=parent)
+    process.start()
+    process.join(30)
+    assert process.exitcode == TRY_AGAIN
+    assert (tmp_path / "checkpoint").is_file()
+
+
 @pytest.mark.parametrize(
     ("name", "resumed_from"),
     [
-        ("checkpoint-8/optimizer.pt", 6),
-        ("checkpoint-8/model.safetensors", 6),
-        ("checkpoint-8/COMPLETE", 6),
-        ("progress/8.json", 6),
-        ("progress/6.json", None),  # both checkpoints need it
+        ("checkpoint-6/optimizer.pt", 4),
+        ("checkpoint-6/model.safetensors", 4),
+        ("checkpoint-6/COMPLETE", 4),
+        ("progress/6.json", 4),
+        ("progress/4.json", None),  # both checkpoints need it
     ],
 )
 def test_a_damaged_checkpoint_is_not_resumed_from(
@@ -800,12 +896,12 @@ def test_a_damaged_checkpoint_is_not_resumed_from(
     folder = tmp_path / "run"
 
     def killed():
-        kill_in(training._Trainer, "training_step", 9)
+        kill_in(training._Trainer, "training_step", 7)
         go(folder)
 
     assert in_child(killed) == "died"
     checked = ["sha256sum", "--strict", "-c", "--quiet", COMPLETE]
-    subprocess.run(checked, cwd=folder / "checkpoint-8", check=True)
+    subprocess.run(checked, cwd=folder / "checkpoint-6", check=True)
     flip(folder / name, 30)
     checkpoint = newest_checkpoint(folder)
     assert (checkpoint and checkpoint.name) == (resumed_from and f"checkpoint-{resumed_from}")
@@ -911,7 +1007,8 @@ def same_run(a: StoredRun, b: StoredRun):
     }
     pd.testing.assert_frame_equal(a.curve.drop(columns="seconds"), b.curve.drop(columns="seconds"))
     pd.testing.assert_frame_equal(a.targets, b.targets)
-    assert sorted(p.name for p in a.path.iterdir()) == sorted(p.name for p in b.path.iterdir())
+    names = [{p.name for p in r.path.iterdir()} - {"SHA256SUMS"} for r in (a, b)]  # b may be older
+    assert names[0] == names[1]
     for file in a.path.glob("*.run.gz"):
         assert file.read_bytes() == (b.path / file.name).read_bytes()
 

@@ -11,6 +11,7 @@ from typer import Option
 
 from adaptive_margins import cli_corpus, terminal
 from adaptive_margins.distributed import processes
+from adaptive_margins.processes import end_when_asked
 from adaptive_margins.progress import printable
 
 if TYPE_CHECKING:
@@ -83,8 +84,9 @@ def reproduce(
 ) -> None:
     """Compute all runs of a profile, execute the notebooks and build the book.
 
-    An interrupted call is resumed.
+    An interrupted call is resumed. SIGTERM and SIGUSR1 end it after a checkpoint, with status 75.
     """
+    end_when_asked()
     from adaptive_margins.book.build import build
     from adaptive_margins.data.ir_datasets import ACCEPT_VARIABLE
 

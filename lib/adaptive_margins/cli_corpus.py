@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
+from adaptive_margins.processes import end_when_asked
 from adaptive_margins.progress import printable
 from adaptive_margins.terminal import (
     expanded,
@@ -113,8 +114,10 @@ def train(
     The test queries are ranked by the encoder before and after training, by
     BM25, and by the fusion of both; paired tests compare them. If training does
     not help on the validation queries, the original
-    encoder is kept. An interrupted call is resumed.
+    encoder is kept. An interrupted call is resumed; SIGTERM and SIGUSR1 end it
+    after a checkpoint, with status 75.
     """
+    end_when_asked()
     with working(verbose, model):
         names = _measures(measures)
         from adaptive_margins.corpus.finetune import finetune

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import shutil
@@ -34,9 +35,16 @@ from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.errors import TrainingError as TrainingError
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.files import write_checksums
+from adaptive_margins.processes import ending
 from adaptive_margins.runs import TrainingRun
-from adaptive_margins.teachers import SCORES, InBatchTeacher
-from adaptive_margins.training_step import RecordedLoss, TripleCollator
+from adaptive_margins.teachers import InBatchTeacher
+from adaptive_margins.training_step import (
+    RecordedLoss,
+    TripleCollator,
+    check_triples,
+    not_finite,
+    training,
+)
 
 REPORTERS = ("tensorboard", "wandb", "mlflow", "trackio")
 """Integrations of the trainer that `train` reports to; each is also the name of its package."""
@@ -100,6 +108,7 @@ class _Callback(TrainerCallback):
         self.best_state: dict[str, Tensor] = {}
         self.best: Evaluation | None = None
         self.last: Evaluation | None = None
+        self.failure: Callable[[int, str], TrainingError]  # of a step
         self.evaluated: Evaluation | None = None  # in the first process, until it is recorded
         self._process = psutil.Process()
         self._since = time.perf_counter()
@@ -145,15 +154,13 @@ class _Callback(TrainerCallback):
         if not self.loss.recorded:
             return
         for loss, *similarity in torch.stack(self.loss.recorded).tolist():
-            if not math.isfinite(loss):
-                c = self.config
-                raise TrainingError(
-                    f"run {c.run_id}: the loss is {loss} after step"
-                    f" {len(self.progress.similarities)} (encoder {c.encoder}, target {c.target},"
-                    f" learning rate {c.learning_rate}); try a smaller rate"
-                )
             self.progress.similarities.append(similarity)
+            if not math.isfinite(loss):
+                raise self.failure(len(self.progress.similarities), f"the loss is {loss}")
         self.loss.recorded.clear()
+        # The next loss would be the first to show it, after a checkpoint.
+        if not all(parameter.isfinite().all() for parameter in trainable(self.model).values()):
+            raise self.failure(len(self.progress.similarities), "a parameter is not finite")
 
     def _report(self) -> None:
         if self.on_check is not None:
@@ -178,7 +185,10 @@ class _Callback(TrainerCallback):
         if torch.cuda.is_available():
             memory = torch.cuda.max_memory_allocated()
         self.progress.peak_bytes = max(self.progress.peak_bytes, memory)
-        if control.should_evaluate or control.should_save:
+        due = control.should_evaluate or control.should_save
+        if (due or processes() == 1) and shared(ending.asked):
+            control.should_save, control.should_training_stop = not last, True
+        if due or control.should_save:
             self.read_records()
         self.timer("train_seconds")
         return control
@@ -304,6 +314,7 @@ def train(
     on_check: Callable[[pd.DataFrame], None] | None = None,
     order: np.ndarray | None = None,
     in_batch: InBatchTeacher | None = None,
+    names: Sequence[Sequence[Any]] = (range(2**40), range(2**40)),
 ) -> TrainingResult:
     """Train ``model`` in place; a call that was interrupted is resumed.
 
@@ -329,14 +340,15 @@ def train(
         on_check: called with the learning curve so far, at the beginning and after each evaluation.
         order: numbers of triples, batch by batch (`topics.sampled_order`).
         in_batch: the teacher of pairs across a batch, for MarginMSE in-batch.
+        names: ids of queries and of passages, for errors; by default their rows.
 
     Raises:
-        TrainingError: there are fewer triples than one pass needs, MarginMSE has no scores, the
-            loss is not finite, or a reporter is unknown or cannot be used.
+        TrainingError: there are fewer triples than one pass needs, MarginMSE has no scores, loss or
+            parameters are not finite, memory is too small, or a reporter cannot be used.
     """
     reporters = _reporters(report_to, folder)
     order = seeded_order(len(triples), config.seed) if order is None else order
-    _check_triples(config, triples, order, in_batch)
+    check_triples(config, triples, order, in_batch)
     callback = _Callback(config, model, evaluator, folder, checkpoint_every, on_check, in_batch)
     checkpoint = _resumed(callback.progress, folder)
     if checkpoint is None:
@@ -360,7 +372,8 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.callback = callback
     callback.log = trainer.log if reporters else None
-    with quiet():
+    callback.failure = functools.partial(not_finite, config, triples, order, names)
+    with quiet(), training(config):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return _result(callback, callback.progress.stopped_step or trainer.state.global_step)
 
@@ -374,30 +387,6 @@ def _resumed(progress: Progress, folder: Path) -> Path | None:
     if not is_first():
         progress.load(checkpoint)
     return checkpoint
-
-
-def _check_triples(
-    config: TrainingRun, triples: Dataset, order: np.ndarray, in_batch: InBatchTeacher | None
-) -> None:
-    if config.batch_size % processes():
-        raise TrainingError(
-            f"run {config.run_id} has batches of {config.batch_size} triples, which"
-            f" {processes()} processes cannot share evenly; start another number of them"
-        )
-    if config.steps * config.batch_size > len(order) or not config.steps:
-        raise TrainingError(
-            f"run {config.run_id} needs {config.triples} triples in batches of"
-            f" {config.batch_size}, there are {len(order)}"
-        )
-    if config.loss != "margin-mse":
-        return
-    if lacking := [name for name in SCORES if name not in triples.column_names]:
-        raise TrainingError(
-            f"run {config.run_id}: MarginMSE needs a teacher's scores, but the triples have no"
-            f" column {' and '.join(lacking)}; give the profile a teacher"
-        )
-    if config.in_batch and in_batch is None:
-        raise TrainingError(f"run {config.run_id}: MarginMSE in-batch needs an in-batch teacher")
 
 
 def _arguments(

@@ -1,12 +1,15 @@
-"""A training step: the features of a batch of triples, and the loss with its records."""
+"""A training step: the features of a batch of triples, the loss with its records, and errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -15,7 +18,9 @@ from adaptive_margins.data.stored import COLUMNS
 from adaptive_margins.distributed import gathered, processes
 from adaptive_margins.encoder.embed import embed_chunks, length_chunks
 from adaptive_margins.encoder.tokens import Tokens
+from adaptive_margins.errors import TrainingError
 from adaptive_margins.losses import margin_loss
+from adaptive_margins.processes import TRY_AGAIN, ending
 from adaptive_margins.runs import TrainingRun
 from adaptive_margins.teachers import SCORES, InBatchTeacher, dual_margin_mse, margin_mse
 
@@ -122,3 +127,65 @@ class RecordedLoss(nn.Module):
             triples = gathered(torch.from_numpy(triples.T).to(query.device)).T.cpu().numpy()
         across = self.in_batch(triples[0], triples[1:].reshape(-1))  # (B, 2B)
         return dual_margin_mse(texts, scores, across[:, :size], across[:, size:], similarity)
+
+
+def check_triples(
+    config: TrainingRun, triples: Dataset, order: np.ndarray, in_batch: InBatchTeacher | None
+) -> None:
+    """TrainingError unless a run can be trained on ``triples`` in this ``order``."""
+    if config.batch_size % processes():
+        raise TrainingError(
+            f"run {config.run_id} has batches of {config.batch_size} triples, which"
+            f" {processes()} processes cannot share evenly; start another number of them"
+        )
+    if config.steps * config.batch_size > len(order) or not config.steps:
+        raise TrainingError(
+            f"run {config.run_id} needs {config.triples} triples in batches of"
+            f" {config.batch_size}, there are {len(order)}"
+        )
+    if config.loss != "margin-mse":
+        return
+    if lacking := [name for name in SCORES if name not in triples.column_names]:
+        raise TrainingError(
+            f"run {config.run_id}: MarginMSE needs a teacher's scores, but the triples have no"
+            f" column {' and '.join(lacking)}; give the profile a teacher"
+        )
+    if config.in_batch and in_batch is None:
+        raise TrainingError(f"run {config.run_id}: MarginMSE in-batch needs an in-batch teacher")
+
+
+def not_finite(
+    config: TrainingRun,
+    triples: Dataset,
+    order: np.ndarray,
+    names: Sequence[Sequence[Any]],
+    step: int,
+    what: str,
+) -> TrainingError:
+    """The error of a step after which ``what`` is not finite; it names the texts of the step."""
+    batch = triples[order[(step - 1) * config.batch_size : step * config.batch_size]]
+    columns = [[names[c != "query"][row] for row in batch[c]] for c in COLUMNS]
+    texts = "; ".join(" ".join(map(str, triple)) for triple in zip(*columns, strict=True))
+    return TrainingError(
+        f"run {config.run_id}: {what} after step {step} (encoder {config.encoder}, target"
+        f" {config.target}, learning rate {config.learning_rate}); try a smaller rate, or look at"
+        f" the texts of the step, as query positive negative: {texts}"
+    )
+
+
+@contextmanager
+def training(config: TrainingRun) -> Iterator[None]:
+    """Name a lack of memory; a process that is asked to end ends after the block, not in it."""
+    ending.training = True
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"run {config.run_id}: a step of {config.batch_size} triples does not fit into the"
+            " memory of the GPU; a smaller batch_size, shorter lengths or bf16 make it another run,"
+            f" and CachedMarginLoss, in a training of your own, splits the batch. {error}"
+        ) from error
+    finally:
+        ending.training = False
+    if ending.asked:
+        os._exit(TRY_AGAIN)

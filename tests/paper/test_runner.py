@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from adaptive_margins import cli, paper
+from adaptive_margins import cli, files, paper
 from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.tokens import tokenize
-from adaptive_margins.files import write_checksums
+from adaptive_margins.files import WriteError, write_checksums
 from adaptive_margins.paper import runner
 from adaptive_margins.paper.experiments import Experiments, fixed_runs
 from adaptive_margins.paper.inputs import Inputs
@@ -156,6 +156,17 @@ def test_damaged_runs_are_computed_again_by_reproduce(smoke, tmp_path, monkeypat
     monkeypatch.setattr(other.experiments, "table3_runs", list)
     other.run_all()
     assert bm25 in aside[0] and not other.store.has(bm25)
+
+
+def test_read_only_results_are_read_and_nothing_is_computed_for_them(smoke, monkeypatch):
+    other = Reproduction(smoke.profile, smoke.home)
+    monkeypatch.setattr(runner.Runner, "_prepare", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(files.os, "access", lambda path, mode: not mode & os.W_OK)
+    finished = smoke.experiments.figure3_runs()
+    assert other.runner.ensure(finished)[0].curve is not None
+    missing = smoke.experiments.training_run("minilm-3", target=0.25, in_batch=False, triples=8)
+    with pytest.raises(WriteError, match=rf"{missing.run_id}.* cannot be written: .*Permission"):
+        other.runner.ensure([*finished, missing])
 
 
 def die(_):

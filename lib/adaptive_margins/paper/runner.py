@@ -27,12 +27,12 @@ from adaptive_margins.encoder.frozen import LoadedEncoder
 from adaptive_margins.encoder.load import save_encoder
 from adaptive_margins.errors import TrainingError
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
-from adaptive_margins.files import locked
+from adaptive_margins.files import check_output, locked
 from adaptive_margins.paper.experiments import Experiments
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.store import R, Store, StoredRun, StoreError
 from adaptive_margins.paper.teacher import teacher_of
-from adaptive_margins.processes import end_with_parent
+from adaptive_margins.processes import end_when_asked, end_with_parent
 from adaptive_margins.profiles.config import Profile
 from adaptive_margins.progress import bar, say
 from adaptive_margins.retrieval.exact import approximation_recall, exact_search, rerank
@@ -88,6 +88,7 @@ class Runner:
         missing = shared([c for c in dict.fromkeys(configs) if not self.store.has(c)])
         if missing:
             if is_first():
+                check_output(self.store.path(missing[0]) / "config.json")
                 self._prepare(missing)
             wait()
             with self.workers():
@@ -257,6 +258,7 @@ class Runner:
             device=self.profile.device,
             order=order,
             in_batch=in_batch,
+            names=(self.inputs.queries.ids, self.inputs.collection.passages.ids),
         )
 
     def _distillation(
@@ -450,6 +452,7 @@ def _start_worker(profile: Profile, home: Path) -> None:
     _worker = Runner(Inputs(profile, home), Store(home / "runs"))
     gc.freeze()  # the trainer collects garbage after each run; half a million imported objects stay
     end_with_parent()
+    end_when_asked()
 
 
 def _execute(config: RunConfig) -> StoredRun[RunConfig]:
