@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
+import re
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -131,12 +134,16 @@ def test_embeddings_on_disk_do_not_depend_on_the_number_of_devices(
 ):
     found = embed_shards(bert, tokens, tmp_path / "e", shard=50, devices=devices)
     assert sorted(p.name for p in (tmp_path / "e").iterdir()) == ["embeddings.npy", "shards.json"]
+    parts = (in_memory[start : start + 50] for start in range(0, 230, 50))
     assert json.loads((tmp_path / "e" / "shards.json").read_text()) == {
         "rows": 230,
         "dim": 16,
         "dtype": "float32",
         "shard": 50,
         "done": [0, 1, 2, 3, 4],
+        "sha256": {
+            str(k): hashlib.sha256(part.tobytes()).hexdigest() for k, part in enumerate(parts)
+        },
     }
     assert np.array_equal(found, in_memory)  # bit for bit
     np.testing.assert_allclose(in_memory, embed(bert, tokens), atol=1e-6)
@@ -192,20 +199,67 @@ def test_other_settings_are_refused(bert, tokens, tmp_path, change, message):
         embed_shards(bert, tokens, tmp_path / "e", **{"shard": 50, **change})
 
 
-def test_damaged_files_are_named(bert, tokens, tmp_path):
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("change", "damaged"),
+    [
+        (lambda path: flip(path, 128), [0]),
+        (lambda path: flip(path, -1), [4]),
+        (lambda path: os.truncate(path, path.stat().st_size * 3 // 5), [2, 3, 4]),
+        (lambda path: os.truncate(path, 0), [0, 1, 2, 3, 4]),
+        (lambda path: np.save(path, np.zeros((50, 17), np.float32)), [0, 1, 2, 3, 4]),
+        (lambda path: path.unlink(), [0, 1, 2, 3, 4]),
+    ],
+)
+def test_damaged_shards_are_named_and_embedded_again(
+    bert, tokens, in_memory, tmp_path, monkeypatch, dtype, change, damaged
+):
+    folder, real, seen = tmp_path / "e", embed, []
+    embed_shards(bert, tokens, folder, shard=50, dtype=dtype)
+    change(folder / "embeddings.npy")
+
+    def counting(model, tokens, rows, **keywords):
+        seen.extend(rows.tolist())
+        return real(model, tokens, rows, **keywords)
+
+    monkeypatch.setattr(encoder_embed, "embed", counting)
+    with pytest.warns(
+        UserWarning, match=rf"embeddings\.npy: damaged shards {re.escape(str(damaged))}"
+    ):
+        found = embed_shards(bert, tokens, folder, shard=50, dtype=dtype)
+    assert np.array_equal(found, in_memory.astype(dtype))
+    assert sorted({row // 50 for row in seen}) == damaged
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        embed_shards(bert, tokens, folder, shard=50, dtype=dtype)
+    assert len(seen) == len(set(seen))
+
+
+def test_shards_of_older_versions_are_used(bert, tokens, in_memory, tmp_path, monkeypatch):
     folder = tmp_path / "e"
     embed_shards(bert, tokens, folder, shard=50)
-    for change, message in (
-        (lambda: os.truncate(folder / "embeddings.npy", 200), r"embeddings\.npy cannot be read"),
-        (
-            lambda: np.save(folder / "embeddings.npy", np.zeros((50, 17), np.float32)),
-            r"embeddings\.npy holds float32 of shape \(50, 17\), expected .* \(230, 16\)",
-        ),
-        (lambda: (folder / "shards.json").write_text("{"), r"shards\.json cannot be read"),
-    ):
-        change()
-        with pytest.raises(EncoderError, match=message):
-            embed_shards(bert, tokens, folder, shard=50)
+    about = json.loads((folder / "shards.json").read_text())
+    del about["sha256"]
+    (folder / "shards.json").write_text(json.dumps(about))
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder_embed, "embed", refuse)
+        assert np.array_equal(embed_shards(bert, tokens, folder, shard=50), in_memory)
+    (folder / "shards.json").write_text(json.dumps({**about, "done": [0, 1, 3]}))
+    embed_shards(bert, tokens, folder, shard=50)
+    assert sorted(json.loads((folder / "shards.json").read_text())["sha256"]) == list("01234")
+
+
+def test_a_damaged_list_of_shards_is_named(bert, tokens, tmp_path):
+    embed_shards(bert, tokens, tmp_path / "e", shard=50)
+    (tmp_path / "e" / "shards.json").write_text("{")
+    with pytest.raises(EncoderError, match=r"shards\.json cannot be read"):
+        embed_shards(bert, tokens, tmp_path / "e", shard=50)
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_anything_is_embedded(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import json
 import shutil
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,7 @@ from adaptive_margins.files import locked, write_text
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 Precision = Literal["fp32", "bf16", "fp16"]
+_HEADER = 128  # bytes of a .npy file before the rows of a matrix
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -142,7 +145,8 @@ def embed_shards(
     """Embed all texts once, by `embed`, into ``folder``: (n, D) of ``dtype``, memory-mapped.
 
     ``embeddings.npy`` is written ``shard`` rows at a time, and ``shards.json`` lists the complete
-    shards, so that a killed process loses only unfinished ones. Memory holds one shard a device.
+    shards with their SHA-256, so that a killed process loses only unfinished ones, and damaged ones
+    are noticed by the next call. Memory holds one shard a device.
 
     Args:
         model: the encoder; moved to the one device, or copied to each of several.
@@ -152,6 +156,9 @@ def embed_shards(
         dtype: of the file. With float16, the squared length of a row may differ from 1 by 2⁻¹⁰.
         devices: of one node, e.g. ("cuda:0", "cuda:1"); the result does not depend on them.
         precision, batch_tokens, normalize: see `embed`.
+
+    Warns:
+        UserWarning: shards have been damaged; they are embedded again.
 
     Raises:
         EncoderError: the folder has other settings, or the disk lacks space.
@@ -166,9 +173,9 @@ def embed_shards(
         )
     path, about = folder / "embeddings.npy", folder / "shards.json"
     with locked(folder):
-        done = read_settings(about, settings).get("done", []) if about.exists() else []
+        done = _intact_shards(path, about, settings) if about.exists() else {}
         missing = sorted(set(range(-(-rows // shard))) - set(done))
-        size = sum(min(shard, rows - k * shard) for k in missing) * dim * np.dtype(dtype).itemsize
+        size = sum(_place(k, settings)[1] for k in missing)
         needed = f"{folder}: {len(missing)} shards need {size / 1e9:.2g} GB of disk"
         try:
             folder.mkdir(exist_ok=True)
@@ -190,6 +197,31 @@ def embed_shards(
     return read_array(path, (rows, dim), np.dtype(dtype))
 
 
+def _intact_shards(path: Path, about: Path, settings: Mapping[str, Any]) -> dict[int, str]:
+    """Shard → SHA-256 of the complete shards; damaged ones are left out, with a warning."""
+    found = read_settings(about, settings)
+    done, known = found.get("done", []), found.get("sha256", {})  # older versions wrote none
+    intact: dict[int, str] = {}
+    with suppress(OSError), path.open("rb") as file:
+        for k in progress.bar("checking shards", done, unit="shards"):
+            start, size = _place(k, settings)
+            file.seek(start)
+            content = file.read(size)
+            sha256 = hashlib.sha256(content).hexdigest()
+            if len(content) == size and known.get(str(k), sha256) == sha256:
+                intact[k] = sha256
+    if damaged := sorted(set(done) - set(intact)):
+        warnings.warn(f"{path}: damaged shards {damaged} are embedded again", stacklevel=3)
+    return intact
+
+
+def _place(k: int, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Where shard ``k`` begins in the file, and its bytes."""
+    row = settings["dim"] * np.dtype(settings["dtype"]).itemsize
+    first = k * settings["shard"]
+    return _HEADER + first * row, (min(settings["rows"], first + settings["shard"]) - first) * row
+
+
 def _write_shards(
     model: Any,
     embed_rows: Callable[..., np.ndarray],
@@ -197,11 +229,10 @@ def _write_shards(
     path: Path,
     about: Path,
     settings: Mapping[str, Any],
-    done: list[int],
+    done: dict[int, str],
     missing: Sequence[int],
 ) -> None:
     rows, shard = settings["rows"], settings["shard"]
-    offset = np.load(path, mmap_mode="r").offset
     queue, lock, stop = iter(missing), threading.Lock(), threading.Event()
     bar = progress.bar(
         f"embedding into {path.parent.name}",
@@ -220,11 +251,13 @@ def _write_shards(
                 part = np.arange(k * shard, min(rows, (k + 1) * shard))
                 array = embed_rows(its_model, rows=part).astype(settings["dtype"], copy=False)
                 with path.open("r+b") as file:
-                    file.seek(offset + int(part[0]) * array[0].nbytes)
+                    file.seek(_place(k, settings)[0])
                     file.write(array.data)
+                sha256 = hashlib.sha256(array.reshape(-1).data).hexdigest()
                 with lock:
-                    done.append(k)
-                    write_text(about, json.dumps({**settings, "done": sorted(done)}) + "\n")
+                    done[k] = sha256
+                    listed = {**settings, "done": sorted(done), "sha256": done}
+                    write_text(about, json.dumps(listed) + "\n")
                     bar.update(len(part))
         except BaseException:
             stop.set()
