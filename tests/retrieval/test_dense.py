@@ -17,6 +17,7 @@ from adaptive_margins import progress
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.text import DataError
 from adaptive_margins.encoder import embed as encoder_embed
+from adaptive_margins.encoder import tokens as encoder_tokens
 from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.encoder.load import (
     encoder_identity,
@@ -322,8 +323,9 @@ def interrupt_build(retriever, encoder, folder, monkeypatch):
 def test_an_interrupted_build_leaves_nothing_and_goes_on(model, folder, tmp_path, monkeypatch):
     interrupt_build(DenseRetriever(model, PASSAGES), folder, tmp_path / "index", monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["index.work"]
-    with monkeypatch.context() as patch:  # embedded already
+    with monkeypatch.context() as patch:  # tokenised and embedded already
         patch.setattr(encoder_embed, "embed", refuse)
+        patch.setattr(encoder_tokens, "_write_tokens", refuse)
         DenseIndex.build(DenseRetriever(model, PASSAGES), "S", str(folder), tmp_path / "index")
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
     expected = DenseRetriever(model, PASSAGES).search(QUERIES, 9)

@@ -17,7 +17,7 @@ from adaptive_margins.data.trec import Run, top
 from adaptive_margins.encoder.checks import MOST_LENGTH, EncoderError
 from adaptive_margins.encoder.embed import Precision, embed, embed_shards
 from adaptive_margins.encoder.load import check_prompt, length_limits, prompts
-from adaptive_margins.encoder.tokens import Tokens, count_truncated, tokenize
+from adaptive_margins.encoder.tokens import Tokens, count_truncated, stored_tokens, tokenize
 from adaptive_margins.retrieval.exact import exact_search, rerank, without_self
 
 if TYPE_CHECKING:
@@ -105,12 +105,15 @@ class DenseRetriever:
         return self._embed(self.passage_tokens(rows), "passages")
 
     def stored_embeddings(self, folder: Path, dtype: Literal["float32", "float16"]) -> np.ndarray:
-        """Return the embeddings of `rows`, computed in ``folder`` if they are not known."""
+        """Return the embeddings of `rows`, computed in ``folder`` if they are not known.
+
+        Their tokens are in a folder next to it. Both are memory-mapped.
+        """
         if (known := self._embeddings) is not None:
             return known if len(self.rows) == len(known) else known[self.rows]
         return embed_shards(
             self.model,
-            self.passage_tokens(self.rows),
+            self.passage_tokens(self.rows, folder.with_name(f"{folder.name}.tokens")),
             folder,
             shard=_SHARD,
             dtype=dtype,
@@ -179,19 +182,25 @@ class DenseRetriever:
                 stacklevel=3,
             )
 
-    def passage_tokens(self, rows: np.ndarray) -> Tokens:
+    def passage_tokens(self, rows: np.ndarray, folder: Path | None = None) -> Tokens:
         """Tokenise the passages in ``rows`` as `_tokens` does."""
         texts = self.passages.texts
         if not np.array_equal(rows, np.arange(len(texts))):  # all need not be in memory
             texts = [texts[row] for row in rows.tolist()]
-        return self._tokens(texts, "passages")
+        return self._tokens(texts, "passages", folder)
 
-    def _tokens(self, texts: Sequence[str], what: str) -> Tokens:
-        """Tokenise texts with prompt and special tokens, and count truncated ones."""
+    def _tokens(self, texts: Sequence[str], what: str, folder: Path | None = None) -> Tokens:
+        """Tokenise texts with prompt and special tokens, and count truncated ones.
+
+        With a ``folder``, tokens are cached there, and memory-mapped.
+        """
         prompt, length = self._prompts[_TEXTS.index(what)], self._lengths[_TEXTS.index(what)]
         if prompt:
             texts = [prompt + text for text in texts]
-        tokens = tokenize(self.model, texts, length)
+        if folder is None:
+            tokens = tokenize(self.model, texts, length)
+        else:
+            tokens = stored_tokens(lambda: self.model.tokenizer, texts, length, folder)
         count, total = self.truncated[what]
         count += count_truncated(self.model, texts, tokens, length)
         self.truncated[what] = count, total + len(texts)
