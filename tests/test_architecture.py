@@ -19,7 +19,7 @@ from conftest import in_child
 
 PACKAGE = Path(adaptive_margins.__file__).parent
 ORDER = [
-    "errors", "distributed", "losses", "cached_loss", "device", "processes", "profiles", "progress", "files", "text_tables", "data", "encoder",
+    "errors", "markup", "distributed", "losses", "cached_loss", "device", "processes", "profiles", "progress", "files", "text_tables", "data", "encoder",
     "retrieval", "evaluation", "runs", "teachers", "topics", "checkpoints", "training_step", "training", "paper", "book", "corpus",
     "terminal", "cli_corpus", "cli",
 ]  # fmt: skip

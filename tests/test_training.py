@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -986,6 +987,32 @@ def test_half_written_checkpoints_are_removed(tmp_path):
             (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert not (tmp_path / "checkpoint-12").exists()
+
+
+class Bomb:
+    """A pickle of it creates a file when it is loaded."""
+
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __reduce__(self):
+        return Path.touch, (self.flag,)
+
+
+def test_a_checkpoint_of_somebody_else_runs_no_code(material, tmp_path):
+    folder, flag = tmp_path / "work", tmp_path / "executed"
+    run(material, folder, checkpoint_every=3)
+    checkpoint = newest_checkpoint(folder)
+    names = {file.name for file in checkpoint.iterdir() if file.suffix in (".pt", ".pth", ".bin")}
+    assert names == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    for name in sorted(names):
+        before = (checkpoint / name).read_bytes()
+        torch.save(Bomb(flag), checkpoint / name)
+        (checkpoint / COMPLETE).write_text("")  # no checksums
+        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+            run(material, folder, checkpoint_every=3)
+        assert not flag.exists()
+        (checkpoint / name).write_bytes(before)
 
 
 def copy_home(home: Path, to: Path, without: set[str]) -> Path:

@@ -10,15 +10,16 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
-from xml.sax.saxutils import escape
 
 import yaml
 from docutils import nodes
 
 from adaptive_margins import __version__
+from adaptive_margins.errors import AdaptiveMarginsError
 
 SITE_VARIABLE = "ADAPTIVE_MARGINS_SITE"
 REPOSITORY_VARIABLE = "ADAPTIVE_MARGINS_REPOSITORY"
@@ -51,6 +52,8 @@ def configure(text: str, date: str, values: Mapping[str, Any] | None = None) -> 
         (repository, "url", REPOSITORY_VARIABLE),
     ):
         place[key] = (os.environ.get(variable) or place.get(key) or "").rstrip("/")
+        if not re.fullmatch(r"(https?://[\w.:/~@%+-]+)?", place[key]):
+            raise AdaptiveMarginsError(f"{variable}: expected https://…, not {place[key]!r}")
     options = config.setdefault("sphinx", {}).setdefault("config", {})
     if html["baseurl"]:
         html["baseurl"] += "/"

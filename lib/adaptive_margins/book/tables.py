@@ -28,7 +28,7 @@ from adaptive_margins.book.comparison import (
 from adaptive_margins.book.published import Published
 from adaptive_margins.book.render import Shown, data_uri, render
 from adaptive_margins.book.style import encoder_label, measure_label, require
-from adaptive_margins.progress import clock
+from adaptive_margins.progress import clock, printable
 
 ENCODERS = ["encoder", "base", "parameters", "trained", "embedding", "dimensions", "run_id"]
 INSTANCE = ["role", "text", "rho", "target", "loss_table", "loss_equation", "run_id", "qid"]
@@ -386,7 +386,7 @@ def triples(count: float) -> str:
 
 def shorten(text: str, max_chars: int) -> str:
     """The text in one line, truncated after a complete word, marked "[…]" as in the paper."""
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     if len(text) <= max_chars:
         return text
     return text[: max_chars + 1].rsplit(" ", 1)[0][:max_chars] + " […]"
@@ -408,8 +408,7 @@ def _html(
     frame = cells.set_index(pd.RangeIndex(len(cells)), append=True)  # Styler wants unique labels
     names = [column[-1] if isinstance(column, tuple) else column for column in frame]
     frame.columns.names = [""] * frame.columns.nlevels
-    plain = f"Paper Table {table}, {caption}"
-    caption = escape(plain)
+    caption = escape(f"Paper Table {table}, {caption}")
     styler = Styler(frame, uuid=f"table{table}-{kind}", caption=caption)
     styler.hide(axis="index", level=depth)
     if depth == 1:  # its name goes into the row of the columns' names
@@ -435,7 +434,7 @@ def _html(
     )
     html = styler.set_table_attributes('class="am-table"').to_html()
     box = f'class="am-scroll am-{kind}" role="region" tabindex="0" aria-label="{caption}"'
-    text = latex.table(cells, plain)
+    text = latex.table(cells, caption)
     return Shown(f"<div {box}>\n{html}</div>\n{_downloads(table, kind, text, data)}", latex=text)
 
 

@@ -53,6 +53,7 @@ Embeddings = tuple[Tensor, Tensor, Tensor]
 def show(table: pd.DataFrame, caption: str = "") -> Styler:
     """Return a table with escaped texts and three decimals; no text of it is read as a formula."""
     style = table.style.format(precision=3, escape="html").format_index(escape="html", axis=1)
+    style = style.format_index(escape="html")
     style = style.set_table_attributes('class="tex2jax_ignore mathjax_ignore"')
     cells = "text-align: left; vertical-align: top; white-space: normal"
     style = style.set_table_styles([{"selector": "td, th", "props": cells}])

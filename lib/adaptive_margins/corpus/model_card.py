@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from adaptive_margins.book.render import render
+from adaptive_margins.book.render import plain, render
 from adaptive_margins.losses import MarginLoss
 
 _SHIPPED = {"minilm": ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0")}
@@ -56,7 +56,7 @@ def model_card(report: Mapping[str, Any]) -> str:
         base=base,
         licence=licence,
         start=start,
-        link=f"[{base}](https://huggingface.co/{base})" if base else start,
+        link=f"[{base}](https://huggingface.co/{base})" if base else plain(start),
         systems=_SYSTEMS,
         target=target,
         equations=equations,

@@ -14,6 +14,7 @@ from pathlib import Path
 from adaptive_margins.data.text import DataError, Problems, read_columns
 from adaptive_margins.data.trec import MAX_GRADE, Judgements, Qrels, qrels_text, read_judgements
 from adaptive_margins.files import atomic_folder
+from adaptive_margins.markup import active
 
 Triple = tuple[str, str, str]
 """Query id, docid of the positive, docid of the negative."""
@@ -94,6 +95,8 @@ class Collection:
             )
         problems = Problems()
         for name, qrels in self.qrels.items():
+            if not re.fullmatch(r"[\w-]{1,100}", name):  # it is part of file names
+                raise DataError(f"a set name must be letters, digits, _ and -, not {name!r}")
             where, queries = Path(f"qrels of {name!r}"), self.queries[name]
             for qid, judged in qrels.items():
                 if qid not in queries:
@@ -143,8 +146,6 @@ class Collection:
             return
         files = {"collection.tsv": tsv(self.passages)}
         for name, texts in self.queries.items():
-            if not re.fullmatch(r"[\w-]+", name):
-                raise DataError(f"a set name must be letters, digits, _ and -, not {name!r}")
             files[f"queries.{name}.tsv"] = tsv(texts)
             files[f"qrels.{name}.txt"] = qrels_text(self.qrels[name])
         files["triples.tsv"] = "".join("\t".join(triple) + "\n" for triple in self.triples)
@@ -224,11 +225,13 @@ def read_about(path: Path, problems: Problems) -> dict:
     try:
         about = json.loads(path.read_bytes())
         texts = [about["name"], about["fingerprint"], *about["sources"].values()]
-        if all(isinstance(value, str) for value in texts):
+        if unsafe := active([about["name"], about["sources"]]):
+            fault = unsafe
+        elif all(isinstance(value, str) for value in texts):
             return dict(about)
     except FileNotFoundError:
         fault = "file not found"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         fault = f"not valid JSON ({error})"
     except (LookupError, TypeError, AttributeError):
         pass

@@ -29,6 +29,7 @@ from adaptive_margins.data.collection import (
 )
 from adaptive_margins.data.text import DataError, Problems, read_lines
 from adaptive_margins.data.trec import Qrels, read_judgements, visible
+from adaptive_margins.markup import active
 from adaptive_margins.progress import bar
 
 if TYPE_CHECKING:
@@ -328,7 +329,8 @@ def _finish(
     if not len(passages):
         raise DataError(f"{corpus} has no passage")
     warn(passages, queries, str(corpus))
-    name = folder.resolve().name
+    if fault := active(name := folder.resolve().name):
+        raise DataError(f"{folder}: {fault}; rename the folder")
     queries = {set_name: queries[set_name] for set_name in SETS if set_name in queries}
     return Collection(name, passages, queries, qrels, {"layout": layout}, triples)
 

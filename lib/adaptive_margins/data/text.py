@@ -34,6 +34,7 @@ _MARKS = [
 ]
 _TEXT = "write its content as text"
 _KINDS = [
+    (rb"\x1f\x8b", "gzip within gzip, three times; unpack it: gunzip {path}"),
     (rb"PK[\x03\x05]", "a zip archive; unpack it: unzip {path}"),
     (rb"\xfd7zXZ", "a file compressed with xz; unpack it: xz -d {path}"),
     (rb"\x28\xb5\x2f\xfd", "a file compressed with zstd; unpack it: zstd -d {path}"),
@@ -126,20 +127,20 @@ def read_lines(path: Path, problems: Problems, *, empty: bool = False) -> Iterat
         problems: where faults are noted; `Problems.check` raises them.
         empty: whether an empty file is allowed.
     """
-    zipped = False
+    zipped = 0
     try:
         with path.open("rb") as opened:
             # A pipe cannot be rewound, so it is read into memory.
             file: Any = opened if opened.seekable() else io.BytesIO(opened.read())
-            while (head := _head(file)).startswith(_GZIP):
-                zipped = True
+            while (head := _head(file)).startswith(_GZIP) and zipped < 3:  # one may hold itself
+                zipped += 1
                 file = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=file, mode="rb")))
             if wrong := _not_text(head, path):
                 problems.add(path, 0, wrong)
             elif not head and not empty:
                 problems.add(path, 0, "the file is empty")
             else:
-                yield from _decoded(file, path, problems, zipped)
+                yield from _decoded(file, path, problems, bool(zipped))
     except FileNotFoundError:
         link = (
             f"is a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else ""

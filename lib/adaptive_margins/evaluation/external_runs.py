@@ -9,6 +9,7 @@ from pathlib import Path
 from adaptive_margins.data.text import Problems
 from adaptive_margins.data.trec import Qrels, Run, read_run, visible
 from adaptive_margins.evaluation.measures import Evaluation, cutoff, evaluate
+from adaptive_margins.markup import active
 
 SUFFIXES = (".run", ".trec", ".txt")
 """What a run file's name may end in; ``.gz`` may follow."""
@@ -43,6 +44,8 @@ def read_external_runs(folder: Path, sets: Sequence[str]) -> dict[str, dict[str,
                 problems.add(
                     path, 0, f"expected a run file named {allowed}, or one of these with .gz"
                 )
+            elif fault := active(stem):
+                problems.add(path, 0, fault)
             elif (stem, place.name) in paths:
                 other = paths[stem, place.name].name
                 problems.add(path, 0, f"{other} is a run named {stem!r}, too; keep one of them")

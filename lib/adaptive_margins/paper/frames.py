@@ -230,10 +230,8 @@ def _first_batch(
     run: StoredRun[TrainingRun], runner: Runner
 ) -> tuple[list[tuple[str, str, str]], torch.Tensor, torch.Tensor, torch.Tensor]:
     """The first batch of a run, and its three columns embedded by the stored model."""
-    from sentence_transformers import SentenceTransformer
-
     config, collection = run.config, runner.inputs.collection
-    model = SentenceTransformer(str(run.path / "model"), device=runner.profile.device)
+    model = run.model(runner.profile.device)
     order = seeded_order(len(runner.inputs.triples), config.seed)[: config.batch_size]
     batch = [collection.triples[int(i)] for i in order]
     columns = [

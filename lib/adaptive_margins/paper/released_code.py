@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from sentence_transformers import SentenceTransformer
 
 from adaptive_margins.data.trec import Qrels, Run
 from adaptive_margins.encoder.embed import embed
@@ -291,7 +290,7 @@ class Differences:
         run, depth = self._ensure([config])[0], config.full_depth
         collection = self.reproduction.inputs.collection
         passages = collection.passages
-        model = SentenceTransformer(str(run.path / "model"), device=self.profile.device)
+        model = run.model(self.profile.device)
         settings = choose_index(len(passages), model.get_embedding_dimension(), depth=depth)
         if settings.flat:
             return pd.DataFrame(columns=COMPARED)

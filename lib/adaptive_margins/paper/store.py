@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adaptive_margins.data.trec import Run, read_run, write_run
+from adaptive_margins.encoder.load import encoder_identity
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.evaluation.significance import compare
 from adaptive_margins.files import DamagedError, atomic_folder, check_folder, write_checksums
+from adaptive_margins.markup import active
 from adaptive_margins.progress import say
 from adaptive_margins.runs import RunConfig, read_run_config
 
@@ -135,6 +137,13 @@ class StoredRun(Generic[R_co]):
         found: dict[str, Tensor] = self._read(f"{which}.safetensors", load_file)
         return found
 
+    def model(self, device: str) -> Any:
+        """The trained encoder, if it is stored. EncoderError for pickles and custom modules."""
+        from sentence_transformers import SentenceTransformer
+
+        encoder_identity(folder := str(self.path / "model"))  # checks the files
+        return SentenceTransformer(folder, device=device, local_files_only=True)
+
     def scores(self) -> pd.DataFrame:
         """All mean scores: columns mode, set, measure, value."""
         rows = [
@@ -169,10 +178,14 @@ class StoredRun(Generic[R_co]):
 
 def _read_result(file: Path) -> dict[str, Any]:
     result: dict[str, Any] = json.loads(file.read_text())
+    shown = [{name: value for name, value in result.items() if name not in _MODES}]
     for mode in _MODES:
-        for found in result.get(mode, {}).values():
+        for query_set, found in result.get(mode, {}).items():
             if not {"mean", "per_query"} <= set(found):
                 raise ValueError(f"mean and per_query are missing in {mode}")
+            shown.append({query_set: found["mean"]})
+    if fault := active(shown):
+        raise ValueError(fault)
     return result
 
 

@@ -69,7 +69,7 @@ class IrDatasetsSettings(Settings):
 
     @model_validator(mode="after")
     def _keys_name_something(self) -> IrDatasetsSettings:
-        if wrong := [name for name in self.sets if not re.fullmatch(r"[\w-]+", name)]:
+        if wrong := [name for name in self.sets if not re.fullmatch(r"[\w-]{1,100}", name)]:
             raise ValueError(f"sets: a name is letters, digits, _ and -, not {wrong[0]!r}")
         if "train" in self.sets:
             raise ValueError("sets: 'train' is the set of the training queries")
@@ -315,7 +315,7 @@ class OutOfDomainSettings(Settings):
 class Profile(Settings):
     """All settings; the comments in profiles/laptop.yaml have the reason of each value."""
 
-    name: str
+    name: str = Field(pattern=r"^\w[\w .+-]*$", max_length=100)
     about: str
     collection: CollectionSettings
     sets: SetSettings

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from adaptive_margins.errors import AdaptiveMarginsError
+from adaptive_margins.markup import active
 from adaptive_margins.profiles.config import Profile
 
 
@@ -23,6 +24,15 @@ class ProfileError(AdaptiveMarginsError, ValueError):
 
 class _Loader(yaml.SafeLoader):
     """Refuses a mapping with a key twice, of which PyYAML would take the second without a word."""
+
+    aliases = 0
+
+    def fetch_alias(self) -> None:
+        self.aliases += 1
+        if self.aliases > 20:
+            problem = "more than 20 aliases (*NAME), which could make a text of any length"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.get_mark())
+        super().fetch_alias()
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -60,7 +70,11 @@ def load_profile(profile: str | Path, **overrides: Any) -> Profile:
                 value = {key: value}
             values = _merged(values, value)
     try:
+        if fault := active(values):
+            raise ProfileError(f"{source}: {fault}")
         return Profile.model_validate(values)
+    except RecursionError:
+        raise ProfileError(f"{source}: an alias (*NAME) stands for what it is part of") from None
     except ValidationError as error:
         lines = [f"  {_message(one)}" for one in error.errors()]
         raise ProfileError(f"{source} has {len(lines)} error(s):\n" + "\n".join(lines)) from None
@@ -83,7 +97,7 @@ def _read(profile: str, extended_by: tuple[str, ...] = ()) -> tuple[str, dict[st
     source, text = _text(profile, f" (which {extended_by[-1]} extends)" if extended_by else "")
     try:
         values = _Loader(text).get_single_data()
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2026-13-01 is a ValueError
         mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", "")
         where = f"{source}:{mark.line + 1}" if mark else source
         reason = reason or " ".join(str(error).split())
@@ -101,9 +115,9 @@ def _text(profile: str, by: str) -> tuple[str, str]:
     """Where a profile stands, and its YAML."""
     if profile.endswith((".yaml", ".yml")):
         path = Path(profile)
-        if not path.is_file():
-            raise ProfileError(f"profile file {path}{by} does not exist")
         try:
+            if not path.is_file():
+                raise ProfileError(f"profile file {path}{by} does not exist")
             return profile, path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ProfileError(f"profile file {path} cannot be read: {error}") from None

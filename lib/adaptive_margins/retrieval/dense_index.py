@@ -161,6 +161,8 @@ class DenseIndex:
                 )
             problems = Problems()
             for file, expected in about["files"].items():
+                if not file.replace(".", "").isidentifier():
+                    raise DataError(f"{path}: {file!r} is not the name of a file next to it")
                 check_file(path.parent / file, expected["bytes"], expected["sha256"], problems)
             problems.check()
             return cls(path.parent, about)
@@ -168,7 +170,7 @@ class DenseIndex:
             raise
         except OSError as error:
             raise DataError(f"no index of passages at {folder}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # FAISS's
             raise DataError(f"{path} does not describe an index; build it again") from error
 
     def open_encoder(
