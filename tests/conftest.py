@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import atexit
 import gc
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +28,17 @@ os.environ["IR_DATASETS_HOME"] = tempfile.mkdtemp(prefix="ir_datasets.")
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from filelock import FileLock
 
 import warm
-from adaptive_margins.encoder import load as encoder_load
 
 atexit.register(shutil.rmtree, os.environ["IR_DATASETS_HOME"], ignore_errors=True)
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_HOME = "ADAPTIVE_MARGINS_TEST_HOME"
 SHARED_MINIATURE = "ADAPTIVE_MARGINS_TEST_MINIATURE"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-WORDS = [
-    *SPECIAL,
-    *[
-        "the",
-        "a",
-        "graph",
-        "node",
-        "edge",
-        "array",
-        "matrix",
-        "of",
-        "sort",
-        "return",
-        "shape",
-        "path",
-    ],
-]
+WORDS = [*SPECIAL, *"the a graph node edge array matrix of sort return shape path".split()]  # noqa: SIM905
 TEXTS = [
     "the shape of a matrix",
     "sort the array of a graph, return the shape of the path of the node, the edge, the array and the matrix",
@@ -65,11 +50,6 @@ TEXTS = [
 
 # jsonschema would build grammars of IRIs when imported, for 2 s; no notebook has one.
 sys.modules["rfc3987_syntax"] = None
-torch.set_num_threads(1)
-# Encoders are opened on the CPU, whatever the machine has; tests of a GPU name it.
-encoder_load.default_device = lambda: "cpu"
-
-
 RANDOM_LENGTH = 9
 """Tokens of a text of `RANDOM_TEXTS`, at most."""
 _DRAW = np.random.default_rng(5)
@@ -102,6 +82,54 @@ def command(*arguments: str, home: Path, timeout: float = 600, **environment: st
     )  # fmt: skip
 
 
+def linked(home: Path, to: Path, *names: str, without: Iterable[str] = ()) -> Path:
+    """``to`` with folders of a home, whose files are hard links: what writes a file replaces it."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:  # on another file system
+            shutil.copy2(source, target)
+
+    for name in names:
+        ignore = shutil.ignore_patterns(*without)
+        shutil.copytree(home / name, to / name, copy_function=link, ignore=ignore)
+    return to
+
+
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """Worker processes are forked, and need not import everything again; what they get is pickled all the same."""
+    start = ProcessPoolExecutor.__init__
+
+    def forking(self, max_workers, mp_context, initializer, initargs):
+        assert mp_context.get_start_method() == "spawn"
+        given = pickle.loads(pickle.dumps((initializer, initargs)))
+        start(self, max_workers, multiprocessing.get_context("fork"), *given)
+
+    monkeypatch.setattr(ProcessPoolExecutor, "__init__", forking)
+
+
+def executed(notebook: Path, **parameters: Any) -> None:
+    """Run a notebook's cells in this process, with parameters; what a cell shows is made, and thrown away."""
+    import nbformat
+    from IPython.core.formatters import DisplayFormatter
+
+    variables: dict[str, Any] = {}
+    show = DisplayFormatter().format
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        tags = cell.metadata.get("tags", [])
+        if cell.cell_type != "code" or "skip-execution" in tags:
+            continue
+        tree = ast.parse(cell.source)
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, cell.id, "exec"), variables)
+        if last is not None:
+            show(eval(compile(ast.Expression(last.value), cell.id, "eval"), variables))
+        if "parameters" in tags:
+            variables |= parameters
+
+
 def in_child(work: Callable[[], object]) -> str:
     """What ``work`` says in a forked process: "" or its error, "died" if the process did not live to tell."""
     context = multiprocessing.get_context("fork")
@@ -129,14 +157,6 @@ def in_child(work: Callable[[], object]) -> str:
 def die() -> None:
     """The end of this process, as by kill -9."""
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def linked(source: str, target: str) -> None:
-    """A copy of a file that nobody writes to in place, in no time if it is on the same disk."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def flip(path: Path, byte: int = -9) -> None:
@@ -167,6 +187,17 @@ FIRST = ("test_miniature.py", "test_book.py", "test_losses.py")
 def pytest_configure(config):
     # xdist would begin with the files of most tests, and those that take longest have few.
     config.option.loadscopereorder = False
+    if getattr(
+        config.option, "numprocesses", None
+    ):  # this process hands out tests, and imports nothing heavy
+        return
+    import torch
+
+    from adaptive_margins.encoder import load
+
+    torch.set_num_threads(1)
+    # Encoders are opened on the CPU, whatever the machine has; tests of a GPU name it.
+    load.default_device = lambda: "cpu"
 
 
 def pytest_collection_finish():
@@ -277,6 +308,7 @@ def write_tokenizer(folder: Path, kind: str = "bert", words: Sequence[str] = WOR
 
 def write_encoder(folder: Path, kind: str, words: Sequence[str] = WORDS) -> Path:
     """A randomly initialised model of that kind with its tokenizer: 3 layers, 16 dimensions, a few words."""
+    import torch
     from transformers import AutoConfig, AutoModel
 
     pad = 1 if kind in ("roberta", "mpnet") else 0
@@ -298,6 +330,7 @@ def write_retriever(
     linear: bool = False, dim: int | None = None, prompts: dict[str, str] | None = None,
 ) -> str:  # fmt: skip
     """A random Sentence Transformers folder: [CLS], and as ANCE has them, a linear layer and a layer norm."""
+    import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import (  # fmt: skip
         Dense,
@@ -335,9 +368,9 @@ def tiny_folder(tmp_path_factory) -> Callable[..., Path]:
 
 
 MINIATURE_SIZES = {
-    "static": {"targets": [0.0, 0.3, 1.0], "triples": 32, "batch_size": 16},
+    "static": {"targets": [0.3, 1.0], "triples": 32, "batch_size": 16},
     "adaptive": {"triples": 64, "batch_sizes": [16], "evaluate_every_steps": 2},
-    "distributed": {"triples": 64, "batch_sizes": [8, 16], "evaluate_every_steps": 2},
+    "distributed": {"triples": 64, "batch_sizes": [16], "evaluate_every_steps": 2},
     "comparison": {"triples": 96, "batch_sizes": [16], "evaluate_every_steps": 2, "patience": 2},
     "target_plot": {"window": 2, "span": 3},
     "differences": {"seeds": [1], "draws": 50},
@@ -345,10 +378,6 @@ MINIATURE_SIZES = {
     "ranking": {"shard": 256, "batch_tokens": 4096, "devices": ["cpu", "cpu"]},
 }
 """In the place of the sizes of profiles/paper.yaml."""
-
-
-MINIATURE_NOTEBOOKS = ("01", "05", "06")
-"""Notebooks that show something else in the profile paper."""
 
 
 def register_miniature(home: Path) -> Any:
@@ -420,7 +449,7 @@ def write_miniature(home: Path, extends: str = "paper", **values: Any) -> Path:
 
 @pytest.fixture(scope="session")
 def miniature_home(tmp_path_factory, warm_start) -> Path:
-    """A home folder with the runs of the profile paper, in small, and `MINIATURE_NOTEBOOKS`, executed. Read only.
+    """A home folder with the runs of the profile paper, in small. Read only.
 
     $ADAPTIVE_MARGINS_TEST_MINIATURE may name a folder, as with `smoke_home`.
     """
@@ -430,8 +459,7 @@ def miniature_home(tmp_path_factory, warm_start) -> Path:
     with FileLock(f"{home}.profile.lock"):
         if not profile.is_file():
             write_miniature(home)
-    arguments = [word for number in MINIATURE_NOTEBOOKS for word in ("--notebook", number)]
-    return reproduced(tmp_path_factory, home, str(profile), *arguments)
+    return reproduced(tmp_path_factory, home, str(profile), "--runs-only")
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from adaptive_margins.paper.experiments import fixed_runs
 from adaptive_margins.paper.store import StoreError
 from adaptive_margins.profiles.load import ProfileError, available
 from adaptive_margins.training import TrainingError
+from conftest import linked
 
 
 def call(monkeypatch, capsys, *arguments):
@@ -99,8 +100,7 @@ def test_a_plan_of_what_is_finished(smoke_home, monkeypatch, capsys):
 
 
 def test_a_plan_lists_what_is_missing(smoke, tmp_path, monkeypatch, capsys):
-    for name in ("cache", "collections"):
-        shutil.copytree(smoke.home / name, tmp_path / name)
+    linked(smoke.home, tmp_path, "cache", "collections")
     monkeypatch.setenv("ADAPTIVE_MARGINS_HOME", str(tmp_path))
     code, out, _ = call(monkeypatch, capsys, "plan", "--profile", "smoke", "--every")
     # Baselines, Figure 3 with its second seed, Figure 5's other batch size, Tables 3 and 4 with

@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +47,7 @@ from adaptive_margins.training import TrainingError, train, trainable
 from conftest import die, flip, in_child, kill_in, linked, run_config
 
 TRIPLES = 40
+HOME = ("collections", "cache", "runs")
 
 
 @pytest.fixture(scope="module")
@@ -1015,16 +1015,6 @@ def test_a_checkpoint_of_somebody_else_runs_no_code(material, tmp_path):
         (checkpoint / name).write_bytes(before)
 
 
-def copy_home(home: Path, to: Path, without: set[str]) -> Path:
-    """A home with the collection, caches and runs of another, some runs left out."""
-    to.mkdir()
-    for name in ("collections", "cache"):
-        shutil.copytree(home / name, to / name, copy_function=linked)
-    left = shutil.ignore_patterns(*without)
-    shutil.copytree(home / "runs", to / "runs", ignore=left, copy_function=linked)
-    return to
-
-
 def same_run(a: StoredRun, b: StoredRun):
     """Equal but for clocks and memory."""
     assert a.config == b.config
@@ -1043,7 +1033,7 @@ def same_run(a: StoredRun, b: StoredRun):
 def test_a_killed_run_of_a_profile_leaves_nothing_that_looks_finished(smoke, tmp_path):
     config = smoke.experiments.variant_run("minilm-4", "distributed", False)
     assert config.save_model
-    home = copy_home(smoke.home, tmp_path / "home", {config.run_id})
+    home = linked(smoke.home, tmp_path / "home", *HOME, without=[config.run_id])
     other = Reproduction(smoke.profile, home)
     assert not other.store.has(config)
     checkpoints = home / "cache" / "work" / config.run_id
@@ -1075,12 +1065,11 @@ def test_a_killed_run_of_a_profile_leaves_nothing_that_looks_finished(smoke, tmp
     same(*(load_file(r.path / "model" / "model.safetensors") for r in (stored, expected)), 1e-6)
 
 
-def test_workers_end_with_their_parent_and_the_rest_is_made_later(smoke, tmp_path):
+def test_workers_end_with_their_parent_and_the_rest_is_made_later(smoke, tmp_path, forked_workers):
     removed = smoke.experiments.figure4_runs()
     ids = {c.run_id for c in removed}
-    home = copy_home(smoke.home, tmp_path / "home", ids)
+    home = linked(smoke.home, tmp_path / "home", *HOME, without=ids)
     two = smoke.profile.model_copy(update={"workers": 2})
-    # Forked, so that it need not import everything again; its workers are new processes.
     forked = multiprocessing.get_context("fork").Process(target=Reproduction(two, home).run_all)
     forked.start()
     parent = psutil.Process(forked.pid)

@@ -35,6 +35,7 @@ def serve(path: str) -> None:
     import gc
     import select
 
+    sys.modules["rfc3987_syntax"] = None  # as in conftest.py
     import datasets  # noqa: F401
     import faiss  # noqa: F401
     import ipykernel.kernelapp  # noqa: F401

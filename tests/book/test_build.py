@@ -57,7 +57,7 @@ warnings.warn("look")
 
 
 @pytest.fixture
-def site(tmp_path):
+def site(tmp_path, forked_workers):
     home = tmp_path / "home"
     write_run(home, "aa11")
     return Site(home, "smoke")

@@ -13,6 +13,7 @@ import pytest
 from adaptive_margins import paper
 from adaptive_margins.book import claims, edition, pages
 from adaptive_margins.profiles.load import load_profile
+from conftest import linked
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 with pytest.MonkeyPatch.context() as _patch:
@@ -73,7 +74,8 @@ def test_frames_claims_and_rankings_are_those_of_the_profile(smoke, exported):
     assert about["profile"]["name"] == "smoke" and "--profile smoke" in about["command"]
 
 
-def test_an_unfinished_profile_is_not_exported(tmp_path):
+def test_an_unfinished_profile_is_not_exported(smoke, tmp_path):
+    linked(smoke.home, tmp_path, "collections", "cache")
     with pytest.raises(SystemExit, match=r"runs are missing.*--profile smoke --runs-only"):
         script.export(paper.open("smoke", tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +17,13 @@ import nbformat
 import pandas as pd
 import pytest
 
+import warm
 from adaptive_margins.book.claims import rules
 from adaptive_margins.book.context import PARAMETERS, ParameterError, check_parameters
 from adaptive_margins.book.execute import parameter_defaults
 from adaptive_margins.book.pages import OWN
 from adaptive_margins.profiles.load import ProfileError
+from conftest import linked
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -217,15 +218,13 @@ def runs(home: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_papermill_from_any_folder_reads_what_is_there_and_trains_what_is_not(smoke_home, tmp_path):
-    home = tmp_path / "home"
-    for name in ("runs", "collections", "cache"):
-        shutil.copytree(smoke_home / name, home / name)
+    home = linked(smoke_home, tmp_path / "home", "runs", "collections", "cache")
     before = runs(home)
     data = tmp_path / "data"
     ours = pd.read_csv(smoke_home / "book" / "_executed" / "data" / "figure4.csv")
     parameters = ["-p", "profile", "smoke", "-p", "data_folder", data, "-p", "seed", "9"]
     done = subprocess.run(
-        [sys.executable, "-m", "papermill", ROOT / "notebooks" / "03_adaptive_targets.ipynb", "out.ipynb", *parameters],
+        [sys.executable, warm.__file__, "-m", "papermill", ROOT / "notebooks" / "03_adaptive_targets.ipynb", "out.ipynb", *parameters],
         cwd=tmp_path, env={**os.environ, "ADAPTIVE_MARGINS_HOME": str(home)}, capture_output=True, text=True,
         timeout=280, check=False,
     )  # fmt: skip

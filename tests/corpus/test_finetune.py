@@ -7,6 +7,7 @@ import importlib.util
 import random
 import re
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -203,28 +204,25 @@ def test_a_second_call_goes_on_and_comes_to_the_same(helped, tmp_path, capsys):
     assert "step 60 of 60: validation nDCG@10" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "call", "checkpoint"),
-    [
+def test_killed_at_one_moment_after_the_other_it_comes_to_the_same(helped, tmp_path):
+    output = tmp_path / "output"
+
+    def killed(*moment):
+        kill_in(*moment)
+        finetune(helped.source, output, **helped.arguments)
+
+    for owner, name, call, checkpoint in (
         (prepare, "_triples", 1, None),
         (training._Trainer, "training_step", 7, None),
         (training._Trainer, "training_step", 40, "checkpoint-30"),
         (finetuning, "hybrid", 1, "checkpoint-45"),
         (finetuning, "write_results", 1, "checkpoint-45"),
-    ],
-    ids=["choosing triples", "first steps", "later steps", "ranking", "writing"],
-)
-def test_killed_at_any_moment_it_comes_to_the_same(helped, tmp_path, owner, name, call, checkpoint):
-    output = tmp_path / "output"
-
-    def killed():
-        kill_in(owner, name, call)
-        finetune(helped.source, output, **helped.arguments)
-
-    assert in_child(killed) == "died"
-    assert not output.exists()
-    found = newest_checkpoint(next(iter((tmp_path / "output.work").glob("training-*")), tmp_path))
-    assert (found and found.name) == checkpoint
+    ):
+        assert in_child(partial(killed, owner, name, call)) == "died"
+        assert not output.exists()
+        work = next(iter((tmp_path / "output.work").glob("training-*")), tmp_path)
+        found = newest_checkpoint(work)
+        assert (found and found.name) == checkpoint, (name, call)
     came_to_the_same(finetune(helped.source, output, **helped.arguments), helped.done)
 
 

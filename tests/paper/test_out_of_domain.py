@@ -17,7 +17,7 @@ from adaptive_margins.evaluation.measures import evaluate
 from adaptive_margins.evaluation.significance import compare
 from adaptive_margins.paper import runner
 from adaptive_margins.paper.out_of_domain import ALL, FOLDER, TEST, OutOfDomain, word_overlap
-from conftest import plain_embeddings
+from conftest import linked, plain_embeddings
 
 MEASURE = "nDCG@10"
 
@@ -25,17 +25,18 @@ MEASURE = "nDCG@10"
 @pytest.fixture(scope="module")
 def home(smoke, tmp_path_factory):
     """A home in which the first seed's distributed run had its best step before any training."""
-    home = tmp_path_factory.mktemp("home")
-    for name in ("runs", "collections", "cache"):
-        shutil.copytree(smoke.home / name, home / name)
+    home = linked(smoke.home, tmp_path_factory.mktemp("home"), "runs", "collections", "cache")
     run = smoke.store.get(smoke.experiments.variant_run("minilm-4", "distributed", False))
     state = dict(smoke.inputs.encoder("minilm-4").model.named_parameters())
     stored = home / "runs" / run.run_id
     start = {
         key: state[key].detach().contiguous() for key in load_file(stored / "last.safetensors")
     }
-    save_file(start, stored / "selected.safetensors")
+    shutil.rmtree(stored)
+    checked = shutil.ignore_patterns("SHA256SUMS")  # its files are written to
+    shutil.copytree(run.path, stored, ignore=checked)
     result = json.loads((stored / "result.json").read_text())
+    save_file(start, stored / "selected.safetensors")
     (stored / "result.json").write_text(json.dumps({**result, "kept_step": 0}))
     return home
 

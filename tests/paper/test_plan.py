@@ -14,7 +14,7 @@ import yaml
 from adaptive_margins import paper
 from adaptive_margins.paper.plan import PlanError, _Estimates
 from adaptive_margins.runs import CODE_VERSION, read_run_config
-from conftest import command
+from conftest import command, linked
 
 
 @pytest.fixture
@@ -30,9 +30,8 @@ def test_the_runs_of_the_laptop_take_what_was_expected(tmp_path):
     reproduction = paper.open(
         "laptop",
         tmp_path,
-        collection={"packages": ["networkx"], "max_passages": 500, "validation": 40, "test": 40},
+        collection={"packages": ["networkx"], "max_passages": 400, "validation": 40, "test": 40},
         static={"triples": 128},
-        distributed={"triples": 128, "evaluate_every": 64},
         comparison={"triples": 128, "evaluate_every": 64},
         workers=1,
     )  # fmt: skip
@@ -40,7 +39,6 @@ def test_the_runs_of_the_laptop_take_what_was_expected(tmp_path):
     configs = [
         e.zero_shot_run("minilm-3"),
         e.static_run("minilm-3", 0.4, True),
-        e.curve_run("minilm-3", "distributed", False, 32),
         e.comparison_run("minilm-3", target="distributed", in_batch=False, patience=9),
     ]
     inputs.encoder("minilm-3")  # shared by all runs, and not part of any
@@ -64,9 +62,7 @@ def test_the_plan_of_a_finished_home_and_of_an_unfinished_one(smoke, tmp_path):
     assert (plan.seconds, plan.downloads, plan.stated) == (0.0, [], [])
     assert Counter(runs["encoder"]) == {"bm25": 1, "minilm": 1, "minilm-3": 19, "minilm-4": 32}
 
-    home = tmp_path / "home"
-    for name in ("cache", "collections"):
-        shutil.copytree(smoke.home / name, home / name)
+    home = linked(smoke.home, tmp_path / "home", "cache", "collections")
     done = smoke.experiments.static_run("minilm-3", 0.5, True, 2)
     for config in (smoke.experiments.bm25_run(), done):
         shutil.copytree(smoke.store.path(config), home / "runs" / config.run_id)

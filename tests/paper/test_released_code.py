@@ -8,14 +8,12 @@ import dataclasses
 import gzip
 import json
 import math
-import shutil
 from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import papermill
 import pytest
 import pytrec_eval
 import yaml
@@ -36,6 +34,7 @@ from adaptive_margins.paper.released_statistics import (
     pool_qrels,
     summarise,
 )
+from conftest import executed, linked
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = ["nDCG@10", "R(rel=2)@20"]
@@ -209,9 +208,8 @@ def test_seeds():
 @pytest.fixture(scope="module")
 def study(smoke_home, tmp_path_factory):
     """One seed, two ε: 15 short runs, in this process."""
-    home = tmp_path_factory.mktemp("differences")
-    for name in ("runs", "collections", "cache"):
-        shutil.copytree(smoke_home / name, home / name)
+    folder = tmp_path_factory.mktemp("differences")
+    home = linked(smoke_home, folder, "runs", "collections", "cache")
     settings = {"workers": 1, "static": {"targets": [0.5, 1.0]}}
     profile = {"name": "study", "extends": "smoke", "about": "Two values of ε.", **settings}
     (home / "study.yaml").write_text(yaml.safe_dump(profile))
@@ -518,15 +516,9 @@ def test_the_notebook_reads_the_same_runs(study, frames, tmp_path, monkeypatch):
     home, data = study.reproduction.home, tmp_path / "data"
     before = set(study.reproduction.store.folder.iterdir())
     monkeypatch.setenv("ADAPTIVE_MARGINS_HOME", str(home))
-    values = {
-        "profile": str(home / "study.yaml"),
-        "seeds": 1,
-        "draws": 40,
-        "data_folder": str(data),
-    }
-    papermill.execute_notebook(
-        ROOT / "notebooks" / "07_paper_and_released_code.ipynb", tmp_path / "out.ipynb", values, progress_bar=False
-    )  # fmt: skip
+    profile, values = str(home / "study.yaml"), {"seeds": 1, "draws": 40, "data_folder": str(data)}
+    notebook = ROOT / "notebooks" / "07_paper_and_released_code.ipynb"
+    executed(notebook, profile=profile, **values)
     assert set(study.reproduction.store.folder.iterdir()) == before
     for name, frame in frames.items():
         assert len(pd.read_csv(data / f"{name}.csv")) == len(frame) or name == "optimism", name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import pytest
 
@@ -15,15 +13,14 @@ from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.profiles.load import ProfileError, load_profile
 from adaptive_margins.runs import TrainingRun
 from adaptive_margins.teachers import TeacherError, open_cross_encoder
-from conftest import in_child, kill_in
+from conftest import in_child, kill_in, linked
 
 
 @pytest.fixture
 def home(smoke_home, tmp_path):
     """A copy of the smoke profile's collection and tokens, without runs and teacher."""
-    for name in ("collections", "cache/collections", "cache/tokens", "cache/states"):
-        shutil.copytree(smoke_home / name, tmp_path / name)
-    return tmp_path
+    names = ("collections", "cache/collections", "cache/tokens", "cache/states")
+    return linked(smoke_home, tmp_path, *names)
 
 
 def runs_of(reproduction, **values):
@@ -151,7 +148,7 @@ def test_a_published_file_gives_the_same_students(home, smoke, tmp_path):
     ],
 )
 def test_what_is_refused_before_anything_is_trained(home, smoke_home, values, message):
-    shutil.copytree(smoke_home / "cache" / "teachers", home / "cache" / "teachers")
+    linked(smoke_home, home, "cache/teachers")
     reproduction = paper.open("smoke", home, workers=1, **values)
     with pytest.raises(AdaptiveMarginsError, match=message):
         reproduction.runner.ensure(teacher_runs(reproduction.experiments))
