@@ -18,14 +18,14 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book publish test lab bench bench-full clean
+.PHONY: help setup book publish test lab bench bench-full gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s%s\n", $$1, $$2}'
 	@echo "Profile of make book: PROFILE=$(PROFILE). Python: PYTHON=$(PYTHON)."
 
-setup: $(STAMP)  ## make .venv with the pinned versions (book, publish, test, lab and bench do this by themselves)
+setup: $(STAMP)  ## make .venv with the pinned versions (the targets below do this by themselves)
 
 # The stamp is written last: an interrupted installation is taken up again.
 $(STAMP): pyproject.toml constraints.txt
@@ -58,6 +58,9 @@ bench: $(STAMP)  ## time training, encoding and the loss against Sentence Transf
 bench-full: $(STAMP)  ## time a large encoder, reranking, memory, and how things grow (an hour)
 	$(BIN)/python benchmarks/run.py --parts rerank large memory growth index
 	$(BIN)/python benchmarks/pages.py
+
+gpu-check: $(STAMP)  ## check that a CUDA GPU computes correctly, how fast, and how long paper would take (8 minutes)
+	$(BIN)/adaptive-margins check-gpu
 
 clean:  ## remove the built book and caches of tools; keeps .venv, runs/, collections/ and cache/
 	rm -rf _build book/_executed .mypy_cache .pytest_cache .ruff_cache

@@ -119,7 +119,8 @@ def flops(model: Any, lengths: np.ndarray) -> float:
     attention, 2 L² D; backward twice the forward.
     """
     config = model[0].model.config
-    width, inner = config.hidden_size, config.intermediate_size
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or config.hidden_dim  # DistilBERT's name
     weights = 4 * width * width + 2 * width * inner
     tokens, squares = float(np.sum(lengths)), float(np.sum(np.square(lengths, dtype=np.float64)))
     forward = config.num_hidden_layers * 2 * (weights * tokens + 2 * width * squares)

@@ -6,6 +6,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,19 +37,33 @@ The model is not changed.
 """
 
 
-WARM = 4  # triples of the step before the one that is timed
+WARM = 4  # triples of the first step, which is not timed
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How steps are trained; ``timed`` steps of all triples are timed, after ``warm`` others."""
+
+    device: str = "cpu"
+    precision: str = "fp32"
+    optimizer: str = "adamw_torch_fused"
+    warm: int = 0
+    timed: int = 1
+
+
+CPU = Setting()
 
 
 class _Batches:
-    """A batch sampler: a first step of a few triples, then all of them, and again.
+    """A batch sampler: a first step of a few triples, then all of them, again and again.
 
-    The first step creates the optimiser's state and everything else that a run creates once. The third batch is fetched, as a run fetches one
+    The first step creates the optimiser's state and everything else that a run creates once. The last batch is fetched, as a run fetches one
     ahead, and not trained on.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, setting: Setting) -> None:
         everything = list(range(size))
-        self.batches = [everything[:WARM], everything, everything]
+        self.batches = [everything[:WARM], *[everything] * (setting.warm + setting.timed + 1)]
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -58,44 +73,56 @@ class _Batches:
 
 
 class _Clock(TrainerCallback):
-    """Seconds from the end of the first step to the end of the second, where training is stopped."""
+    """Times the steps of a training, and ends it after the last of them; the loss of its first step."""
 
-    def __init__(self) -> None:
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
         self.ends: list[float] = []
+        self.loss: float | None = None
+
+    @property
+    def found(self) -> tuple[float, float]:
+        """Seconds of a step, and the loss of the training's first one."""
+        assert self.loss is not None
+        return (self.ends[1] - self.ends[0]) / self.setting.timed, self.loss
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        self.ends.append(clock())
-        control.should_training_stop = len(self.ends) == 2
+        done = state.global_step - 1 - self.setting.warm
+        if done in (0, self.setting.timed):
+            if self.setting.device != "cpu":
+                torch.cuda.synchronize()
+            self.ends.append(clock())
+        control.should_training_stop = done == self.setting.timed
         control.should_evaluate = control.should_save = False
         return control
 
 
 @contextmanager
-def _timed() -> Iterator[list[tuple[float, float]]]:
-    """Of each Trainer.train while this is open: seconds of its second step, and the loss of its first."""
-    found, losses = [], []
-    train, training_step = Trainer.train, Trainer.training_step
+def watching(make: Callable[[Trainer], TrainerCallback]) -> Iterator[None]:
+    """Add a callback to each Trainer that trains while this is open."""
+    train = Trainer.train
 
     def spy(self: Trainer, *args: Any, **kwargs: Any) -> Any:
-        ends = _Clock()
-        self.add_callback(ends)
-        losses.clear()
-        output = train(self, *args, **kwargs)
-        found.append((ends.ends[1] - ends.ends[0], losses[0]))
-        return output
+        self.add_callback(make(self))
+        return train(self, *args, **kwargs)
+
+    with mock.patch.object(Trainer, "train", spy):
+        yield
+
+
+@contextmanager
+def _timed(setting: Setting) -> Iterator[_Clock]:
+    """The clock of the training while this is open."""
+    found, training_step = _Clock(setting), Trainer.training_step
 
     def spy_on_step(self: Trainer, *args: Any, **kwargs: Any) -> Any:
         loss = training_step(self, *args, **kwargs)
-        if not losses:
-            losses.append(float(loss))
+        found.loss = float(loss) if found.loss is None else found.loss
         return loss
 
-    with (
-        mock.patch.object(Trainer, "train", spy),
-        mock.patch.object(Trainer, "training_step", spy_on_step),
-    ):
+    with watching(lambda _: found), mock.patch.object(Trainer, "training_step", spy_on_step):
         yield found
 
 
@@ -136,32 +163,49 @@ def _plain(model: Any) -> Any:
     return model
 
 
+def project(
+    model: Any,
+    tokens: tuple[Tokens, Tokens],
+    size: int,
+    steps: int,
+    setting: Setting = CPU,
+    chunks: int = 1,
+) -> training.TrainingResult:
+    """Train ``model`` in batches of ``size`` by this project's trainer, without an evaluation.
+
+    ``tokens`` are queries, and positives followed by negatives; the triples are read in order, again and again.
+    """
+    queries, passages = tokens
+    numbers = np.arange(size * steps, dtype=np.int32) % len(queries)
+    rows = Dataset.from_dict(
+        {"query": numbers, "positive": numbers, "negative": numbers + len(queries)}
+    )
+    nothing = Evaluation({"nDCG@10": 0.0}, {"nDCG@10": {}})
+    with tempfile.TemporaryDirectory() as folder:
+        return training.train(
+            config(size, chunks, steps, setting), model, rows, queries, passages, lambda _: nothing,
+            initial=nothing, folder=Path(folder), device=setting.device, order=np.arange(len(rows)),
+        )  # fmt: skip
+
+
 def ours(
     chunks: int,
-    collator: type = training.TripleCollator,
+    collator: Callable[..., Any] = training.TripleCollator,
     copied: Callable[[Any], Any] = copy.deepcopy,
+    setting: Setting = CPU,
 ) -> Step:
     """This project's trainer, its texts tokenised beforehand, in so many chunks."""
 
     def step(model: Any, triples: Triples) -> tuple[float, float]:
-        queries, passages = tokens_of(model, triples)
-        size = len(triples)
-        numbers = np.tile(np.arange(size, dtype=np.int32), 3)  # as many as a run asks for
-        rows = Dataset.from_dict(
-            {"query": numbers, "positive": numbers, "negative": numbers + size}
-        )
-        nothing = Evaluation({"nDCG@10": 0.0}, {"nDCG@10": {}})
+        size, steps = len(triples), setting.warm + setting.timed + 2  # as many as are fetched
         with (
-            tempfile.TemporaryDirectory() as folder,
-            _timed() as outputs,
+            _timed(setting) as output,
             mock.patch.object(training, "TripleCollator", collator),
-            mock.patch.object(training, "BatchSampler", lambda *_, **__: _Batches(size)),
+            mock.patch.object(training, "BatchSampler", lambda *_, **__: _Batches(size, setting)),
         ):
-            training.train(
-                config(size, chunks), copied(model), rows, queries, passages, lambda _: nothing,
-                initial=nothing, folder=Path(folder),
-            )  # fmt: skip
-        return outputs[0]
+            tokens = tokens_of(model, triples)
+            project(copied(model).to(setting.device), tokens, size, steps, setting, chunks)
+        return output.found
 
     return step
 
@@ -176,7 +220,7 @@ def merged() -> Step:
     return ours(1, _Merged, _plain)
 
 
-def sentence_transformers(merged: bool) -> Step:
+def sentence_transformers(merged: bool, setting: Setting = CPU) -> Step:
     """Sentence Transformers' trainer with the same loss, which tokenises in every step, as it does."""
 
     def step(model: Any, triples: Triples) -> tuple[float, float]:
@@ -185,19 +229,21 @@ def sentence_transformers(merged: bool) -> Step:
         with tempfile.TemporaryDirectory() as folder:
             arguments = SentenceTransformerTrainingArguments(
                 output_dir=folder,
-                max_steps=3,
-                batch_sampler=lambda *_, **__: _Batches(len(triples)),
+                max_steps=setting.warm + setting.timed + 2,
+                batch_sampler=lambda *_, **__: _Batches(len(triples), setting),
                 per_device_train_batch_size=len(triples),
                 learning_rate=1e-5,
-                optim="adamw_torch_fused",
+                optim=setting.optimizer,
+                bf16=setting.precision == "bf16",
                 max_grad_norm=0.0,
                 logging_strategy="no",
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
-                use_cpu=True,
-                dataloader_pin_memory=False,
+                use_cpu=setting.device == "cpu",
+                dataloader_pin_memory=setting.device != "cpu",
             )
+            arguments._n_gpu = min(arguments.n_gpu, 1)  # not split over several GPUs
             trainer = SentenceTransformerTrainer(
                 model=model,
                 args=arguments,
@@ -206,11 +252,11 @@ def sentence_transformers(merged: bool) -> Step:
             )
             with (
                 quiet(),
-                _timed() as outputs,
+                _timed(setting) as output,
                 nullcontext() if merged else column_merging_disabled(),
             ):
                 trainer.train()
-                return outputs[0]
+            return output.found
 
     return step
 
@@ -223,12 +269,12 @@ def tokens_of(model: Any, triples: Triples) -> tuple[Tokens, Tokens]:
     )
 
 
-def config(size: int, chunks: int) -> TrainingRun:
-    """Three steps of ``size`` triples; `_Batches` changes their sizes, and the last is not trained on."""
+def config(size: int, chunks: int, steps: int, setting: Setting) -> TrainingRun:
+    """So many steps of ``size`` triples, without an evaluation before the last one."""
     return TrainingRun(
         encoder="benchmark", weights="", pooling="mean", layers=None, trained_layers=None, query_length=QUERY_LENGTH,
         passage_length=PASSAGE_LENGTH, loss="margin", target=TARGET, in_batch=False, batch_size=size, chunks=chunks,
-        triples=3 * size, learning_rate=1e-5, weight_decay=0.0, decay=1.0, optimizer="adamw_torch_fused", precision="fp32",
-        dropout=None, seed=1, evaluate_every=0, patience=0, keep="last", selection="nDCG@10", validation="", depth=0,
-        rerank_measures=("nDCG@10",), collection="",
+        triples=steps * size, learning_rate=1e-5, weight_decay=0.0, decay=1.0, optimizer=setting.optimizer,
+        precision=setting.precision, dropout=None, seed=1, evaluate_every=0, patience=0, keep="last",
+        selection="nDCG@10", validation="", depth=0, rerank_measures=("nDCG@10",), collection="",
     )  # fmt: skip

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from typer import Option
 
 from adaptive_margins import cli_corpus, terminal
 from adaptive_margins.distributed import processes
+from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.processes import end_when_asked
 from adaptive_margins.progress import printable
 
@@ -120,6 +123,32 @@ def profiles() -> None:
     from adaptive_margins.profiles.load import available
 
     print("\n".join(available()))
+
+
+@app.command()
+def check_gpu(
+    device: Annotated[
+        Literal["cuda", "cpu"], Option(help="cpu: try the check in miniature, without a GPU.")
+    ] = "cuda",
+    output: Annotated[
+        Path | None,
+        Option(parser=terminal.new_file, help="The JSON (default: _build/gpu-check.json)."),
+    ] = None,
+    as_json: cli_corpus.Json = False,
+) -> None:
+    """Check a CUDA GPU: does it compute correctly, how fast, how long would the profiles take?
+
+    At most 8 minutes, without a network. Status 1 if a check fails, 2 without a CUDA device.
+    """
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_check.py"
+    if not script.is_file():
+        raise AdaptiveMarginsError(
+            f"{script} does not exist; the check needs a clone of the repository (pip install -e)"
+        )
+    options = ["--output", str(output)] if output else []
+    options += ["--json"] if as_json else []
+    command = [sys.executable, str(script), "--device", device, *options]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
 
 
 app.add_typer(cli_corpus.commands)
