@@ -20,8 +20,8 @@ from adaptive_margins.corpus.finetuned import Finetuned
 from adaptive_margins.files import write_text
 
 KEPT = (
-    "target", "seed", "triples", "settings", "kept", "best_step", "stop_step", "validation", "measures", "comparisons",
-    "verdict", "seconds", "versions",
+    "target", "seed", "triples", "settings", "kept", "best_step", "stop_step", "validation", "merge", "hybrid", "measures",
+    "comparisons", "verdict", "seconds", "versions",
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def main() -> None:
         rows.append({
             "collection": {**about, "name": name},
             "encoder": encoder,
-            **{key: report[key] for key in KEPT},
+            **{key: report[key] for key in KEPT if key in report},  # older ones lack some
             **stamp(),
         })  # fmt: skip
         write_text(given.out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from adaptive_margins import cli, progress
 from adaptive_margins.corpus import finetune as finetuning
 from adaptive_margins.data import sources
+from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.folder import read_folder
 from adaptive_margins.data.splits import split_queries
 from adaptive_margins.data.trec import read_qrels, read_run, top, write_run
@@ -28,6 +29,7 @@ from adaptive_margins.encoder.load import open_encoder
 from adaptive_margins.evaluation.comparison import compare_runs
 from adaptive_margins.evaluation.measures import evaluate
 from adaptive_margins.retrieval.bm25 import BM25
+from adaptive_margins.retrieval.dense import hybrid
 from conftest import WORDS
 
 COMMANDS = ["train", "evaluate", "compare", "index", "search", "collection"]
@@ -149,9 +151,15 @@ TRAIN = {
         "queries": "int", "passages": "int", "start": {"nDCG@10": "float"}, "best": {"nDCG@10": "float"},
         "difference": "float", "standard_error": "float",
     },
+    "merge": {"alphas": ["float"], "values": ["float"], "alpha": "float", "step": "int"},
+    "hybrid": {
+        "weight": "float", "weights": ["float"], "curve": ["float"], "reciprocal_rank": "float", "queries": "int",
+    },
     "relevant_queries": "int",
     "measures": dict.fromkeys(("start", "trained", "bm25", "hybrid"), MEANS),
-    "comparisons": dict.fromkeys(("trained vs start", "trained vs bm25", "hybrid vs trained"), TESTED),
+    "comparisons": dict.fromkeys(
+        ("trained vs start", "trained vs bm25", "hybrid vs trained", "hybrid vs bm25"), TESTED
+    ),
     "verdict": "str",
     "seconds": dict.fromkeys(("collection", "encoding", "ranking", "triples", "training", "validation"), "float"),
     "versions": dict.fromkeys(
@@ -501,6 +509,10 @@ def test_the_set_that_is_asked_for(answer, corpus, encoder, tmp_path):
     for extra, name, count in (([], "test", 30), (["--set", "train"], "train", 10)):
         found = answer("evaluate", folder, *options, *extra)
         assert (found["set"], found["queries"]) == (name, count)
+    fused = answer("evaluate", folder, *options, "--mode", "hybrid")["hybrid"]
+    assert (fused["how"], fused["queries"]) == ("the best for 10 queries of train", 10)
+    best = max(fused["curve"])
+    assert fused["weights"][fused["curve"].index(best)] == fused["weight"] or fused["weight"] == 1
     for name in ("queries.tsv", "qrels.txt"):
         (folder / name).unlink()
     assert answer("evaluate", folder, *options)["set"] == "train"
@@ -524,6 +536,31 @@ def test_an_encoder_is_not_tested_on_the_queries_it_was_trained_on(
         assert bool(found["split"]) == (queries < 40)
 
 
+def test_evaluate_fuses_with_bm25_and_compares(call, answer, corpus, encoder, tmp_path):
+    run_out, collection = tmp_path / "hybrid.run", read_folder(corpus)
+    options = ["--mode", "hybrid", "--run-out", run_out]
+    found = answer("evaluate", corpus, "--model", encoder, *options)
+    about, qrels = found.pop("hybrid"), collection.qrels["test"]
+    assert types(found) == EVALUATE
+    runs = {
+        "dense": cosine_run(encoder, corpus, 100),
+        "bm25": BM25(collection.passages).search(collection.queries["test"], 100),
+    }
+    runs["hybrid"] = hybrid(runs["dense"], runs["bm25"], 100)
+    assert (about["weight"], about["bm25"]) == (None, {"queries": 40, "without_hits": 0})
+    for qid, hits in read_run(run_out).items():
+        assert hits == pytest.approx(runs["hybrid"][qid])
+    means = {name: evaluate(qrels, run, list(MEANS)).mean for name, run in runs.items()}
+    assert about["measures"] == {name: pytest.approx(mean) for name, mean in means.items()}
+    assert found["measures"] == about["measures"]["hybrid"]
+    assert types(about["comparisons"]) == dict.fromkeys(("hybrid vs bm25", "hybrid vs dense", "dense vs bm25"), TESTED)  # fmt: skip
+    pair = about["comparisons"]["hybrid vs dense"]
+    assert pair["difference"] == pytest.approx(means["hybrid"]["nDCG@10"] - means["dense"]["nDCG@10"])  # fmt: skip
+    code, out, _ = call("evaluate", corpus, "--model", encoder, "--mode", "hybrid")
+    assert code == 0 and "hybrid vs dense" in out and "reciprocal ranks" in out
+    assert call("evaluate", corpus, "--model", encoder, *options, "--candidates", run_out)[0] == 2
+
+
 # ---- index and search --------------------------------------------------------------------------------
 
 
@@ -544,7 +581,7 @@ def index(corpus, encoder, tmp_path_factory) -> Path:
 def test_search_finds_what_an_exact_search_finds(answer, index, corpus, encoder):
     collection = read_folder(corpus)
     query = collection.queries["test"]["q3"]
-    found = answer("search", index, query, "--depth", "5")
+    found = answer("search", index, query, "--depth", "5", "--mode", "dense")
     expected = top(cosine_run(encoder, corpus, 5)["q3"])
     hits = found["hits"]
     assert [(h["rank"], h["docid"]) for h in hits] == list(enumerate((d for d, _ in expected), start=1))  # fmt: skip
@@ -555,7 +592,7 @@ def test_search_finds_what_an_exact_search_finds(answer, index, corpus, encoder)
 
 def test_search_for_many_queries(call, answer, index, corpus, encoder, tmp_path, monkeypatch):
     run_out = tmp_path / "all.run"
-    options = ["--queries", corpus / "queries.tsv", "--depth", "10"]
+    options = ["--queries", corpus / "queries.tsv", "--depth", "10", "--mode", "dense"]
     code, out, _ = call("search", index, *options, "--run-out", run_out)
     assert (code, out) == (0, f"{run_out}: 400 hits of 40 queries\n")
     expected, run = cosine_run(encoder, corpus, 10), read_run(run_out)
@@ -567,6 +604,21 @@ def test_search_for_many_queries(call, answer, index, corpus, encoder, tmp_path,
     for lines in blocks:
         assert [line.split()[0] for line in lines[1:]] == [str(rank) for rank in range(1, 11)]
         assert max(map(len, lines)) <= 30
+
+
+def test_search_fuses_with_bm25_by_default(answer, index, corpus, encoder, tmp_path):
+    collection = read_folder(corpus)
+    ids = [docid for docid in collection.passages.ids if collection.passages[docid]]
+    bm25 = BM25(Texts(ids, [collection.passages[docid] for docid in ids]))
+    asked, dense = collection.queries["test"], cosine_run(encoder, corpus, 100)
+    for mode, weight in ((None, None), ("bm25", 0.0)):
+        options = ["--queries", corpus / "queries.tsv", "--depth", "7"]
+        found = answer("search", index, *options, *(["--mode", mode] if mode else []))
+        assert (found["mode"], found["weight"]) == (mode or "hybrid", weight)
+        expected = hybrid(dense, bm25.search(asked, 100), 7, weight)
+        for qid, hits in expected.items():
+            scores = [hit["score"] for hit in found["hits"] if hit["qid"] == qid]
+            assert scores == pytest.approx(list(hits.values()), abs=2e-6)
 
 
 def test_index_and_search_refuse(call, index, corpus, encoder, tmp_path):

@@ -29,7 +29,6 @@ from adaptive_margins.terminal import (
 
 if TYPE_CHECKING:
     from adaptive_margins.data.collection import Texts
-    from adaptive_margins.retrieval.dense_index import DenseIndex
 
 commands = typer.Typer()
 
@@ -42,6 +41,7 @@ train my_corpus --output baseline --target 0.3
 evaluate my_corpus --model my_encoder
 evaluate my_corpus --model minilm --run-out minilm.run
 evaluate my_corpus --model minilm --mode rerank --json
+evaluate my_corpus --model minilm --mode hybrid
 evaluate my_corpus --model minilm --measures "AP RR@10"
 compare --qrels qrels.txt bm25.run mine.run
 compare --qrels qrels.txt a.run b.run --plot a_and_b.svg
@@ -63,7 +63,8 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     return commands.command(rich_help_panel=_PANEL, epilog=f"\b\nExamples:\n{examples}")(function)
 
 
-Mode = Literal["full", "rerank"]
+Mode = Literal["full", "rerank", "hybrid"]
+Searched = Literal["dense", "bm25", "hybrid"]
 Miner = Literal["bm25", "encoder"]
 MOST_SEED = 2**32 - 1
 Source = Annotated[
@@ -139,25 +140,11 @@ def train(
 
 def _train_text(report: Mapping[str, Any], path: str) -> str:
     """The report of `train` for a terminal."""
-    from adaptive_margins.text_tables import aligned
-
-    measures = list(report["measures"]["start"])
-    means = [["test queries", *measures]]
-    for name, values in report["measures"].items():
-        means.append([name, *(f"{values[measure]:.4f}" for measure in measures)])
-    pairs = [[f"difference in {measures[0]}", "mean", "95 % CI", "p (t)", "p (TOST)", ""]]
-    for name, found in report["comparisons"].items():
-        tests = ["—", "—", "—"]
-        if found["ci"] is not None:
-            low, high = found["ci"]
-            tests = [f"[{low:+.4f}, {high:+.4f}]", f"{found['p_t']:.4f}", f"{found['p_tost']:.4f}"]
-        pairs.append([name, f"{found['difference']:+.4f}", *tests, found["verdict"]])
     folder, place = report["model_dir"], shlex.quote(report["model_dir"])
     runs = " ".join(f"{place}/runs/{name}.test.run.gz" for name in ("start", "trained"))
     parts = [
         report["collection"]["split"],
-        "\n".join(aligned(means)),
-        "\n".join(aligned(pairs)),
+        *_systems_text(report, "test queries"),
         report["verdict"],
         f"The encoder is in {folder}: SentenceTransformer({folder!r}) opens it. Next:\n"
         f"  adaptive-margins index {shlex.quote(path)} --model {place} --output {place}.index\n"
@@ -167,11 +154,29 @@ def _train_text(report: Mapping[str, Any], path: str) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def _systems_text(found: Mapping[str, Any], title: str) -> list[str]:
+    """A table of the systems' measures, and one of their comparisons."""
+    from adaptive_margins.text_tables import aligned
+
+    measures = list(next(iter(found["measures"].values())))
+    means = [[title, *measures]]
+    for name, values in found["measures"].items():
+        means.append([name, *(f"{values[measure]:.4f}" for measure in measures)])
+    pairs = [[f"difference in {measures[0]}", "mean", "95 % CI", "p (t)", "p (TOST)", ""]]
+    for name, pair in found["comparisons"].items():
+        tests = ["—", "—", "—"]
+        if pair["ci"] is not None:
+            low, high = pair["ci"]
+            tests = [f"[{low:+.4f}, {high:+.4f}]", f"{pair['p_t']:.4f}", f"{pair['p_tost']:.4f}"]
+        pairs.append([name, f"{pair['difference']:+.4f}", *tests, pair["verdict"]])
+    return ["\n".join(aligned(rows)) for rows in (means, pairs)]
+
+
 @_command
 def evaluate(
     path: Source,
     model: Model,
-    mode: Annotated[Mode, Option(help="Rank all passages, or rerank candidates.")] = "full",
+    mode: Annotated[Mode, Option(help="Rank all, rerank candidates, or fuse with BM25.")] = "full",
     query_set: Annotated[
         str | None, Option("--set", help="Which queries (default: test, or the only set).")
     ] = None,
@@ -216,10 +221,13 @@ def evaluate(
     about = (
         f"{model} on {result['collection']['name']}, {result['set']}: {_judged(result)},"
         f" {result['collection']['passages']:,} passages,"
-        f" {'full ranking' if mode == 'full' else 'candidates reranked'}, depth {result['depth']:,}"
+        f" mode {mode}, depth {result['depth']:,}"
     )
     rows = [["measure", "mean"], *([m, f"{value:.4f}"] for m, value in result["measures"].items())]
     lines = [about, *filter(None, [result["split"]]), "", *aligned(rows)]
+    if mode == "hybrid":
+        lines += ["", "weight of dense: {weight} ({how})".format(**result["hybrid"])]
+        lines += [f"\n{part}" for part in _systems_text(result["hybrid"], "queries")]
     if run_out:
         lines.append(f"\nRun: {run_out}")
     if per_query:
@@ -305,15 +313,17 @@ def index(
     path: Source,
     model: Model,
     output: Annotated[Path, Option(parser=new_folder, help="A new folder for the index.")],
+    weight: Annotated[float | None, Option(min=0, max=1, help="Of the encoder, in hybrid.")] = None,
     device: Device = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Embed all passages and write an index to search in.
+    """Embed all passages and write an index to search in, with BM25.
 
     An interrupted call is resumed.
     """
     with working(verbose, model):
+        from adaptive_margins.corpus.selection import stored_weight
         from adaptive_margins.data.sources import open_collection
         from adaptive_margins.encoder.load import default_device, open_encoder
         from adaptive_margins.files import folder_bytes
@@ -324,9 +334,9 @@ def index(
         collection = open_collection(path)
         encoder = open_encoder(model, device=device or default_device())
         retriever = DenseRetriever(encoder, collection.passages)
-        built = DenseIndex.build(
-            retriever, collection.name, model, output, fingerprint=collection.fingerprint
-        )
+        weight = stored_weight(model) if weight is None else weight
+        about: dict[str, Any] = {"fingerprint": collection.fingerprint, "weight": weight}
+        built = DenseIndex.build(retriever, collection.name, model, output, **about)
     result = {
         "index": str(output),
         "passages": len(built.passages),
@@ -334,6 +344,7 @@ def index(
         "bytes": folder_bytes(output),
         "encoder": {"name": built.encoder, "identity": built.identity},
         "collection": built.about["collection"],
+        "bm25": built.about.get("bm25"),
         "truncated": {
             "passages": retriever.truncated["passages"][0],
             "limit": retriever.passage_length,
@@ -354,6 +365,7 @@ def search(
     queries: Annotated[
         Path | None, Option(parser=old_path, help="A file of queries: id, tab, text per line.")
     ] = None,
+    mode: Annotated[Searched | None, Option(help="Default: hybrid, if BM25 is there.")] = None,
     depth: Annotated[int, Option(min=1, help="Passages per query.")] = 10,
     run_out: RunOut = None,
     model: Annotated[
@@ -370,21 +382,29 @@ def search(
         raise typer.BadParameter("the query is empty", param_hint="QUERY")
     with working(verbose):
         from adaptive_margins.data.collection import Texts, read_queries
-        from adaptive_margins.data.trec import write_run
+        from adaptive_margins.data.trec import top, write_run
         from adaptive_margins.encoder.load import default_device
         from adaptive_margins.retrieval.dense_index import DenseIndex
 
         asked = read_queries(queries) if queries else Texts(["1"], [query or ""])
         opened = DenseIndex.open(folder)
+        mode = mode or ("hybrid" if "bm25" in opened.about else "dense")
+        weight = opened.weight if mode == "hybrid" else float(mode == "dense")
         offline(model or opened.encoder)
-        encoder = opened.open_encoder(model, device=device or default_device())
-        run = opened.search(encoder, asked, depth)
+        encoder = weight != 0 and opened.open_encoder(model, device=device or default_device())
+        run = opened.search(encoder, asked, depth, weight=weight)
         if run_out:
             write_run(run, run_out, "adaptive-margins")
-        hits = _hits(opened, asked, run)
+        hits = [
+            {"qid": q, "rank": rank, "score": score, "docid": d, "text": opened.passages[d]}
+            for q in asked.ids
+            for rank, (d, score) in enumerate(top(run[q]), start=1)
+        ]
     result = {
         "index": str(folder),
         "encoder": opened.encoder,
+        "mode": mode,
+        "weight": weight,
         "depth": depth,
         "queries": dict(zip(asked.ids, asked.texts, strict=True)),
         "truncated": {"queries": opened.truncated[0], "limit": opened.about["lengths"]["query"]},
@@ -396,18 +416,6 @@ def search(
     else:
         text = _hits_text(asked, hits, titles=query is None)
     show(result, as_json, text, run_out)
-
-
-def _hits(
-    opened: DenseIndex, asked: Texts, run: Mapping[str, Mapping[str, float]]
-) -> list[dict[str, Any]]:
-    from adaptive_margins.data.trec import top
-
-    return [
-        {"qid": qid, "rank": rank, "score": score, "docid": docid, "text": opened.passages[docid]}
-        for qid in asked.ids
-        for rank, (docid, score) in enumerate(top(run[qid]), start=1)
-    ]
 
 
 def _hits_text(queries: Texts, hits: Sequence[Mapping[str, Any]], *, titles: bool) -> str:

@@ -155,7 +155,7 @@ def test_another_training_is_left_alone(helped, values, named):
 
 def test_comparisons_are_the_reports_and_more(helped):
     table = explore.comparisons(helped.done)
-    assert table["measure"].tolist() == ["nDCG@10"] * 3 + ["R(rel=1)@100"] * 3
+    assert table["measure"].tolist() == ["nDCG@10"] * 4 + ["R(rel=1)@100"] * 4
     for row in table.to_dict("records"):
         reported = helped.done.report["comparisons"][f"{row['a']} vs {row['b']}"]
         if row["measure"] == reported["measure"]:

@@ -215,6 +215,7 @@ def test_killed_at_one_moment_after_the_other_it_comes_to_the_same(helped, tmp_p
         (prepare, "_triples", 1, None),
         (training._Trainer, "training_step", 7, None),
         (training._Trainer, "training_step", 40, "checkpoint-30"),
+        (torch, "lerp", 30, "checkpoint-45"),
         (finetuning, "hybrid", 1, "checkpoint-45"),
         (finetuning, "write_results", 1, "checkpoint-45"),
     ):
@@ -438,8 +439,8 @@ BETTER = ([0.5, 0.7, 0.6, 0.8] * 5, [0.3, 0.6, 0.5, 0.5] * 5)
         (*BETTER, "better", "It is better than BM25: nDCG@10 .650 against .475, +.175 [+.135, "),
         (*BETTER[::-1], "worse", "It is worse than BM25: nDCG@10 .475 against .650, −.175 [−.215, "),
         ([0.5, 0.6] * 20, [0.51, 0.59] * 20, "equivalent", "It is equivalent to BM25 within ±.050: nDCG@10 .550 against .550"),
-        ([0.0, 1.0, 0.5], [1.0, 0.0, 0.4], "undecided", "Whether it is better or worse than BM25 is undecided: "),
-        ([0.5], [0.25], "too few queries", "There are too few queries to compare it with BM25: nDCG@10 .500 against .250"),
+        ([0.0, 1.0, 0.5] * 4, [1.0, 0.0, 0.4] * 4, "undecided", "Whether it is better or worse than BM25 is undecided: "),
+        ([0.5] * 9, [0.25] * 9, "too few queries", "There are too few queries to compare it with BM25: nDCG@10 .500 against .250"),
     ],
 )  # fmt: skip
 def test_words_follow_the_tests(a, b, verdict, said):
@@ -447,7 +448,7 @@ def test_words_follow_the_tests(a, b, verdict, said):
     found = finetuned.compared(pair["trained"], pair["bm25"], "nDCG@10")
     assert found["verdict"] == verdict
     assert found["difference"] == pytest.approx(np.mean(a) - np.mean(b))
-    assert (found["ci"] is None) == (found["p_t"] is None) == (len(a) < 2)
+    assert (found["ci"] is None) == (found["p_t"] is None) == (len(a) < 10)
     report = {
         "comparisons": {"trained vs bm25": found},
         "measures": {name: evaluation.mean for name, evaluation in pair.items()},
@@ -458,9 +459,9 @@ def test_words_follow_the_tests(a, b, verdict, said):
 def test_a_comparison_is_withheld_where_bm25_finds_nothing_for_most_queries_or_few_are_usable():
     evaluations = {name: scored(*BETTER[0]) for name in RUNS}
     for usable, without, expected in (
-        (20, 10, ["equivalent"] * 3),
-        (20, 11, ["equivalent", "withheld", "withheld"]),
-        (1, 0, ["too few queries"] * 3),
+        (10, 10, ["equivalent"] * 4),
+        (20, 11, ["equivalent", "withheld", "withheld", "withheld"]),
+        (9, 0, ["too few queries"] * 4),
     ):
         facts = {"queries": 20, "without_hits": without}
         found = finetuned.comparisons(evaluations, "nDCG@10", usable, facts)
@@ -472,6 +473,13 @@ def test_a_verdict_names_what_limits_it(helped):
     report = helped.done.report
     plain = verdict(report)
     assert plain.endswith("over 80 test queries.")
+    weights = {"weight": 0.4, "queries": 60}
+    fused = verdict({**report, "hybrid": weights, "merge": {**report["merge"], "alpha": 0.25}})
+    assert "are 0.25 · the trained + 0.75 · the original ones" in fused
+    assert "Its weight next to BM25, chosen on validation, is 0.4 (" in fused
+    assert fused.count("Its fusion with BM25") == 2
+    alone = verdict({**report, "hybrid": {**weights, "weight": 1.0}})
+    assert "is 1 (" in alone and "Its fusion with BM25" not in alone
     assert "pseudo" not in plain and "nothing for" not in plain
     pseudo = {**report["collection"], "pseudo": {"queries": 9, "kinds": {}}}
     bm25 = {"queries": 80, "without_hits": 40, "bigram_passages": 7}

@@ -37,6 +37,8 @@ REPORT = {
     "best_step": 36,
     "stop_step": 48,
     "validation": {"start": {"nDCG@10": 0.3711}, "best": {"nDCG@10": 0.3999}},
+    "merge": {"alphas": [0.0, 0.5, 1.0], "values": [0.3711, 0.41234, 0.3999], "alpha": 0.5, "step": 36},
+    "hybrid": {"weight": 0.7, "weights": [0.0, 0.7, 1.0], "curve": [0.3, 0.45678, 0.41], "reciprocal_rank": 0.4, "queries": 37},
     "measures": {
         "start": {"nDCG@10": 0.411111, "R(rel=1)@100": 0.711},
         "trained": {"nDCG@10": 0.438294, "R(rel=1)@100": 0.722},
@@ -120,6 +122,8 @@ def test_tables_have_the_reports_values():
     text = " ".join(card().text.split())
     for part in (
         "nDCG@10 0.371 at the start, 0.400 at the best",
+        "by α: 0: 0.371, 0.5: 0.412, 1: 0.400; chosen: 0.5.",
+        "weight of this model: 0: 0.300, 0.7: 0.457, 1: 0.410; chosen: 0.7.",
         "training 312.4, validation 20.5",
         "near duplicate 17",
         "checked 77",

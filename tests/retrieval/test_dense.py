@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from adaptive_margins import progress
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.text import DataError
+from adaptive_margins.data.trec import top
 from adaptive_margins.encoder import embed as encoder_embed
 from adaptive_margins.encoder import tokens as encoder_tokens
 from adaptive_margins.encoder.checks import EncoderError
@@ -29,6 +30,7 @@ from adaptive_margins.files import WriteError, locked
 from adaptive_margins.profiles.encoders import EncoderSettings
 from adaptive_margins.retrieval import dense as retrieval_dense
 from adaptive_margins.retrieval import dense_index as retrieval_dense_index
+from adaptive_margins.retrieval.bm25 import BM25
 from adaptive_margins.retrieval.dense import DenseRetriever, hybrid
 from adaptive_margins.retrieval.dense_index import DenseIndex
 from adaptive_margins.retrieval.exact import approximation_recall
@@ -270,6 +272,41 @@ def test_plain_faiss_reads_it(built, retriever):
     )
 
 
+def test_the_index_fuses_what_its_parts_find(built, retriever, model, monkeypatch):
+    again = DenseIndex.open(built.folder)
+    kept = [row for row, docid in enumerate(PASSAGES.ids) if docid not in EMPTY]
+    texts = Texts([PASSAGES.ids[row] for row in kept], [PASSAGES.texts[row] for row in kept])
+    unseen = Texts(
+        ["u"], ["sorted graphs of SORTING nodes"]
+    )  # words that are in no passage, their stems are
+    bm25, dense = (BM25(texts).search(QUERIES, 99), retriever.search(QUERIES, 99))
+    assert again.bm25.search(QUERIES, 99) == bm25
+    assert again.bm25.search(unseen, 9) == BM25(texts).search(unseen, 9) != {"u": {}}
+    assert again.weight is None
+    for weight in (None, 0.3, 1.0):
+        assert again.search(model, QUERIES, 5, weight=weight) == hybrid(dense, bm25, 5, weight)
+    assert again.search(None, QUERIES, 5, weight=0.0) == hybrid(dense, bm25, 5, 0.0)
+    arrays = list(built.folder.glob("bm25.*.npy"))
+    assert len(arrays) == 3
+    for path in arrays:
+        np.load(path, allow_pickle=False)
+
+
+def test_an_index_without_bm25_is_searched_by_the_encoder_alone(built, retriever, model):
+    """As older versions built them."""
+    for path in built.folder.glob("bm25.*"):
+        path.unlink()
+    path = built.folder / "index.json"
+    about = json.loads(path.read_text())
+    del about["bm25"]
+    about["files"] = {k: v for k, v in about["files"].items() if not k.startswith("bm25.")}
+    path.write_text(json.dumps(about))
+    old = DenseIndex.open(built.folder)
+    assert old.search(model, QUERIES, 7) == retriever.search(QUERIES, 7)
+    with pytest.raises(DataError, match="has no BM25; build it again, or search mode dense"):
+        old.search(model, QUERIES, 7, weight=old.weight)
+
+
 def test_what_made_it_is_written_down(built, folder):
     about = json.loads((built.folder / "index.json").read_text())
     assert about["encoder"] == {"name": str(folder), "identity": encoder_identity(str(folder))}
@@ -371,7 +408,13 @@ def test_a_full_disk_is_an_error_that_says_so(retriever, folder, tmp_path):
 
 # ---- what is opened is what was written ------------------------------------------------------------------------------
 
-FILES = ["embeddings.npy", "passages.arrow", "passages.faiss"]
+FILES = [
+    "embeddings.npy",
+    "passages.arrow",
+    "passages.faiss",
+    "bm25.indices.npy",
+    "bm25.vocab.json",
+]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -395,11 +438,13 @@ def test_damaged_files_are_named(built, name):
         ("{", "does not describe an index"),
         ("[]", "does not describe an index"),
         ('{"format": 1, "files": {}}', "does not describe an index"),
+        (lambda text: text.replace('"weight": null', '"weight": 7'), "does not describe an index"),
         ('{"format": 7}', "format 7 is not 1, which this version reads; build the index again"),
     ],
 )
 def test_an_index_json_of_something_else(built, text, message):
-    (built.folder / "index.json").write_text(text)
+    path = built.folder / "index.json"
+    path.write_text(text(path.read_text()) if callable(text) else text)
     with pytest.raises(DataError, match=message):
         DenseIndex.open(built.folder)
 
@@ -453,27 +498,53 @@ def test_an_index_by_the_shipped_encoder(tmp_path):
 # ---- fusion ----------------------------------------------------------------------------------------------------------
 
 
-def test_fusion_is_that_of_a_loop():
+def two_runs():
     rng = np.random.default_rng(4)
-
-    def some(qids):
-        return {
+    return [
+        {
             qid: {f"d{i}": float(rng.normal()) for i in rng.choice(30, 12, replace=False)}
             for qid in qids
         }
+        for qids in (["q1", "q2"], ["q2", "q3"])
+    ]
 
-    a, b = some(["q1", "q2"]), some(["q2", "q3"])
-    fused = hybrid(a, b, 8)
+
+@pytest.mark.parametrize("weight", [None, 0.1, 0.5, 0.75])
+def test_fusion_is_that_of_a_loop(weight):
+    a, b = two_runs()
+    fused = hybrid(a, b, 8, weight)
     assert list(fused) == ["q1", "q2", "q3"]
     for qid, hits in fused.items():
         scores = {}
-        for run in (a, b):
+        for run, share in ((a, weight), (b, weight and 1 - weight)):
             ranked = sorted(run.get(qid, {}), key=lambda docid: run[qid][docid], reverse=True)
             for docid in ranked:
-                scores[docid] = scores.get(docid, 0) + 1 / (60 + ranked.index(docid) + 1)
+                added = 1 / (60 + ranked.index(docid) + 1)
+                if weight is not None:
+                    best, last = run[qid][ranked[0]], run[qid][ranked[-1]]
+                    added = share * (run[qid][docid] - last) / (best - last)
+                scores[docid] = scores.get(docid, 0) + added
         best = sorted(scores.items(), key=lambda hit: (hit[1], hit[0]), reverse=True)[:8]
         assert list(hits) == [docid for docid, _ in best]
         assert list(hits.values()) == pytest.approx([score for _, score in best], abs=1e-12)
+
+
+def test_a_weight_of_1_or_0_gives_one_ranking_as_it_is():
+    a, b = two_runs()
+    close = {"q1": {"x": 1.0, "y": 1.0 + 1e-6, "far": -1e9}}  # scaled, x and y would be equal
+    for weight, alone, other in ((1, a, b), (0, b, a), (1, close, b), (0, close, b)):
+        runs = (alone, other) if weight else (other, alone)
+        found = hybrid(*runs, 8, weight)
+        assert found.keys() == {*alone, *other}
+        assert all(list(hits.items()) == top(alone.get(q, {}), 8) for q, hits in found.items())
+
+
+def test_fusion_scales_a_single_hit_and_refuses_other_weights():
+    found = hybrid({"q": {"a": 0.5, "b": 0.1}}, {"q": {"b": 1e30}}, 5, 0.6)
+    assert found["q"] == pytest.approx({"a": 0.6, "b": 0.4})
+    for weight in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="weight must lie between 0 and 1, not"):
+            hybrid({}, {}, 5, weight)
 
 
 def test_fusion_with_an_empty_ranking_keeps_the_order():

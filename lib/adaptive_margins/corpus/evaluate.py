@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from adaptive_margins.corpus.finetuned import Finetuned, about_collection
+from adaptive_margins.corpus.finetuned import Finetuned, about_collection, comparisons
+from adaptive_margins.corpus.selection import choose_weight
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.splits import split_queries
@@ -19,7 +20,7 @@ from adaptive_margins.errors import ArgumentError
 from adaptive_margins.evaluation.external_runs import Scored, finds_relevant, score
 from adaptive_margins.evaluation.measures import Evaluation, cutoff, evaluate, named, relevant
 from adaptive_margins.retrieval.bm25 import BM25, without_hits
-from adaptive_margins.retrieval.dense import DenseRetriever
+from adaptive_margins.retrieval.dense import FUSED, DenseRetriever, hybrid
 from adaptive_margins.retrieval.exact import count_self, without_self
 
 CANDIDATES = 100
@@ -32,7 +33,7 @@ class CorpusEvaluation:
 
     Attributes:
         evaluation: measure → mean, and measure → query id → value, over all judged queries.
-        run: query id → docid → cosine similarity.
+        run: query id → docid → cosine similarity, or fused score (`hybrid`).
         report: what ``adaptive-margins evaluate --json`` prints, without the values of each query.
     """
 
@@ -45,7 +46,7 @@ def evaluate_encoder(
     source: str,
     model: str,
     *,
-    mode: Literal["full", "rerank"] = "full",
+    mode: Literal["full", "rerank", "hybrid"] = "full",
     query_set: str | None = None,
     candidates: Path | None = None,
     depth: int | None = None,
@@ -61,7 +62,8 @@ def evaluate_encoder(
     Args:
         source: a folder, "pydocs" or an ir_datasets id (`open_collection`).
         model: an encoder (`open_encoder`).
-        mode: "full" ranks all passages (exact search), "rerank" orders candidates again.
+        mode: "full" ranks all passages (exact search), "rerank" orders candidates again, "hybrid"
+            fuses the full ranking with BM25's (`choose_weight`) and compares all three.
         query_set: None takes the test set, or the only one.
         candidates: a TREC run to rerank, in the place of BM25's best passages.
         depth: passages ranked for a query; None takes 100, or what the measures need.
@@ -76,8 +78,8 @@ def evaluate_encoder(
         MeasureError, EncoderError: a measure or the encoder cannot be used.
     """
     measures = [named(measure) for measure in measures]
-    if candidates and mode == "full":
-        raise ArgumentError("candidates", "candidates are reranked with mode rerank, not full")
+    if candidates and mode != "rerank":
+        raise ArgumentError("candidates", f"candidates are reranked with mode rerank, not {mode}")
     collection = open_collection(source)
     given, complete = read_marked_run(Path(candidates)) if candidates else (None, True)
     collection, split = held_out(collection, model)
@@ -94,8 +96,12 @@ def evaluate_encoder(
     retriever = DenseRetriever(encoder, collection.passages)
     if not exclude_self:
         _warn_of_self(queries, collection.passages)
+    fused: dict[str, Any] = {}
     if mode == "full":
         run = retriever.search(queries, depth or CANDIDATES, exclude_self=exclude_self)
+    elif mode == "hybrid":
+        settings = (depth or CANDIDATES, exclude_self, measures)
+        run, fused["hybrid"] = _hybrid(retriever, collection, name, model, *settings)
     else:
         run = retriever.rerank(queries, _candidates(collection, name, given, depth, exclude_self))
     # A ranking by this call is complete; external candidates may be truncated.
@@ -122,6 +128,7 @@ def evaluate_encoder(
         "split": split,
         "excluded_self": exclude_self,
         "truncated": _truncated(retriever),
+        **fused,
     }
     return CorpusEvaluation(scored.evaluation, run, report)
 
@@ -165,7 +172,7 @@ def _depth(
     """Passages to rank for a query; None for all candidates of a given run."""
     needed = max(map(cutoff, measures))
     if depth is None and given is None:
-        depth = max(CANDIDATES, needed) if mode == "full" else CANDIDATES
+        depth = CANDIDATES if mode == "rerank" else max(CANDIDATES, needed)
     if depth is not None and depth < min(needed, passages):
         short = f"{depth} passages a query are too few for {' '.join(measures)}"
         raise ArgumentError("depth", f"{short}: {needed} are needed")
@@ -201,6 +208,36 @@ def _candidates(
     if exclude_self:
         given = without_self(given)
     return {qid: dict(top(hits, depth)) for qid, hits in given.items()}
+
+
+def _hybrid(
+    retriever: DenseRetriever,
+    collection: Collection,
+    name: str,
+    model: str,
+    depth: int,
+    exclude_self: bool,
+    measures: Sequence[str],
+) -> tuple[Run, dict[str, Any]]:
+    """The fused ranking; and its weight, the measures of all three rankings, and paired tests."""
+    bm25, deeper, qrels = BM25(collection.passages), max(depth, FUSED), collection.qrels[name]
+
+    def rank(queries: Texts) -> dict[str, Run]:
+        dense = retriever.search(queries, deeper, exclude_self=exclude_self)
+        found = bm25.search(queries, deeper + exclude_self)
+        return {"dense": dense, "bm25": without_self(found, deeper) if exclude_self else found}
+
+    fusion, runs = choose_weight(model, collection, name, rank), rank(collection.queries[name])
+    runs["hybrid"] = hybrid(runs["dense"], runs["bm25"], depth, fusion["weight"])
+    found = {system: evaluate(qrels, run, measures) for system, run in runs.items()}
+    empty = without_hits({qid: runs["bm25"][qid] for qid in qrels})
+    facts = {"queries": len(qrels), "without_hits": empty}
+    return runs["hybrid"], {
+        **fusion,
+        "bm25": facts,
+        "measures": {system: evaluation.mean for system, evaluation in found.items()},
+        "comparisons": comparisons(found, measures[0], len(relevant(qrels, measures[0])), facts),
+    }
 
 
 def _warn_of_self(queries: Texts, passages: Texts) -> None:

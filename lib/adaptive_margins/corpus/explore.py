@@ -133,8 +133,8 @@ def _check_same(
 def learning_curve(curve: pd.DataFrame, report: Mapping[str, Any] | None = None) -> Figure:
     """Draw `SELECTION` on the validation queries by step, and its value at step 0.
 
-    With a report, the selected step has an error bar, the standard errors by which it must exceed
-    step 0: the trained encoder is selected if the bar ends above the line.
+    With a report, the best step has an error bar, the standard errors by which it must exceed step
+    0: the trained encoder, or a mix with the original, is selected if its bar ends above the line.
     """
     steps, values = curve["step"].to_numpy(), curve[SELECTION].to_numpy()
     title = f"step {steps[-1]:,}: {score(values[-1])}"

@@ -1,9 +1,9 @@
 """Custom corpus → fine-tuned encoder, and whether it is better than the zero-shot encoder and BM25.
 
 The loss has no hyperparameters to tune (Section 3), so the procedure is fixed: queries are split
-unless the collection has query sets, negatives are mined if there are no triples, validation stops
-the training, and the zero-shot encoder is selected unless the gain exceeds its standard error. All
-measures are of a full, exact ranking of the test queries.
+unless the collection has query sets, negatives are mined if there are no triples, and validation
+stops the training, mixes the result with the zero-shot encoder, and weighs the fusion with BM25.
+All measures are of a full, exact ranking of the test queries.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import platform
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,7 @@ from adaptive_margins.corpus.prepare import (
     open_split,
     prepare,
 )
+from adaptive_margins.corpus.selection import best_merge, learned
 from adaptive_margins.corpus.settings import FinetuneError, Job, OnCheck, Settings, Target
 from adaptive_margins.corpus.validation import DEPTH, SELECTION, Validation, gain
 from adaptive_margins.data.stored import COLUMNS
@@ -152,30 +153,31 @@ def _finetune(job: Job, work: Path) -> None:
     folder = work / f"training-{prepared.digest(config)}"
     result = _train(job, *shared((config, prepared, folder)), encoder=encoder)
     stages.seconds |= {"training": result.train_seconds, "validation": result.eval_seconds}
+    with stages("validation", "merging the trained encoder with the original one"):
+        with warnings.catch_warnings(action="ignore"):  # they were shown at the start
+            encoder = open_encoder(job.model, device=job.device, seed=job.seed)
+        merge = best_merge(encoder, result, prepared.validation, job.settings.standard_errors)
     with stages("ranking", "ranking the test queries"):
-        difference, error = gain(result.checks, result.best_step)
-        # The comparison is false if either is not a number.
-        improved = bool(difference > job.settings.standard_errors * error)
-        if not improved:
-            with warnings.catch_warnings(action="ignore"):  # they were shown at the start
-                encoder = open_encoder(job.model, device=job.device, seed=job.seed)
-        runs = _rank(job, data, encoder if improved else None, prepared.runs)
+        runs, fusion = _rank(job, data, encoder if merge["alpha"] else None, prepared)
     qrels = data.collection.qrels["test"]
+    size = sum(parameter.numel() for parameter in encoder.parameters())
     evaluations = {name: evaluate(qrels, runs[name], job.measures) for name in RUNS}
     report: dict[str, Any] = {
         "model_dir": str(job.output),
         "collection": _about_collection(job, data),
-        "encoder": {"name": job.model, "identity": identity, "parameters": _size(encoder)},
+        "encoder": {"name": job.model, "identity": identity, "parameters": size},
         "target": job.target,
         "seed": job.seed,
         "triples": {"used": result.triples, "chosen": prepared.count, **prepared.facts},
         "truncated": {**prepared.truncated, "limit": config.query_length},
         "settings": _about_settings(job, config),
         "bm25": prepared.bm25,
-        "kept": "trained" if improved else "start",
+        "kept": "trained" if merge["alpha"] else "start",
         "best_step": result.best_step,
         "stop_step": result.stop_step,
-        "validation": _about_validation(prepared.validation, result, difference, error),
+        "validation": _about_validation(prepared.validation, result),
+        "merge": merge,
+        "hybrid": fusion,
         "relevant_queries": usable,
         "measures": {name: evaluation.mean for name, evaluation in evaluations.items()},
         "comparisons": comparisons(evaluations, job.measures[0], usable, prepared.bm25),
@@ -273,23 +275,22 @@ def _train(
 
 
 def _rank(
-    job: Job, data: SplitCollection, encoder: Any | None, before: Mapping[str, Run]
-) -> dict[str, Run]:
-    """All of `RUNS`; without an encoder, the zero-shot ranking stands for the trained one."""
-    trained = before["start"]
+    job: Job, data: SplitCollection, encoder: Any | None, prepared: Prepared
+) -> tuple[dict[str, Run], dict[str, Any]]:
+    """All of `RUNS`, and how the last one was fused; without an encoder, by the zero-shot one."""
+    validating, runs = prepared.validating, {**prepared.runs, "trained": prepared.runs["start"]}
     if encoder is not None:
         passages, precision = data.collection.passages, job.settings.precision
         retriever = DenseRetriever(encoder, passages, precision=precision, warn=False)
-        trained = retriever.search(data.collection.queries["test"], job.depth)
-    fused = hybrid(trained, before["bm25"], depth=job.depth)
-    return {**before, "trained": trained, "hybrid": fused}
+        queries = data.collection.queries
+        runs["trained"] = retriever.search(queries["test"], job.depth)
+        validating = {**validating, "dense": retriever.search(queries["validation"], job.depth)}
+    fusion = learned(validating, data.collection.qrels["validation"])
+    runs["hybrid"] = hybrid(runs["trained"], runs["bm25"], job.depth, fusion["weight"])
+    return runs, fusion
 
 
 # ---- report -----------------------------------------------------------------------------------
-
-
-def _size(encoder: Any) -> int:
-    return sum(parameter.numel() for parameter in encoder.parameters())
 
 
 def _about_collection(job: Job, data: SplitCollection) -> dict[str, Any]:
@@ -315,9 +316,8 @@ def _about_settings(job: Job, config: TrainingRun) -> dict[str, Any]:
     }
 
 
-def _about_validation(
-    validation: Validation, result: TrainingResult, difference: float, error: float
-) -> dict[str, Any]:
+def _about_validation(validation: Validation, result: TrainingResult) -> dict[str, Any]:
+    difference, error = gain(result.checks, result.best_step)
     return {
         "queries": len(validation.queries),
         "passages": len(validation.passages),

@@ -29,7 +29,9 @@ from adaptive_margins.training import TrainingResult
 
 RUNS = ("start", "trained", "bm25", "hybrid")
 """Rankings of the test queries: the encoder before and after, BM25, and the latter two fused."""
-_PAIRS = (("trained", "start"), ("trained", "bm25"), ("hybrid", "trained"))
+_PAIRS = [("trained", "start"), ("trained", "bm25"), ("hybrid", "trained"), ("hybrid", "bm25")]
+_PAIRS += [("hybrid", "dense"), ("dense", "bm25")]  # of an encoder that was not trained here
+FEWEST = 10  # queries with a relevant passage that a verdict needs
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,12 @@ def about_collection(collection: Collection, source: str) -> dict[str, Any]:
 def comparisons(
     evaluations: Mapping[str, Evaluation], measure: str, usable: int, bm25: Mapping[str, int]
 ) -> dict[str, dict[str, Any]]:
-    """Compare pairs of `RUNS`; not with BM25 if it finds nothing for most of the queries."""
+    """Compare pairs of rankings; not with BM25 if it finds nothing for most of the queries."""
     withheld = 2 * bm25["without_hits"] > bm25["queries"]
     found = {}
-    for a, b in _PAIRS:
+    for a, b in (pair for pair in _PAIRS if evaluations.keys() >= {*pair}):
         untested = "withheld" if withheld and "start" not in (a, b) else ""
-        untested = "too few queries" if usable < 2 else untested
+        untested = "too few queries" if usable < FEWEST else untested
         found[f"{a} vs {b}"] = compared(evaluations[a], evaluations[b], measure, untested)
     return found
 
@@ -146,7 +148,7 @@ def comparisons(
 def compared(a: Evaluation, b: Evaluation, measure: str, untested: str = "") -> dict[str, Any]:
     """Return `compare` by a measure; ``untested``, if given, is the verdict without a test."""
     x, y = a.per_query[measure], b.per_query[measure]
-    if len(x) >= 2 and not untested:
+    if len(x) >= FEWEST and not untested:
         return {"measure": measure, **asdict(compare(x, y, however_small=True))}
     return {
         "measure": measure,
@@ -172,10 +174,15 @@ def verdict(report: Mapping[str, Any]) -> str:
     pseudo = (
         "All queries are pseudo-queries from the passages; real queries would be better evidence"
     )
+    alpha, weight = report["merge"]["alpha"], report["hybrid"]["weight"]
+    mix = f"Its parameters are {alpha:g} · the trained + {1 - alpha:g} · the original ones"
+    fusion = f"Its weight next to BM25, chosen on validation, is {weight:g} (0: BM25, 1: it alone)"
     sentences = [
-        _kept(report) if report["kept"] == "start" else _compared(report, "trained", "start"),
+        _compared(report, "trained", "start") if alpha else _kept(report),
+        *([mix] if 0 < alpha < 1 else []),
         _compared(report, "trained", "bm25"),
-        _compared(report, "hybrid", "trained"),
+        fusion,
+        *(_compared(report, "hybrid", b) for b in ("trained", "bm25") if 0 < weight < 1),
         *([pseudo] if report["collection"]["pseudo"] else []),
         *_limits_of_bm25(report),
     ]
@@ -187,14 +194,11 @@ def verdict(report: Mapping[str, Any]) -> str:
 
 def _kept(report: Mapping[str, Any]) -> str:
     """Why the trained encoder was not kept."""
-    validation, errors = report["validation"], report["settings"]["standard_errors"]
-    best, start = (number(validation[key][SELECTION]) for key in ("best", "start"))
-    why = f"no evaluation has a better {SELECTION} than the zero-shot encoder's {start}"
-    if report["best_step"]:
-        why = (
-            f"{SELECTION} {best} at the best evaluation against {start} at the start, a difference"
-            f" of not more than {errors:g} standard error"
-        )
+    (start, *others), errors = report["merge"]["values"], report["settings"]["standard_errors"]
+    why = (
+        f"{SELECTION} {number(max(others))} at best, alone or mixed with the original, against"
+        f" {number(start)} at the start: a gain of not more than {errors:g} standard error"
+    )
     measure, value = next(iter(report["measures"]["start"].items()))
     return (
         f"Training did not help on the validation queries ({why}), so the original encoder was"

@@ -230,6 +230,7 @@ class Prepared:
 
     Attributes:
         runs: "start" and "bm25" → ranking of the test queries.
+        validating: "dense" (the zero-shot encoder) and "bm25" → that of the validation queries.
         bm25: queries, those without hits, and passages split into bigrams.
         rows: (3, n) triples, as rows of the texts.
         queries, passages: the texts as tokens.
@@ -240,6 +241,7 @@ class Prepared:
     """
 
     runs: dict[str, Run]
+    validating: dict[str, Run]
     bm25: dict[str, int]
     rows: np.ndarray
     queries: Tokens
@@ -281,7 +283,8 @@ def prepare(
             "without_hits": without_hits(judged),
             "bigram_passages": bm25.bigram_passages,
         }
-        rankings = [system.search(validating, 100) for system in (bm25, zero_shot)]
+        ranked = {"bm25": bm25.search(validating, job.depth)}
+        ranked["dense"] = zero_shot.search(validating, job.depth)
         truncated = dict(zero_shot.truncated)
     with stages("triples", "choosing triples"):
         miner = bm25 if job.negatives == "bm25" else zero_shot
@@ -299,12 +302,13 @@ def prepare(
     budget = max(budget, settings.check_passages)
     return Prepared(
         runs=runs,
+        validating=ranked,
         bm25=bm25_facts,
         rows=rows,
         queries=queries,
         passages=tokenize(encoder, passage_texts, zero_shot.passage_length),
         facts=facts,
-        validation=Validation(collection, rankings, budget, settings.precision, job.seed),
+        validation=Validation(collection, [*ranked.values()], budget, settings.precision, job.seed),
         truncated={what: count for what, (count, _) in truncated.items()},
         lengths=(zero_shot.query_length, zero_shot.passage_length),
     )

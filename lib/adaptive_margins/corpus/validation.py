@@ -92,7 +92,7 @@ def _part(
     return chosen, docids
 
 
-def gain(checks: pd.DataFrame, best_step: int) -> tuple[float, float]:
+def gain(checks: pd.DataFrame, best_step: float) -> tuple[float, float]:
     """Return mean and standard error of the best step's paired differences from step 0.
 
     ``checks`` is that of a `TrainingResult`. The error of fewer than two queries is NaN.

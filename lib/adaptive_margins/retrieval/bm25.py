@@ -17,6 +17,8 @@ from adaptive_margins.data.words import terms, without_spaces
 from adaptive_margins.retrieval.exact import rows_of_best
 
 _TEXTS = 65_536  # passages tokenised at a time by BM25
+_FILES = {f"{part}_name": f"bm25.{part}.npy" for part in ("data", "indices", "indptr")}
+_FILES |= {f"{part}_name": f"bm25.{part}.json" for part in ("vocab", "params")}
 
 
 class BM25:
@@ -25,22 +27,29 @@ class BM25:
     Terms are words of two characters or more, and bigrams in scripts without spaces (`terms`),
     which ``bigram_passages`` of the passages have. ``k1`` and ``b`` default to Anserini's values
     for MS MARCO, those of the official candidates (paper, Section 4). A posting (a term of a
-    passage) takes 27 bytes while the index is built, and 8 afterwards.
+    passage) takes 27 bytes while the index is built, and 8 afterwards; none if ``folder`` is what
+    `save` wrote for the same passages, which is memory-mapped. No pickle is read.
 
     Raises:
         ValueError: there are no passages.
     """
 
-    def __init__(self, passages: Texts, *, k1: float = 0.9, b: float = 0.4) -> None:
+    def __init__(
+        self, passages: Texts, *, k1: float = 0.9, b: float = 0.4, folder: str = ""
+    ) -> None:
         if not len(passages):
             raise ValueError("BM25 needs at least one passage, got none")
         self._passages = passages
         self._tokenizer = bm25s.tokenization.Tokenizer(
             splitter=terms, stopwords="en", stemmer=Stemmer.Stemmer("english")
         )
+        self.bigram_passages = 0
+        if folder:
+            self._index = bm25s.BM25.load(folder, **_FILES, mmap=True, allow_pickle=False)
+            self._tokenizer.stem_to_sid = self._vocabulary = self._index.vocab_dict
+            return
         self._index = bm25s.BM25(method="lucene", k1=k1, b=b, backend="numpy", csc_backend="scipy")
         found = _Terms()
-        self.bigram_passages = 0
         with progress.bar("BM25: reading", total=len(passages), unit="passages") as bar:
             for start in range(0, len(passages), _TEXTS):
                 some = passages.texts[start : start + _TEXTS]
@@ -52,6 +61,11 @@ class BM25:
         if self._vocabulary:
             corpus = bm25s.tokenization.Tokenized(found, self._vocabulary)
             self._index.index(corpus, create_empty_token=False, show_progress=False)
+
+    def save(self, folder: str) -> None:
+        """Write arrays and JSON to a folder; nothing if the passages have no term."""
+        if self._vocabulary:
+            self._index.save(folder, **_FILES, allow_pickle=False, show_progress=False)
 
     def _scores(self, query: str) -> np.ndarray:
         """Scores of all passages; empty if the query shares no term with any."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -27,6 +27,8 @@ _TEXTS = ("queries", "passages")
 _SLICE = 256  # texts embedded between two states of a progress bar
 _SHARD = 4096  # passages whose embeddings a killed build may lose
 _RRF = 60
+FUSED = 100
+"""Depth of rankings to fuse, at least: scores are scaled by the lowest one."""
 
 
 class DenseRetriever:
@@ -218,17 +220,36 @@ class DenseRetriever:
         return out
 
 
-def hybrid(dense: Run, bm25: Run, depth: int) -> Run:
-    """Fuse two rankings by reciprocal rank (Cormack et al., SIGIR 2009).
+def hybrid(dense: Run, bm25: Run, depth: int, weight: float | None = None) -> Run:
+    """Fuse two rankings by reciprocal rank, or by a convex combination of their scores.
 
-    A passage's score is Σ 1 / (60 + rank) over the rankings that have it, with ranks from 1 in the
-    order of `top`. The result has the ``depth`` best passages of each query of either run.
+    A passage's score is the sum over the rankings that have it: of 1 / (60 + rank), with ranks from
+    1 in the order of `top` (Cormack et al., SIGIR 2009); or with a ``weight`` in [0, 1] of weight ·
+    dense and (1 − weight) · BM25, scaled to [0, 1] by the minimum and maximum of a query (Bruch et
+    al., TOIS 2023). Weights 1 and 0 return one ranking as it is. Rank at least `FUSED` passages of
+    a query with both; the result has the ``depth`` best ones.
+
+    Raises:
+        ValueError: ``depth`` is below 1, or the weight is not in [0, 1].
     """
+    if weight is not None and not 0 <= weight <= 1:
+        raise ValueError(f"weight must lie between 0 and 1, not {weight}")
+    if weight in (0, 1):  # scaling could make ties
+        alone = dense if weight else bm25
+        return {qid: dict(top(alone.get(qid, {}), depth)) for qid in {**dense, **bm25}}
+    other = None if weight is None else 1 - weight
     run: Run = {}
-    for qid in [*dense, *(qid for qid in bm25 if qid not in dense)]:
-        scores: dict[str, float] = {}
-        for hits in (dense.get(qid, {}), bm25.get(qid, {})):
-            for rank, (docid, _) in enumerate(top(hits), start=1):
-                scores[docid] = scores.get(docid, 0.0) + 1 / (_RRF + rank)
+    for qid in {**dense, **bm25}:
+        a, b = _summands(dense.get(qid, {}), weight), _summands(bm25.get(qid, {}), other)
+        scores = {docid: a.get(docid, 0.0) + b.get(docid, 0.0) for docid in {**a, **b}}
         run[qid] = dict(top(scores, depth))
     return run
+
+
+def _summands(hits: Mapping[str, float], share: float | None) -> dict[str, float]:
+    """What a ranking adds to the scores of its passages."""
+    if share is None:
+        return {docid: 1 / (_RRF + rank) for rank, (docid, _) in enumerate(top(hits), start=1)}
+    low = min(hits.values(), default=0.0)
+    spread = max(hits.values(), default=0.0) - low
+    return {d: share * ((s - low) / spread if spread else 1.0) for d, s in hits.items()}

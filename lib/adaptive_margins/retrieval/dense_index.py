@@ -1,9 +1,10 @@
-"""Passages, embeddings and a FAISS index in a folder, ready to be searched."""
+"""Passages, embeddings, a FAISS index and BM25 in a folder, ready to be searched."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from functools import cached_property
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,7 +27,8 @@ from adaptive_margins.files import (
     working_folder,
     write_text,
 )
-from adaptive_margins.retrieval.dense import DenseRetriever
+from adaptive_margins.retrieval.bm25 import BM25
+from adaptive_margins.retrieval.dense import FUSED, DenseRetriever, hybrid
 from adaptive_margins.retrieval.exact import blocks
 from adaptive_margins.retrieval.faiss_index import (
     IndexSettings,
@@ -45,11 +47,12 @@ _FORMAT = 1  # of the index's folder
 
 
 class DenseIndex:
-    """Passages, their embeddings and a FAISS index in a folder, ready to be searched.
+    """Passages, their embeddings, a FAISS index and BM25 in a folder, ready to be searched.
 
     ``passages.faiss`` is a FAISS index (``faiss.read_index``) whose vector i is row i of
     ``passages.arrow`` (docid, text: only passages with text) and of ``embeddings.npy``;
-    ``index.json`` has their settings, sizes and SHA-256s. All are memory-mapped.
+    ``bm25.*`` are of bm25s; ``index.json`` has their settings, sizes and SHA-256s. All are
+    memory-mapped.
 
     Attributes:
         folder: of the files.
@@ -61,6 +64,7 @@ class DenseIndex:
         index: the FAISS index.
         embeddings: of the passages.
         truncated: of the last search: (truncated queries, queries).
+        weight: of the encoder in its fusion with BM25; None for reciprocal ranks.
     """
 
     def __init__(self, folder: Path, about: dict[str, Any]) -> None:
@@ -72,6 +76,8 @@ class DenseIndex:
         self.embeddings = np.load(folder / "embeddings.npy", mmap_mode="r")
         self.index = faiss.read_index(str(folder / "passages.faiss"), faiss.IO_FLAG_MMAP_IFC)
         self.truncated = (0, 0)
+        self.weight: float | None = about.get("bm25", {}).get("weight")
+        hybrid({}, {}, 1, self.weight)  # a wrong weight is an error here
         self._checked: SentenceTransformer | None = None
 
     @classmethod
@@ -83,6 +89,7 @@ class DenseIndex:
         folder: Path,
         *,
         fingerprint: str = "",
+        weight: float | None = None,
         dtype: Literal["float32", "float16"] = "float32",
         seed: int = 1,
     ) -> DenseIndex:
@@ -96,6 +103,7 @@ class DenseIndex:
             encoder: the name that the retriever's model was opened by.
             folder: does not exist, or is empty.
             fingerprint: of the collection, for ``index.json``.
+            weight: of the encoder in its fusion with BM25 (`hybrid`), for ``index.json``.
             dtype: of ``embeddings.npy``, by which hits are reranked. Float16 changes scores by less
                 than 0.001.
             seed: of the index's k-means clusterings.
@@ -126,6 +134,7 @@ class DenseIndex:
             "precision": retriever.precision,
             "dtype": dtype,
             "seed": seed,
+            "bm25": {"weight": weight},
             "versions": {
                 "adaptive-margins": adaptive_margins.__version__,
                 "faiss": faiss.__version__,
@@ -189,14 +198,20 @@ class DenseIndex:
             )
         return open_encoder(name, device=device)
 
-    def search(self, model: SentenceTransformer, queries: Texts, depth: int) -> Run:
+    def search(self, model: Any, queries: Texts, depth: int, *, weight: float | None = 1.0) -> Run:
         """Return the ``depth`` best passages of each query by the index, ordered by exact cosine.
 
-        ``model`` is from `open_encoder`; queries are truncated at the index's query length.
+        ``model`` is from `open_encoder`; queries are truncated at the index's query length. With
+        another ``weight`` than 1, the ranking is fused with BM25's (`hybrid`); 0 needs no model.
 
         Raises:
             EncoderError: ``model`` embeds passages of the index differently.
+            DataError: as `bm25`.
         """
+        if weight != 1:
+            deeper = max(depth, FUSED)
+            dense = self.search(model, queries, deeper) if weight != 0 else {}
+            return hybrid(dense, self.bm25.search(queries, deeper), depth, weight)
         retriever = DenseRetriever(
             model,
             self.passages,
@@ -215,6 +230,13 @@ class DenseIndex:
         return search_index(
             self.index, settings, embedded, queries.ids, self.passages.ids, depth, self.embeddings
         )
+
+    @cached_property
+    def bm25(self) -> BM25:
+        """BM25 over the passages. Raises DataError if the index was built without it."""
+        if "bm25.vocab.json" not in self.about["files"]:
+            raise DataError(f"{self.folder} has no BM25; build it again, or search mode dense")
+        return BM25(self.passages, folder=str(self.folder))
 
     def _check_model(self, retriever: DenseRetriever) -> None:
         """Raise EncoderError if three passages are embedded differently than in the index."""
@@ -237,7 +259,7 @@ def _write_index_files(
     stored = folder / "passages.arrow"
     pairs = zip(passages.ids, passages.texts, strict=True)
     with_text = compress(pairs, np.isin(np.arange(len(passages)), rows))
-    write_texts(stored, with_text, what="passages", expected=len(rows))
+    BM25(write_texts(stored, with_text, what="passages", expected=len(rows))).save(str(folder))
     embeddings = retriever.stored_embeddings(work / digest([about, file_sha256(stored)]), dtype)
     _write_matrix(folder / "embeddings.npy", embeddings, np.dtype(dtype))
     n, dim = embeddings.shape
