@@ -97,7 +97,8 @@ def _read(profile: str, extended_by: tuple[str, ...] = ()) -> tuple[str, dict[st
     source, text = _text(profile, f" (which {extended_by[-1]} extends)" if extended_by else "")
     try:
         values = _Loader(text).get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # 2026-13-01 is a ValueError
+    # PyYAML has plain errors of 2026-13-01, !!int, !!timestamp and !!bool x.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", "")
         where = f"{source}:{mark.line + 1}" if mark else source
         reason = reason or " ".join(str(error).split())
