@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Option
@@ -30,7 +30,7 @@ Profile = Annotated[
 ]
 
 
-def _open(profile: str) -> Reproduction:
+def _open(profile: str, **values: Any) -> Reproduction:
     """The profile, opened; the hub is reached only if the profile names an encoder of the hub."""
     from adaptive_margins.profiles.load import load_profile
 
@@ -41,7 +41,7 @@ def _open(profile: str) -> Reproduction:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from adaptive_margins import paper
 
-    return paper.open(profile)
+    return paper.open(profile, **values)
 
 
 @app.command()
@@ -84,6 +84,21 @@ def reproduce(
     accept_licence: Annotated[
         bool, Option("--accept-licence", help="Accept the terms of the collection; see `plan`.")
     ] = False,
+    workers: Annotated[
+        int | None, Option(min=1, help="Worker processes, one for each GPU.")
+    ] = None,
+    store: Annotated[
+        str | None,
+        Option(
+            parser=terminal.expanded, help="Share runs in a folder or bucket (s3://BUCKET/runs)."
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        Option(
+            metavar="ADDRESS[,gpus=N][,cpus=N]", help="Compute on a cluster of Ray, or `local`."
+        ),
+    ] = None,
 ) -> None:
     """Compute all runs of a profile, execute the notebooks and build the book.
 
@@ -92,6 +107,7 @@ def reproduce(
     end_when_asked()
     from adaptive_margins.book.build import build
     from adaptive_margins.data.ir_datasets import ACCEPT_VARIABLE
+    from adaptive_margins.paper.reproduction import RAY_VARIABLE, STORE_VARIABLE
 
     if processes() > 1 and not (runs_only or run):
         raise typer.BadParameter(
@@ -100,7 +116,11 @@ def reproduce(
         )
     if accept_licence:
         os.environ[ACCEPT_VARIABLE] = "all"
-    reproduction = _open(profile)
+    if store:  # the notebooks find it there, too
+        os.environ[STORE_VARIABLE] = store if "://" in store else os.path.abspath(store)
+    if ray:
+        os.environ[RAY_VARIABLE] = ray
+    reproduction = _open(profile, **({"workers": workers} if workers else {}))
     if run:
         for run_id in run:
             print(printable(str(reproduction.run_one(run_id).path)))

@@ -16,7 +16,7 @@ from adaptive_margins import cli, files, paper
 from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.files import WriteError, write_checksums
-from adaptive_margins.paper import runner
+from adaptive_margins.paper import backends, runner
 from adaptive_margins.paper.experiments import Experiments, fixed_runs
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.reproduction import Reproduction
@@ -163,15 +163,13 @@ def die(_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_killed_worker_is_an_error(smoke, monkeypatch):
-    monkeypatch.setattr(runner, "_execute", die)
-    other = Reproduction(smoke.profile, smoke.home)
+def test_a_killed_worker_is_an_error(smoke):
     config = smoke.experiments.training_run("minilm-3", target=0.25, in_batch=False, triples=8)
     with (
-        ProcessPoolExecutor(1, get_context("fork")) as other.runner._pool,
+        ProcessPoolExecutor(1, get_context("fork")) as pool,
         pytest.raises(TrainingError, match="a worker process was killed"),
     ):
-        other.runner._compute([config])
+        list(backends.compute(lambda *_: pool.submit(die, None), 1, [config]))
 
 
 def test_workers_are_shared_in_a_block_and_end_with_it(smoke, monkeypatch):
@@ -185,7 +183,10 @@ def test_workers_are_shared_in_a_block_and_end_with_it(smoke, monkeypatch):
         def shutdown(self, **_):
             self.ended = True
 
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
+        def submit(self, *_):
+            raise AssertionError
+
+    monkeypatch.setattr(backends, "ProcessPoolExecutor", Pool)
     mine = paper.open("smoke", smoke.home, workers=2).runner
     with mine.workers(), mine.workers():
         assert not started[0].ended

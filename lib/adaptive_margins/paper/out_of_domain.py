@@ -199,9 +199,9 @@ class OutOfDomain:
             "candidates": CandidateSettings(depth=p.candidates.depth),
             "workers": 1,
         }
-        other = Reproduction(p.model_copy(update=changes), self.home)
+        changed = p.model_copy(update=changes)
+        other = Reproduction(changed, self.home, runs=self.home / FOLDER)
         other.inputs.collection = collection
-        other.store.folder = self.home / FOLDER
         return other
 
     def _runs(self, collection: Collection) -> Iterator[tuple[Any, ...]]:

@@ -80,6 +80,11 @@ class Plan:
     downloads: list[tuple[str, int]]
     stated: list[str]
 
+    @property
+    def memory(self) -> int:
+        """Bytes that a run may take: 4 GB (those of the laptop took less), embeddings and index."""
+        return 4 * 10**9 + 2 * self.embeddings
+
     def text(self, *, every: bool = False) -> str:
         """The plan for a terminal: a line per kind of run, or ``every`` run."""
         keys = ["encoder", "what", "why", *(["run_id"] if every else [])]
@@ -142,8 +147,10 @@ def make_plan(inputs: Inputs, store: Store) -> Plan:
     previous = _Previous(store)
     rows = []
     taught = False
-    for config in _planned(Experiments(inputs, store)):
-        done = store.has(config)
+    planned = _planned(Experiments(inputs, store))
+    missing = set(store.missing(planned))
+    for config in planned:
+        done = config not in missing
         taught |= not done and isinstance(config, TrainingRun) and config.teacher is not None
         rows.append(
             {
@@ -152,7 +159,7 @@ def make_plan(inputs: Inputs, store: Store) -> Plan:
                 "what": describe(config, with_target=False),
                 "triples": getattr(config, "triples", 0),
                 "done": done,
-                "why": previous.why(config, inputs),
+                "why": previous.why(config, inputs, done),
                 "seconds": 0.0 if done else estimates.seconds(config),
             }
         )
@@ -199,9 +206,9 @@ class _Previous:
         same = {key: value for key, value in config.items() if key not in _CHANGES}
         return json.dumps(same, sort_keys=True)
 
-    def why(self, config: RunConfig, inputs: Inputs) -> str:
+    def why(self, config: RunConfig, inputs: Inputs, done: bool) -> str:
         """Why a run is missing though a similar one is finished, or how a finished one is stale."""
-        if self.store.has(config):
+        if done:
             try:
                 then, now = self.store.get(config).result.get("versions", {}), self.versions
             except StoreError:

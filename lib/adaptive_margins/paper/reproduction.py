@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,18 +25,23 @@ from adaptive_margins.paper.frames import (
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.plan import Plan, make_plan
 from adaptive_margins.paper.runner import Runner
-from adaptive_margins.paper.store import Store, StoredRun
+from adaptive_margins.paper.shared_store import open_store
+from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.profiles.config import Profile
 from adaptive_margins.profiles.load import load_profile
 from adaptive_margins.progress import clock, say
 from adaptive_margins.runs import BM25Run, EncoderRun, TrainingRun, ZeroShotRun
+
+STORE_VARIABLE, RAY_VARIABLE = "ADAPTIVE_MARGINS_STORE", "ADAPTIVE_MARGINS_RAY"
+"""Where runs are shared and computed: see `shared_store.open_store`, `backends.ray_options`."""
 
 
 class Reproduction:
     """A profile with its collection, runs and results.
 
     Methods that return results compute the runs they need and that are missing; finished ones are
-    read. Figures and tables are long data frames with the ids of their runs.
+    read. Figures and tables are long data frames with the ids of their runs. Runs in another folder
+    ``runs`` than HOME/runs are neither shared with other machines nor computed by Ray.
 
     Attributes:
         profile: see `profiles.config`.
@@ -46,12 +52,17 @@ class Reproduction:
         experiments: which runs the figures and tables need.
     """
 
-    def __init__(self, profile: Profile, home: Path | None = None) -> None:
+    def __init__(
+        self, profile: Profile, home: Path | None = None, *, runs: Path | None = None
+    ) -> None:
         self.profile = profile
         self.home = home or default_home()
         self.inputs = Inputs(profile, self.home)
-        self.store = Store(self.home / "runs")
-        self.runner = Runner(self.inputs, self.store)
+        place = ("", "")
+        if runs is None:
+            place = (os.environ.get(STORE_VARIABLE, ""), os.environ.get(RAY_VARIABLE, ""))
+        self.store = open_store(place[0], runs or self.home / "runs")
+        self.runner = Runner(self.inputs, self.store, place)
         self.experiments = Experiments(self.inputs, self.store)
 
     def plan(self) -> Plan:
@@ -64,6 +75,7 @@ class Reproduction:
             _ = self.inputs.collection
             self.store.damaged(aside=True)
             plan = self.plan()
+            self.runner.memory = plan.memory
             done, total = int(plan.runs["done"].sum()), len(plan.runs)
             time = "" if done == total else f"; the others take about {clock(plan.seconds)}"
             say(f"profile {self.profile.name}: {done} of {total} runs are done{time}")

@@ -4,35 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
 import hashlib
-import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
-import torch
 
 from adaptive_margins.data.trec import Run
 from adaptive_margins.distributed import is_first, processes, shared, wait
 from adaptive_margins.encoder.embed import embed, embed_shards
 from adaptive_margins.encoder.frozen import LoadedEncoder
 from adaptive_margins.encoder.load import save_encoder
-from adaptive_margins.errors import TrainingError
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
-from adaptive_margins.files import check_output, locked
+from adaptive_margins.files import HOME_VARIABLE, check_output, locked
+from adaptive_margins.paper.backends import (
+    Submit,
+    at_once,
+    compute,
+    in_processes,
+    on_ray,
+    ray_options,
+    visible_gpus,
+)
 from adaptive_margins.paper.experiments import Experiments
 from adaptive_margins.paper.inputs import Inputs
+from adaptive_margins.paper.shared_store import LeasedError, open_store
 from adaptive_margins.paper.store import R, Store, StoredRun, StoreError
 from adaptive_margins.paper.teacher import teacher_of
-from adaptive_margins.processes import end_when_asked, end_with_parent
 from adaptive_margins.profiles.config import Profile
 from adaptive_margins.progress import bar, say
 from adaptive_margins.retrieval.exact import approximation_recall, exact_search, rerank
@@ -71,25 +75,37 @@ class _Reranked(Evaluation):
 
 
 class Runner:
-    """Computes the runs that are missing in the store."""
+    """Computes the runs that are missing in the store.
 
-    def __init__(self, inputs: Inputs, store: Store) -> None:
+    ``place`` is where that is shared (`shared_store.open_store`) and what Ray is asked for
+    (`backends.ray_options`); a driver and its workers have one ``owner``, and hold its leases.
+    """
+
+    def __init__(
+        self, inputs: Inputs, store: Store, place: tuple[str, str] = ("", ""), owner: str = ""
+    ) -> None:
         self.inputs = inputs
         self.store = store
+        self.place = place
+        self.owner = owner or uuid4().hex
+        self.memory = 0  # bytes that a run takes, which Ray is asked for; 0: unknown
         self.profile = inputs.profile
         self.teacher = teacher_of(inputs)
-        self._pool: ProcessPoolExecutor | None = None
+        self._ray = ray_options(place[1], place[0]) if place[1] else ("", {})
+        self._backend: tuple[Submit, int] | None = None
+        self._check: Callable[[], None] = lambda: None
 
     # ---- many runs -----------------------------------------------------------------------------
 
     def ensure(self, configs: Iterable[R]) -> list[StoredRun[R]]:
         """Return the finished runs of ``configs``, in order; missing ones are computed first."""
         configs = list(configs)
-        missing = shared([c for c in dict.fromkeys(configs) if not self.store.has(c)])
+        missing = shared(self.store.missing(configs))
         if missing:
             if is_first():
                 check_output(self.store.path(missing[0]) / "config.json")
-                self._prepare(missing)
+            if is_first() and self._ray[0] in ("", "local"):
+                self.prepare(missing)
             wait()
             with self.workers():
                 self._compute(missing)
@@ -97,85 +113,98 @@ class Runner:
 
     @contextmanager
     def workers(self) -> Iterator[None]:
-        """Worker processes with one thread each, shared by all calls of `ensure` in the block.
+        """What computes missing runs in the block, for all calls of `ensure`: see `backends`.
 
-        They start with the first missing run. With one worker, or under torchrun, runs are computed
-        in this process.
+        Workers start with the first missing run. Without Ray, with one worker, or under torchrun,
+        runs are computed in this process.
         """
-        if self.profile.workers == 1 or self._pool is not None or processes() > 1:
+        if self._backend is not None:
             yield
             return
-        self._pool = ProcessPoolExecutor(
-            self.profile.workers,
-            multiprocessing.get_context("spawn"),
-            _start_worker,
-            (self.profile, self.inputs.home),
+        address, needs = self._ray
+        on_cuda = self.profile.device.startswith("cuda")
+        needs = {"num_cpus": 1, "num_gpus": int(on_cuda), **needs}
+        slots = 2**31 if address else 1 if processes() > 1 else self.profile.workers
+        gpus = visible_gpus() if on_cuda and slots > 1 and not address else []
+        make = functools.partial(
+            _worker,
+            self.profile,
+            self.inputs.home,
+            self.place,
+            owner=self.owner,
+            one_gpu=bool(needs["num_gpus"] if address else gpus),
         )
-        pool = self._pool
-        try:
-            yield
-            pool.shutdown()
-        finally:
-            self._pool = None
-            pool.shutdown(wait=False, cancel_futures=True)
+        backend: Any = nullcontext(functools.partial(at_once, self.execute))
+        if address:
+            backend = on_ray(address, make, needs, lambda: self.memory)
+        elif slots > 1:
+            backend = in_processes(slots, make, gpus)
+        with backend as submit:
+            self._backend = submit, slots
+            try:
+                yield
+            finally:
+                self._backend = None
 
-    def _prepare(self, missing: Iterable[RunConfig]) -> None:
+    def prepare(self, missing: Iterable[RunConfig]) -> None:
         """Compute what the workers share (tokens, states, candidates, teacher) with all cores."""
         missing = list(missing)
-        for name in dict.fromkeys(c.encoder for c in missing if isinstance(c, EncoderRun)):
-            self.inputs.encoder(name)
-        for name in self.inputs.evaluated_sets:
-            self.inputs.top_candidates(name)
-            self.inputs.bm25_ranking(name)
-        distilled = [c for c in missing if isinstance(c, TrainingRun) and c.teacher is not None]
-        if distilled and self.teacher is not None:
-            self.teacher.prepare()
-            for config in distilled:  # stores clusters; errors come before any training
-                self.teacher.order(config, steps=1)
+        with locked(self.inputs.home / "cache" / "inputs"):
+            for name in dict.fromkeys(c.encoder for c in missing if isinstance(c, EncoderRun)):
+                self.inputs.encoder(name)
+            for name in self.inputs.evaluated_sets:
+                self.inputs.top_candidates(name)
+                self.inputs.bm25_ranking(name)
+            distilled = [c for c in missing if isinstance(c, TrainingRun) and c.teacher is not None]
+            if distilled and self.teacher is not None:
+                self.teacher.prepare()
+                for config in distilled:  # stores clusters; errors come before any training
+                    self.teacher.order(config, steps=1)
 
     def _compute(self, missing: Iterable[RunConfig]) -> None:
         # Zero-shot runs first: training runs read step 0 from them. Then long runs, so that the
         # workers end at about the same time.
         ordered = sorted(missing, key=lambda c: (isinstance(c, TrainingRun), -_work(c)))
+        assert self._backend is not None
         with bar("runs", total=len(ordered), unit="runs") as progress:
-            for config, stored in self._computed(ordered):
-                seconds = stored.result["train_seconds"] + stored.result["eval_seconds"]
+            for config in compute(*self._backend, ordered):
+                result = self.store.get(config).result
+                seconds = result["train_seconds"] + result["eval_seconds"]
                 progress.update(1)
                 say(f"{config.encoder} {describe(config)}: {seconds:.1f} s")
 
-    def _computed(
-        self, configs: Iterable[RunConfig]
-    ) -> Iterator[tuple[RunConfig, StoredRun[RunConfig]]]:
-        """Each run with its configuration, as it is finished."""
-        if self._pool is None:
-            for config in configs:
-                yield config, self.execute(config)
-            return
-        futures = {self._pool.submit(_execute, config): config for config in configs}
-        for future in as_completed(futures):
-            try:
-                yield futures[future], future.result()
-            except BrokenProcessPool:
-                raise TrainingError(
-                    "a worker process was killed (out of memory?); finished runs are stored, and"
-                    " the same call computes the others"
-                ) from None
-
     # ---- one run -------------------------------------------------------------------------------
 
-    def execute(self, config: R) -> StoredRun[R]:
+    def execute(self, config: R, stale: str | None = None) -> StoredRun[R]:
         """Compute one run in this process and store it.
 
-        A run that was killed is resumed from its last complete checkpoint. If another process
-        computes the same run, this call waits for it and returns its result.
+        A run that was killed is resumed from its last complete checkpoint. If another process of
+        this machine computes the same run, this call waits for it and returns its result.
+
+        Raises:
+            LeasedError: another process, perhaps of another machine, has its lease in a shared
+                store, and the content of that is not ``stale``.
         """
         work = self.inputs.home / "cache" / "work" / config.run_id
-        with locked(work) if is_first() else nullcontext():
+        with ExitStack() as stack:
+            refused = None
+            try:
+                if is_first() and self.store.leases is not None:
+                    lease = self.store.leases.held(config.run_id, self.owner, stale)
+                    self._check = stack.enter_context(lease)
+            except LeasedError as error:
+                refused = error
+            if (refused := shared(refused)) is not None:
+                raise refused
+            stack.enter_context(locked(work) if is_first() else nullcontext())
             if not shared(self.store.has(config)):
                 if isinstance(config, TrainingRun) or is_first():
                     self._compute_one(config, work)
                 if is_first():
                     shutil.rmtree(work, ignore_errors=True)
+            if is_first():
+                self._check()
+                self.store.publish(config)
             wait()
         return self.store.get(config)
 
@@ -276,6 +305,7 @@ class Runner:
         return self.teacher.dataset(), self.teacher.order(config), in_batch
 
     def _evaluate(self, run: Run, query_set: str, measures: Iterable[str]) -> Evaluation:
+        self._check()
         return evaluate(self.inputs.collection.qrels[query_set], run, list(measures))
 
     def _rerank(self, encoder: LoadedEncoder, model: Any, config: EncoderRun) -> _Reranked:
@@ -441,20 +471,13 @@ def _state_hash(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-_worker: Runner | None = None
-
-
-def _start_worker(profile: Profile, home: Path) -> None:
-    """A worker computes in one thread, and ends when its parent ends, even if that was killed."""
-    global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)
-    _worker = Runner(Inputs(profile, home), Store(home / "runs"))
-    gc.freeze()  # the trainer collects garbage after each run; half a million imported objects stay
-    end_with_parent()
-    end_when_asked()
-
-
-def _execute(config: RunConfig) -> StoredRun[RunConfig]:
-    assert _worker is not None
-    return _worker.execute(config)
+def _worker(
+    profile: Profile, home: Path, place: tuple[str, str], *, owner: str, one_gpu: bool
+) -> Runner:
+    """A runner in a worker process, perhaps on a machine with another home folder."""
+    if one_gpu:
+        ranking = profile.ranking.model_copy(update={"devices": ()})
+        profile = profile.model_copy(update={"device": "cuda", "ranking": ranking})
+    if place[1] not in ("", "local"):
+        home = Path(os.environ.get(HOME_VARIABLE, home))
+    return Runner(Inputs(profile, home), open_store(place[0], home / "runs"), owner=owner)

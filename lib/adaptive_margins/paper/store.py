@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -196,10 +197,11 @@ def _read_ranking(file: Path) -> Run:
 
 
 class Store:
-    """The folder ``runs/`` of a home folder."""
+    """The folder ``runs/`` of a home folder; with ``leases``, shared (`shared_store`)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.leases: Any = None
 
     def path(self, config: RunConfig) -> Path:
         """The folder of the run, whether it exists or not."""
@@ -208,6 +210,14 @@ class Store:
     def has(self, config: RunConfig) -> bool:
         """Whether the run is finished."""
         return self.path(config).is_dir()
+
+    def missing(self, configs: Iterable[R]) -> list[R]:
+        """Those that are not finished, each once; the folder is read once for all of them."""
+        names = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
+        return [config for config in dict.fromkeys(configs) if config.run_id not in names]
+
+    def publish(self, config: RunConfig) -> None:
+        """Share a finished run with other machines, which see those of a folder."""
 
     def get(self, config: R) -> StoredRun[R]:
         """The finished run of ``config``. Raises StoreError if there is none."""
@@ -233,7 +243,7 @@ class Store:
                     say(f"{found[-1]}; it is moved to {place} and computed again", always=True)
                     place.parent.mkdir(parents=True, exist_ok=True)
                     shutil.rmtree(place, ignore_errors=True)  # an earlier one
-                    folder.rename(place)
+                    shutil.move(folder, place)  # perhaps to another disk
         return found
 
     def put(
