@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import multiprocessing
 import os
 import signal
@@ -33,22 +32,17 @@ CONFIGS = [run_config(seed=seed) for seed in range(1, 5)]
 
 
 @pytest.fixture
-def bucket(monkeypatch):
-    """A bucket of an S3-compatible server on this machine if moto is installed, else in memory."""
-    if not importlib.util.find_spec("moto"):
+def bucket(monkeypatch) -> str:
+    """A bucket in memory, or of an S3-compatible server: $ADAPTIVE_MARGINS_TEST_S3, as http://127.0.0.1:5000."""
+    if not (server := os.environ.get("ADAPTIVE_MARGINS_TEST_S3")):
         in_memory = functools.cache(lambda url: obstore.store.MemoryStore())
         monkeypatch.setattr(obstore.store, "from_url", in_memory)
-        yield "s3://bucket/runs"
-        return
-    server = importlib.import_module("moto.server").ThreadedMotoServer("127.0.0.1", 0)
-    server.start()
-    url = "http://{}:{}".format(*server.get_host_and_port())
-    for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "ENDPOINT": url, "ALLOW_HTTP": "true"}.items():  # fmt: skip
+        return "s3://bucket/runs"
+    for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "ENDPOINT": server, "ALLOW_HTTP": "true"}.items():  # fmt: skip
         monkeypatch.setenv(f"AWS_{name}", value)
     name = uuid.uuid4().hex
-    urllib.request.urlopen(urllib.request.Request(f"{url}/{name}", method="PUT"))
-    yield f"s3://{name}/runs"
-    server.stop()
+    urllib.request.urlopen(urllib.request.Request(f"{server}/{name}", method="PUT"))
+    return f"s3://{name}/runs"
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -276,7 +270,7 @@ def test_stores_that_cannot_be_used(tmp_path, monkeypatch):
 
 
 def test_ray_that_cannot_be_used(monkeypatch):
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
     assert backends.ray_options("local,gpus=0.5,cpus=2", "") == ("local", {"num_gpus": 0.5, "num_cpus": 2})  # fmt: skip
     for text, message in {
         "local,gpus": "expected ADDRESS",
@@ -293,7 +287,7 @@ def test_ray_that_cannot_be_used(monkeypatch):
     with pytest.raises(backends.RayError, match="leave out torchrun"):
         backends.ray_options("local", "")
     monkeypatch.undo()
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(backends.RayError, match="is not installed: pip install"):
         backends.ray_options("local", "")
 
