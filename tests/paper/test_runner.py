@@ -150,7 +150,7 @@ def test_damaged_runs_are_computed_again_by_reproduce(smoke, tmp_path, monkeypat
 
 def test_read_only_results_are_read_and_nothing_is_computed_for_them(smoke, monkeypatch):
     other = Reproduction(smoke.profile, smoke.home)
-    monkeypatch.setattr(runner.Runner, "_prepare", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(runner.Runner, "prepare", lambda *_: pytest.fail("computed"))
     monkeypatch.setattr(files.os, "access", lambda path, mode: not mode & os.W_OK)
     finished = smoke.experiments.figure3_runs()
     assert other.runner.ensure(finished)[0].curve is not None

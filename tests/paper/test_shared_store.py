@@ -270,7 +270,7 @@ def test_stores_that_cannot_be_used(tmp_path, monkeypatch):
 
 
 def test_ray_that_cannot_be_used(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
     assert backends.ray_options("local,gpus=0.5,cpus=2", "") == ("local", {"num_gpus": 0.5, "num_cpus": 2})  # fmt: skip
     for text, message in {
         "local,gpus": "expected ADDRESS",
@@ -287,7 +287,7 @@ def test_ray_that_cannot_be_used(monkeypatch):
     with pytest.raises(backends.RayError, match="leave out torchrun"):
         backends.ray_options("local", "")
     monkeypatch.undo()
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(backends.RayError, match="is not installed: pip install"):
         backends.ray_options("local", "")
 
