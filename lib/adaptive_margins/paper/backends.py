@@ -91,7 +91,7 @@ def at_once(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
 def in_processes(workers: int, make: Callable[[], Any], gpus: Sequence[str]) -> Iterator[Submit]:
     """Worker processes of this machine; of n ``gpus``, worker i sees the one of number i mod n."""
     context = multiprocessing.get_context("spawn")
-    arguments = (make, 1, gpus, context.Value("i", 0))
+    arguments = (make, 1, gpus, context.Value("i", 0) if gpus else None)
     pool = ProcessPoolExecutor(workers, context, _start, arguments)
     try:
         yield lambda *arguments: pool.submit(_execute, *arguments)
@@ -173,7 +173,9 @@ _worker: Any = None
 _made_by = ""
 
 
-def _start(make: Callable[[], Any], threads: int, gpus: Sequence[str] = (), count: Any = 0) -> None:
+def _start(
+    make: Callable[[], Any], threads: int, gpus: Sequence[str] = (), count: Any = None
+) -> None:
     """Begin a worker process, which ends when its parent ends, even if that was killed."""
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
