@@ -230,11 +230,13 @@ def table(report: dict[str, Any]) -> str:
                 "" if r["limit"] is None else f"≤ {r['limit']:g}",
                 r["unit"],
                 {True: "passed", False: "FAILED", None: ""}[r["passed"]],
-                f"not measured: {r['reason']}" if r["reason"] else r["note"],
             ]
             for r in part["rows"]
         ]
-        lines += [f"  {line}" for line in aligned(rows)]
+        notes = [f"not measured: {r['reason']}" if r["reason"] else r["note"] for r in part["rows"]]
+        cells = aligned(rows)
+        width = max(map(len, cells), default=0)
+        lines += [f"  {c:{width}}  {n}".rstrip() for c, n in zip(cells, notes, strict=True)]
         lines.append(f"  ({part['about']})")
     return "\n".join([*lines, "", f"Result: {report['verdict']}"])
 

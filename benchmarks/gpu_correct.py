@@ -104,7 +104,7 @@ def step_gradients(model: Any, tokens: tuple[Tokens, Tokens], setting: Setting) 
     watcher, size = _FirstGradient(), len(tokens[0])
     with watching(watcher.of):
         # All steps have the same triples.
-        project(copy.deepcopy(model).to(setting.device), tokens, size, TRIES, setting, CHUNKS)
+        project(copy.deepcopy(model), tokens, size, TRIES, setting, CHUNKS)
     if watcher.found is None:
         raise RuntimeError(f"no finite gradient in {TRIES} steps, loss scale {watcher.scale:g}")
     return watcher.found
@@ -313,7 +313,7 @@ def waits(context: Context) -> Rows:
         size, steps = len(tokens[0]), watcher.last + 1
         try:
             with watching(lambda _: watcher):
-                project(model.to(context.device), tokens, size, steps, setting, CHUNKS)
+                project(model, tokens, size, steps, setting, CHUNKS)
         finally:
             watcher.stop()
         if not watcher.works:

@@ -27,7 +27,7 @@ from adaptive_margins.training_step import TripleCollator
 
 PROFILE = f"in {CHUNKS} chunks, as the profiles"
 PEER = "Sentence Transformers' trainer"
-_FLASH = "packed_flash"
+_FLASH = "packed_varlen"  # transformers would look for a kernel, were "flash" in it
 
 
 def synchronize(context: Context) -> None:
@@ -347,7 +347,7 @@ def hours(context: Context) -> Rows:
                 else:
                     overrides[f"{key}__stated__{unit.replace('/s', '_per_second')}"] = rate
         if lacking:
-            yield row(name, unit="hours", reason=f"not measured: {', '.join(sorted(lacking))}")
+            yield row(name, unit="hours", reason=f"no rate of {', '.join(sorted(lacking))}")
             continue
         with tempfile.TemporaryDirectory() as home:  # no run is finished there
             plan = Reproduction(load_profile(name, **overrides), Path(home)).plan()

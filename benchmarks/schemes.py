@@ -183,7 +183,7 @@ def project(
     nothing = Evaluation({"nDCG@10": 0.0}, {"nDCG@10": {}})
     with tempfile.TemporaryDirectory() as folder:
         return training.train(
-            config(size, chunks, steps, setting), model, rows, queries, passages, lambda _: nothing,
+            config(size, chunks, steps, setting), model.to(setting.device), rows, queries, passages, lambda _: nothing,
             initial=nothing, folder=Path(folder), device=setting.device, order=np.arange(len(rows)),
         )  # fmt: skip
 
@@ -204,7 +204,7 @@ def ours(
             mock.patch.object(training, "BatchSampler", lambda *_, **__: _Batches(size, setting)),
         ):
             tokens = tokens_of(model, triples)
-            project(copied(model).to(setting.device), tokens, size, steps, setting, chunks)
+            project(copied(model), tokens, size, steps, setting, chunks)
         return output.found
 
     return step

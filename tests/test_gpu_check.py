@@ -21,8 +21,9 @@ from adaptive_margins.profiles.load import load_profile
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 with pytest.MonkeyPatch.context() as _patch:  # the scripts import each other by their names
     _patch.syspath_prepend(FOLDER)
-    gpu_check, gpu_correct, gpu_material, gpu_speed = map(
-        importlib.import_module, ("gpu_check", "gpu_correct", "gpu_material", "gpu_speed")
+    gpu_check, gpu_correct, gpu_material, gpu_speed, schemes = map(
+        importlib.import_module,
+        ("gpu_check", "gpu_correct", "gpu_material", "gpu_speed", "schemes"),
     )
 
 
@@ -130,6 +131,25 @@ def test_a_wrong_cached_loss_fails(tmp_path, monkeypatch):
     assert not any(row["passed"] for row in report["parts"][0]["rows"])
 
 
+@pytest.mark.parametrize("kind", ["distilbert", "roberta"])
+def test_the_packed_way_of_a_gpu_trains_the_same(tmp_path, monkeypatch, kind):
+    """With another attention in the place of torch's kernel, which needs a GPU."""
+    from torch.nn.attention import varlen
+
+    def attention(q, k, v, starts, ends_of_keys, *longest):
+        assert starts is ends_of_keys and max(starts.diff()) <= longest[0] == longest[1]
+        split = [x.split(starts.diff().tolist()) for x in (q, k, v)]
+        parts = (torch.einsum("qhd,khd->hqk", a, b).div(a.shape[-1] ** 0.5).softmax(-1) @ c.transpose(0, 1) for a, b, c in zip(*split, strict=True))  # fmt: skip
+        return torch.cat([part.transpose(0, 1) for part in parts])
+
+    monkeypatch.setattr(varlen, "varlen_attn", attention)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    context = gpu_material.Context("cuda", gpu_material.MINIATURE, tmp_path)
+    model, batch = gpu_material.encoder(context, kind, 0.0), gpu_material.triples(context.sizes, 4)
+    steps = gpu_speed._flash(context, model, schemes.CPU), schemes.merged()
+    assert steps[0](model, batch)[1] == pytest.approx(steps[1](model, batch)[1], abs=1e-5)
+
+
 def test_a_part_that_fails_stops_no_other(tmp_path, monkeypatch):
     def raising(context):
         yield gpu_material.row("first", 1.0)
@@ -186,7 +206,7 @@ def test_hours_follow_the_rates(tmp_path):
     assert saved * 3600 == pytest.approx(runs["triples"].sum() / 200)
     context = gpu_material.Context("cpu", gpu_material.REAL, tmp_path)
     reasons = [line["reason"] for line in gpu_speed.hours(context)]
-    assert reasons[1] == "not measured: distilbert in passages/s, distilbert in triples/s"
+    assert reasons[1] == "no rate of distilbert in passages/s, distilbert in triples/s"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
