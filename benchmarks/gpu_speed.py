@@ -319,7 +319,9 @@ SHAPES = {
 
 def hours(context: Context) -> Rows:
     """The plans of the two profiles, with the rates that were measured."""
-    from adaptive_margins.paper.reproduction import Reproduction
+    from adaptive_margins.paper.inputs import Inputs
+    from adaptive_margins.paper.plan import make_plan
+    from adaptive_margins.paper.store import Store
     from adaptive_margins.profiles.load import load_profile
 
     largest = context.sizes.batches[0]
@@ -350,7 +352,8 @@ def hours(context: Context) -> Rows:
             yield row(name, unit="hours", reason=f"no rate of {', '.join(sorted(lacking))}")
             continue
         with tempfile.TemporaryDirectory() as home:  # no run is finished there
-            plan = Reproduction(load_profile(name, **overrides), Path(home)).plan()
+            inputs = Inputs(load_profile(name, **overrides), Path(home))
+            plan = make_plan(inputs, Store(Path(home) / "runs"))  # not a store that is shared
         note = f"{len(plan.runs)} runs; {plan.teacher / 3600:.1f} hours of the teacher are assumed, not measured"
         yield row(
             name,
