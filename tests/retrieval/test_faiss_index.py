@@ -30,7 +30,7 @@ def test_settings_follow_the_size_of_the_collection():
             assert dim % s.m == 0 and s.m <= 32
             assert 39 * s.nlist <= n < 39 * 2 * s.nlist
             assert 4 <= s.bits <= 8 and 39 * 2**s.bits <= n
-            assert s.sample <= s.train == n
+            assert s.sample <= s.train <= n and (s.train == n or n >= 100_000)
             assert s.nprobe <= s.nlist
             assert s.nprobe * n / s.nlist >= 8 * 20 or s.nprobe == s.nlist
 
@@ -41,6 +41,25 @@ def test_settings_at_the_papers_size_are_the_papers():
     assert settings.nprobe * 8_841_823 / settings.nlist > 8 * 1000
     assert settings.train == 2_097_152  # 8 a list
     assert settings.sample == 65_536
+
+
+@pytest.mark.parametrize(("n", "dim"), [(1_000_000, 384), (8_841_823, 768), (138_364_198, 768)])
+def test_large_collections_are_trained_on_a_bounded_sample(n, dim):
+    settings = choose_index(n, dim)
+    assert settings.nlist <= 2**18
+    assert settings.nlist * 8 == settings.train <= 2**21
+    assert settings.k_factor == 32
+
+
+def test_settings_of_small_collections_stay():
+    """The runs of the profiles smoke, laptop and laptop-long have been ranked with them."""
+    settings = [choose_index(n, 384, depth=100) for n in (700, 7_000, 12_803, 20_000)]
+    assert [(s.factory, s.nprobe, s.k_factor, s.train, s.sample) for s in settings] == [
+        ("OPQ32,IVF16_HNSW32,PQ32x4", 16, 8, 700, 624),
+        ("OPQ32,IVF128_HNSW32,PQ32x7", 91, 8, 7_000, 4_992),
+        ("OPQ32,IVF256_HNSW32,PQ32", 128, 8, 12_803, 9_984),
+        ("OPQ32,IVF512_HNSW32,PQ32", 182, 8, 20_000, 9_984),
+    ]
 
 
 def test_more_hits_need_more_lists():
@@ -149,6 +168,19 @@ def test_an_index_is_trained_on_a_sample_drawn_by_seed(monkeypatch):
     run = search_index(indexes[0], settings, queries, qids, ids, 20, passages)
     exact = exact_search(queries, passages, qids, ids, 20)
     assert approximation_recall(run, exact, 20) > 0.95
+
+
+def test_large_collections_are_assigned_to_lists_with_care(built):
+    passages, settings, small = built
+
+    def breadth(index):
+        return faiss.downcast_index(faiss.extract_index_ivf(index).quantizer).hnsw.efSearch
+
+    large = build_index(passages, dataclasses.replace(settings, quick=False), seed=3)
+    assert (breadth(small), breadth(large)) == (16, 128)
+    queries, qids, ids = clustered(100, 64, 1), names("q", 100), names("d", 2000)
+    run = search_index(large, settings, queries, qids, ids, 20, passages)
+    assert approximation_recall(run, exact_search(queries, passages, qids, ids, 20), 20) > 0.95
 
 
 @pytest.mark.skipif(not faiss.get_num_gpus(), reason="not run here: needs faiss-gpu and a GPU")

@@ -223,7 +223,7 @@ class DenseIndex:
             self._check_model(retriever)
             self._checked = model
         # Ranking 16 · depth hits again is cheap here, and fewer of the best are missed.
-        settings = dataclasses.replace(self.settings, k_factor=16)
+        settings = dataclasses.replace(self.settings, k_factor=max(16, self.settings.k_factor))
         embedded = retriever.embed_queries(queries.texts)
         retriever.warn_truncated()
         self.truncated = retriever.truncated["queries"]

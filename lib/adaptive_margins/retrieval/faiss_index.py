@@ -21,7 +21,8 @@ from adaptive_margins.retrieval.exact import (
 )
 
 _BATCH = 256  # queries searched at a time, so that k_factor · depth hits of each fit in memory
-_TRAINED = 1 << 21  # passages an index is trained on at most
+_LISTS = 1 << 18  # of an index at most, the paper's
+_A_LIST = 8  # passages that a list is clustered from, in large collections
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class IndexSettings:
         k_factor: k_factor · depth hits by code are reranked by their exact product.
         train: random passages that the lists are clustered from; 0 for all.
         sample: passages of these that OPQ and PQ are trained on.
-        quick: few training iterations (small collections) instead of FAISS's defaults.
+        quick: lists are clustered by all distances (small collections), not by an HNSW graph, and
+            passages are assigned to them with FAISS's efSearch of 16, not 128.
         note: the reason for the sizes, for reports.
     """
 
@@ -72,14 +74,14 @@ def choose_index(n: int, dim: int, *, depth: int = 100) -> IndexSettings:
     - ``bits``: as many, up to 8, as leave 39 passages a centroid (FAISS's recommendation):
       39 · 2^bits ≤ n. With fewer than 4 bits (n < 624) the index is "Flat", which is exact.
     - ``nlist``: the largest power of two up to n / 39; from a million passages on up to n / 32,
-      because the paper's 262,144 lists have 33.7 of 8.84 million passages each.
+      because the paper's 262,144 lists have 33.7 of 8.84 million passages each. There are no more.
     - ``nprobe``: lists with 8 · ``depth`` passages on average, at least 8 · √nlist. (With 1 as in
       the released code, 1,000 hits cannot be filled.)
-    - ``k_factor``: 16 for up to 50 hits, else 8: exact products are cheap.
-    - ``train``: at most 2,097,152 passages, at the paper's size 8 a list, where FAISS recommends 30
-      to 256; all passages (34 a list) would take 54 GB.
-    - ``sample``, ``quick``: below 100,000 passages 39 · 2^bits passages and few iterations, else
-      256 · 2^bits and FAISS's defaults.
+    - ``k_factor``: 16 for up to 50 hits, else 8: exact products are cheap. From 100,000 passages on
+      32, because more passages lie between the best hits and what a code can tell apart.
+    - ``train``: all passages; from 100,000 on 8 a list, where FAISS recommends 30 to 256. All would
+      take 54 GB at the paper's size, 8 a list take 13.
+    - ``sample``: below 100,000 passages 39 · 2^bits passages, else 256 · 2^bits.
 
     Measured with 7,000 × 384 embeddings of docstrings by MiniLM and 1,200 queries, one thread of
     a 2.8 GHz Xeon: building takes 2.4 s of CPU (FAISS's defaults: 64 s), searching for 20 hits
@@ -98,10 +100,10 @@ def choose_index(n: int, dim: int, *, depth: int = 100) -> IndexSettings:
         return IndexSettings("Flat", dim, note=note)
     m = max(size for size in range(1, min(32, dim) + 1) if dim % size == 0)
     a_list = 39 if n < 1_000_000 else 32
-    nlist = 1 << ((n // a_list).bit_length() - 1)
+    nlist = min(_LISTS, 1 << ((n // a_list).bit_length() - 1))
     nprobe = min(nlist, math.ceil(max(8 * depth * nlist / n, 8 * math.sqrt(nlist))))
     quick = n < 100_000
-    train = min(n, _TRAINED)
+    train = n if quick else min(n, max(_A_LIST * nlist, 256 << bits))
     codes = f"PQ{m}" if bits == 8 else f"PQ{m}x{bits}"
     return IndexSettings(
         factory=f"OPQ{m},IVF{nlist}_HNSW32,{codes}",
@@ -111,7 +113,7 @@ def choose_index(n: int, dim: int, *, depth: int = 100) -> IndexSettings:
         ef_search=max(64, nprobe),
         m=m,
         bits=bits,
-        k_factor=16 if depth <= 50 else 8,
+        k_factor=(16 if depth <= 50 else 8) if quick else 32,
         train=train,
         sample=min(train, (39 if quick else 256) << bits),
         quick=quick,
@@ -154,8 +156,8 @@ def build_index(
         # By default OPQ trains a quantiser of 8 bits, whatever the index has.
         opq.pq = quantiser = faiss.ProductQuantizer(dim, settings.m, settings.bits)
         opq.max_train_points = settings.sample
-        if settings.quick:
-            opq.niter, opq.niter_pq, opq.niter_pq_0, ivf.pq.cp.niter = 4, 1, 4, 10
+        # FAISS's defaults (50, 4, 40, 25) take many times as long.
+        opq.niter, opq.niter_pq, opq.niter_pq_0, ivf.pq.cp.niter = 4, 1, 4, 10
         for clustering in (ivf.cp, ivf.pq.cp, quantiser.cp):
             clustering.seed = seed
             clustering.min_points_per_centroid = 1  # no warnings: choose_index sees to the sizes
@@ -165,12 +167,18 @@ def build_index(
         if faiss.get_num_gpus():  # pragma: no cover
             assigner = faiss.index_cpu_to_all_gpus(faiss.IndexFlatL2(ivf.d))
             ivf.clustering_index = assigner
+        elif not settings.quick:  # all distances take days at the paper's size
+            assigner = faiss.IndexHNSWFlat(ivf.d, 32)
+            assigner.hnsw.efSearch = 64
+            ivf.clustering_index = assigner
         sample = np.arange(n)
         if 0 < settings.train < n:
             rng = np.random.default_rng(seed)
             sample = np.sort(rng.choice(n, settings.train, replace=False, shuffle=False))
         index.train(embeddings[sample].astype(np.float32, copy=False))
         opq.pq = ivf.clustering_index = None  # Python frees them
+        if not settings.quick:  # by FAISS's 16, the graph leads some passages to lists far away
+            faiss.downcast_index(ivf.quantizer).hnsw.efSearch = 128
         _add(index, embeddings)
         return index
     finally:
