@@ -14,6 +14,7 @@ import pandas as pd
 from adaptive_margins.book.style import measure_label
 from adaptive_margins.files import write_text
 from adaptive_margins.progress import clock
+from adaptive_margins.retrieval.faiss_index import choose_index
 
 FOLDER = Path(__file__).resolve().parent
 BOOK = FOLDER.parent / "book"
@@ -41,6 +42,14 @@ project does not ship; nothing was tuned for them, and the test queries were use
 all-MiniLM-L6-v2 was trained by its authors on more than a billion pairs of texts. Hundreds of queries from a package's
 docstrings improved it for such queries; the few dozen queries with judgements of the classic collections did not.
 """
+EXTRAPOLATION = """\
+"Memory" is without files that are mapped, whose pages the system drops when others need the room; "with mapped files" is
+the peak of resident memory. Embedding is by a lookup in place of a transformer: it shows what writing, checking and
+resuming take.
+
+Extrapolated, not measured: bytes by their formula, times in proportion to theirs, from the measured ones in the first
+column, without the logarithm of a graph's size. n passages of d dimensions, codes of m bytes.
+"""
 SETTING = """\
 Cranfield and Vaswani are classic test collections of abstracts with questions; the seed splits their queries. networkx is
 that package's docstrings (`examples/package_docs.py`) with pseudo-queries, so what its numbers mean for real queries is
@@ -58,6 +67,8 @@ AGAIN = """\
 {download}`what_to_expect.json` has every report, with p values. `adaptive-margins train SOURCE --output NEW --seed 1` repeats one, SOURCE
 being the folder of the collection.
 """
+EXTRAPOLATED = (8_841_823, 768), (138_364_198, 768)  # passages of MS MARCO v1 and v2, BERT base
+HNSW_LINKS = 272  # bytes of a list's links, FAISS's HNSW32
 SMALLER = "B 32, 384 dimensions"  # the loss alone in a smaller batch: in RESULTS.md only
 PEERS = ("a forward a column", "SentenceTransformer.encode", "MarginMSELoss", "pair by pair")
 VERDICTS = {
@@ -135,6 +146,77 @@ def grown(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def large() -> str:
+    """What a collection larger than memory takes: measured, and extrapolated to other sizes."""
+    found = read("large")
+    phases, settings = found["phases"], found["settings"]
+    words = (
+        f"{found['rows']:,} synthetic passages of {found['dim']} dimensions in float16, in"
+        f" {found['shards']} shards; {found['queries']} queries. The index"
+        f" (`{settings['factory']}`, {settings['nprobe']:,} of {settings['nlist']:,} lists searched,"
+        f" {settings['k_factor'] * found['depth']:,} hits by code reranked) finds"
+        f" **{found['recall']:.2%}** of the exact top {found['depth']}.\n\n"
+        + machines([found]).replace(".\n", f"; OPENBLAS_CORETYPE={found['blas'] or 'unset'}.\n")
+    )
+    measured = [
+        {
+            "Phase": name,
+            "Wall": f"{phase['wall']:,.0f} s",
+            "CPU": f"{phase['cpu']:,.0f} s",
+            "Memory": gigabytes(phase["memory"]),
+            "With mapped files": gigabytes(phase["with mapped files"]),
+        }
+        for name, phase in phases.items()
+    ]
+    return COMMAND + "\n".join([words, table(measured), EXTRAPOLATION, table(extrapolated(found))])
+
+
+def extrapolated(found: dict[str, Any]) -> list[dict[str, str]]:
+    """Measured values, and those of the formulas at other sizes."""
+    sizes = [(found["rows"], found["dim"]), *EXTRAPOLATED]
+    chosen = [choose_index(n, dim, depth=found["depth"]) for n, dim in sizes]
+    phases, adding = found["phases"], found["adding"]
+    build, search = phases["building the index"], phases["searching it"]
+    exact = phases["searching exactly"]
+    index = [
+        n * (s.m + 8) + s.nlist * (4 * s.dim + HNSW_LINKS)
+        for (n, _), s in zip(sizes, chosen, strict=True)
+    ]
+    values = {
+        "Embeddings on disk, float16 (2 n d)": (gigabytes, found["bytes"]["embeddings.npy"], [2 * n * d for n, d in sizes]),
+        "Index, on disk and in memory (n (m + 8) + lists (4 d + 272))": (gigabytes, found["bytes"]["passages.faiss"], index),
+        "Memory of building, above imports (8 d · training passages + index + three blocks)": (gigabytes, build["memory"] - phases["imports alone"]["memory"], [8 * s.dim * s.train + i + 3 * 2**27 for s, i in zip(chosen, index, strict=True)]),
+        "Training, one core (d · training passages)": (hours, build["cpu"] - adding, [s.train * s.dim for s in chosen]),
+        "Adding, one core (n · d)": (hours, adding, [n * d for n, d in sizes]),
+        "Exact search, a query (n · d)": (seconds, exact["a query"], [n * d for n, d in sizes]),
+        "Search of the index, a query (n · searched lists / lists)": (seconds, search["a query"], [n * s.nprobe / s.nlist for (n, _), s in zip(sizes, chosen, strict=True)]),
+    }  # fmt: skip
+    rows = []
+    for name, (text, measured, formula) in values.items():
+        scale = 1 if text is gigabytes else measured / formula[0]
+        columns = [f"{n / 1e6:.1f} M × {d}" for n, d in sizes]
+        shown = [text(scale * value) for value in formula]
+        if scale == 1:
+            shown[0] += f" (measured {text(measured)})"
+        rows.append({"What (formula)": name, **dict(zip(columns, shown, strict=True))})
+    return rows
+
+
+def gigabytes(count: float) -> str:
+    """Bytes as text."""
+    return f"{count / 1e9:,.2f} GB"
+
+
+def hours(count: float) -> str:
+    """Seconds as text in hours."""
+    return f"{count / 3600:,.2f} h"
+
+
+def seconds(count: float) -> str:
+    """Seconds as text."""
+    return f"{count:,.3f} s"
+
+
 def expect(rows: list[dict[str, Any]]) -> str:
     """The page *What to expect*. ``rows``: a report of `finetune` for each training (expect.py)."""
     each = pd.DataFrame(map(training, rows))
@@ -205,6 +287,7 @@ def main() -> None:
     """Write the files."""
     write_text(FOLDER / "RESULTS.md", speed())
     write_text(BOOK / "speed_table.md", speed_table())
+    write_text(BOOK / "scale_table.md", large())
     write_text(BOOK / "what_to_expect.md", expect(trainings()))
 
 
