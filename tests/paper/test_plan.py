@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from adaptive_margins import paper
-from adaptive_margins.paper.plan import PlanError, _Estimates
+from adaptive_margins.paper.plan import PlanError, _Estimates, differences
 from adaptive_margins.runs import CODE_VERSION, read_run_config
-from conftest import command, linked
+from conftest import command, linked, run_config
 
 
 @pytest.fixture
@@ -55,10 +55,11 @@ def test_the_runs_of_the_laptop_take_what_was_expected(tmp_path):
 def test_the_plan_of_a_finished_home_and_of_an_unfinished_one(smoke, tmp_path):
     plan = smoke.plan()
     runs = plan.runs
-    assert list(runs.columns) == ["run_id", "encoder", "what", "triples", "done", "why", "seconds"]
+    names = ["run_id", "encoder", "what", "triples", "done", "state", "why", "seconds"]
+    assert list(runs.columns) == names
     assert set(runs["run_id"]) == {p.name for p in smoke.store.folder.iterdir()}
     assert runs["done"].all()
-    assert (set(runs["why"]), runs["seconds"].sum()) == ({""}, 0)
+    assert (set(runs["state"]), set(runs["why"]), runs["seconds"].sum()) == ({"done"}, {""}, 0)
     assert (plan.seconds, plan.downloads, plan.stated) == (0.0, [], [])
     assert Counter(runs["encoder"]) == {"bm25": 1, "minilm": 1, "minilm-3": 19, "minilm-4": 32}
 
@@ -67,12 +68,13 @@ def test_the_plan_of_a_finished_home_and_of_an_unfinished_one(smoke, tmp_path):
     for config in (smoke.experiments.bm25_run(), done):
         shutil.copytree(smoke.store.path(config), home / "runs" / config.run_id)
 
-    # One run of an older version, one that was interrupted, one computed with another torch.
+    # One run of an older version, and one with another rate, too; one that was interrupted, one computed with another torch.
     older, stopped = smoke.experiments.figure4_runs()[:2]
     values = json.loads(older.model_dump_json()) | {"code_version": CODE_VERSION - 1}
-    old = read_run_config(json.dumps(values))
-    folder = shutil.copytree(smoke.store.path(older), home / "runs" / old.run_id)
-    (folder / "config.json").write_text(old.model_dump_json())
+    for changes in ({}, {"learning_rate": 0.5}):
+        old = read_run_config(json.dumps(values | changes))
+        folder = shutil.copytree(smoke.store.path(older), home / "runs" / old.run_id)
+        (folder / "config.json").write_text(old.model_dump_json())
     (home / "cache" / "work" / stopped.run_id).mkdir(parents=True)
     file = home / "runs" / done.run_id / "result.json"
     result = json.loads(file.read_text())
@@ -87,12 +89,33 @@ def test_the_plan_of_a_finished_home_and_of_an_unfinished_one(smoke, tmp_path):
     assert plan.seconds == pytest.approx(runs["seconds"].sum() / 2)
     why = runs.loc[runs["why"] != "", "why"].to_dict()
     assert why.keys() == {older.run_id, stopped.run_id, done.run_id}
-    assert why[older.run_id] == f"finished with other code version ({CODE_VERSION - 1})"
+    assert why[older.run_id] == f"code_version {CODE_VERSION - 1} → {CODE_VERSION}"
+    assert Counter(runs["state"]) == {"done": 2, "stale": 1, "missing": 52}
+    assert runs.loc[older.run_id, "state"] == "stale"
     assert "interrupted" in why[stopped.run_id]
     assert "torch 1.0 → " in why[done.run_id]
     text = plan.text(every=True)
     assert all(run_id in text for run_id in runs.index)
     assert len(plan.text().splitlines()) < len(text.splitlines())
+    assert "55 runs, 2 are done. 1 are stale." in text and f"stale: {why[older.run_id]}" in text
+    listed = json.loads(json.dumps(plan.values()))["runs"]
+    assert {run["run_id"]: run["why"] for run in listed if run["why"]} == why
+
+
+def test_a_stale_run_is_explained_by_the_most_similar_finished_one():
+    new = run_config(collection="a" * 16, weights="b" * 64, learning_rate=1e-5).model_dump(
+        mode="json"
+    )
+    assert differences(new, new) == []
+    old = new | {"learning_rate": 2e-5, "weights": "c" * 64, "collection": "d" * 16}
+    del old["sampling"]
+    assert differences(old, new) == [
+        f"collection fingerprint {'d' * 16} → {'a' * 16}",
+        f"weights {'c' * 12}… → {'b' * 12}…",
+        "sampling — → random",
+        "learning_rate 2e-05 → 1e-05",
+    ]
+    assert differences(old, new | {"collection": "0" * 16})[0].endswith("→ not known yet")
 
 
 def test_the_papers_plan_needs_neither_data_nor_network(tmp_path, no_network):

@@ -8,9 +8,11 @@ or the device is not available yet, taken from the profile (``stated``).
 from __future__ import annotations
 
 import functools
-import json
+import os
+import re
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,12 +45,11 @@ if TYPE_CHECKING:
 
 _STEPS = 3  # of a calibration; the first one warms up
 _PASSAGES = 256  # encoded in a calibration
-_CHANGES = {
-    "code_version": "other code version",
-    "collection": "other collection",
-    "weights": "other weights",
-    "version": "other version of bm25s",
-}
+_ROW = {"loss": "margin", "sampling": "random"} | dict.fromkeys(
+    ("kind", "encoder", "target", "in_batch", "seed")
+)
+"""Fields in which an earlier state of a run does not differ from it, and their defaults."""
+_UNKNOWN = "0" * 16  # fingerprint of a collection that has not been fetched; no run has it
 
 
 class PlanError(AdaptiveMarginsError, RuntimeError):
@@ -61,9 +62,9 @@ class Plan:
 
     Attributes:
         profile, home: the profile, and the folder of its results.
-        runs: a row per run: run_id, encoder, what, triples, done, why (a missing run is missing, or
-            how a finished one differs from what would be computed now; "" otherwise), seconds
-            (expected, in one worker; 0 if done).
+        runs: a row per run: run_id, encoder, what, triples, done, state ("done", "damaged",
+            "stale": finished with other settings, "missing"), why (the settings that differ, or why
+            it is missing; "" otherwise), seconds (expected, in one worker; 0 if done).
         seconds: expected for all missing runs, with the profile's workers, and the teacher.
         teacher: seconds that are expected for the teacher, by the profile's speed.
         embeddings: bytes on disk of all passages' embeddings, per worker, while a run is ranked.
@@ -88,8 +89,9 @@ class Plan:
     def text(self, *, every: bool = False) -> str:
         """The plan for a terminal: a line per kind of run, or ``every`` run."""
         keys = ["encoder", "what", "why", *(["run_id"] if every else [])]
-        rows = []
-        for key, group in self.runs.groupby(keys, sort=False):
+        rows, stale = [], self.runs["state"] == "stale"
+        why = self.runs["why"].where(~stale, "stale: " + self.runs["why"])
+        for key, group in self.runs.assign(why=why).groupby(keys, sort=False):
             missing = group[~group["done"]]
             seconds = clock(missing["seconds"].mean()) if len(missing) else "—"
             counts = [f"{len(group)}", f"{group['done'].sum()}", f"{group['triples'].iloc[0]:,}"]
@@ -98,7 +100,8 @@ class Plan:
         done, workers = int(self.runs["done"].sum()), self.profile.workers
         book = self.home / "_build" / "html" / "index.html"
         lines = [
-            f"Profile {self.profile.name}: {len(self.runs)} runs, {done} are done.",
+            f"Profile {self.profile.name}: {len(self.runs)} runs, {done} are done."
+            + f" {stale.sum()} are stale." * bool(stale.any()),
             f"Results: {self.home}",
             f"Book: {book if book.is_file() else 'not built'}",
             "",
@@ -116,6 +119,12 @@ class Plan:
                 f"Of the time, fine-tuning and scores of the teacher: {clock(self.teacher)}."
             )
         return "\n".join(lines)
+
+    def values(self) -> dict[str, Any]:
+        """The plan for JSON."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        runs = self.runs.to_dict("records")
+        return {**found, "profile": self.profile.name, "home": str(self.home), "runs": runs}
 
     def _sources(self) -> list[str]:
         lines = ["Nothing has to be fetched."]
@@ -142,16 +151,17 @@ def make_plan(inputs: Inputs, store: Store) -> Plan:
     """
     if not inputs.is_available:
         inputs = Inputs(inputs.profile, inputs.home)
-        inputs.fingerprint = "0" * 16  # none yet; no run has it
+        inputs.fingerprint = _UNKNOWN
     profile, estimates = inputs.profile, _Estimates(inputs)
-    previous = _Previous(store)
+    planned = planned_runs(Experiments(inputs, store))
+    previous = _Previous(store, {config.run_id for config in planned})
     rows = []
     taught = False
-    planned = _planned(Experiments(inputs, store))
     missing = set(store.missing(planned))
     for config in planned:
         done = config not in missing
         taught |= not done and isinstance(config, TrainingRun) and config.teacher is not None
+        state, why = previous.state(config, inputs, done)
         rows.append(
             {
                 "run_id": config.run_id,
@@ -159,7 +169,8 @@ def make_plan(inputs: Inputs, store: Store) -> Plan:
                 "what": describe(config, with_target=False),
                 "triples": getattr(config, "triples", 0),
                 "done": done,
-                "why": previous.why(config, inputs, done),
+                "state": state,
+                "why": why,
                 "seconds": 0.0 if done else estimates.seconds(config),
             }
         )
@@ -179,7 +190,8 @@ def make_plan(inputs: Inputs, store: Store) -> Plan:
     )
 
 
-def _planned(experiments: Experiments) -> list[RunConfig]:
+def planned_runs(experiments: Experiments) -> list[RunConfig]:
+    """The runs of a profile; of Table 3's static rows some ε until the runs of Figure 3 decide."""
     configs = fixed_runs(experiments)
     for (encoder, in_batch), candidates in static_rows(experiments).items():
         seeds = experiments.profile.row_seeds(encoder)
@@ -191,41 +203,62 @@ def _planned(experiments: Experiments) -> list[RunConfig]:
 
 
 class _Previous:
-    """The runs in the store, to explain why a run is missing or stale."""
+    """Runs in the store, to explain why one of the plan is missing, or how a finished one differs.
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    ``planned`` are the ids of the plan; the configurations of others are read if one is missing.
+    """
+
+    def __init__(self, store: Store, planned: Set[str]) -> None:
+        self.store, self.planned = store, planned
         self.versions = package_versions()
-        self.known: dict[str, list[dict[str, Any]]] = {}
-        for file in sorted(store.folder.glob("[!.]*/config.json")):
-            config = read_object(file)
-            self.known.setdefault(self._key(config), []).append(config)
 
-    @staticmethod
-    def _key(config: dict[str, Any]) -> str:
-        same = {key: value for key, value in config.items() if key not in _CHANGES}
-        return json.dumps(same, sort_keys=True)
+    @functools.cached_property
+    def others(self) -> dict[str, list[dict[str, Any]]]:
+        """Configurations of the finished runs that are not in the plan, by `_row`."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        names = os.listdir(self.store.folder) if self.store.folder.is_dir() else []
+        for name in sorted(set(names) - self.planned):
+            if not name.startswith("."):  # one that is being written
+                config = read_object(self.store.folder / name / "config.json")
+                found.setdefault(_row(config), []).append(config)
+        return found
 
-    def why(self, config: RunConfig, inputs: Inputs, done: bool) -> str:
-        """Why a run is missing though a similar one is finished, or how a finished one is stale."""
+    def state(self, config: RunConfig, inputs: Inputs, done: bool) -> tuple[str, str]:
+        """State and reason of a run, as in `Plan`."""
         if done:
             try:
                 then, now = self.store.get(config).result.get("versions", {}), self.versions
             except StoreError:
-                return "damaged"
+                return "damaged", "damaged"
             changed = [f"{p} {then.get(p, '—')} → {now[p]}" for p in now if then.get(p) != now[p]]
-            return f"computed with other packages: {', '.join(changed)}" if then and changed else ""
+            why = f"computed with other packages: {', '.join(changed)}"
+            return "done", why if then and changed else ""
         if (inputs.home / "cache" / "work" / config.run_id).is_dir():
-            return "interrupted, or under way"
-        values = json.loads(config.model_dump_json())
-        reasons = [
-            [f"{text} ({old[k]})" for k, text in _CHANGES.items() if old.get(k) != values.get(k)]
-            for old in self.known.get(self._key(values), [])
-        ]
-        if not reasons:
-            return ""
-        reasons.sort(key=len)  # the most similar run first
-        return f"finished with {', '.join(reasons[0])}"
+            return "missing", "interrupted, or under way"
+        values = config.model_dump(mode="json")
+        if not (similar := self.others.get(_row(values))):
+            return "missing", ""
+        nearest = min(similar, key=lambda old: sum(old.get(k) != v for k, v in values.items()))
+        return "stale", ", ".join(differences(nearest, values))
+
+
+def _row(config: Mapping[str, Any]) -> str:
+    return repr([config.get(field, default) for field, default in _ROW.items()])
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The fields in which two configurations differ, as "learning_rate 2e-05 → 1e-05"."""
+
+    def text(value: Any) -> str:
+        words = "not known yet" if value == _UNKNOWN else " ".join(str(value).split())
+        return f"{words[:12]}…" if re.fullmatch("[0-9a-f]{40,}", words) else words
+
+    return [
+        f"{key.replace('collection', 'collection fingerprint')} {text(old.get(key, '—'))} →"
+        f" {text(new.get(key, '—'))}"
+        for key in dict.fromkeys([*new, *old])
+        if old.get(key, "—") != new.get(key, "—")
+    ]
 
 
 class _Speed(NamedTuple):
