@@ -8,6 +8,8 @@ export ADAPTIVE_MARGINS_SITE := $(or $(SITE),$(ADAPTIVE_MARGINS_SITE))
 export ADAPTIVE_MARGINS_REPOSITORY := $(or $(REPOSITORY),$(ADAPTIVE_MARGINS_REPOSITORY))
 # ALL=1: with the chapter on the paper and the released code, which takes longer than all others.
 ALL ?=
+# Whose runs `make archive` packs, for everybody to read, e.g. BY="Jane Doe, Example University".
+BY ?=
 # More arguments for pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for torch without CUDA.
 PIP_ARGS ?=
 # More arguments for pytest, e.g. TESTS="tests/test_losses.py -x", and how many tests run at a time.
@@ -18,7 +20,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book publish test lab bench bench-full gpu-check clean
+.PHONY: help setup book publish archive test lab bench bench-full gpu-check clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -44,6 +46,9 @@ book: $(STAMP)  ## run what is missing, execute the notebooks and build the book
 
 publish: book  ## build the book, check it, and archive it in _build/
 	$(BIN)/python -m adaptive_margins.book.publish
+
+archive: $(STAMP)  ## write one archive of the finished runs and the book, for others to start from
+	$(BIN)/python benchmarks/export_runs.py --profile $(PROFILE) --by "$(BY)"
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(TESTS)

@@ -24,8 +24,8 @@ import pandas as pd
 from adaptive_margins import paper
 from adaptive_margins.book import claims
 from adaptive_margins.book.build import named_runs
-from adaptive_margins.book.pages import machine
 from adaptive_margins.data.trec import top, write_run
+from adaptive_margins.device import machine
 from adaptive_margins.evaluation.measures import cutoff
 from adaptive_margins.files import atomic_folder, folder_bytes
 from adaptive_margins.paper.convergence import convergence, equivalence, lines

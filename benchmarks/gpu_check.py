@@ -165,11 +165,11 @@ def machine(device: str) -> dict[str, Any]:
     """The card, driver, CUDA and versions; nothing that names the machine."""
     import torch
 
-    from adaptive_margins.book import pages
+    from adaptive_margins.device import machine
     from adaptive_margins.paper.store import package_versions
 
     found: dict[str, Any] = {
-        **pages.machine(), "python": platform.python_version(), "card": None, "driver": _driver(),
+        **machine(), "python": platform.python_version(), "card": None, "driver": _driver(),
         "cuda": torch.version.cuda, "cudnn": None, "versions": package_versions(PACKAGES),
     }  # fmt: skip
     if device != "cpu":

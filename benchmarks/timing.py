@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import torch
 
-from adaptive_margins.book import pages
+from adaptive_margins import device
 from adaptive_margins.files import write_text
 
 LATEST = Path(__file__).parent / "latest.json"
@@ -42,7 +42,7 @@ def stamp() -> dict[str, str]:
     """Where and when a figure was measured."""
     counted = "processor time" if _clock is time.process_time else "wall time"
     threads = f"{torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''}"
-    parts = [pages.machine()["processor"], f"{os.cpu_count()} cores", threads, counted]
+    parts = [device.machine()["processor"], f"{os.cpu_count()} cores", threads, counted]
     machine = ", ".join([*parts, f"torch {torch.__version__}"])
     return {"machine": machine, "date": datetime.date.today().isoformat()}
 

@@ -30,13 +30,13 @@ Profile = Annotated[
 ]
 
 
-def _open(profile: str, **values: Any) -> Reproduction:
-    """The profile, opened; the hub is reached only if the profile names an encoder of the hub."""
+def _open(profile: str, source: str = "", **values: Any) -> Reproduction:
+    """The profile, opened; the hub is reached only if an encoder or the source of runs is there."""
     from adaptive_margins.profiles.load import load_profile
 
     settings = load_profile(profile)
     named = [*settings.encoders.values(), *settings.untrained.values()]
-    if not any(encoder.revision for encoder in named):
+    if not (source.startswith("hf://") or any(encoder.revision for encoder in named)):
         terminal.offline()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from adaptive_margins import paper
@@ -52,18 +52,24 @@ def plan(
         bool,
         Option("--check", help="Compare finished runs with their checksums; 1 if one differs."),
     ] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON: every run, and why.")] = False,
 ) -> None:
-    """List a profile's runs: finished, or missing and why; time, disk, downloads. Computes none."""
+    """List a profile's runs: done, missing or stale, and why; times, disk and downloads."""
     reproduction = _open(profile)
-    print(printable(reproduction.plan().text(every=every)))
+    found = reproduction.plan()
+    terminal.show(found.values(), as_json, found.text(every=every))
     if check and (damaged := reproduction.store.damaged()):
-        print(*map(printable, damaged), "`reproduce` computes them again.", sep="\n")
+        lines = [*map(printable, damaged), "`reproduce` computes them again."]
+        print(*lines, sep="\n", file=sys.stderr if as_json else sys.stdout)
         raise typer.Exit(1)
 
 
 @app.command()
 def reproduce(
     profile: Profile = "laptop",
+    source: Annotated[
+        str, Option("--from", help="Take somebody's finished runs first: a folder, archive or URL.")
+    ] = "",
     runs_only: Annotated[
         bool, Option("--runs-only", help="Compute the runs, build no book.")
     ] = False,
@@ -120,7 +126,11 @@ def reproduce(
         os.environ[STORE_VARIABLE] = store if "://" in store else os.path.abspath(store)
     if ray:
         os.environ[RAY_VARIABLE] = ray
-    reproduction = _open(profile, **({"workers": workers} if workers else {}))
+    reproduction = _open(profile, source, **({"workers": workers} if workers else {}))
+    if source:
+        from adaptive_margins.paper.shared_runs import take
+
+        take(reproduction, source if "://" in source else terminal.expanded(source))
     if run:
         for run_id in run:
             print(printable(str(reproduction.run_one(run_id).path)))

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
+from adaptive_margins import device
 from adaptive_margins.book import build as build_module
 from adaptive_margins.book import pages
 from adaptive_margins.book.build import BuildError, Site, build, select
@@ -402,7 +403,7 @@ def test_the_cover_has_the_scores_of_table4(tmp_path):
 
 
 def test_machine_and_versions_name_no_machine():
-    facts = pages.machine()
+    facts = device.machine()
     assert int(facts["cores"]) >= 1
     assert str(facts["memory"]).endswith("GiB")
     assert os.uname().nodename not in json.dumps(facts)
@@ -417,7 +418,8 @@ def test_provenance_lists_machine_notebooks_runs_and_fingerprints():
         batch_size=32, triples=64, seed=7,
     )  # fmt: skip
     result = {"train_seconds": 61.25, "eval_seconds": 2.0, "peak_bytes": 3 << 29}
-    run = SimpleNamespace(run_id="aa11", config=config, result=result)
+    whose = {"by": "Jane | Doe", "source": "runs.zip"}
+    run = SimpleNamespace(run_id="aa11", config=config, result=result, provenance=whose)
     machine = {"processor": "P | Q", "cores": 2}
     receipt = {"machine": machine, "finished": "2026-01-01T00:00:00Z", "seconds": 12.5}
     text = pages.provenance(load_profile("smoke"), {"01_x": receipt, "02_y": receipt}, [run])
@@ -429,3 +431,9 @@ def test_provenance_lists_machine_notebooks_runs_and_fingerprints():
     assert cells["02_y"] == ["2026-01-01T00:00:00Z", "12.5"]
     assert cells["Processor"] == ["P | Q"] and text.count("Processor") == 1
     assert "name: smoke" in text
+    assert (
+        r"1 of them were computed elsewhere, and taken from runs\.zip\, by\: Jane \| Doe." in text
+    )
+    run.provenance = {}
+    text = pages.provenance(load_profile("smoke"), {"01_x": receipt}, [run])
+    assert "elsewhere" not in text

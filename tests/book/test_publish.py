@@ -123,14 +123,16 @@ def test_published_notebooks_install_the_library_first(tmp_path):
 
 def test_archive_is_the_same_for_the_same_book(tmp_path):
     page(tmp_path / "html", "index.html", "<p>A book</p>")
-    (tmp_path / "html" / ".nojekyll").touch()
-    first = publish.archive(tmp_path / "html", tmp_path / "book-1.tar.gz")
+    members = {"book-1/index.html": tmp_path / "html" / "index.html", "book-1/.nojekyll": b""}
+    first = publish.archive(members, tmp_path / "book-1.tar.gz")
     digest = file_sha256(first)
     assert first.with_name("book-1.tar.gz.sha256").read_text() == f"{digest}  book-1.tar.gz\n"
     with tarfile.open(first) as tar:
         assert tar.getnames() == ["book-1/.nojekyll", "book-1/index.html"]
+        assert tar.extractfile("book-1/index.html").read().endswith(b"</html>")
     (tmp_path / "html" / "index.html").touch()
-    assert file_sha256(publish.archive(tmp_path / "html", first)) == digest
+    again = dict(reversed(members.items()))
+    assert file_sha256(publish.archive(again, first)) == digest
 
 
 WIDE = """<div class="am-tables"><style>#T_row0_col9 { font-weight: bold; }</style>

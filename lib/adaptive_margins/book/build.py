@@ -37,6 +37,7 @@ from adaptive_margins.book.execute import (
     paths_to_hide,
     worker_settings,
 )
+from adaptive_margins.device import machine
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import HOME_VARIABLE, file_sha256, locked, read_object, write_text
 from adaptive_margins.files import home as default_home
@@ -270,7 +271,7 @@ class Site:
             "outputs": {str(p.relative_to(self.pages)): file_sha256(p) for p in outputs},
             "seconds": round(seconds, 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "machine": pages.machine(),
+            "machine": machine(),
         }
         write_text(self.receipt(notebook), json.dumps(receipt, indent=1) + "\n")
 

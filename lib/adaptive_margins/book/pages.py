@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import psutil
 import yaml
 
 from adaptive_margins.book import claims, describe, edition, figures, released_code
@@ -93,21 +92,6 @@ def versions() -> dict[str, str]:
     return {"Python": platform.python_version(), **found}
 
 
-def machine() -> dict[str, str]:
-    """Processor, cores and memory of this machine; nothing that names it."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file() and (line := re.search(r"model name\s*: (.+)", cpuinfo.read_text())):
-        model = line[1]
-    affinity = getattr(os, "sched_getaffinity", None)
-    return {
-        "processor": model,
-        "cores": str(len(affinity(0)) if affinity else os.cpu_count() or 1),
-        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
 def cover(profile: Profile, table4: Path | None) -> str:
     """What the front page shows of this edition: the profile, and the scores of Table 4."""
     if table4 is None:
@@ -155,6 +139,9 @@ def tested(profile: Profile, data: Path, committed: Path | None = None) -> dict[
 def provenance(profile: Profile, receipts: Receipts, runs: Iterable[StoredRun]) -> str:
     """Where the numbers come from: machine, versions, times, fingerprints, profile."""
     rows, inputs, trained, evaluated = [], {("profile", profile.name)}, 0.0, 0.0
+    runs = list(runs)
+    whose = [run.provenance for run in runs if run.provenance]
+    elsewhere = Counter(f"{w.get('source')}, by: {w.get('by', 'not stated')}" for w in whose)
     for run in runs:
         config, result = run.config, run.result
         inputs.add(("collection", config.collection))
@@ -189,6 +176,7 @@ def provenance(profile: Profile, receipts: Receipts, runs: Iterable[StoredRun]) 
             columns=["Notebook", "Finished (UTC)", "Seconds"],
         ),
         runs=pd.DataFrame(rows, columns=list(rows[0]) if rows else by).sort_values(by),
+        elsewhere=elsewhere,
         trained=clock(trained),
         evaluated=clock(evaluated),
         versions=pd.DataFrame(versions().items(), columns=["Package", "Version"]),

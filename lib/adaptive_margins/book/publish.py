@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import tarfile
+from collections.abc import Mapping
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from shutil import rmtree, which
 from urllib.parse import unquote, urlparse
@@ -20,8 +22,8 @@ from adaptive_margins.book.build import Site
 from adaptive_margins.book.edition import BOOK
 from adaptive_margins.book.site import CITE, PDF, configure
 from adaptive_margins.errors import AdaptiveMarginsError
-from adaptive_margins.files import file_sha256, home, locked, read_object
-from adaptive_margins.progress import say
+from adaptive_margins.files import atomic_file, file_sha256, home, locked, read_object, write_text
+from adaptive_margins.progress import bar, say
 
 LEFTOVERS = re.compile(
     r"Traceback|<Figure size|IPython\.core|object at 0x|Loading weights|\b(?:nan|NaN|inf)\b"
@@ -137,29 +139,31 @@ def add_pdf(source: Path, site: Path) -> None:
         page.write_text(text.replace(CITE, f'{CITE} · <a href="{made.name}">PDF</a>'), "utf-8")
 
 
-def archive(site: Path, target: Path) -> Path:
-    """Pack a built book into ``target`` (.tar.gz), with a checksum next to it, and return it.
+def archive(members: Mapping[str, Path | bytes], target: Path) -> Path:
+    """Pack files into ``target`` (.tar.gz), with a checksum next to it, and return it.
 
-    The same book gives the same archive.
+    The same files give the same archive.
+
+    Args:
+        members: path in the archive → file, or its content.
     """
-
-    def plain(info: tarfile.TarInfo) -> tarfile.TarInfo:
-        info.uid = info.gid = info.mtime = 0
-        info.uname = info.gname = ""
-        return info
-
-    partial = target.with_name(f".{target.name}")
+    total = sum(m.stat().st_size if isinstance(m, Path) else len(m) for m in members.values())
     with (
+        atomic_file(target) as partial,
         partial.open("wb") as file,
-        gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed,
+        gzip.GzipFile("", "wb", 6, file, mtime=0) as packed,
         tarfile.open(fileobj=packed, mode="w") as tar,
+        bar(f"packing {target.name}", unit="bytes", total=total) as progress,
     ):
-        for path in sorted(site.rglob("*")):
-            name = Path(target.name.removesuffix(".tar.gz")) / path.relative_to(site)
-            tar.add(path, str(name), recursive=False, filter=plain)
-    os.replace(partial, target)
-    checksum = f"{file_sha256(target)}  {target.name}\n"
-    target.with_name(f"{target.name}.sha256").write_text(checksum)
+        for name, member in sorted(members.items()):
+            info = tarfile.TarInfo(name)  # of nobody
+            info.mtime = 315_532_800  # 1980, the earliest in a ZIP, as others may pack it
+            with member.open("rb") if isinstance(member, Path) else BytesIO(member) as content:
+                info.size = content.seek(0, os.SEEK_END)
+                content.seek(0)
+                tar.addfile(info, content)
+            progress.update(info.size)
+    write_text(target.with_name(f"{target.name}.sha256"), f"{file_sha256(target)}  {target.name}\n")
     return target
 
 
@@ -178,7 +182,13 @@ def main() -> None:
         raise SystemExit(f"{error}\nThe PDF needs: {INSTALL}") from None
     if found := problems(site):
         raise SystemExit("\n".join([f"{len(found)} problems in {site}:", *found]))
-    say(f"[book] archived as {archive(site, built / f'adaptive-margins-{__version__}.tar.gz')}")
+    name = f"adaptive-margins-{__version__}"
+    pages = {
+        f"{name}/{file.relative_to(site).as_posix()}": file
+        for file in site.rglob("*")
+        if file.is_file()
+    }
+    say(f"[book] archived as {archive(pages, built / f'{name}.tar.gz')}")
 
 
 if __name__ == "__main__":

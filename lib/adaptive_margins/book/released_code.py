@@ -231,7 +231,7 @@ def summary(
 
     Args:
         frames: by the names in `FRAMES`; see `read_frames`.
-        machine: what it ran on, as `pages.machine` returns it.
+        machine: what it ran on, as `device.machine` returns it.
         date: of the run, as text.
         profile: its name.
 

@@ -179,6 +179,7 @@ def records(reproduction: Reproduction, data: pd.DataFrame) -> dict[str, str]:
             commands=commands(reproduction, run_id, scored=True),
             config=values.strip(),
             files=[f"runs/{run_id}/full.{name}.run.gz" for name in sets],
+            elsewhere=run.provenance,
             scores=data_uri(
                 gzip.compress(per_query.to_csv().encode(), mtime=0), "application/gzip"
             ),

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,11 +19,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adaptive_margins.data.trec import Run, read_run, write_run
+from adaptive_margins.device import machine
 from adaptive_margins.encoder.load import encoder_identity
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.evaluation.significance import compare
-from adaptive_margins.files import DamagedError, atomic_folder, check_folder, write_checksums
+from adaptive_margins.files import (
+    DamagedError,
+    atomic_folder,
+    check_folder,
+    read_object,
+    write_checksums,
+)
 from adaptive_margins.markup import active
 from adaptive_margins.progress import say
 from adaptive_margins.runs import RunConfig, read_run_config
@@ -30,6 +38,7 @@ from adaptive_margins.runs import RunConfig, read_run_config
 if TYPE_CHECKING:
     from adaptive_margins.training import TrainingResult
 
+PROVENANCE = "provenance.json"
 _MODES = ("rerank", "full", "exact")
 _PACKAGES = (
     *("torch", "transformers", "sentence-transformers", "tokenizers", "bitsandbytes", "numpy"),
@@ -98,6 +107,11 @@ class StoredRun(Generic[R_co]):
         """The content of result.json."""
         result: dict[str, Any] = self._read("result.json", _read_result)
         return result
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Whose a run is that was computed elsewhere (`shared_runs.take`); {} of one's own."""
+        return read_object(self.path / PROVENANCE)
 
     @cached_property
     def curve(self) -> pd.DataFrame:
@@ -296,7 +310,8 @@ def _scored(evaluations: Mapping[str, Mapping[str, Evaluation]]) -> dict[str, An
 
 
 def _trained(training: TrainingResult | None) -> dict[str, Any]:
-    """The numbers of a training, 0 where nothing was trained, and the versions of the packages."""
+    """The numbers of a training, 0 where nothing was trained, and what computed them when."""
     names = ("train_seconds", "eval_seconds", "best_step", "kept_step", "stop_step", "triples")
     values = {name: getattr(training, name) if training else 0 for name in (*names, "peak_bytes")}
-    return {**values, "versions": package_versions()}
+    finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {**values, "versions": package_versions(), "machine": machine(), "finished": finished}
