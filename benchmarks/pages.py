@@ -122,6 +122,23 @@ def speed_table() -> str:
     )
 
 
+def faults_table() -> str:
+    """What faults.py tried, for a page of the book."""
+    rows = [row for part in read("faults").values() for row in part]
+    listed = [
+        {
+            "Work": row["work"],
+            "Fault": row["fault"],
+            "Trials": str(row["trials"]),
+            "Noticed": str(row["noticed"]),
+            "Equal afterwards": str(row["equal"]),
+            "Ended within": f"{row['seconds']:.1f} s" if row["fault"].startswith("SIG") else "",
+        }
+        for row in rows
+    ]
+    return COMMAND + machines(rows) + "\n" + table(listed)
+
+
 def ratio(row: dict[str, Any]) -> dict[str, str]:
     """A row of latest.json."""
     low, high = row["spread"]
@@ -288,6 +305,7 @@ def main() -> None:
     write_text(FOLDER / "RESULTS.md", speed())
     write_text(BOOK / "speed_table.md", speed_table())
     write_text(BOOK / "scale_table.md", large())
+    write_text(BOOK / "faults_table.md", faults_table())
     write_text(BOOK / "what_to_expect.md", expect(trainings()))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptive_margins import training
+from adaptive_margins.encoder.embed import embed_shards
 from adaptive_margins.losses import MarginLoss
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 with pytest.MonkeyPatch.context() as _patch:  # the scripts import each other by their names
     _patch.syspath_prepend(FOLDER)
-    material, pages, run, schemes, timing = map(
-        importlib.import_module, ("material", "pages", "run", "schemes", "timing")
+    faults, material, pages, run, schemes, timing = map(
+        importlib.import_module, ("faults", "material", "pages", "run", "schemes", "timing")
     )
 
 WORDS = "the shape of an array is returned unless np.ndarray.reshape raises ValueError: out-of-range".split()  # noqa: SIM905
@@ -182,6 +185,7 @@ def test_the_books_pages_are_written_from_the_measurements():
     expected = {
         FOLDER / "RESULTS.md": pages.speed(),
         book / "speed_table.md": pages.speed_table(),
+        book / "faults_table.md": pages.faults_table(),
         book / "what_to_expect.md": pages.expect(pages.trainings()),
     }
     for path, text in expected.items():
@@ -220,3 +224,26 @@ def test_the_page_on_trainings_counts_and_averages():
     each = [line for line in lines if line[0] == "Zoo, MiniLM" and line[2] == "2,048"]
     assert each[0][3:] == ["+0.050 [+0.040, +0.060]", "better", "better", "1:05"]
     assert each[2][3:5] == ["original kept", ""]
+
+
+def test_faults_are_tried_and_counted(bert, tokens, tmp_path):
+    place = tmp_path / "shards"
+
+    def embed() -> bytes:
+        return embed_shards(bert, tokens, place, shard=4).tobytes()
+
+    work = faults.Work("shards", embed, [place], embed)
+    (killed,) = faults.interrupted(work, signal.SIGKILL, 5)
+    assert killed["trials"] >= 2
+    damaged = faults.rotten("shards", faults.some(place), embed)
+    assert [row["trials"] for row in damaged] == [2, 2]
+    for row in (killed, *damaged):
+        assert row["noticed"] == row["equal"] == row["trials"]
+    # What is not noticed or not equal is counted as such.
+    lost = faults.rotten("a file", [place / "embeddings.npy"], time.monotonic)
+    assert [(row["noticed"], row["equal"]) for row in lost] == [(0, 0), (0, 0)]
+
+
+def test_all_that_was_tried_ended_equal():
+    for row in (row for part in pages.read("faults").values() for row in part):
+        assert row["equal"] == row["noticed"] == row["trials"] > 0, row

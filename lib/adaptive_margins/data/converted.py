@@ -77,6 +77,8 @@ class StoredCollection(Collection):
         problems.check()
         for name, size in about.get("files", {}).items():
             check_file(folder / name, size, about.get("sha256", {}).get(name), problems)
+        for name in about.get("sha256", {}).keys() - about.get("files", {}).keys():
+            problems.add(folder / "sources.json", 0, f"{name!r} has a SHA-256, but is not listed")
         if re.fullmatch(r"[0-9a-f]{16}", folder.name) and folder.name != about["fingerprint"]:
             problems.add(folder / "sources.json", 0, f"is of the collection {about['fingerprint']}")
         problems.check()
