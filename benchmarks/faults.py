@@ -10,102 +10,39 @@ part of the time that the undisturbed work takes. Trials are forks of this proce
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import multiprocessing
 import os
-import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import redirect_stderr
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pandas as pd
-import psutil
 import torch
 from timing import stamp
+from trials import Rows, Work, full, interrupted, rotten, some
 
 from adaptive_margins.book.build import Site
 from adaptive_margins.data.converted import convert
 from adaptive_margins.encoder.embed import embed_shards
 from adaptive_margins.encoder.load import open_encoder
-from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import file_sha256, read_object, write_text
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.reproduction import Reproduction
 from adaptive_margins.paper.store import StoredRun
-from adaptive_margins.processes import TRY_AGAIN, end_when_asked
 from adaptive_margins.profiles.config import IrDatasetsSettings
 from adaptive_margins.profiles.load import load_profile
 from adaptive_margins.retrieval.dense import DenseRetriever
 from adaptive_margins.retrieval.dense_index import DenseIndex
 
 FOLDER = Path(__file__).resolve().parent
-FORK = multiprocessing.get_context("fork")
+PARTS = ("runs", "disk", "sweep", "encoding", "book", "files", "caches")
 TIMES = ("train_seconds", "eval_seconds", "peak_bytes", "index")
-COUNTS = {"trials": 0, "noticed": 0, "equal": 0, "seconds": 0.0}
-Rows = list[dict[str, Any]]
-
-
-@dataclass
-class Work:
-    """Something to do, the folders that it writes, and what it gives."""
-
-    name: str
-    do: Callable[[], Any]
-    places: list[Path]
-    result: Callable[[], Any]
-
-    def clean(self) -> None:
-        """As if it had never begun."""
-        for place in self.places:
-            shutil.rmtree(place, ignore_errors=True)
-
-    def begin(self) -> tuple[Any, Any]:
-        """Begin it in a fork; returns the process, and a pipe that gets an error or ""."""
-        receiving, sending = FORK.Pipe(duplex=False)
-
-        def work() -> None:
-            sys.stderr = io.StringIO()
-            end_when_asked()
-            try:
-                self.do()
-                sending.send("")
-            except Exception as error:
-                sending.send(f"{type(error).__name__}: {error}")
-
-        process = FORK.Process(target=work)
-        process.start()
-        sending.close()
-        return process, receiving
-
-    def finish(self) -> str:
-        """Do it in a fork; returns the error, or ""."""
-        process, receiving = self.begin()
-        said = str(receiving.recv())
-        process.join()
-        return said
-
-    def undisturbed(self) -> tuple[Any, float]:
-        """What it gives, and the seconds that it takes."""
-        self.clean()
-        since = time.perf_counter()
-        assert not (said := self.finish()), said
-        return self.result(), time.perf_counter() - since
-
-
-def some(folder: Path) -> list[Path]:
-    """Its files below, but for those of checksums and locks."""
-    return [file for file in sorted(folder.rglob("*")) if "." in file.name[1:]]
 
 
 def run_result(path: Path) -> Any:
@@ -115,84 +52,6 @@ def run_result(path: Path) -> Any:
     frames = [f.to_csv() for f in (run.curve.drop(columns="seconds"), run.checks, run.targets)]
     numbers = {key: value for key, value in run.result.items() if key not in TIMES}
     return numbers, frames, {file.name: file_sha256(file) for file in binary}
-
-
-def interrupted(work: Work, number: signal.Signals, trials: int) -> Rows:
-    """Signals at random moments; after each, the same call once more."""
-    (expected, seconds), draw = work.undisturbed(), random.Random(1)
-    found = {"work": work.name, "fault": number.name, **COUNTS}
-    for trial in range(trials):
-        work.clean()
-        process, _ = work.begin()
-        process.join((trial + draw.random()) / trials * seconds)
-        if not process.is_alive():
-            continue  # it was faster than the first time
-        children = psutil.Process(process.pid).children(recursive=True)
-        os.kill(process.pid, number)
-        since = time.perf_counter()
-        process.join()
-        found["seconds"] = max(found["seconds"], time.perf_counter() - since)
-        alive = psutil.wait_procs(children, 30)[1]
-        found["trials"] += 1
-        status = -number if number == signal.SIGKILL else TRY_AGAIN
-        found["noticed"] += process.exitcode == status and not alive
-        found["equal"] += not work.finish() and work.result() == expected
-    return [found]
-
-
-def full(work: Work, disk: Path, sizes: list[int]) -> Rows:
-    """``disk`` is a mounted one of each size (in KiB), then has no limit."""
-    found = {"work": work.name, "fault": "disk full", **COUNTS}
-    expected, _ = work.undisturbed()
-    for size in sizes:
-        work.clean()
-        disk.mkdir(parents=True, exist_ok=True)
-        mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(disk)]
-        if subprocess.run(mount, check=False).returncode:
-            return []  # it is not permitted here
-        try:
-            said = work.finish()
-            left = [path for path in disk.rglob("*") if path.name.endswith(".partial")]
-        finally:
-            subprocess.run(["umount", str(disk)], check=True)
-        if said:  # else it was large enough
-            found["trials"] += 1
-            found["noticed"] += not left and ("No space" in said or "are free" in said)
-            found["equal"] += not work.finish() and work.result() == expected
-    return [found]
-
-
-def rotten(
-    name: str, files: list[Path], again: Callable[[], Any], before: Callable[[], Any] = int
-) -> Rows:
-    """Damage each file, after ``before``: is it named, and does ``again`` give what it gave?
-
-    Where it ends with an error, the file's folder is deleted, as the error advises.
-    """
-    before()
-    expected = again()
-    rows = [{"work": name, "fault": fault, **COUNTS} for fault in ("truncated", "bit flipped")]
-    for found, file in ((row, file) for row in rows for file in files):
-        before()
-        content = bytearray(kept := file.read_bytes())
-        middle = len(content) // 2
-        content[middle] ^= 4
-        file.unlink()
-        file.write_bytes(content[:middle] if found["fault"] == "truncated" else content)
-        with redirect_stderr(io.StringIO()) as said:
-            try:
-                result = again()
-            except AdaptiveMarginsError as error:
-                print(error, file=sys.stderr)
-                shutil.rmtree(file.parent)
-                result = again()
-        found["trials"] += 1
-        if file.name in said.getvalue():
-            found["noticed"] += 1
-        else:
-            file.write_bytes(kept)  # it would be a second fault of the next trial
-        found["equal"] += result == expected
-    return rows
 
 
 class Parts:
@@ -212,17 +71,23 @@ class Parts:
         self.run = Work(what, lambda: runner.execute(config), places, result)
 
     def runs(self) -> Rows:
-        """A run in this process, and six with two workers."""
+        """A run in this process."""
+        rows = interrupted(self.run, signal.SIGKILL, self.trials)
+        return rows + interrupted(self.run, signal.SIGTERM, self.trials)
+
+    def disk(self) -> Rows:
+        """A run on disks that are too small for its checkpoints or its embeddings."""
+        return full(self.run, self.work, [40 << 10 >> halved for halved in range(8)])
+
+    def sweep(self) -> Rows:
+        """Six runs with two workers."""
         profile = self.smoke.profile.model_copy(update={"workers": 2})
         two, configs = Reproduction(profile, self.home), self.smoke.experiments.figure3_runs()[:6]
         places = [two.store.path(config) for config in configs]
         ensure, results = (lambda: two.runner.ensure(configs)), (lambda: [*map(run_result, places)])
-        sweep = Work("a sweep: 6 runs, 2 workers", ensure, [*places, self.work], results)
-        rows = full(self.run, self.work, [40 << 10 >> halved for halved in range(8)])
-        for work, trials in ((self.run, self.trials), (sweep, max(2, self.trials // 5))):
-            rows += interrupted(work, signal.SIGKILL, trials)
-            rows += interrupted(work, signal.SIGTERM, trials // 2)
-        return rows
+        work = Work("a sweep: 6 runs, 2 workers", ensure, [*places, self.work], results)
+        rows = interrupted(work, signal.SIGKILL, max(1, self.trials // 20))
+        return rows + interrupted(work, signal.SIGTERM, max(1, self.trials // 20))
 
     def encoding(self) -> Rows:
         """Embeddings in shards, and the index of a corpus."""
@@ -263,7 +128,7 @@ class Parts:
             nbformat.write(book, notebook)
         read = lambda: [(pages / notebook.name).read_text() for notebook in notebooks]  # noqa: E731
         work = Work("a book: 2 notebooks", lambda: site.execute(notebooks), [pages], read)
-        return interrupted(work, signal.SIGKILL, max(1, self.trials // 3))
+        return interrupted(work, signal.SIGKILL, max(1, self.trials // 5))
 
     def files(self) -> Rows:
         """The files of a run and a checkpoint."""
@@ -310,9 +175,7 @@ def main() -> None:
     """Write faults.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument(
-        "--parts", nargs="+", default=["runs", "encoding", "book", "files", "caches"]
-    )
+    parser.add_argument("--parts", nargs="+", default=PARTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("always")  # those of damaged shards

@@ -21,8 +21,8 @@ from adaptive_margins.losses import MarginLoss
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 with pytest.MonkeyPatch.context() as _patch:  # the scripts import each other by their names
     _patch.syspath_prepend(FOLDER)
-    faults, material, pages, run, schemes, timing = map(
-        importlib.import_module, ("faults", "material", "pages", "run", "schemes", "timing")
+    material, pages, run, schemes, timing, trials = map(
+        importlib.import_module, ("material", "pages", "run", "schemes", "timing", "trials")
     )
 
 WORDS = "the shape of an array is returned unless np.ndarray.reshape raises ValueError: out-of-range".split()  # noqa: SIM905
@@ -232,15 +232,15 @@ def test_faults_are_tried_and_counted(bert, tokens, tmp_path):
     def embed() -> bytes:
         return embed_shards(bert, tokens, place, shard=4).tobytes()
 
-    work = faults.Work("shards", embed, [place], embed)
-    (killed,) = faults.interrupted(work, signal.SIGKILL, 5)
+    work = trials.Work("shards", embed, [place], embed)
+    (killed,) = trials.interrupted(work, signal.SIGKILL, 5)
     assert killed["trials"] >= 2
-    damaged = faults.rotten("shards", faults.some(place), embed)
+    damaged = trials.rotten("shards", trials.some(place), embed)
     assert [row["trials"] for row in damaged] == [2, 2]
     for row in (killed, *damaged):
         assert row["noticed"] == row["equal"] == row["trials"]
     # What is not noticed or not equal is counted as such.
-    lost = faults.rotten("a file", [place / "embeddings.npy"], time.monotonic)
+    lost = trials.rotten("a file", [place / "embeddings.npy"], time.monotonic)
     assert [(row["noticed"], row["equal"]) for row in lost] == [(0, 0), (0, 0)]
 
 
