@@ -42,7 +42,7 @@ from adaptive_margins.retrieval.dense_index import DenseIndex
 
 FOLDER = Path(__file__).resolve().parent
 PARTS = ("runs", "disk", "sweep", "encoding", "book", "files", "caches")
-TIMES = ("train_seconds", "eval_seconds", "peak_bytes", "index")
+TIMES = ("train_seconds", "eval_seconds", "peak_bytes", "index", "finished")
 
 
 def run_result(path: Path) -> Any:

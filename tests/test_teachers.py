@@ -184,7 +184,7 @@ PAIRS = [(a, b) for a in TEXTS[:6] for b in TEXTS[:6]]
 def test_a_cross_encoder_learns_which_pairs_are_relevant(tiny_folder, tmp_path):
     relevant = np.array([b in TEXTS[:3] for _, b in PAIRS])
     labels = relevant.astype(float).tolist()
-    pairs, labels = PAIRS * 24, labels * 24
+    pairs, labels = PAIRS * 40, labels * 40
     taught = settings(tiny_folder(), layers=2, learning_rate=5e-3, batch_size=16)
     model = open_cross_encoder(taught, max_length=32, device="cpu")
     assert model.config.num_hidden_layers == 2 and model.max_seq_length == 32

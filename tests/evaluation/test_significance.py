@@ -269,7 +269,7 @@ def test_error_rates_with_three_seeds():
     rng = np.random.default_rng(0)
     cases, queries = 500, 300
     zero = seeds(np.zeros((queries, 3)))
-    for of_seeds in (0.0, 0.02):
+    for of_seeds in (0.0, 0.01, 0.02):
         wrong = np.zeros(3)
         for _ in range(cases):
             d = rng.normal(0, 0.3, (queries, 1)) + rng.normal(0, of_seeds, (1, 3))
