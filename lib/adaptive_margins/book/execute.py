@@ -157,6 +157,7 @@ def tidied(executed: nbformat.NotebookNode) -> nbformat.NotebookNode:
         tags = [t for t in cell.metadata.get("tags", []) if not t.startswith("papermill-")]
         if "injected-parameters" in tags and "remove-cell" not in tags:
             tags.append("remove-cell")  # the values are on the provenance page
+            cell["id"] = "injected-parameters"  # papermill's is random: pages would never be equal
         if tags:
             cell.metadata["tags"] = tags
         for key in ("papermill", "execution"):
