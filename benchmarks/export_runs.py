@@ -25,9 +25,9 @@ from export_edition import NAMES, per_query
 from adaptive_margins import __version__, paper
 from adaptive_margins.book import shown
 from adaptive_margins.book.edition import BOOK
-from adaptive_margins.book.publish import archive
+from adaptive_margins.book.publish import archive, inside
 from adaptive_margins.errors import AdaptiveMarginsError
-from adaptive_margins.files import CHECKSUMS, check_folder, file_sha256, read_object
+from adaptive_margins.files import CHECKSUMS, check_folder, checksum_lines, file_sha256, read_object
 from adaptive_margins.paper.out_of_domain import FOLDER
 from adaptive_margins.paper.runner import describe
 from adaptive_margins.paper.shared_runs import ABOUT, needed_runs
@@ -116,14 +116,6 @@ def chosen(reproduction: paper.Reproduction) -> Iterator[StoredRun[Any]]:
     others: list[StoredRun[Any]] = [StoredRun(file.parent) for file in files]
     domains = {r.config.collection for r in others if getattr(r.config, "source", "") in needed}
     yield from (run for run in others if run.config.collection in domains)
-
-
-def inside(folder: Path, place: str = "") -> dict[str, Path | bytes]:
-    return {
-        f"{place}{file.relative_to(folder).as_posix()}": file
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
 
 
 def receipts(home: Path) -> list[dict[str, Any]]:
@@ -240,11 +232,11 @@ def without_paths(profile: Path, home: Path) -> bytes:
 
 def checksums(found: dict[str, Path | bytes]) -> bytes:
     """The lines of ``sha256sum``."""
-    lines = []
-    for name, member in sorted(found.items()):
-        is_file = isinstance(member, Path)
-        lines.append(f"{file_sha256(member) if is_file else sha256(member).hexdigest()}  {name}\n")
-    return "".join(lines).encode()
+    hashes = {
+        name: file_sha256(member) if isinstance(member, Path) else sha256(member).hexdigest()
+        for name, member in found.items()
+    }
+    return checksum_lines(hashes).encode()
 
 
 def export(reproduction: paper.Reproduction, profile: str, target: Path, by: str = "") -> Path:

@@ -126,7 +126,7 @@ def gradients(context: Context) -> Rows:
 
             setting = Setting(context.device, precision)
             yield attempt(f"{kind}, {precision}", limit, partial(compute, setting))
-            _free(context)
+            free(context)
 
 
 def attempt(what: str, limit: float, compute: Callable[[], float], unit: str = "") -> Row:
@@ -144,7 +144,8 @@ def one_line(error: object) -> str:
     return f"{type(error).__name__}: {text}"[:200]
 
 
-def _free(context: Context) -> None:
+def free(context: Context) -> None:
+    """Give memory of earlier trainings back."""
     gc.collect()  # trainers refer to themselves
     if context.device != "cpu":
         torch.cuda.empty_cache()
@@ -167,7 +168,7 @@ def optimizer(context: Context) -> Rows:
     def change(name: str) -> Gradients:
         setting = Setting(context.device, "fp32", name)
         trained = project(copy.deepcopy(model), tokens, size, sizes.steps, setting, CHUNKS)
-        _free(context)
+        free(context)
         return {k: v - before[k] for k, v in trained.states["last"].items()}
 
     def compute() -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import tempfile
 import time
@@ -14,7 +13,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from gpu_correct import CHUNKS, one_line
+from gpu_correct import CHUNKS, free, one_line
 from gpu_material import KINDS, Context, Row, Rows, encoder, row, rows_of, triples
 from material import PASSAGE_LENGTH, flops
 from schemes import Setting, Step, ours, sentence_transformers, tokens_of
@@ -160,9 +159,7 @@ def _training(
     except Exception as error:
         return row(what, unit="triples/s", reason=one_line(error), **more)
     finally:
-        gc.collect()
-        if context.device != "cpu":
-            torch.cuda.empty_cache()
+        free(context)
     lengths = np.concatenate([tokens.lengths for tokens in tokens_of(model, batch)])
     share = flops(model, lengths) / seconds / peak
     note = f"{share:.0%} of the matrix product's rate"

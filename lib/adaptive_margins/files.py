@@ -13,7 +13,7 @@ import shutil
 import stat
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -218,8 +218,12 @@ def write_checksums(folder: Path, name: str = CHECKSUMS, **known: str) -> None:
     paths = (file.relative_to(folder).as_posix() for file in folder.rglob("[!.]*"))
     found = {path: file_sha256(folder / path) for path in paths if (folder / path).is_file()}
     found.pop(name, None)  # an older one
-    lines = (f"{sha256}  {path}\n" for path, sha256 in sorted((found | known).items()))
-    write_text(folder / name, "".join(lines))
+    write_text(folder / name, checksum_lines(found | known))
+
+
+def checksum_lines(found: Mapping[str, str]) -> str:
+    """Path → SHA-256 as sorted lines of ``sha256sum``."""
+    return "".join(f"{sha256}  {path}\n" for path, sha256 in sorted(found.items()))
 
 
 def check_folder(folder: Path, name: str = CHECKSUMS, *, only: str = "") -> None:

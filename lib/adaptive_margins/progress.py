@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,11 @@ def clear() -> None:
 def printable(text: str) -> str:
     r"""Escape control characters, e.g. as ``\x1b``."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def now() -> str:
+    """Return date and time in UTC, as 2026-11-29T05:01:56Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def clock(seconds: float) -> str:

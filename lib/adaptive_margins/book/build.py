@@ -43,7 +43,7 @@ from adaptive_margins.files import HOME_VARIABLE, file_sha256, locked, read_obje
 from adaptive_margins.files import home as default_home
 from adaptive_margins.profiles.config import Profile
 from adaptive_margins.profiles.load import load_profile
-from adaptive_margins.progress import bar, clock, say
+from adaptive_margins.progress import bar, clock, now, say
 
 WORKERS = 2
 """Notebooks executed at a time. They read results rather than compute, so memory sets the limit."""
@@ -270,7 +270,7 @@ class Site:
             "results": self.results(sorted(run_ids)),
             "outputs": {str(p.relative_to(self.pages)): file_sha256(p) for p in outputs},
             "seconds": round(seconds, 1),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "finished": now(),
             "machine": machine(),
         }
         write_text(self.receipt(notebook), json.dumps(receipt, indent=1) + "\n")

@@ -22,7 +22,15 @@ from adaptive_margins.book.build import Site
 from adaptive_margins.book.edition import BOOK
 from adaptive_margins.book.site import CITE, PDF, configure
 from adaptive_margins.errors import AdaptiveMarginsError
-from adaptive_margins.files import atomic_file, file_sha256, home, locked, read_object, write_text
+from adaptive_margins.files import (
+    atomic_file,
+    checksum_lines,
+    file_sha256,
+    home,
+    locked,
+    read_object,
+    write_text,
+)
 from adaptive_margins.progress import bar, say
 
 LEFTOVERS = re.compile(
@@ -163,8 +171,18 @@ def archive(members: Mapping[str, Path | bytes], target: Path) -> Path:
                 content.seek(0)
                 tar.addfile(info, content)
             progress.update(info.size)
-    write_text(target.with_name(f"{target.name}.sha256"), f"{file_sha256(target)}  {target.name}\n")
+    sums = checksum_lines({target.name: file_sha256(target)})
+    write_text(target.with_name(f"{target.name}.sha256"), sums)
     return target
+
+
+def inside(folder: Path, place: str = "") -> dict[str, Path | bytes]:
+    """The files in a folder and below it, by their paths in an archive, below ``place``."""
+    return {
+        f"{place}{file.relative_to(folder).as_posix()}": file
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
 
 
 def main() -> None:
@@ -183,12 +201,8 @@ def main() -> None:
     if found := problems(site):
         raise SystemExit("\n".join([f"{len(found)} problems in {site}:", *found]))
     name = f"adaptive-margins-{__version__}"
-    pages = {
-        f"{name}/{file.relative_to(site).as_posix()}": file
-        for file in site.rglob("*")
-        if file.is_file()
-    }
-    say(f"[book] archived as {archive(pages, built / f'{name}.tar.gz')}")
+    packed = archive(inside(site, f"{name}/"), built / f"{name}.tar.gz")
+    say(f"[book] archived as {packed}")
 
 
 if __name__ == "__main__":

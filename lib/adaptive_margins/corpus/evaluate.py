@@ -80,15 +80,11 @@ def evaluate_encoder(
     measures = [named(measure) for measure in measures]
     if candidates and mode != "rerank":
         raise ArgumentError("candidates", f"candidates are reranked with mode rerank, not {mode}")
-    collection = open_collection(source)
+    collection, split = held_out(open_collection(source), model)
     given, complete = read_marked_run(Path(candidates)) if candidates else (None, True)
-    collection, split = held_out(collection, model)
     name = _set(collection, query_set)
     queries, qrels = collection.queries[name], collection.qrels[name]
-    if not qrels:
-        raise DataError(f"{source}: none of the queries of {name!r} is judged; nothing to evaluate")
-    judged = {measure: relevant(qrels, measure) for measure in measures}
-    evaluate(qrels, {}, measures)  # what cannot be computed is an error before any encoding
+    judged = _judged(qrels, measures, f"{source}: none of the queries of {name!r} is judged")
     depth = _depth(depth, mode, given, measures, len(collection.passages))
     if given is not None:
         given = _checked(str(candidates), given, queries, collection.passages)
@@ -164,6 +160,15 @@ def _set(collection: Collection, wanted: str | None) -> str:
         message = f"{collection.name} has no queries {name!r}; it has {', '.join(there)}"
         raise ArgumentError("query_set", message)
     return name
+
+
+def _judged(qrels: Qrels, measures: Sequence[str], unjudged: str) -> dict[str, Qrels]:
+    """Measure → relevant passages; what cannot be computed is an error before any encoding."""
+    if not qrels:
+        raise DataError(f"{unjudged}; nothing to evaluate")
+    judged = {measure: relevant(qrels, measure) for measure in measures}
+    evaluate(qrels, {}, measures)
+    return judged
 
 
 def _depth(

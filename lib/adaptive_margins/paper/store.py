@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,7 +31,7 @@ from adaptive_margins.files import (
     write_checksums,
 )
 from adaptive_margins.markup import active
-from adaptive_margins.progress import say
+from adaptive_margins.progress import now, say
 from adaptive_margins.runs import RunConfig, read_run_config
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ class StoredRun(Generic[R_co]):
         result: dict[str, Any] = self._read("result.json", _read_result)
         return result
 
-    @property
+    @cached_property
     def provenance(self) -> dict[str, Any]:
         """Whose a run is that was computed elsewhere (`shared_runs.take`); {} of one's own."""
         return read_object(self.path / PROVENANCE)
@@ -313,5 +312,4 @@ def _trained(training: TrainingResult | None) -> dict[str, Any]:
     """The numbers of a training, 0 where nothing was trained, and what computed them when."""
     names = ("train_seconds", "eval_seconds", "best_step", "kept_step", "stop_step", "triples")
     values = {name: getattr(training, name) if training else 0 for name in (*names, "peak_bytes")}
-    finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {**values, "versions": package_versions(), "machine": machine(), "finished": finished}
+    return {**values, "versions": package_versions(), "machine": machine(), "finished": now()}
