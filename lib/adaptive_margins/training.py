@@ -276,7 +276,8 @@ class _Trainer(SentenceTransformerTrainer):
                 to_disk(folder.iterdir())  # all of it, before the marker
                 write_checksums(folder, COMPLETE, **self.callback.progress.checksums)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: the last
-            shutil.rmtree(folder, ignore_errors=True)
+            if is_first():  # another's may be that the first has marked it, and gone
+                shutil.rmtree(folder, ignore_errors=True)
             raise TrainingError(
                 f"run {self.callback.config.run_id}: {folder} could not be written: {error}"
             ) from error

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import numpy as np
+import pandas as pd
 import pytest
 from sentence_transformers import SentenceTransformer
 
@@ -69,6 +70,18 @@ def test_an_unknown_run_is_refused_before_any_is_computed(tmp_path, monkeypatch)
     with pytest.raises(TypeError):  # what our ensure returns
         reproduction.run_one(curve.run_id[:10])
     assert wanted == [e.zero_shot_run(curve.encoder)]
+
+
+def test_figure3_of_one_encoder_trains_no_other(smoke, monkeypatch):
+    asked = []
+    ensure = smoke.runner.ensure
+    monkeypatch.setattr(smoke.runner, "ensure", lambda c: asked.extend(c) or ensure(c))
+    one = smoke.figure3("minilm-4")
+    assert {c.encoder for c in asked} == {"minilm-4"}
+    monkeypatch.undo()
+    all_of_them = smoke.figure3()
+    expected = all_of_them[all_of_them["encoder"] == "minilm-4"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(one, expected)
 
 
 def test_one_run_with_own_values(smoke, tmp_path):

@@ -47,8 +47,10 @@ def top(scores: Mapping[str, float], depth: int | None = None) -> list[tuple[str
     if not np.isfinite(values).all():
         bad = ids[int(np.argmin(np.isfinite(values)))]
         raise ValueError(f"the score of passage {bad!r} must be finite, not {scores[bad]!r}")
-    keys = _single(values).tolist()
-    order = sorted(range(len(ids)), key=lambda i: (keys[i], ids[i]), reverse=True)
+    keys = _single(values)
+    order = np.argsort(-keys).tolist()
+    if len(np.unique(keys)) < len(keys):
+        order.sort(key=lambda i: (keys[i], ids[i]), reverse=True)
     return [(ids[i], scores[ids[i]]) for i in order[:depth]]
 
 
@@ -98,7 +100,7 @@ def write_run(run: Run, path: Path, tag: str) -> None:
     path = Path(path)
     data = run_text(run, tag).encode("utf-8")
     if path.suffix == ".gz":
-        data = gzip.compress(data, mtime=0)
+        data = gzip.compress(data, 6, mtime=0)  # 9 takes twice as long for 2 % less
     with atomic_file(path) as partial:
         partial.write_bytes(data)
 

@@ -70,8 +70,10 @@ _TABLE4 = _names(
 # --- figures ------------------------------------------------------------------------------------
 
 
-def figure3(experiments: Experiments, runner: Runner) -> pd.DataFrame:
+def figure3(experiments: Experiments, runner: Runner, encoder: str | None = None) -> pd.DataFrame:
     """Static targets: a row per ε, seed and measure, on the validation set after the last step.
+
+    Only ``encoder`` is trained if one is named, else all of the profile.
 
     ``low`` and ``high`` are the zero-shot score and the 95 % confidence interval of the gain over
     it, paired over the queries.
@@ -81,9 +83,11 @@ def figure3(experiments: Experiments, runner: Runner) -> pd.DataFrame:
     below a trivial baseline is called failed by Mosbach et al. (ICLR 2021), too; the baseline is
     the zero-shot encoder here.
     """
-    starts = {e: _zero_shot(experiments, runner, e) for e in experiments.profile.encoders}
+    shown = [c for c in experiments.figure3_runs() if encoder in (None, c.encoder)]
+    names = [encoder] if encoder is not None else list(experiments.profile.encoders)
+    starts = {name: _zero_shot(experiments, runner, name) for name in names}
     rows = []
-    for run in runner.ensure(experiments.figure3_runs()):
+    for run in runner.ensure(shown):
         c = run.config
         start = starts[c.encoder]
         after, before = (r.evaluation("rerank", c.validation) for r in (run, start))

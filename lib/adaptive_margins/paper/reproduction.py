@@ -137,9 +137,9 @@ class Reproduction:
         """Encoders: parameters, embedding, dimensions."""
         return table1(self.experiments, self.runner)
 
-    def figure3(self) -> pd.DataFrame:
-        """Static targets: a row per ε, seed and measure."""
-        return figure3(self.experiments, self.runner)
+    def figure3(self, encoder: str | None = None) -> pd.DataFrame:
+        """Static targets: a row per ε, seed and measure, of all encoders or of one."""
+        return figure3(self.experiments, self.runner, encoder)
 
     def figure4(self) -> pd.DataFrame:
         """Adaptive targets: learning curves."""
