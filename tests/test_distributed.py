@@ -33,6 +33,10 @@ SETTINGS = [
     {"target": "distributed"},
     {"target": "distributed", "orientation": "released", "stop_gradient": True},
 ]
+CASES = [(3, settings) for settings in SETTINGS]
+CASES += [(5, settings) for settings in SETTINGS[1:3]]  # three negatives
+CASES += [(5, {"target": "distributed"}), (2, {"target": "adaptive"})]
+"""Columns and settings; two columns are pairs."""
 SIZES = {2: [5, 3], 4: [3, 3, 3, 1]}
 """Processes → triples of each; the last batch of an epoch is smaller."""
 
@@ -76,15 +80,15 @@ def rows_of(rank: int, sizes: list[int]) -> slice:
 def test_loss_and_gradients_are_those_of_one_process(number):
     """Each query and positive against the negatives of all ranks; gradients as DDP averages them, in 64-bit floats."""
     sizes, generator = SIZES[number], torch.Generator().manual_seed(3)
-    texts = torch.randn(3, sum(sizes), 6, generator=generator, dtype=torch.float64)
+    texts = torch.randn(5, sum(sizes), 6, generator=generator, dtype=torch.float64)
     encoder = nn.Linear(6, 4).double()
 
     def work(rank):
         found = []
         model = DistributedDataParallel(encoder)
-        for settings in SETTINGS:
+        for columns, settings in CASES:
             model.zero_grad()
-            own = model(texts[:, rows_of(rank, sizes)])
+            own = model(texts[:columns, rows_of(rank, sizes)])
             loss = MarginLoss(encoder, gather_across_devices=True, **settings)
             value = loss.compute_loss_from_embeddings(list(own))
             value.backward()
@@ -92,9 +96,11 @@ def test_loss_and_gradients_are_those_of_one_process(number):
         return found
 
     for found in on_ranks(number, work):
-        for settings, (value, *gradients) in zip(SETTINGS, found, strict=True):
+        for (columns, settings), (value, *gradients) in zip(CASES, found, strict=True):
             encoder.zero_grad()
-            want = margin_loss(*encoder(texts), **settings)
+            query, positive, *negatives = encoder(texts[:columns])
+            negative = torch.stack(negatives, dim=1).squeeze(1) if negatives else None
+            want = margin_loss(query, positive, negative, **settings)
             want.backward()
             assert value == pytest.approx(want.item(), rel=1e-13)
             for gradient, parameter in zip(gradients, encoder.parameters(), strict=True):

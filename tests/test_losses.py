@@ -461,13 +461,10 @@ def test_trains_in_sentence_transformers(tiny_encoder, tmp_path):
 
 
 @pytest.mark.parametrize("loss", [MarginLoss, CachedMarginLoss])
-def test_needs_three_columns(tiny_encoder, loss):
+def test_needs_query_and_positive(tiny_encoder, loss):
     loss = loss(tiny_encoder())
-    features = [loss.model.preprocess(texts) for texts in COLUMNS.values()]
-    for columns in (features[:2], [*features, features[2]]):
-        message = f"the data has {len(columns)} text columns; expected 3: query, positive, negative"
-        with pytest.raises(ValueError, match=message):
-            loss(columns)
+    with pytest.raises(ValueError, match="the data has 1 text columns; expected at least 2: query"):
+        loss([loss.model.preprocess(COLUMNS["query"])])
 
 
 def fenced_or_indented(text, start, end):

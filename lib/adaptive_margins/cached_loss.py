@@ -27,8 +27,9 @@ class CachedMarginLoss(CachedLossMixin, MarginLoss):
 
     It embeds the texts in mini-batches without activations, computes the gradient of each
     embedding, and embeds each mini-batch again, with the same dropout, for the backward pass. Loss
-    and gradients are those of `MarginLoss`, for the time of one more forward pass. Memory holds
-    the activations of a mini-batch, the (B, D) embeddings and the (B, B) targets.
+    and gradients are those of `MarginLoss`, for the same data and the time of one more forward
+    pass. Memory holds the activations of a mini-batch, the (B, D) embeddings of each column and
+    the terms of the loss, of which `margin_loss` states the number.
 
     Args:
         model: the SentenceTransformer to train.
@@ -86,7 +87,7 @@ class CachedMarginLoss(CachedLossMixin, MarginLoss):
     def forward(
         self, sentence_features: Iterable[dict[str, Any]], labels: Tensor | None = None
     ) -> Tensor:
-        """Embed the token features of the three columns and return their loss, a scalar tensor."""
+        """Embed the token features of the text columns and return their loss, a scalar tensor."""
         columns, orders = zip(*map(_longest_first, sentence_features), strict=True)
         try:
             return super().forward_cached(columns, orders)  # in place of labels
