@@ -306,7 +306,8 @@ def _files(name: str, settings: EncoderSettings | None) -> tuple[Path, list[Path
                 f"encoder {name!r}: {place / 'model.safetensors'} does not exist; {place} has"
                 f" {there}{refused}. {_FORMS}"
             )
-    checks.check_config(places[0], plain=not (folder / "modules.json").is_file())
+    if name != "minilm":  # it is shipped; transformers takes a second to import
+        checks.check_config(places[0], plain=not (folder / "modules.json").is_file())
     expected = settings.sha256 if settings is not None else None
     expected = expected or (MINILM_SHA256 if name == "minilm" else None)
     if expected and (found := file_sha256(weights[0])) != expected:
