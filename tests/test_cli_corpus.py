@@ -16,16 +16,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytrec_eval
+from sentence_transformers import SentenceTransformer
 from typer.testing import CliRunner
 
 from adaptive_margins import cli, progress
 from adaptive_margins.corpus import finetune as finetuning
+from adaptive_margins.corpus.settings import Settings
 from adaptive_margins.data import sources
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.folder import read_folder
 from adaptive_margins.data.splits import split_queries
 from adaptive_margins.data.trec import read_qrels, read_run, top, write_run
 from adaptive_margins.encoder.load import open_encoder
+from adaptive_margins.encoder.options import EncoderOptions
 from adaptive_margins.evaluation.comparison import compare_runs
 from adaptive_margins.evaluation.measures import evaluate
 from adaptive_margins.retrieval.bm25 import BM25
@@ -120,6 +123,10 @@ TESTED = {
     "measure": "str", "n": "int", "difference": "float", "ci": ["float"], "p_t": "float", "p_tost": "float",
     "margin": "float", "verdict": "str",
 }  # fmt: skip
+TRUNCATED = {
+    "queries": "int", "passages": "int", "lost": {"queries": "float", "passages": "float"}, "limit": "int",
+}  # fmt: skip
+OPTIONS = {"query_prompt": "str", "passage_prompt": "str", "dimensions": "int", "max_length": "int"}
 TRAIN = {
     "model_dir": "str",
     "collection": {
@@ -127,6 +134,7 @@ TRAIN = {
         "sets": {"train": "int", "validation": "int", "test": "int"},
     },
     "encoder": {"name": "str", "identity": "str", "parameters": "int"},
+    "options": OPTIONS,
     "target": "str",
     "seed": "int",
     "triples": {
@@ -136,7 +144,7 @@ TRAIN = {
              "without_negative", "without_text"), "int"
         ),
     },
-    "truncated": {"queries": "int", "passages": "int", "limit": "int"},
+    "truncated": TRUNCATED,
     "settings": {
         "batch_size": "int", "triples": "int", "passes": "int", "learning_rate": "float", "weight_decay": "float",
         "optimizer": "str", "precision": "str", "checks": "int", "patience": "int", "standard_errors": "float",
@@ -169,8 +177,9 @@ TRAIN = {
 EVALUATE = {
     "measures": MEANS, "queries": "int", "relevant_queries": {"nDCG@10": "int", "R(rel=1)@100": "int"}, "missing": "int",
     "run": "str", "mode": "str", "set": "str", "depth": "int", "model": "str", "identity": "str",
+    "options": OPTIONS,
     "collection": {"name": "str", "source": "str", "fingerprint": "str", "passages": "int"}, "split": "str",
-    "excluded_self": "bool", "truncated": {"queries": "int", "passages": "int", "limit": "int"},
+    "excluded_self": "bool", "truncated": TRUNCATED,
 }  # fmt: skip
 COMPARE = {
     "measure": "str", "margin": "float", "alpha": "float", "queries": "int", "relevant_queries": "int",
@@ -195,7 +204,19 @@ def types(value: object) -> object:
 def test_json_and_runs_of_train_evaluate_and_compare(call, answer, corpus, encoder, tmp_path):
     output, run_out = tmp_path / "trained", tmp_path / "again.run"
     options = ["--output", output, "--model", encoder, "--triples", "64", "--json"]
-    code, out, err = call("train", corpus, *options)
+    chosen = [
+        "--query-prompt",
+        "sort ",
+        "--passage-prompt",
+        "path ",
+        "--dimensions",
+        "12",
+        "--max-length",
+        "9",
+    ]
+    code, out, err = call(
+        "train", corpus, *options, *chosen, "--batch-size", "8", "--learning-rate", "0.001"
+    )
     assert code == 0, err
     report = json.loads(out)
     assert report == json.loads((output / "training.json").read_text())
@@ -203,7 +224,18 @@ def test_json_and_runs_of_train_evaluate_and_compare(call, answer, corpus, encod
     assert report["model_dir"] == str(output)
     assert all("warning" in line for line in err.splitlines())  # no progress
 
-    # The other commands give the same values for the test queries.
+    assert report["options"] == {
+        "query_prompt": "sort ",
+        "passage_prompt": "path ",
+        "dimensions": 12,
+        "max_length": 9,
+    }
+    assert (report["settings"]["batch_size"], report["settings"]["learning_rate"]) == (8, 0.001)
+    plain = SentenceTransformer(str(output), device="cpu")
+    assert (plain.get_embedding_dimension(), plain.max_seq_length) == (12, 9)
+    assert (plain.prompts["query"], plain.prompts["document"]) == ("sort ", "path ")
+
+    # The other commands give the same values for the test queries, with what is saved with the encoder.
     found = answer("evaluate", corpus, "--model", output, "--run-out", run_out)
     assert types(found) == EVALUATE
     assert found["measures"] == pytest.approx(report["measures"]["trained"])
@@ -381,7 +413,9 @@ def test_evaluate_ranks_all_passages(answer, corpus, encoder, tmp_path):
     assert found == {
         "measures": scores.mean, "queries": 40, "relevant_queries": {"nDCG@10": 40, "R(rel=1)@100": 40}, "missing": 0,
         "run": str(run_out), "mode": "full", "set": "test", "depth": 100, "model": str(encoder), "collection": about,
-        "split": "", "excluded_self": False, "truncated": {"queries": 0, "passages": 0, "limit": 64},
+        "split": "", "excluded_self": False,
+        "options": {"query_prompt": "", "passage_prompt": "", "dimensions": 16, "max_length": 64},
+        "truncated": {"queries": 0, "passages": 0, "lost": {"queries": 0.0, "passages": 0.0}, "limit": 64},
     }  # fmt: skip
 
 
@@ -621,6 +655,42 @@ def test_search_fuses_with_bm25_by_default(answer, index, corpus, encoder, tmp_p
             assert scores == pytest.approx(list(hits.values()), abs=2e-6)
 
 
+def test_an_index_is_searched_as_it_was_made(answer, call, corpus, encoder, tmp_path):
+    chosen = {"query_prompt": "sort ", "passage_prompt": "path ", "dimensions": 5, "max_length": 9}
+    options = [
+        str(part)
+        for name, value in chosen.items()
+        for part in (f"--{name.replace('_', '-')}", value)
+    ]
+    index, runs = tmp_path / "index", [tmp_path / "a.run", tmp_path / "b.run"]
+    made = answer("index", corpus, "--model", encoder, "--output", index, *options)
+    assert (
+        made["options"] == chosen
+        and made["truncated"]["passages"] > 0 < made["truncated"]["lost"] < 1
+    )
+    found = answer("evaluate", corpus, "--model", encoder, "--run-out", runs[0], *options)
+    assert found["options"] == chosen
+    queries = ["--queries", corpus / "queries.tsv", "--depth", "100", "--mode", "dense"]
+    assert call("search", index, *queries, "--run-out", runs[1])[0] == 0
+    expected, again = map(read_run, runs)
+    assert expected.keys() == again.keys() and expected != cosine_run(encoder, corpus, 100)
+    for qid, hits in expected.items():
+        assert sorted(again[qid].values()) == pytest.approx(sorted(hits.values()), abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--dimensions", "17"], "embeddings of 16 dimensions, but 17 are asked for"),
+        (["--max-length", "65"], "has positions for 64 tokens, but a length of 65 is asked for"),
+        (["--max-length", "4", "--query-prompt", "sort the path"], "the prompt (13 characters)"),
+    ],
+)
+def test_options_that_an_encoder_cannot_have(call, corpus, encoder, option, message):
+    code, out, err = call("evaluate", corpus, "--model", encoder, *option)
+    assert (code, out) == (1, "") and message in err
+
+
 def test_index_and_search_refuse(call, index, corpus, encoder, tmp_path):
     queries = tmp_path / "queries.tsv"
     for arguments in ([], ["sort", "--queries", corpus / "queries.tsv"]):
@@ -709,14 +779,16 @@ def asked(monkeypatch):
 def test_train_hands_on_what_was_asked_for(answer, call, asked):
     assert answer("train", "corpus", "--output", "out dir") == REPORT
     call("train", "corpus", "--output", "o", "--target", ".3", "--seed", 7, "--negatives", "encoder", "--triples", 9,
-         "--measures", "P@5 nDCG@10 P(rel=1)@5", "--device", "cpu", "--report-to", "tensorboard", "--model", "m")  # fmt: skip
+         "--measures", "P@5 nDCG@10 P(rel=1)@5", "--device", "cpu", "--report-to", "tensorboard", "--model", "m", "--batch-size", 4,
+         "--learning-rate", ".01", "--query-prompt", "q: ", "--passage-prompt", "p: ", "--dimensions", 8, "--max-length", 9)  # fmt: skip
     defaults = {
         "model": "minilm", "target": "distributed", "seed": 1, "measures": ["nDCG@10", "R(rel=1)@100"], "negatives": "bm25",
-        "device": None, "triples": None, "report_to": (),
+        "device": None, "triples": None, "report_to": (), "settings": Settings(), "options": EncoderOptions(),
     }  # fmt: skip
     given = {
         "model": "m", "target": 0.3, "seed": 7, "measures": ["P(rel=1)@5", "nDCG@10"], "negatives": "encoder",
         "device": "cpu", "triples": 9, "report_to": ("tensorboard",),
+        "settings": Settings(batch_size=4, learning_rate=0.01), "options": EncoderOptions("q: ", "p: ", 8, 9),
     }  # fmt: skip
     assert asked == [("corpus", Path("out dir"), defaults), ("corpus", Path("o"), given)]
 

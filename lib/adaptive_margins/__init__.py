@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from adaptive_margins.data.trec import read_run as read_run
     from adaptive_margins.data.trec import write_run as write_run
     from adaptive_margins.encoder.load import open_encoder as open_encoder
+    from adaptive_margins.encoder.options import EncoderOptions as EncoderOptions
     from adaptive_margins.errors import AdaptiveMarginsError as AdaptiveMarginsError
     from adaptive_margins.evaluation.measures import evaluate as evaluate
     from adaptive_margins.evaluation.significance import compare as compare
@@ -41,6 +42,7 @@ _MODULES = {
     "Collection": "data.collection",
     "DenseIndex": "retrieval.dense_index",
     "DenseRetriever": "retrieval.dense",
+    "EncoderOptions": "encoder.options",
     "MarginLoss": "losses",
     "Texts": "data.collection",
     "compare": "evaluation.significance",

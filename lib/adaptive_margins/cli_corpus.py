@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
+from adaptive_margins.encoder.options import EncoderOptions
 from adaptive_margins.processes import end_when_asked
 from adaptive_margins.progress import printable
 from adaptive_margins.terminal import (
+    encoder_options,
     expanded,
     new_file,
     new_folder,
@@ -92,8 +94,10 @@ PerQuery = Annotated[bool, Option("--per-query", help="With --json: each query's
 
 
 @_command
+@encoder_options
 def train(
     path: Source,
+    options: EncoderOptions,
     output: Annotated[Path, Option(parser=new_folder, help="A new folder for the encoder.")],
     model: Model = "minilm",
     target: Annotated[str, Option(help="distributed, adaptive, or a margin ε.")] = "distributed",
@@ -102,6 +106,8 @@ def train(
     triples: Annotated[
         int | None, Option(min=2, help="How many (default: for some minutes).")
     ] = None,
+    batch_size: Annotated[int | None, Option(min=1, help="Default: 32, on a GPU 128.")] = None,
+    learning_rate: Annotated[float | None, Option(min=0, help="Default: 2e-5.")] = None,
     measures: Measures = "nDCG@10 R@100",
     device: Device = None,
     report_to: Annotated[
@@ -122,7 +128,9 @@ def train(
     with working(verbose, model):
         names = _measures(measures)
         from adaptive_margins.corpus.finetune import finetune
+        from adaptive_margins.corpus.settings import Settings
 
+        given = Settings.for_device(device, batch_size=batch_size, learning_rate=learning_rate)
         found = finetune(
             path,
             output,
@@ -134,6 +142,8 @@ def train(
             device=device,
             triples=triples,
             report_to=tuple(report_to or ()),
+            settings=given,
+            options=options,
         ).report
     show(found, as_json, _train_text(found, path))
 
@@ -173,8 +183,10 @@ def _systems_text(found: Mapping[str, Any], title: str) -> list[str]:
 
 
 @_command
+@encoder_options
 def evaluate(
     path: Source,
+    options: EncoderOptions,
     model: Model,
     mode: Annotated[Mode, Option(help="Rank all, rerank candidates, or fuse with BM25.")] = "full",
     query_set: Annotated[
@@ -214,6 +226,7 @@ def evaluate(
             depth=depth,
             measures=names,
             exclude_self=exclude_self,
+            options=options,
             device=device,
             run_out=run_out,
         )
@@ -309,8 +322,10 @@ def compare(
 
 
 @_command
+@encoder_options
 def index(
     path: Source,
+    options: EncoderOptions,
     model: Model,
     output: Annotated[Path, Option(parser=new_folder, help="A new folder for the index.")],
     weight: Annotated[float | None, Option(min=0, max=1, help="Of the encoder, in hybrid.")] = None,
@@ -332,7 +347,7 @@ def index(
         from adaptive_margins.text_tables import size
 
         collection = open_collection(path)
-        encoder = open_encoder(model, device=device or default_device())
+        encoder = open_encoder(model, options, device=device or default_device())
         retriever = DenseRetriever(encoder, collection.passages)
         weight = stored_weight(model) if weight is None else weight
         about: dict[str, Any] = {"fingerprint": collection.fingerprint, "weight": weight}
@@ -343,10 +358,12 @@ def index(
         "kind": built.settings.factory,
         "bytes": folder_bytes(output),
         "encoder": {"name": built.encoder, "identity": built.identity},
+        "options": built.about["options"],
         "collection": built.about["collection"],
         "bm25": built.about.get("bm25"),
         "truncated": {
             "passages": retriever.truncated["passages"][0],
+            "lost": retriever.truncation["lost"]["passages"],
             "limit": retriever.passage_length,
         },
     }

@@ -5,21 +5,24 @@ Control characters, and characters that the encoding of stdout lacks, are printe
 
 from __future__ import annotations
 
+import functools
+import inspect
 import io
 import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from adaptive_margins import progress
 from adaptive_margins.distributed import is_first
+from adaptive_margins.encoder.options import CORPUS_LENGTH, EncoderOptions
 from adaptive_margins.errors import AdaptiveMarginsError, ArgumentError
 from adaptive_margins.progress import printable
 
@@ -68,6 +71,32 @@ def check_arguments(arguments: list[str]) -> None:
                 f" {sys.getfilesystemencoding()}; rename the file, or set LC_ALL to the encoding"
                 " that it is written in"
             )
+
+
+_ENCODER = {
+    "query_prompt": (str, "Text before each query, in the place of the encoder's prompt."),
+    "passage_prompt": (str, "Text before each passage, in the place of the encoder's prompt."),
+    "dimensions": (int, "Use the first ones of each embedding alone (default: all)."),
+    "max_length": (int, f"Tokens of a text (default: the encoder's, at most {CORPUS_LENGTH})."),
+}
+
+
+def encoder_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `EncoderOptions` for its argument ``options``."""
+    parameters = dict(inspect.signature(command, eval_str=True).parameters)
+    options = parameters.pop("options")
+    for name, (kind, about) in _ENCODER.items():
+        option = typer.Option(help=about, rich_help_panel="Encoder")
+        hint = Annotated[kind, option]  # type: ignore[valid-type]
+        parameters[name] = options.replace(name=name, default=None, annotation=hint)
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        options = EncoderOptions(**{name: given.pop(name) for name in _ENCODER})
+        command(options=options, **given)
+
+    vars(run)["__signature__"] = inspect.Signature(list(parameters.values()))
+    return run
 
 
 # ---- while a command computes -----------------------------------------------------------------

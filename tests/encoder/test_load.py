@@ -300,7 +300,7 @@ def leave_prompts_out(folder):
         (lambda f: modules_of(f, lambda m: [{**m[0], "path": "../up"}]), r"path '\.\./up' leads out of the folder"),
         (lambda f: (f / "modules.json").write_text("["), r"modules\.json cannot be read"),
         (set_config(model_type="CrossEncoder"), "this is a CrossEncoder, not an encoder of single texts"),
-        (set_config(truncate_dim=4), r"truncates embeddings to 4 dimensions \(truncate_dim\)"),
+        (set_config(truncate_dim="4"), "8 dimensions, but '4' are asked for"),
         (leave_prompts_out, "leaves its prompts out of the pooling"),
         (lambda f: os.truncate(f / "model.safetensors", 500), "500 bytes"),
         (lambda f: (f / "config.json").write_text("{}"), "model_type is None"),

@@ -15,7 +15,8 @@ from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.splits import split_queries
 from adaptive_margins.data.text import DataError, alike
 from adaptive_margins.data.trec import Qrels, Run, read_marked_run, run_tag, top, write_run
-from adaptive_margins.encoder.load import default_device, encoder_identity, open_encoder
+from adaptive_margins.encoder.load import default_device, encoder_identity, open_encoder, options_of
+from adaptive_margins.encoder.options import EncoderOptions
 from adaptive_margins.errors import ArgumentError
 from adaptive_margins.evaluation.external_runs import Scored, finds_relevant, score
 from adaptive_margins.evaluation.measures import Evaluation, cutoff, evaluate, named, relevant
@@ -52,6 +53,7 @@ def evaluate_encoder(
     depth: int | None = None,
     measures: Sequence[str] = ("nDCG@10", "R(rel=1)@100"),
     exclude_self: bool = False,
+    options: EncoderOptions | None = None,
     device: str | None = None,
     run_out: Path | None = None,
 ) -> CorpusEvaluation:
@@ -69,6 +71,7 @@ def evaluate_encoder(
         depth: passages ranked for a query; None takes 100, or what the measures need.
         measures: in ir_measures' notation.
         exclude_self: leave out the passage whose id is the query's.
+        options: prompts, dimensions and length of the encoder.
         device: as torch calls it; None takes a GPU if there is one.
         run_out: a file to write the ranking to, as a TREC run.
 
@@ -88,7 +91,7 @@ def evaluate_encoder(
     depth = _depth(depth, mode, given, measures, len(collection.passages))
     if given is not None:
         given = _checked(str(candidates), given, queries, collection.passages)
-    encoder = open_encoder(model, device=device or default_device())
+    encoder = open_encoder(model, options or EncoderOptions(), device=device or default_device())
     retriever = DenseRetriever(encoder, collection.passages)
     if not exclude_self:
         _warn_of_self(queries, collection.passages)
@@ -120,10 +123,11 @@ def evaluate_encoder(
         "depth": depth or most,
         "model": model,
         "identity": encoder_identity(model),
+        "options": options_of(encoder),
         "collection": about_collection(collection, source),
         "split": split,
         "excluded_self": exclude_self,
-        "truncated": _truncated(retriever),
+        "truncated": {**retriever.truncation, "limit": retriever.query_length},
         **fused,
     }
     return CorpusEvaluation(scored.evaluation, run, report)
@@ -272,8 +276,3 @@ def _check_scores(
                 f"none of the {count:,} relevant passages is among the hits", stacklevel=3
             )
             break
-
-
-def _truncated(retriever: DenseRetriever) -> dict[str, int]:
-    counts = {what: count for what, (count, _) in retriever.truncated.items()}
-    return {**counts, "limit": retriever.query_length}

@@ -52,11 +52,13 @@ from adaptive_margins.encoder.load import (
     default_device,
     encoder_identity,
     open_encoder,
+    options_of,
     save_encoder,
 )
+from adaptive_margins.encoder.options import EncoderOptions
 from adaptive_margins.encoder.speed import default_chunks
 from adaptive_margins.evaluation.measures import evaluate
-from adaptive_margins.files import atomic_folder, working_folder
+from adaptive_margins.files import atomic_folder, digest, working_folder
 from adaptive_margins.progress import bar, say
 from adaptive_margins.retrieval.dense import DenseRetriever, hybrid
 from adaptive_margins.runs import TrainingRun
@@ -79,6 +81,7 @@ def finetune(
     report_to: Sequence[str] = (),
     on_check: OnCheck | None = None,
     settings: Settings | None = None,
+    options: EncoderOptions | None = None,
 ) -> Finetuned:
     """Fine-tune an encoder on a collection, and compare it with the zero-shot encoder and BM25.
 
@@ -101,6 +104,7 @@ def finetune(
         report_to: see `train`.
         on_check: gets the learning curve so far, after each evaluation.
         settings: in the place of the device's defaults.
+        options: prompts, dimensions and length of the encoder, saved with it.
 
     Raises:
         ArgumentError: a value is not one of the above.
@@ -123,6 +127,7 @@ def finetune(
         report_to=tuple(report_to),
         on_check=on_check,
         settings=settings or Settings.for_device(device),
+        options=options or EncoderOptions(),
     ).checked()
     if is_first():
         with working_folder(job.output) as work:
@@ -135,7 +140,7 @@ def finetune(
 
 def _follow(job: Job) -> None:
     """Train with the first process, which prepares and writes."""
-    encoder = open_encoder(job.model, device=job.device, seed=job.seed)
+    encoder = open_encoder(job.model, job.options, device=job.device, seed=job.seed)
     nothing: Any = None
     _train(job, *shared(nothing), encoder=encoder)
 
@@ -144,7 +149,7 @@ def _finetune(job: Job, work: Path) -> None:
     """Prepare, train, rank, compare and write."""
     stages = Stages()
     identity = encoder_identity(job.model)  # an encoder that cannot be used is reported first
-    encoder = open_encoder(job.model, device=job.device, seed=job.seed)
+    encoder = open_encoder(job.model, job.options, device=job.device, seed=job.seed)
     with stages("collection", f"reading {job.source}"):
         data = open_split(job.source, job.triples or job.settings.triples, job.seed)
         usable = check_test_set(data, job.measures)
@@ -155,7 +160,7 @@ def _finetune(job: Job, work: Path) -> None:
     stages.seconds |= {"training": result.train_seconds, "validation": result.eval_seconds}
     with stages("validation", "merging the trained encoder with the original one"):
         with warnings.catch_warnings(action="ignore"):  # they were shown at the start
-            encoder = open_encoder(job.model, device=job.device, seed=job.seed)
+            encoder = open_encoder(job.model, job.options, device=job.device, seed=job.seed)
         merge = best_merge(encoder, result, prepared.validation, job.settings.standard_errors)
     with stages("ranking", "ranking the test queries"):
         runs, fusion = _rank(job, data, encoder if merge["alpha"] else None, prepared)
@@ -166,6 +171,7 @@ def _finetune(job: Job, work: Path) -> None:
         "model_dir": str(job.output),
         "collection": _about_collection(job, data),
         "encoder": {"name": job.model, "identity": identity, "parameters": size},
+        "options": options_of(encoder),
         "target": job.target,
         "seed": job.seed,
         "triples": {"used": result.triples, "chosen": prepared.count, **prepared.facts},
@@ -204,7 +210,7 @@ def _config(
     query_length, passage_length = prepared.lengths
     return TrainingRun(
         encoder=job.model,
-        weights=identity,
+        weights=digest([identity, options_of(encoder)]),  # a run has no prompts or dimensions
         pooling="",  # it is part of the weights' folder
         layers=None,
         trained_layers=None,

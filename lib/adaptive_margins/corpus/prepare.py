@@ -25,8 +25,8 @@ from adaptive_margins.data.splits import MOST_TEST, MOST_VALIDATION, split_queri
 from adaptive_margins.data.stored import seeded_order
 from adaptive_margins.data.trec import Run
 from adaptive_margins.data.triples import check_triples, mine_triples
-from adaptive_margins.encoder.load import default_device, prompts
-from adaptive_margins.encoder.tokens import Tokens, count_truncated, tokenize
+from adaptive_margins.encoder.load import options_of, prompts
+from adaptive_margins.encoder.tokens import Tokens, tokenize
 from adaptive_margins.evaluation.measures import evaluate, relevant
 from adaptive_margins.files import atomic_file, digest
 from adaptive_margins.progress import say
@@ -71,7 +71,7 @@ def open_split(source: str, triples: int | None, seed: int) -> SplitCollection:
         collection.name,
         collection.sources,
         collection.titles,
-        count=triples or Settings.for_device(default_device()).triples,
+        count=triples or Settings.for_device().triples,
         test=MOST_TEST,
         validation=MOST_VALIDATION,
         seed=seed,
@@ -236,7 +236,7 @@ class Prepared:
         queries, passages: the texts as tokens.
         facts: of the triples, for the report.
         validation: evaluates the encoder in training.
-        truncated: number of truncated queries and passages.
+        truncated: `DenseRetriever.truncation`.
         lengths: tokens of a query and of a passage, at most.
     """
 
@@ -248,7 +248,7 @@ class Prepared:
     passages: Tokens
     facts: dict[str, Any]
     validation: Validation
-    truncated: dict[str, int]
+    truncated: dict[str, Any]
     lengths: tuple[int, int]
 
     @property
@@ -285,16 +285,14 @@ def prepare(
         }
         ranked = {"bm25": bm25.search(validating, job.depth)}
         ranked["dense"] = zero_shot.search(validating, job.depth)
-        truncated = dict(zero_shot.truncated)
+        counted = dict(zero_shot.truncated), dict(zero_shot.lost)
     with stages("triples", "choosing triples"):
         miner = bm25 if job.negatives == "bm25" else zero_shot
         chosen, facts = _triples(job, data, miner, zero_shot)
     rows, query_texts, passage_texts = numbered(chosen, collection, prompts(encoder))
     queries = tokenize(encoder, query_texts, zero_shot.query_length)
-    count, total = truncated["queries"]
-    count += count_truncated(encoder, query_texts, queries, zero_shot.query_length)
-    truncated["queries"] = count, total + len(query_texts)
-    zero_shot.truncated = truncated
+    zero_shot.truncated, zero_shot.lost = counted
+    zero_shot.count(query_texts, queries, "queries")
     zero_shot.warn_truncated()
     batch_size, every = batches(settings, len(chosen))
     # A triple has two passages, and a step takes three times as long as embedding alone.
@@ -309,7 +307,7 @@ def prepare(
         passages=tokenize(encoder, passage_texts, zero_shot.passage_length),
         facts=facts,
         validation=Validation(collection, [*ranked.values()], budget, settings.precision, job.seed),
-        truncated={what: count for what, (count, _) in truncated.items()},
+        truncated=zero_shot.truncation,
         lengths=(zero_shot.query_length, zero_shot.passage_length),
     )
 
@@ -319,7 +317,8 @@ def _zero_shot(
 ) -> DenseRetriever:
     """The zero-shot encoder with the passages' embeddings, cached for a resumed call."""
     passages, precision = data.collection.passages, job.settings.precision
-    path = work / f"embeddings-{digest([identity, data.collection.fingerprint, precision])}.npy"
+    key = digest([identity, options_of(encoder), data.collection.fingerprint, precision])
+    path = work / f"embeddings-{key}.npy"
     try:
         known = np.load(path)
     except (EOFError, OSError, ValueError):  # there is none, or the disk was full or lost power

@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
 
 from adaptive_margins.encoder.embed import Precision
+from adaptive_margins.encoder.load import default_device
+from adaptive_margins.encoder.options import EncoderOptions
 from adaptive_margins.errors import AdaptiveMarginsError, ArgumentError
 from adaptive_margins.evaluation.measures import cutoff, evaluate, named
 from adaptive_margins.losses import MarginLoss
@@ -47,11 +49,15 @@ class Settings:
     check_passages: int = 1000  # that any evaluation may embed; ten seconds with MiniLM
 
     @classmethod
-    def for_device(cls, device: str) -> Settings:
-        """On a GPU the paper's batch size and mixed precision, and triples for as many minutes."""
-        if device.startswith("cuda"):
-            return cls(batch_size=128, triples=100_000, precision="bf16")
-        return cls()
+    def for_device(cls, device: str | None = None, **given: float | None) -> Settings:
+        """On a GPU the paper's batch size and mixed precision, and triples for as many minutes.
+
+        Values ``given`` replace those of the device, unless they are None.
+        """
+        chosen: dict[str, Any] = {k: value for k, value in given.items() if value is not None}
+        if (device or default_device()).startswith("cuda"):
+            chosen = {"batch_size": 128, "triples": 100_000, "precision": "bf16"} | chosen
+        return cls(**chosen)
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,7 @@ class Job:
     report_to: tuple[str, ...]
     on_check: OnCheck | None
     settings: Settings
+    options: EncoderOptions
 
     def checked(self) -> Job:
         """The job with complete names of measures; ArgumentError for what cannot be."""

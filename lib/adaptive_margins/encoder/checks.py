@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from adaptive_margins.encoder.options import CORPUS_LENGTH, EncoderOptions
 from adaptive_margins.errors import AdaptiveMarginsError
 
 if TYPE_CHECKING:
@@ -85,8 +86,10 @@ def check_folder(place: Path) -> None:
     if (adapter := place / "adapter_config.json").is_file():
         base = read_json(adapter, dict).get("base_model_name_or_path")
         raise EncoderError(
-            f"{place} is an adapter (PEFT) of {base!r}, not a complete encoder; merge it into"
-            " that model (merge_and_unload) and save the result"
+            f"{place} is an adapter (PEFT, LoRA) of {base!r}, not a complete encoder; merge both:"
+            f" model = SentenceTransformer({base!r}); model[0].model ="
+            f" PeftModel.from_pretrained(model[0].model, {str(place)!r}).merge_and_unload();"
+            " model.save_pretrained(NEW_FOLDER)"
         )
 
 
@@ -278,14 +281,22 @@ def check_tokenizer(name: str, model: SentenceTransformer) -> None:
         )
 
 
-def limit_length(name: str, model: SentenceTransformer) -> None:
+def limit_length(name: str, model: SentenceTransformer, options: EncoderOptions | None) -> None:
     """Limit ``max_seq_length`` to the model's positions, with a warning if it is larger or missing.
 
-    Raises EncoderError if it is not a positive integer.
+    With ``options``, it is what they ask for, or at most `CORPUS_LENGTH`. Raises EncoderError if it
+    is not a positive integer, or they ask for more than the positions.
     """
     transformer: Any = model[0].model
     config = transformer.config.get_text_config()
     positions = min(_positions(transformer), default=None)
+    if options is not None and (asked := options.max_length) is not None:
+        if not 1 <= asked <= (positions or MOST_LENGTH):
+            has = f"encoder {name!r} has positions for {positions or MOST_LENGTH:,} tokens"
+            raise EncoderError(f"{has}, but a length of {asked:,} is asked for (--max-length)")
+        model.max_seq_length = asked
+        return
+    most = MOST_LENGTH if options is None else CORPUS_LENGTH
     limit = model.max_seq_length
     number = isinstance(limit, int | float) and not isinstance(limit, bool) and limit >= 1
     if limit is not None and not (number and (limit > MOST_LENGTH or limit == int(limit))):
@@ -295,14 +306,14 @@ def limit_length(name: str, model: SentenceTransformer) -> None:
         )
     if limit is None or limit > MOST_LENGTH:
         known = positions or getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
-        model.max_seq_length = min(known, DEFAULT_LENGTH)
+        model.max_seq_length = min(known, DEFAULT_LENGTH, most)
         warnings.warn(
             f"encoder {name!r} has no length limit: its texts are truncated at"
-            f" {model.max_seq_length} tokens (max_seq_length in sentence_bert_config.json"
-            " changes that)",
+            f" {model.max_seq_length} tokens (--max-length, or max_seq_length in"
+            " sentence_bert_config.json, changes that)",
             stacklevel=2,
         )
-    elif positions is not None and limit > positions:
+    elif positions is not None and positions < min(limit, most):
         model.max_seq_length = positions
         warnings.warn(
             f"encoder {name!r} has a length limit of {limit} tokens, but positions for {positions}"
@@ -310,7 +321,7 @@ def limit_length(name: str, model: SentenceTransformer) -> None:
             stacklevel=2,
         )
     else:
-        model.max_seq_length = int(limit)
+        model.max_seq_length = min(int(limit), most)
 
 
 def _positions(transformer: nn.Module) -> Iterator[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -20,6 +21,7 @@ from adaptive_margins.device import default_device
 from adaptive_margins.encoder import checks
 from adaptive_margins.encoder.checks import EmbeddingError, EncoderError, one_line
 from adaptive_margins.encoder.embed import embed
+from adaptive_margins.encoder.options import EncoderOptions
 from adaptive_margins.encoder.speed import adapt
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.files import file_sha256
@@ -36,6 +38,7 @@ _FORMS = (
 )
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HUB_FILES = ["*.json", "*.txt", "*.model", "*.safetensors", "README.md"]
+_PASSAGE_PROMPTS = ("document", "passage", "corpus")
 _DROPOUT_KEYS = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
@@ -46,6 +49,7 @@ _DROPOUT_KEYS = (
 
 def open_encoder(
     encoder: str | EncoderSettings,
+    options: EncoderOptions | None = None,
     *,
     device: str | None = None,
     dropout: float | None = None,
@@ -64,14 +68,15 @@ def open_encoder(
         encoder: "minilm", the shipped encoder; a Sentence Transformers folder, or one of plain
             transformers weights; or "organisation/name@revision" of the Hugging Face hub, which is
             the only one to use the network, if the files are not in the hub's cache.
+        options: of an encoder by name; without any, its own length is the limit.
         device: as torch names it; by default `default_device`.
         dropout: replaces every dropout probability of the transformer, if given.
         seed: of random weights: the linear layer of the pooling ``cls+linear`` and ``cls+pooler``
             (the same, followed by tanh: the released code's for RoBERTa).
 
     Raises:
-        EncoderError: there is no such encoder, its files are unexpected or do not fit each other,
-            or the device cannot be used.
+        EncoderError: there is no such encoder, its files are unexpected or do not fit each other
+            or the options, or the device cannot be used.
     """
     name, settings = _named(encoder)
     folder, weights = _files(name, settings)
@@ -85,9 +90,10 @@ def open_encoder(
     if settings is None and not (folder / "modules.json").is_file():
         message = f"{folder} has no modules.json: its token embeddings are averaged (mean pooling)"
         warnings.warn(message, stacklevel=2)
-    checks.limit_length(name, model)
+    checks.limit_length(name, model, options)
     if settings is None:
-        _check_use(name, folder, model, similarity)
+        _choose(name, model, options or EncoderOptions())
+        _check_use(name, model, similarity)
     else:
         model = _with_pooling(name, model, settings, seed)
     adapt(model[0])
@@ -154,8 +160,14 @@ def prompts(model: SentenceTransformer) -> tuple[str, str]:
     These are the model's prompt "query", and the first of its prompts "document", "passage" and
     "corpus" that is not empty; "" if there is none.
     """
-    found = (model.prompts.get(key) for key in ("document", "passage", "corpus"))
+    found = (model.prompts.get(key) for key in _PASSAGE_PROMPTS)
     return model.prompts.get("query") or "", next(filter(None, found), "")
+
+
+def options_of(model: SentenceTransformer) -> dict[str, Any]:
+    """Return the `EncoderOptions` in effect, all of them, for reports and names of caches."""
+    shape = model.get_embedding_dimension(), model.max_seq_length
+    return dataclasses.asdict(EncoderOptions(*prompts(model), *shape))
 
 
 def length_limits(model: SentenceTransformer) -> tuple[int, int]:
@@ -172,7 +184,7 @@ def check_prompt(model: SentenceTransformer, what: str, prompt: str, length: int
         raise EncoderError(
             f"{what} are truncated at {length} tokens, and the prompt ({len(prompt):,} characters)"
             f" and special tokens have {taken}: nothing of a text would be read;"
-            " shorten the prompt, or raise max_seq_length in sentence_bert_config.json"
+            " shorten the prompt, or give a larger --max-length"
         )
 
 
@@ -236,14 +248,33 @@ def _with_pooling(
     return SentenceTransformer(modules=modules, device="cpu")
 
 
-def _check_use(name: str, folder: Path, model: SentenceTransformer, similarity: str) -> None:
-    """Refuse what the loss and the ranking do not support; set the prompts and the similarity."""
-    if model.truncate_dim is not None:
+def _choose(name: str, model: SentenceTransformer, options: EncoderOptions) -> None:
+    """Set the prompts and the dimensions."""
+    if options.query_prompt is not None:
+        model.prompts["query"] = options.query_prompt
+    if options.passage_prompt is not None:
+        model.prompts |= dict.fromkeys(_PASSAGE_PROMPTS, options.passage_prompt)
+    wanted: Any = model.truncate_dim if options.dimensions is None else options.dimensions
+    model.truncate_dim = None
+    most = model.get_embedding_dimension() or 0
+    if wanted is not None and (not isinstance(wanted, int) or not 1 <= wanted <= most):
         raise EncoderError(
-            f"{folder / 'config_sentence_transformers.json'} truncates embeddings to"
-            f" {model.truncate_dim} dimensions (truncate_dim), which the loss does not support; set"
-            " it to null"
+            f"encoder {name!r} has embeddings of {most:,} dimensions, but {wanted!r} are asked for"
+            " (--dimensions, or truncate_dim in config_sentence_transformers.json)"
         )
+    if wanted is not None and wanted < most:
+        model.truncate_dim = wanted
+        model.register_forward_hook(_truncate)
+
+
+def _truncate(model: Any, _: Any, features: dict[str, Any]) -> dict[str, Any]:
+    """Leave the first ``truncate_dim`` dimensions; Sentence Transformers does in `encode` alone."""
+    features["sentence_embedding"] = features["sentence_embedding"][..., : model.truncate_dim]
+    return features
+
+
+def _check_use(name: str, model: SentenceTransformer, similarity: str) -> None:
+    """Refuse what the loss and the ranking do not support; set the prompts and the similarity."""
     used = prompts(model)
     if any(used) and not all(getattr(module, "include_prompt", True) for module in model):
         raise EncoderError(
@@ -257,7 +288,8 @@ def _check_use(name: str, folder: Path, model: SentenceTransformer, similarity: 
     if other := [key for key, prompt in model.prompts.items() if prompt and prompt not in used]:
         message = (
             f"encoder {name!r}: its prompts {', '.join(map(repr, other))} are not used; the prompt"
-            f" of queries is {used[0]!r}, that of passages {used[1]!r}"
+            f" of queries is {used[0]!r}, that of passages {used[1]!r} (--query-prompt,"
+            " --passage-prompt)"
         )
         warnings.warn(message, stacklevel=3)
     if (declared := model.similarity_fn_name) not in ("cosine", similarity):

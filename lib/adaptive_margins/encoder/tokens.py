@@ -125,14 +125,16 @@ def _token_ids(
     return np.concatenate(parts), np.array(lengths, np.int64)
 
 
-def count_truncated(encoder: Any, texts: Sequence[str], tokens: Tokens, max_length: int) -> int:
-    """Return how many ``texts`` are longer than ``max_length``; ``tokens`` are from `tokenize`."""
-    full, count = np.flatnonzero(tokens.lengths >= max_length), 0
+def count_truncated(
+    encoder: Any, texts: Sequence[str], tokens: Tokens, max_length: int
+) -> tuple[int, int]:
+    """Return how many ``texts`` are too long, and the tokens that `tokenize` left out of them."""
+    full, lost = np.flatnonzero(tokens.lengths >= max_length), []
     for start in range(0, len(full), _TEXTS):
         some = [texts[row] for row in full[start : start + _TEXTS].tolist()]
         found = encoder.tokenizer(some, verbose=False, return_attention_mask=False)["input_ids"]
-        count += sum(len(ids) > max_length for ids in found)
-    return count
+        lost += [len(ids) - max_length for ids in found if len(ids) > max_length]
+    return len(lost), sum(lost)
 
 
 def stored_tokens(

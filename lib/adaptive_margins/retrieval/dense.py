@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -47,6 +47,7 @@ class DenseRetriever:
 
     Attributes:
         truncated: "queries" and "passages" → (truncated, embedded) so far.
+        lost: the same → tokens (not read, read) so far.
 
     Raises:
         EncoderError: a length below 1, a prompt that fills it, or embeddings of another shape.
@@ -77,7 +78,7 @@ class DenseRetriever:
         self.query_length, self.passage_length = self._lengths = tuple(map(min, lengths, limits))
         for what, prompt, length in zip(_TEXTS, self._prompts, self._lengths, strict=True):
             check_prompt(model, what, prompt, length)
-        self.truncated = {what: (0, 0) for what in _TEXTS}
+        self.truncated, self.lost = (dict.fromkeys(_TEXTS, (0, 0)) for _ in range(2))
         shape = (len(passages), model.get_embedding_dimension())
         if embeddings is not None and embeddings.shape != shape:
             raise EncoderError(f"embeddings have shape {embeddings.shape}, expected {shape}")
@@ -169,18 +170,26 @@ class DenseRetriever:
             self.warn_truncated()
         return rerank(candidates, embedded, qids, found, docids)
 
+    @property
+    def truncation(self) -> dict[str, Any]:
+        """Truncated "queries" and "passages" so far, and "lost": the share of all their tokens."""
+        shares = {what: lost / max(1, lost + read) for what, (lost, read) in self.lost.items()}
+        return {**{what: count for what, (count, _) in self.truncated.items()}, "lost": shares}
+
     def warn_truncated(self) -> None:
         """Warn of the texts that were truncated so far, if there are any."""
+        shares = self.truncation["lost"]
         counts = [
             f"{count:,} of {total:,} {what} are longer than {length} tokens"
+            f" ({100 * shares[what]:.3g} % of the tokens of all {what} are not read)"
             for what, length in zip(_TEXTS, self._lengths, strict=True)
             for count, total in [self.truncated[what]]
             if count
         ]
         if counts:
             warnings.warn(
-                f"{' and '.join(counts)}, the encoder's limit, and truncated (BM25 reads complete"
-                " texts)",
+                f"{' and '.join(counts)}, the limit of the encoder or of --max-length; BM25 reads"
+                " complete texts",
                 stacklevel=3,
             )
 
@@ -203,10 +212,16 @@ class DenseRetriever:
             tokens = tokenize(self.model, texts, length)
         else:
             tokens = stored_tokens(lambda: self.model.tokenizer, texts, length, folder)
-        count, total = self.truncated[what]
-        count += count_truncated(self.model, texts, tokens, length)
-        self.truncated[what] = count, total + len(texts)
+        self.count(texts, tokens, what)
         return tokens
+
+    def count(self, texts: Sequence[str], tokens: Tokens, what: str) -> None:
+        """Add ``texts``, which include their prompts, to `truncated` and `lost`."""
+        length = self._lengths[_TEXTS.index(what)]
+        longer, lost = count_truncated(self.model, texts, tokens, length)
+        (count, total), (gone, read) = self.truncated[what], self.lost[what]
+        self.truncated[what] = count + longer, total + len(texts)
+        self.lost[what] = gone + lost, read + int(tokens.offsets[-1])
 
     def _embed(self, tokens: Tokens, what: str) -> np.ndarray:
         order, lengths = np.argsort(tokens.lengths, kind="stable"), tokens.lengths

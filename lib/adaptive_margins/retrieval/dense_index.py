@@ -18,7 +18,8 @@ from adaptive_margins.data.stored import StoredTexts, write_texts
 from adaptive_margins.data.text import DataError, Problems, check_file
 from adaptive_margins.data.trec import Run
 from adaptive_margins.encoder.checks import EncoderError
-from adaptive_margins.encoder.load import encoder_identity, open_encoder
+from adaptive_margins.encoder.load import encoder_identity, open_encoder, options_of
+from adaptive_margins.encoder.options import EncoderOptions
 from adaptive_margins.files import (
     WriteError,
     atomic_folder,
@@ -130,6 +131,7 @@ class DenseIndex:
                 "indexed": len(rows),
             },
             "encoder": {"name": encoder, "identity": encoder_identity(encoder)},
+            "options": options_of(retriever.model),
             "lengths": {"query": retriever.query_length, "passage": retriever.passage_length},
             "precision": retriever.precision,
             "dtype": dtype,
@@ -185,7 +187,7 @@ class DenseIndex:
     def open_encoder(
         self, name: str | None = None, *, device: str | None = None
     ) -> SentenceTransformer:
-        """Open the index's encoder, by ``name`` if it was moved.
+        """Open the index's encoder with the index's options, by ``name`` if it was moved.
 
         Raises:
             EncoderError: as `open_encoder`, or the weights are not those of the index.
@@ -196,7 +198,9 @@ class DenseIndex:
                 f"{self.folder} was built with encoder {self.encoder!r} ({self.identity}), but"
                 f" {name!r} is now {found}; build the index again"
             )
-        return open_encoder(name, device=device)
+        lengths = {"max_length": max(self.about["lengths"].values())}  # all that older ones have
+        options = EncoderOptions(**{**self.about.get("options", {}), **lengths})
+        return open_encoder(name, options, device=device)
 
     def search(self, model: Any, queries: Texts, depth: int, *, weight: float | None = 1.0) -> Run:
         """Return the ``depth`` best passages of each query by the index, ordered by exact cosine.
