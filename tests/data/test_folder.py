@@ -504,10 +504,11 @@ def test_datasets_of_another_form_are_refused(tmp_path: Path) -> None:
         return tmp_path / name
 
     good = {"query": ["a"], "positive": ["x"]}
-    assert problems(saved("a", train={**good, "label": [1]})) == [
-        f"{tmp_path}/a: split 'train' has the columns query, positive, label; expected query or anchor or question,"
-        " positive, and perhaps negative: dataset.rename_columns({old: new}), dataset.select_columns([name, …])"
-    ]
+    (found,) = problems(saved("a", train={**good, "label": [1]}))
+    assert found.startswith(
+        "train:1: found the columns 'query', 'positive', 'label'; expected query"
+    )
+    assert "dataset.select_columns([name, …])" in found
     (found,) = problems(saved("b", train=good, extra=good))
     assert "split 'extra': expected train, validation or dev, and test" in found
     bad = {"query": ["a", ""], "positive": ["x", "y"], "negative": ["y", None]}
@@ -517,3 +518,116 @@ def test_datasets_of_another_form_are_refused(tmp_path: Path) -> None:
     (folder := saved("d", train=good)).joinpath("train", "state.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as a Hugging Face dataset"):
         read_folder(folder)
+
+
+# ---- rows of texts in other layouts, and Parquet -----------------------------------------------------------------------
+
+ROWS = {
+    "n-tuples": {"anchor": ["a", "b"], "positive": ["p", "q"], "negative_1": ["m", "m"], "negative_2": ["n", "p"]},
+    "labelled list": {
+        "query": ["a", "b", "c"], "passages": [["m", "p", "n"], ["q", "p", "m"], ["m"]], "labels": [[0, 1, 0], [1, 0, -1], [0]],
+    },
+    "BGE": {
+        "query": ["a", "b"], "pos": [["p"], ["q"]], "neg": [["m", "n"], ["p", "m"]], "pos_scores": [[1.5], [2.5]], "prompt": ["", ""],
+    },
+    "Tevatron": {
+        "query_id": ["7", "8"], "query": ["a", "b"],
+        "positive_passages": [[{"docid": "1", "title": "", "text": "p"}], [{"docid": "2", "title": "q", "text": ""}]],
+        "negative_passages": [[{"docid": "3", "title": "", "text": t} for t in pair] for pair in ("mn", "pm")],
+    },
+}  # fmt: skip
+
+
+def write_rows(columns: dict, path: Path) -> Path:
+    """The rows as JSON lines, Parquet, or a saved dataset, by the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = Dataset.from_dict(columns)
+    if path.suffix == ".parquet":
+        data.to_parquet(str(path))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in data), "utf-8")
+    else:
+        data.save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("form", ["saved", "train.jsonl", "train.parquet"])
+@pytest.mark.parametrize("layout", ROWS)
+def test_each_negative_of_a_row_makes_a_triple(tmp_path: Path, layout: str, form: str) -> None:
+    path = write_rows(ROWS[layout], tmp_path / "rows" / form)
+    collection = open_collection(path)
+    texts, asked = pairs(collection.passages), pairs(collection.queries["train"])
+    found = [(asked[q], texts[p], texts[n]) for q, p, n in collection.triples]
+    assert sorted(found) == [("a", "p", "m"), ("a", "p", "n"), ("b", "q", "m"), ("b", "q", "p")]
+    judged = {asked[q]: {texts[d]: g for d, g in row.items()} for q, row in collection.qrels["train"].items()}  # fmt: skip
+    assert judged == {"a": {"p": 1}, "b": {"q": 1}}  # a query without a positive is not judged
+    assert set(asked.values()) == {"a", "b"} | ({"c"} if layout == "labelled list" else set())
+    if form != "saved":  # the folder has the same rows
+        assert open_collection(path.parent).triples == collection.triples
+
+
+def test_labels_are_grades_and_sets_are_files(tmp_path: Path) -> None:
+    rows = {"query": ["a"], "docs": [["x", "y", "z"]], "labels": [[2.0, 0, 1]]}
+    write_rows({"query": ["b"], "positive": ["y"]}, tmp_path / "dev.jsonl")
+    write_rows(rows, tmp_path / "train.parquet")
+    collection = read_folder(tmp_path)
+    assert collection.qrels == {"train": {"q1": {"d1": 2, "d2": 1}}, "validation": {"q2": {"d3": 1}}}  # fmt: skip
+    assert collection.triples == [("q1", "d1", "d3"), ("q1", "d2", "d3")]
+    write_rows(rows, tmp_path / "train.jsonl")
+    assert problems(tmp_path)[0] == "train.parquet: train.jsonl exists, too; keep one of them"
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"query": "a", "docs": ["x"], "labels": [1, 0]}, "'docs' and 'labels' must be lists of the same length"),
+        ({"query": "a", "docs": None, "labels": [1]}, "'docs' and 'labels' must be lists of the same length"),
+        ({"query": "a", "docs": ["x"], "labels": [0.5]}, "'labels' must be integers within ±1,000, not 0.5"),
+        ({"query": "a", "pos": "x"}, "'pos' must be a list, not 'x'"),
+        ({"query": "a", "pos": ["x", ""], "neg": [3]}, "'pos' must be a text that is not empty, not ''; 'neg' must be"),
+        ({"query": "a", "positive_passages": [{"docid": "1"}]}, "'positive_passages' must be a text that is not empty"),
+        ({"query": "a", "positive": "x", "label": 0}, "found the columns 'query', 'positive', 'label'; expected query"),
+        ({"query": "a", "positive": "\ud83d"}, "'positive' must be a text that is not empty, not"),
+        ({"sentence1": "a", "sentence2": "x"}, "found the columns 'sentence1', 'sentence2'; expected query"),
+        (["a", "x"], "expected {"),
+    ],
+)  # fmt: skip
+def test_malformed_rows_are_named_with_their_line(tmp_path: Path, row: dict, expected: str) -> None:
+    lines = map(json.dumps, [{"query": "a", "pos": ["x"], "neg": None}, row])
+    folder = write(tmp_path, {"train.jsonl": "\n".join(lines)})
+    (found,) = problems(folder)
+    assert found.startswith(f"train.jsonl:2: {expected}")
+
+
+def test_beir_as_parquet_and_with_triples(tmp_path: Path) -> None:
+    expected = read_folder(write(tmp_path / "a" / "beir", {**BEIR, "triples.tsv": "q2\td3\td1\n"}))
+    assert expected.triples == [("q2", "d3", "d1")]
+    folder = write(tmp_path / "b" / "beir", {
+        "triples.tsv": "q2\td3\td1\n",
+        "qrels/dev.jsonl": [{"query-id": "q3", "corpus-id": "d4", "score": 2}],
+    })  # fmt: skip
+    for name in ("corpus", "queries"):
+        kept = [{k: r.get(k) for k in ("_id", "title", "text")} for r in BEIR[f"{name}.jsonl"]]
+        Dataset.from_list(kept).to_parquet(str(folder / f"{name}.parquet"))
+    judged = {"query_id": ["q2", "q2"], "corpus_id": ["d3", "d1"], "score": [1.0, 0.0]}
+    write_rows(judged, folder / "qrels" / "train.parquet")
+    write_rows({"query-id": ["q1"], "corpus-id": ["d1"], "score": [1]}, folder / "qrels.parquet")
+    assert read_folder(folder).fingerprint == expected.fingerprint
+    write_rows({"query-id": ["q1", "q9"], "corpus-id": ["d1", "d1"]}, folder / "qrels.parquet")
+    (folder / "corpus.parquet").write_bytes(b"PAR1 damaged")
+    assert problems(folder)[0].startswith("corpus.parquet: cannot be read as Parquet (")
+
+
+def test_judgements_as_records_are_checked_as_lines(tmp_path: Path) -> None:
+    found = problems(write(tmp_path, {
+        "corpus.jsonl": BEIR["corpus.jsonl"], "queries.jsonl": BEIR["queries.jsonl"],
+        "qrels.jsonl": [
+            {"query-id": "q1", "corpus-id": "d1", "score": 1}, {"query-id": "q1", "corpus-id": "d2", "score": 0.5},
+            {"query-id": "q1", "corpus-id": "d1", "score": 2}, {"query-id": "q1", "score": 2},
+        ],
+    }))  # fmt: skip
+    assert [line.split(";")[0] for line in found] == [
+        "qrels.jsonl:2: grade '0.5' is not an integer",
+        "qrels.jsonl:3: 'q1' judges 'd1' twice",
+        "qrels.jsonl:4: 3 columns expected (query-id, corpus-id, score), 2 found",
+    ]

@@ -107,6 +107,15 @@ def test_any_bytes_as_a_corpus(folder, content):
 
 
 @some
+@given(anything(*JSON, b'{"query": "q", "pos": ["a"], "neg": [], "labels": [1]}', b"PAR1"))
+def test_any_bytes_as_rows(folder, content):
+    for name in ("train.jsonl", "train.parquet"):
+        (folder / name.replace(".", "-")).mkdir(exist_ok=True)
+        path = folder / name.replace(".", "-") / name
+        reads(read_folder, path, content, path.parent)
+
+
+@some
 @given(anything(*JSON, b'{"name": "x", "fingerprint": "", "sources": {}}'))
 def test_any_bytes_as_sources(folder, content):
     place = folder / "saved"

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
 import re
 import warnings
 from collections.abc import Collection as Container
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from adaptive_margins.data.collection import (
     Collection,
@@ -27,27 +26,35 @@ from adaptive_margins.data.collection import (
     read_texts,
     read_triples,
 )
-from adaptive_margins.data.text import DataError, Problems, read_lines
-from adaptive_margins.data.trec import Qrels, read_judgements, visible
+from adaptive_margins.data.text import RECORDS, DataError, Problems, read_records
+from adaptive_margins.data.trec import MAX_GRADE, Qrels, read_judgements, visible
 from adaptive_margins.markup import active
 from adaptive_margins.progress import bar
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 SETS = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
 """Name of a set → names of its files and splits."""
 _STANDARD = {called: name for name, names in SETS.items() for called in names}
 _ENDS = {"test": ("",), "train": ("_train",), "validation": ("_validation", "_dev")}
-QUERY_COLUMNS = ("query", "anchor", "question")
-"""Names of the column of queries in a Hugging Face dataset, as in Sentence Transformers."""
+_DATASET = ("dataset_dict.json", "state.json")  # of save_to_disk
+_QUERY_COLUMNS = ("query", "anchor", "question")
+_TEXT_COLUMNS = re.compile(r"positive|negative(_\d+)?")
+_LIST_COLUMNS = ("pos", "neg", "positive_passages", "negative_passages")
+_COLUMNS = (
+    "found the columns {}; expected query (anchor, question), positive and perhaps negative, or a"
+    " layout with lists of passages. To convert: dataset.rename_columns({{old: new}}),"
+    " dataset.select_columns([name, …]), jq -c '{{query: .old, positive: .other}}' FILE > NEW"
+)
+_HALF = re.compile("[\ud800-\udfff]")
 _EXAMPLES = 5  # ids named in a warning
 
 EXPECTED = """\
   BEIR: corpus.jsonl; queries.jsonl and qrels/train.tsv, qrels/dev.tsv, qrels/test.tsv (any of them)
+        or qrels.tsv; triples.tsv; each file but the last also as .parquet, judgements as .jsonl
   TREC: collection.tsv; queries.tsv and qrels.txt; also queries_train.tsv, qrels_train.txt,
         queries_validation.tsv, qrels_validation.txt, triples.tsv, NAME.run
-  a Hugging Face dataset saved with save_to_disk: query, positive and perhaps negative
+  rows of texts: a Hugging Face dataset (save_to_disk), or train.jsonl, dev.jsonl, test.jsonl or
+        .parquet, with query, positive and perhaps negative (or negative_1, negative_2, …); query,
+        a list of passages, labels; query, pos, neg (BGE); or Tevatron's columns
   a collection saved by this library: sources.json, collection.tsv, queries.SET.tsv, qrels.SET.txt,
         triples.tsv
 Passages (corpus.jsonl or collection.tsv) are enough. A text file may be gzipped (NAME.gz)."""
@@ -59,8 +66,9 @@ def read_folder(folder: Path) -> Collection:
 
     - **BEIR**: ``corpus.jsonl`` (``_id``, ``text``, perhaps ``title``; a passage is title, space,
       text), ``queries.jsonl`` (``_id``, ``text``) and ``qrels/train.tsv``, ``dev.tsv``,
-      ``test.tsv`` under the header ``query-id corpus-id score``. A set's queries are those that its
-      qrels judge.
+      ``test.tsv`` (or ``qrels.tsv``) under the header ``query-id corpus-id score``. A set's queries
+      are those that its qrels judge. ``triples.tsv`` is as below. Any of the files but that one may
+      be Parquet with these columns, ``NAME.parquet``; qrels may also be JSON lines.
     - **TREC**: ``collection.tsv`` (docid, passage), ``queries.tsv`` (query id, query) and
       ``qrels.txt`` (query id, 0, docid, grade) are the passages and the test set.
       ``queries_SET.tsv`` and ``qrels_SET.txt`` are further sets, SET being ``train`` or
@@ -68,7 +76,7 @@ def read_folder(folder: Path) -> Collection:
       positive and a negative. Without ``queries_SET.tsv``, the set's queries are those of
       ``queries.tsv`` that its qrels (or triples) name, and are not in the test set. Without
       ``qrels_train.txt``, the positives of the triples have grade 1.
-    - A Hugging Face dataset: see `read_dataset`.
+    - Rows of texts (a Hugging Face dataset, ``train.jsonl``, ``train.parquet``): `read_dataset`.
     - What `Collection.save` wrote; sets that are neither "train" nor "validation" are joined as
       "test".
 
@@ -88,7 +96,8 @@ def read_folder(folder: Path) -> Collection:
         if folder.is_symlink() and not folder.exists():
             what = f"is a link to {os.readlink(folder)}, which does not exist"
         raise DataError(f"{folder} {what}. A collection is a folder:\n{EXPECTED}")
-    beir, trec = (_variants(folder, name) for name in ("corpus.jsonl", "collection.tsv"))
+    beir = _variants(folder, "corpus.jsonl", "corpus.parquet")
+    trec = _variants(folder, "collection.tsv")
     if (folder / "passages.arrow").exists():
         what = "is a converted collection, which `reproduce` uses; name its ir_datasets id instead"
         raise DataError(f"{folder} {what}")
@@ -96,7 +105,8 @@ def read_folder(folder: Path) -> Collection:
         return standard_sets(Collection.load(folder), str(folder / "collection.tsv"))
     if beir and trec:
         raise DataError(f"{folder} has both {beir[0].name} and {trec[0].name}; remove one of them")
-    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+    rows = () if beir or trec else (split + end for split in _STANDARD for end in RECORDS)
+    if _variants(folder, *_DATASET, *rows):
         return read_dataset(folder)
     if not beir and not trec:
         raise DataError(
@@ -115,25 +125,32 @@ def _holds(folder: Path) -> str:
 
 
 def _read_beir(folder: Path, problems: Problems) -> Collection:
-    path = cast(Path, _only(folder, "corpus.jsonl", problems=problems))
+    path = cast(Path, _only(folder, "corpus.jsonl", "corpus.parquet", problems=problems))
     titles: dict[str, str] = {}
     passages = read_texts(path, problems, _beir_passages(path, problems, titles), blank=True)
     if not len(passages):  # what else is wrong follows from it
         problems.check()
-    queries_path = _only(folder, "queries.jsonl", problems=problems)
+    queries_path = _only(folder, "queries.jsonl", "queries.parquet", problems=problems)
     asked = Texts([], [])
     if queries_path:
         rows = ((n, i, text) for n, (i, _, text) in _json_rows(queries_path, problems))
         asked = read_texts(queries_path, problems, rows)
     judged: dict[str, Path] = {}
-    queries, qrels = {}, {}
+    queries: dict[str, Texts] = {}
+    qrels: dict[str, Qrels] = {}
     for name, called in SETS.items():
-        if found := _only(folder, *(f"qrels/{c}.tsv" for c in called), problems=problems):
+        places = [*(f"qrels/{c}" for c in called), *(["qrels"] if name == "test" else [])]
+        names = (f"{place}.{end}" for place in places for end in ("tsv", "jsonl", "parquet"))
+        if found := _only(folder, *names, problems=problems):
             judgements = read_judgements(found, problems)
             # Without any queries, that they are missing is the only problem.
             known = asked if queries_path else None
             qrels[name] = known_judgements(found, judgements, known, passages, problems, judged)
             queries[name] = _some(asked, qrels[name])
+    triples: list[Triple] = []
+    if triples_path := _only(folder, "triples.tsv", problems=problems):
+        listed = {"test": asked} if queries_path else {}
+        triples = _train_on(triples_path, listed, queries, qrels, passages, judged, problems)
     if qrels and not queries_path:
         problems.add(folder / "queries.jsonl", 0, "file not found")
     if queries_path and not qrels:
@@ -142,11 +159,11 @@ def _read_beir(folder: Path, problems: Problems) -> Collection:
             f" {_holds(folder / 'qrels')} (without queries.jsonl, only the passages are read)"
         )
         problems.add(folder / "qrels", 0, what)
-    for extra in visible(folder / "qrels") if qrels else ():
-        if ".tsv" in extra.name and extra.name.split(".tsv")[0] not in _STANDARD:
+    for extra in visible(folder / "qrels") if (folder / "qrels").is_dir() else ():
+        if ".tsv" in extra.name and extra.name.split(".")[0] not in _STANDARD:
             warnings.warn(f"{extra} is not read; known are train, dev and test", stacklevel=3)
-    found_collection = _finish(folder, "BEIR", path, passages, queries, qrels, [], problems)
-    return dataclasses.replace(found_collection, titles=titles)
+    collection = _finish(folder, "BEIR", path, passages, queries, qrels, triples, problems)
+    return dataclasses.replace(collection, titles=titles)
 
 
 def _read_trec(folder: Path, problems: Problems) -> Collection:
@@ -206,90 +223,118 @@ def _train_on(
     return triples
 
 
-def read_dataset(folder: Path) -> Collection:
-    """Read pairs or triples of texts from a Hugging Face ``Dataset`` or ``DatasetDict`` on disk.
+def read_dataset(path: Path) -> Collection:
+    """Read rows of texts (`_row`): queries with positives and perhaps negatives.
 
-    Columns: ``query`` (or ``anchor``, ``question``), ``positive``, and perhaps ``negative``. A
-    Dataset is the training set; the splits of a DatasetDict are ``train``, ``validation`` (or
-    ``dev``) and ``test``. Distinct texts are passages (d1, d2, … by first occurrence) or queries of
-    their set (q1, q2, …). A query's positives have grade 1. Training rows with negatives are
-    triples; negatives of other sets are passages. Tabs and line breaks become spaces.
+    ``path`` is a Hugging Face ``Dataset`` or ``DatasetDict`` on disk, a folder of ``train.jsonl``,
+    ``validation.jsonl`` (or ``dev``) and ``test.jsonl``, or a file, which is as a Dataset the
+    training set; files may be ``.parquet``. Distinct texts are passages (d1, d2, … by first
+    occurrence) or queries of their set (q1, q2, …). In the training set each positive makes a
+    triple with each negative of its row; other negatives are passages. Tabs and line breaks become
+    spaces.
 
     Raises:
         DataError: other columns or splits, a row (from 1) with a value that is not a text or is
             empty; or the files cannot be read.
     """
-    import datasets
-
-    folder = Path(folder)
-    try:
-        loaded = datasets.load_from_disk(str(folder))
-    except Exception as error:  # whatever its readers raise about damaged files
-        raise DataError(f"{folder} cannot be read as a Hugging Face dataset: {error}") from error
-    splits = dict(loaded) if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+    path = Path(path)
     problems = Problems()
     docids: dict[str, str] = {}
     queries: dict[str, Texts] = {}
     qrels: dict[str, Qrels] = {}
     triples: list[Triple] = []
+    layout, splits = _splits(path, problems)
     order = [*_STANDARD, *sorted(splits)]
     for split in sorted(splits, key=order.index):
         name = _STANDARD.get(split, "")
         if not name or name in qrels:
             what = f"split {split!r}: expected train, validation or dev, and test, each once"
-            problems.add(folder, 0, what)
+            problems.add(path, 0, what)
             continue
-        rows, where = splits[split], folder if splits[split] is loaded else folder / split
-        columns = _dataset_columns(rows.column_names)
-        if columns is None:
-            problems.add(
-                folder,
-                0,
-                f"split {split!r} has the columns {', '.join(rows.column_names)}; expected"
-                f" {' or '.join(QUERY_COLUMNS)}, positive, and perhaps negative:"
-                " dataset.rename_columns({old: new}), dataset.select_columns([name, …])",
-            )
-            continue
+        where, rows = splits[split]
         first = 1 + sum(map(len, queries.values()))
         qids: dict[str, str] = {}  # query → id
         judged: Qrels = {}
-        for query, *texts in _dataset_rows(rows, columns, where, problems):
+        for number, record in bar(f"reading {where.name}", rows, unit="rows"):
+            if isinstance(texts := _row(record), str):
+                problems.add(where, number, texts)
+                continue
+            (query, _), *others = texts
             qid = qids.setdefault(query, f"q{first + len(qids)}")
-            named = [docids.setdefault(text, f"d{len(docids) + 1}") for text in texts]
-            judged.setdefault(qid, {})[named[0]] = 1
-            if name == "train" and len(named) == 2:
-                triples.append((qid, named[0], named[1]))
+            found = [(docids.setdefault(text, f"d{len(docids) + 1}"), g) for text, g in others]
+            if positives := {docid: grade for docid, grade in found if grade > 0}:
+                judged.setdefault(qid, {}).update(positives)
+            if name == "train":
+                negatives = [docid for docid, grade in found if grade <= 0]
+                triples += itertools.product([qid], positives, negatives)
         queries[name], qrels[name] = Texts(list(qids.values()), list(qids)), judged
     passages = Texts(list(docids.values()), list(docids))
-    layout = "Hugging Face dataset"
-    return _finish(folder, layout, folder, passages, queries, qrels, triples, problems)
+    return _finish(path, layout, path, passages, queries, qrels, triples, problems)
 
 
-def _dataset_rows(
-    rows: Dataset, columns: list[str], where: Path, problems: Problems
-) -> Iterator[list[str]]:
-    """Query, positive and perhaps negative of each row; faults are noted in ``problems``."""
-    values = zip(*(rows[column][:] for column in columns), strict=True)
-    listed = bar(f"reading {where.name}", values, total=len(rows), unit="rows")
-    for number, row in enumerate(listed, start=1):
-        wrong = [
-            f"{column!r} must be a text that is not empty, not {value!r:.60}"
-            for column, value in zip(columns, row, strict=True)
-            if not isinstance(value, str) or not value.strip()
-        ]
-        if wrong:
-            problems.add(where, number, "; ".join(wrong))
-        else:
-            yield list(map(one_line, row))
+def _splits(path: Path, problems: Problems) -> tuple[str, dict[str, tuple[Path, Any]]]:
+    """The layout; and split → where its rows are, and their numbers and columns."""
+    files = {"train": path} if path.is_file() else {}
+    for split in () if files or _variants(path, *_DATASET) else _STANDARD:
+        if found := _only(path, f"{split}.jsonl", f"{split}.parquet", problems=problems):
+            files[split] = found
+    if files:
+        read = {split: (file, read_records(file, problems)) for split, file in files.items()}
+        return "rows of texts", read
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever its readers raise about damaged files
+        raise DataError(f"{path} cannot be read as a Hugging Face dataset: {error}") from error
+    one = not isinstance(loaded, datasets.DatasetDict)
+    splits = {"train": loaded} if one else dict(loaded)
+    places = {split: path if one else path / split for split in splits}
+    read = {split: (places[split], enumerate(rows, start=1)) for split, rows in splits.items()}
+    return "Hugging Face dataset", read
 
 
-def _dataset_columns(found: Iterable[str]) -> list[str] | None:
-    """The columns in the order query, positive, negative; None if they are not as expected."""
-    for query in QUERY_COLUMNS:
-        for columns in ([query, "positive"], [query, "positive", "negative"]):
-            if sorted(found) == sorted(columns):
-                return columns
-    return None
+def _row(record: Mapping[str, Any]) -> list[tuple[str, int]] | str:
+    """Texts and grades of a row: the query (0), positives, negatives (0); or what is wrong.
+
+    The columns are the query (`_QUERY_COLUMNS`) and ``positive``, perhaps with ``negative`` or
+    ``negative_1``, …; a list of passages and ``labels``, their grades, positives from 1; or the
+    lists of `_LIST_COLUMNS` (BGE, Tevatron), where others are not read. Nor are ``NAME_id``.
+    """
+    query = next((column for column in _QUERY_COLUMNS if column in record), "")
+    rest = {c: value for c, value in record.items() if c != query and not c.endswith("_id")}
+    found: list[tuple[str, Any, int]] = [(query, record.get(query), 0)]
+    if query and len(rest) == 2 and "labels" in rest:
+        labels = rest.pop("labels")
+        ((column, docs),) = rest.items()
+        if not (isinstance(docs, list) and isinstance(labels, list) and len(docs) == len(labels)):
+            return f"{column!r} and 'labels' must be lists of the same length"
+        if odd := [x for x in labels if x not in range(-MAX_GRADE, MAX_GRADE + 1)]:
+            return f"'labels' must be integers within ±{MAX_GRADE:,}, not {odd[0]!r:.60}"
+        found += [(column, doc, int(label)) for doc, label in zip(docs, labels, strict=True)]
+    elif query and "positive" in rest and all(map(_TEXT_COLUMNS.fullmatch, rest)):
+        found += [(column, text, int(column == "positive")) for column, text in rest.items()]
+    elif query and (lists := [c for c in _LIST_COLUMNS if rest.get(c) is not None]):
+        if wrong := [c for c in lists if not isinstance(rest[c], list)]:
+            return f"{wrong[0]!r} must be a list, not {rest[wrong[0]]!r:.60}"
+        found += [(c, _titled(doc), int(c.startswith("pos"))) for c in lists for doc in rest[c]]
+    else:
+        return _COLUMNS.format(", ".join(map(repr, record)) or "none")
+    found[1:] = sorted(found[1:], key=lambda part: -part[2])
+    wrong = [
+        f"{column!r} must be a text that is not empty, not {text!r:.60}"
+        for column, text, _ in found
+        if not isinstance(text, str) or not text.strip() or _HALF.search(text)
+    ]
+    return "; ".join(wrong) or [(one_line(text), grade) for _, text, grade in found]
+
+
+def _titled(doc: Any) -> Any:
+    """A passage of Tevatron as title, space, text; anything else as it is."""
+    if not isinstance(doc, dict):
+        return doc
+    parts = [doc.get("title") or "", doc.get("text") or ""]
+    return " ".join(filter(str.strip, parts)) if {*map(type, parts)} == {str} else doc
 
 
 def standard_sets(collection: Collection, where: str) -> Collection:
@@ -396,35 +441,16 @@ def _beir_passages(path: Path, problems: Problems, titles: dict[str, str]) -> Ro
 
 def _json_rows(path: Path, problems: Problems) -> Iterator[tuple[int, tuple[str, str, str]]]:
     """Line number, and ``_id``, ``title`` ("" if there is none) and ``text`` of a line."""
-    for number, line in read_lines(path, problems):
-        if number == 1 and (found := _other_json(line.strip())):
-            problems.add(path, 1, f"JSON lines expected, found {found} {path.name} > NEW")
-            return
-        fields = _json_fields(line)
+    for number, record in read_records(path, problems):
+        fields = _fields(record)
         if isinstance(fields, str):
             problems.add(path, number, fields)
         else:
             yield number, fields
 
 
-def _other_json(first: str) -> str:
-    """What a file that is not JSON lines is, by its first line, and the way out; "" if it is."""
-    if first in ("[", "{"):
-        way = "jq -c '.[]'" if first == "[" else "jq -c ."
-        return f"JSON over several lines; convert it: {way}"
-    return "an array; convert it: jq -c '.[]'" if first.startswith("[") else ""
-
-
-def _json_fields(line: str) -> tuple[str, str, str] | str:
-    """``_id``, ``title`` and ``text`` of a line, or what is wrong with it."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deep")
-        blank = r"a blank line; remove such lines: sed -i '/^\s*$/d' FILE"
-        return f"not valid JSON ({reason if line.strip() else blank})"
-    if not isinstance(record, dict):
-        return 'expected {"_id": text, "text": text}'
+def _fields(record: Mapping[str, Any]) -> tuple[str, str, str] | str:
+    """``_id``, ``title`` and ``text`` of a record, or what is wrong with it."""
     fields: dict[str, Any] = {key: record.get(key) for key in ("_id", "title", "text")}
     if fields["title"] is None:
         fields["title"] = ""
@@ -435,13 +461,13 @@ def _json_fields(line: str) -> tuple[str, str, str] | str:
     ]
     if wrong and not {"_id", "text"} <= record.keys():
         wrong.append(f"found {', '.join(map(repr, record)) or 'no keys'}")
+        if "docid" in record:
+            wrong.append("convert: jq -c '{_id: .docid, title, text}' FILE > NEW")
     elif wrong and isinstance(record["_id"], int):
         wrong.append("convert: jq -c '._id |= tostring' FILE > NEW")
     if wrong:
         return "; ".join(wrong)
-    try:
-        "".join(fields.values()).encode("utf-8")
-    except UnicodeEncodeError:
+    if _HALF.search("".join(fields.values())):
         return "an escape in the JSON is half of a character (\\ud800 to \\udfff)"
     return fields["_id"], one_line(fields["title"]), one_line(fields["text"])
 

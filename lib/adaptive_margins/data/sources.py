@@ -6,8 +6,8 @@ from pathlib import Path
 
 from adaptive_margins.data import ir_datasets, pydocs
 from adaptive_margins.data.collection import Collection
-from adaptive_margins.data.folder import EXPECTED, read_folder, standard_sets
-from adaptive_margins.data.text import DataError
+from adaptive_margins.data.folder import EXPECTED, read_dataset, read_folder, standard_sets
+from adaptive_margins.data.text import RECORDS, DataError
 from adaptive_margins.profiles.config import PyDocsSettings
 from adaptive_margins.profiles.load import load_profile
 from adaptive_margins.progress import say
@@ -29,7 +29,8 @@ def open_collection(source: str | Path) -> Collection:
 
     ``source`` is, in this order:
 
-    - a folder: see `folder.read_folder`;
+    - a folder: see `folder.read_folder`; or a file of rows of texts, ``NAME.jsonl`` or
+      ``NAME.parquet``: see `folder.read_dataset`;
     - ``pydocs``, or ``pydocs:numpy,scipy``: built from the docstrings of installed packages, by
       default those of the profile "laptop". "validation" gets 150 queries and "test" 600, or of a
       small collection a tenth and two fifths;
@@ -45,6 +46,8 @@ def open_collection(source: str | Path) -> Collection:
     if source.split(":")[0] == PYDOCS:
         return _pydocs(source)
     if path.is_file():
+        if path.name.endswith(RECORDS) and not path.name.startswith(("corpus.", "queries.")):
+            return read_dataset(path)
         raise DataError(f"{source} is a file; expected the folder it lies in:\n{EXPECTED}")
     try:
         known = ir_datasets.is_known(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import itertools
+import json
 import os
 import re
 import unicodedata
@@ -20,6 +21,8 @@ from adaptive_margins.progress import bar
 
 MAX_LINE = 1 << 20
 """Most bytes of a line. In a longer one, line feeds were probably lost."""
+RECORDS = (".jsonl", ".jsonl.gz", ".parquet")
+"""What the names of files of records end in."""
 _SHOWN = 20  # kinds of faults listed in one error
 _HEAD = 4096  # bytes that a file's kind is determined from
 _COMPARED = 100_000  # known ids that an unknown one is compared with, for a hint in seconds
@@ -151,6 +154,45 @@ def read_lines(path: Path, problems: Problems, *, empty: bool = False) -> Iterat
     except (OSError, EOFError, zlib.error) as error:
         reason = f"cannot be read ({getattr(error, 'strerror', '') or error})"
         problems.add(path, 0, f"truncated or damaged gzip file ({error})" if zipped else reason)
+
+
+def read_records(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield number (from 1) and content of each line of JSON, or row of a ``.parquet`` file.
+
+    Faults are noted in ``problems`` and left out, as by `read_lines`.
+    """
+    if path.suffix == ".parquet":
+        from pyarrow import ArrowException, parquet
+
+        try:
+            batches = parquet.ParquetFile(path).iter_batches()
+            yield from enumerate((row for b in batches for row in b.to_pylist()), start=1)
+        except (ArrowException, OSError, OverflowError, ValueError) as error:
+            problems.add(path, 0, f"cannot be read as Parquet ({' '.join(str(error).split())})")
+        return
+    for number, line in read_lines(path, problems):
+        if number == 1 and (found := _other_json(line.strip())):
+            problems.add(path, 1, f"JSON lines expected, found {found} {path.name} > NEW")
+            return
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", "nested too deep")
+            blank = r"a blank line; remove such lines: sed -i '/^\s*$/d' FILE"
+            problems.add(path, number, f"not valid JSON ({reason if line.strip() else blank})")
+            continue
+        if isinstance(record, dict):
+            yield number, record
+        else:
+            problems.add(path, number, 'expected {"_id": text, "text": text} or another object')
+
+
+def _other_json(first: str) -> str:
+    """What a file that is not JSON lines is, by its first line, and the way out; "" if it is."""
+    if first in ("[", "{"):
+        way = "jq -c '.[]'" if first == "[" else "jq -c ."
+        return f"JSON over several lines; convert it: {way}"
+    return "an array; convert it: jq -c '.[]'" if first.startswith("[") else ""
 
 
 def read_columns(

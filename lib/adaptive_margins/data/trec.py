@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adaptive_margins.data.text import DataError, Problems, read_lines
+from adaptive_margins.data.text import RECORDS, DataError, Problems, read_lines, read_records
 from adaptive_margins.files import atomic_file
 
 Qrels = dict[str, dict[str, int]]
@@ -294,11 +294,13 @@ def read_qrels(path: Path, *, trusted: bool = False) -> Qrels:
 def read_judgements(path: Path, problems: Problems, *, empty: bool = False) -> Judgements:
     """Yield line number (from 1), query id, docid and grade of each judgement, TREC's or BEIR's.
 
+    BEIR's may also be JSON lines or Parquet, by the file's name (`RECORDS`).
     Wrong lines are noted in ``problems`` and left out. ``empty``: whether there may be none.
     """
-    beir, count = False, 0
+    beir, count = path.name.endswith(RECORDS), 0
+    lines = _record_lines(path, problems) if beir else read_lines(path, problems, empty=empty)
     seen: dict[tuple[str, str], str] = {}
-    for number, line in read_lines(path, problems, empty=empty):
+    for number, line in lines:
         cells = line.split()
         if number == 1 and cells == _BEIR_HEADER:
             beir = True
@@ -321,6 +323,15 @@ def read_judgements(path: Path, problems: Problems, *, empty: bool = False) -> J
             yield number, qid, docid, int(text)
     if beir and not count and not empty:
         problems.add(path, 0, "no judgement found")
+
+
+def _record_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
+    """Lines of BEIR's columns from records, in which a grade may be 1.0."""
+    for number, record in read_records(path, problems):
+        names = ((name, name.replace("-", "_")) for name in _BEIR_HEADER)
+        qid, docid, grade = (record.get(one, record.get(other, "")) for one, other in names)
+        whole = isinstance(grade, float) and grade.is_integer()
+        yield number, f"{qid}\t{docid}\t{int(grade) if whole else grade}"
 
 
 def _wrong_grade(text: str) -> str:
