@@ -35,7 +35,7 @@ from adaptive_margins.retrieval.bm25 import BM25
 from adaptive_margins.retrieval.dense import hybrid
 from conftest import WORDS
 
-COMMANDS = ["train", "evaluate", "compare", "index", "search", "collection"]
+COMMANDS = ["train", "evaluate", "compare", "index", "search", "collection", "mine"]
 TERMS = WORDS[5:]
 
 

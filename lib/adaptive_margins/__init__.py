@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from adaptive_margins.corpus.compare import compare_files as compare_files
     from adaptive_margins.corpus.evaluate import evaluate_encoder as evaluate_encoder
     from adaptive_margins.corpus.finetune import finetune as finetune
+    from adaptive_margins.corpus.mine import mine_negatives as mine_negatives
     from adaptive_margins.data.collection import Collection as Collection
     from adaptive_margins.data.collection import Texts as Texts
     from adaptive_margins.data.sources import open_collection as open_collection
@@ -54,6 +55,7 @@ _MODULES = {
     "load_profile": "profiles.load",
     "margin_loss": "losses",
     "margins_and_targets": "losses",
+    "mine_negatives": "corpus.mine",
     "open_collection": "data.sources",
     "open_encoder": "encoder.load",
     "paper": "",

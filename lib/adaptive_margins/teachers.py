@@ -20,10 +20,13 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from adaptive_margins.data.collection import Collection
+from adaptive_margins.data.collection import Collection, Texts
+from adaptive_margins.data.mining import Similarity
 from adaptive_margins.data.text import Problems
+from adaptive_margins.encoder import checks
+from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.encoder.frozen import LoadedEncoder
-from adaptive_margins.encoder.load import quiet, weights_folder
+from adaptive_margins.encoder.load import model_folder, quiet, weights_folder
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import atomic_file
@@ -204,6 +207,41 @@ def open_cross_encoder(
             )
     except (OSError, RuntimeError, ValueError) as error:
         raise TeacherError(f"teacher.model {model.base!r} cannot be opened: {error}") from error
+
+
+def pair_scores(name: str, queries: Texts, passages: Texts, device: str) -> Similarity:
+    """Open a cross-encoder with the checks of `open_encoder`; return its scores, in (0, 1), of ids.
+
+    Raises:
+        EncoderError: there is no such model with one score, or its files do not fit each other.
+    """
+    from sentence_transformers import CrossEncoder
+
+    folder = model_folder(name)
+    checks.check_folder(folder)
+    place = checks.module_folders(folder)[0]
+    checks.check_config(place, plain=False)
+    if not (files := checks.weight_files(place)):
+        raise EncoderError(f"{place} has no model.safetensors (pickles are not loaded)")
+    options: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
+    options = {"model_kwargs": options, "local_files_only": True, "device": device}
+    try:
+        with quiet():
+            model = CrossEncoder(str(folder), activation_fn=torch.nn.Sigmoid(), **options)
+    except Exception as error:  # as `open_encoder`
+        raise EncoderError(f"{name!r} could not be loaded: {checks.one_line(error)}") from error
+    checks.check_weights(name, model, files)
+    checks.check_tokenizer(name, model)
+    checks.limit_length(name, model, None)
+    if model.num_labels != 1:
+        raise EncoderError(f"cross-encoder {name!r} has {model.num_labels} scores; expected one")
+
+    def scores(qid: str, docids: list[str]) -> np.ndarray:
+        pairs = [(queries[qid], passages[docid]) for docid in docids]
+        found: np.ndarray = model.predict(pairs, show_progress_bar=False)
+        return found
+
+    return scores
 
 
 def fine_tune(

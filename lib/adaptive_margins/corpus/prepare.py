@@ -18,7 +18,7 @@ import numpy as np
 from adaptive_margins.corpus.settings import FinetuneError, Job, Settings
 from adaptive_margins.corpus.validation import Validation, with_positive
 from adaptive_margins.data.collection import Collection, Texts, Triple
-from adaptive_margins.data.mining import filter_negatives
+from adaptive_margins.data.mining import Similarity, filter_negatives
 from adaptive_margins.data.pseudo_queries import about, pseudo_collection
 from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.splits import MOST_TEST, MOST_VALIDATION, split_queries
@@ -51,18 +51,18 @@ class SplitCollection:
     pseudo: dict[str, Any] | None
 
 
-def open_split(source: str, triples: int | None, seed: int) -> SplitCollection:
+def open_split(source: str | Collection, triples: int | None, seed: int) -> SplitCollection:
     """Open a collection and split its queries; pseudo-queries are generated if it has none.
 
     Args:
-        source: a folder, "pydocs" or an ir_datasets id (`open_collection`).
+        source: a folder, "pydocs" or an ir_datasets id (`open_collection`), or what it returned.
         triples: pseudo-queries to train on, at most; None for the default of `Settings`.
         seed: of the split and of the pseudo-queries.
 
     Raises:
         DataError: as `open_collection` and `split_queries`.
     """
-    collection = open_collection(source)
+    collection = source if isinstance(source, Collection) else open_collection(source)
     if any(len(queries) for queries in collection.queries.values()):
         return SplitCollection(*split_queries(collection, seed=seed), None)
     say(f"{collection.name} has no queries: generating pseudo-queries")
@@ -147,13 +147,7 @@ def mined_triples(
         qids = [qids[row] for row in seeded_order(len(qids), seed)[:count]]
     qrels = {qid: qrels[qid] for qid in qids}
     texts = Texts(qids, [queries[qid] for qid in qids])
-    embeddings = dict(zip(qids, zero_shot.embed_queries(texts.texts), strict=True))
-
-    def similarity(qid: str, docids: list[str]) -> np.ndarray:
-        rows = [passages.row(docid) for docid in docids]
-        scores: np.ndarray = zero_shot.embeddings[rows] @ embeddings[qid]
-        return scores
-
+    similarity = cosines(zero_shot, texts)
     found = miner.search(texts, settings.negatives_depth)
     candidates, counts = filter_negatives(found, qrels, passages, similarity=similarity, seed=seed)
     if not candidates:
@@ -167,6 +161,18 @@ def mined_triples(
         "guarded": dataclasses.asdict(counts),
     }
     return triples, facts
+
+
+def cosines(retriever: DenseRetriever, queries: Texts) -> Similarity:
+    """Return the encoder's similarity of queries and passages, for `filter_negatives`."""
+    embeddings = retriever.embed_queries(queries.texts)
+
+    def similarity(qid: str, docids: list[str]) -> np.ndarray:
+        rows = [retriever.passages.row(docid) for docid in docids]
+        scores: np.ndarray = retriever.embeddings[rows] @ embeddings[queries.row(qid)]
+        return scores
+
+    return similarity
 
 
 def numbered(

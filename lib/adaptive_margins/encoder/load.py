@@ -318,7 +318,7 @@ def _is_hub_name(name: str) -> bool:
 
 def _files(name: str, settings: EncoderSettings | None) -> tuple[Path, list[Path]]:
     """Folder and weights of an encoder, checked without loading it."""
-    folder = _folder(name)
+    folder = model_folder(name)
     checks.check_folder(folder)
     checks.check_kind(folder, _FORMS)
     places = checks.module_folders(folder)
@@ -350,8 +350,8 @@ def _files(name: str, settings: EncoderSettings | None) -> tuple[Path, list[Path
     return folder, weights
 
 
-def _folder(name: str) -> Path:
-    """Local folder of an encoder, fetched from the hub if it is not in the hub's cache."""
+def model_folder(name: str) -> Path:
+    """Return a model's local folder, fetched from the hub if it is not in the hub's cache."""
     if name == "minilm":
         spec = importlib.util.find_spec(_MINILM_PACKAGE)
         if spec is None or spec.origin is None:

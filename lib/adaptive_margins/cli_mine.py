@@ -1,0 +1,65 @@
+"""The command `mine`: hard negatives of a custom corpus, for any trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from adaptive_margins.cli_corpus import MOST_SEED, Device, Json, Miner, Model, Source, Verbose
+from adaptive_margins.encoder.options import EncoderOptions
+from adaptive_margins.terminal import encoder_options, expanded, old_path, show, working
+
+commands = typer.Typer()
+_EXAMPLES = """\b
+Examples:
+  adaptive-margins mine my_corpus --output my_corpus/triples.tsv
+  adaptive-margins mine my_corpus --output tuples.parquet --negatives 5
+  adaptive-margins mine pydocs --output mined --cross-encoder my_reranker
+"""
+
+
+@commands.command(rich_help_panel="Your corpus", epilog=_EXAMPLES)
+@encoder_options
+def mine(
+    path: Source,
+    output: Annotated[
+        Path,
+        Option(
+            parser=old_path,
+            help="NAME.tsv: ids, as triples.tsv; NAME.jsonl, NAME.parquet: texts and ids; a new"
+            " folder: the collection with the triples.",
+        ),
+    ],
+    options: EncoderOptions,
+    retriever: Annotated[Miner, Option(help="Whose best passages are candidates.")] = "bm25",
+    model: Model = "minilm",
+    negatives: Annotated[int, Option(min=1, help="Of each query and positive.")] = 1,
+    depth: Annotated[int, Option(min=1, help="Candidates of a query.")] = 100,
+    cross_encoder: Annotated[
+        str | None,
+        Option(parser=expanded, help="Scores the filter's pairs: a folder, or ORG/NAME@REVISION."),
+    ] = None,
+    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of the choice of negatives.")] = 1,
+    device: Device = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Mine hard negatives, without probable positives, for this or another trainer.
+
+    The candidates are filtered as by `train`. OUTPUT gets triples, or with
+    several --negatives n-tuples, and OUTPUT.scores.tsv ranks and scores.
+    """
+    with working(verbose, f"{model} {cross_encoder or ''}"):
+        from adaptive_margins.corpus.mine import mine_negatives
+        from adaptive_margins.text_tables import aligned
+
+        asked = retriever, model, negatives, depth, cross_encoder, seed, device, options
+        found = mine_negatives(path, output, *asked)
+    counts = {**found["filtered"], "too_few": found["too_few"], "rows": found["rows"]}
+    rows = aligned([[name.replace("_", " "), f"{count:,}"] for name, count in counts.items()])
+    last = f"{found['output']}; ranks and scores of negatives: {found['scores']}"
+    parts = [found["split"], "\n".join(rows), last]
+    show(found, as_json, "\n\n".join(part for part in parts if part))
