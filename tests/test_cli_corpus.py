@@ -159,7 +159,9 @@ TRAIN = {
         "queries": "int", "passages": "int", "start": {"nDCG@10": "float"}, "best": {"nDCG@10": "float"},
         "difference": "float", "standard_error": "float",
     },
-    "merge": {"alphas": ["float"], "values": ["float"], "alpha": "float", "step": "int"},
+    "merge": {
+        "alphas": ["float"], "values": ["float"], "alpha": "float", "step": "int", "difference": "float", "standard_error": "float",
+    },
     "hybrid": {
         "weight": "float", "weights": ["float"], "curve": ["float"], "reciprocal_rank": "float", "queries": "int",
     },
@@ -780,15 +782,17 @@ def test_train_hands_on_what_was_asked_for(answer, call, asked):
     assert answer("train", "corpus", "--output", "out dir") == REPORT
     call("train", "corpus", "--output", "o", "--target", ".3", "--seed", 7, "--negatives", "encoder", "--triples", 9,
          "--measures", "P@5 nDCG@10 P(rel=1)@5", "--device", "cpu", "--report-to", "tensorboard", "--model", "m", "--batch-size", 4,
-         "--learning-rate", ".01", "--query-prompt", "q: ", "--passage-prompt", "p: ", "--dimensions", 8, "--max-length", 9)  # fmt: skip
+         "--learning-rate", ".01", "--query-prompt", "q: ", "--passage-prompt", "p: ", "--dimensions", 8, "--max-length", 9,
+         "--folds", 5, "--also", "other")  # fmt: skip
     defaults = {
         "model": "minilm", "target": "distributed", "seed": 1, "measures": ["nDCG@10", "R(rel=1)@100"], "negatives": "bm25",
         "device": None, "triples": None, "report_to": (), "settings": Settings(), "options": EncoderOptions(),
+        "folds": None, "also": None,
     }  # fmt: skip
     given = {
         "model": "m", "target": 0.3, "seed": 7, "measures": ["P(rel=1)@5", "nDCG@10"], "negatives": "encoder",
         "device": "cpu", "triples": 9, "report_to": ("tensorboard",),
-        "settings": Settings(batch_size=4, learning_rate=0.01), "options": EncoderOptions("q: ", "p: ", 8, 9),
+        "settings": Settings(batch_size=4, learning_rate=0.01), "options": EncoderOptions("q: ", "p: ", 8, 9), "folds": 5, "also": "other",
     }  # fmt: skip
     assert asked == [("corpus", Path("out dir"), defaults), ("corpus", Path("o"), given)]
 

@@ -40,6 +40,8 @@ train my_corpus --output my_encoder
 train my_corpus --output my_encoder --json > report.json
 train pydocs:numpy --output small --triples 512
 train my_corpus --output baseline --target 0.3
+train my_corpus --output best --target all
+train my_corpus --output tested --folds 5
 evaluate my_corpus --model my_encoder
 evaluate my_corpus --model minilm --run-out minilm.run
 evaluate my_corpus --model minilm --mode rerank --json
@@ -100,7 +102,9 @@ def train(
     options: EncoderOptions,
     output: Annotated[Path, Option(parser=new_folder, help="A new folder for the encoder.")],
     model: Model = "minilm",
-    target: Annotated[str, Option(help="distributed, adaptive, or a margin ε.")] = "distributed",
+    target: Annotated[
+        str, Option(help="distributed, adaptive, a margin ε, softmax; all: the best of six.")
+    ] = "distributed",
     seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of split, triples and dropout.")] = 1,
     negatives: Annotated[Miner, Option(help="Retriever that negatives are mined with.")] = "bm25",
     triples: Annotated[
@@ -108,6 +112,8 @@ def train(
     ] = None,
     batch_size: Annotated[int | None, Option(min=1, help="Default: 32, on a GPU 128.")] = None,
     learning_rate: Annotated[float | None, Option(min=0, help="Default: 2e-5.")] = None,
+    folds: Annotated[int | None, Option(min=3, help="Cross-validate with so many folds.")] = None,
+    also: Annotated[str | None, Option(parser=expanded, help="Is it worse on this PATH?")] = None,
     measures: Measures = "nDCG@10 R@100",
     device: Device = None,
     report_to: Annotated[
@@ -144,16 +150,22 @@ def train(
             report_to=tuple(report_to or ()),
             settings=given,
             options=options,
+            folds=folds,
+            also=also,
         ).report
     show(found, as_json, _train_text(found, path))
 
 
 def _train_text(report: Mapping[str, Any], path: str) -> str:
     """The report of `train` for a terminal."""
+    from adaptive_margins.corpus.choice import choice_table
+    from adaptive_margins.text_tables import aligned
+
     folder, place = report["model_dir"], shlex.quote(report["model_dir"])
     runs = " ".join(f"{place}/runs/{name}.test.run.gz" for name in ("start", "trained"))
     parts = [
         report["collection"]["split"],
+        "\n".join(aligned(choice_table(report))),
         *_systems_text(report, "test queries"),
         report["verdict"],
         f"The encoder is in {folder}: SentenceTransformer({folder!r}) opens it. Next:\n"

@@ -76,7 +76,13 @@ def rows_of(style) -> list[list[str]]:
 
 def test_the_notebook_runs_where_training_does_not_help(tmp_path, encoder, warm_start):  # noqa: F811
     saved(collection_of(train_on_chance=True), tmp_path / "collection")
-    parameters = {"source": "collection", "output": "output", "model": encoder, "triples": 64}
+    parameters = {
+        "source": "collection",
+        "output": "output",
+        "model": encoder,
+        "triples": 64,
+        "target": "all",
+    }
     notebook = papermill.execute_notebook(
         NOTEBOOK, tmp_path / "out.ipynb", parameters, kernel_name="python3", start_timeout=300, cwd=tmp_path,
         progress_bar=False,
@@ -88,9 +94,17 @@ def test_the_notebook_runs_where_training_does_not_help(tmp_path, encoder, warm_
         for cell in notebook.cells
         if cell.cell_type == "code"
     }
-    for name in ("lengths", "train", "comparison", "changes-figure", "targets", "controls"):
+    for name in (
+        "lengths",
+        "train",
+        "losses",
+        "comparison",
+        "changes-figure",
+        "targets",
+        "controls",
+    ):
         assert shown[name].count("image/png") == 1, name
-    for name in ("collection", "means", "verdict", "changes", "browse", "lost", "batch"):
+    for name in ("collection", "losses", "means", "verdict", "changes", "browse", "lost", "batch"):
         assert shown[name].count("text/html") == 1, name
     cells = {cell.id: cell for cell in notebook.cells}
     streams = [o for o in cells["train"].outputs if o.output_type == "stream"]

@@ -275,6 +275,7 @@ def test_a_gain_that_chance_would_explain_does_not_count(helped, encoder, tmp_pa
         ({"negatives": "random"}, "negatives is 'random'; expected 'bm25' or 'encoder'"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**32}, "seed is 4294967296"),
+        ({"folds": 2}, "folds is 2; expected at least 3"),
         ({"triples": 1}, "triples is 1; expected at least 2"),
         ({"report_to": ("printer",)}, "cannot report to 'printer'; expected any of tensorboard, "),
     ],

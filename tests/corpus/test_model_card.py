@@ -149,6 +149,13 @@ def test_the_loss_by_its_equations(target, formula, equations):
     assert equations in text
 
 
+def test_the_softmax_loss_is_not_called_a_margin_loss():
+    found = card(target="softmax")
+    assert "loss:MultipleNegativesRankingLoss" in found.data.tags
+    assert "with a softmax loss" in found.text and "argin loss" not in found.text
+    assert "φ(q_i" not in found.text and "gienapp" not in found.text
+
+
 def test_what_only_some_cards_have():
     kept = card(kept="start")
     assert "loss:MarginLoss" not in kept.data.tags

@@ -8,7 +8,7 @@ import pytest
 
 from adaptive_margins.data import splits
 from adaptive_margins.data.collection import Collection, Texts
-from adaptive_margins.data.splits import split_queries
+from adaptive_margins.data.splits import fold_queries, split_queries
 from adaptive_margins.data.text import DataError
 
 
@@ -122,3 +122,33 @@ def test_without_enough_judged_queries() -> None:
         split_queries(collection_of(test=3), seed=1)
     split, _ = split_queries(collection_of(test=4), seed=1)
     assert [len(texts) for texts in split.queries.values()] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("folds", [3, 5])
+def test_each_query_is_in_one_fold_and_trains_no_encoder_that_ranks_it(folds: int) -> None:
+    whole = collection_of(test=43)
+    (*parts, last), sentence = fold_queries(whole, folds, seed=2)
+    judged = {q for q, grades in whole.qrels["test"].items() if max(grades.values()) > 0}
+    sets = [{name: {*texts.ids} for name, texts in part.queries.items()} for part in parts]
+    assert len(sets) == folds
+    for name in ("test", "validation"):
+        assert sorted(qid for part in sets for qid in part[name]) == sorted(judged)
+    for part in sets:
+        assert set.union(*part.values()) == judged
+        assert sum(map(len, part.values())) == len(judged)
+    assert {*last.queries["test"].ids} == judged
+    kept = {name: {*last.queries[name].ids} for name in ("train", "validation")}
+    assert kept["train"] | kept["validation"] == judged
+    assert not kept["train"] & kept["validation"]
+    assert f"Each of the {len(judged)} judged queries" in sentence
+    assert fold_queries(whole, folds, seed=2)[0] == [*parts, last]
+    assert fold_queries(whole, folds, seed=3)[0] != [*parts, last]
+
+
+def test_folds_need_one_set_and_a_query_each() -> None:
+    with pytest.raises(DataError, match=r"only set .* there are 2 \(train, test\)"):
+        fold_queries(collection_of(train=9, test=9), 3, seed=1)
+    with pytest.raises(DataError, match="are too few to split"):
+        fold_queries(collection_of(test=4), 5, seed=1)
+    assert "--folds 5" in split_queries(collection_of(test=100), seed=1)[1]
+    assert "--folds" not in split_queries(collection_of(test=400), seed=1)[1]

@@ -29,7 +29,7 @@ _NUMBER = Annotated[float, Field(allow_inf_nan=False)]
 _NATURAL = Annotated[int, Field(ge=0)]
 _RATE = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _LISTED = Annotated[str, Field(pattern=r"^\d+(,\d+)*$")]
-_NAMED = Annotated[str, Field(pattern="^(adaptive|distributed)$")]
+_NAMED = Annotated[str, Field(pattern="^(adaptive|distributed|softmax|all)$")]
 _TEXT = Annotated[str, Field(pattern=r"\S")], "text"
 _COUNT = Annotated[int, Field(ge=1)] | None, "a whole number from 1 on, or None"
 PARAMETERS: dict[str, tuple[Any, str]] = {
@@ -39,7 +39,7 @@ PARAMETERS: dict[str, tuple[Any, str]] = {
     "source": _TEXT,
     "output": _TEXT,
     "model": _TEXT,
-    "target": (_NUMBER | _NAMED, 'a number, "adaptive" or "distributed"'),
+    "target": (_NUMBER | _NAMED, 'a number, "adaptive", "distributed", "softmax" or "all"'),
     "epsilon": (_NUMBER, "a number"),
     "query_set": (_TEXT[0] | None, "text or None"),
     "encoder": (_TEXT[0] | None, "text or None"),

@@ -12,7 +12,7 @@ from adaptive_margins.corpus.finetuned import Finetuned, about_collection, compa
 from adaptive_margins.corpus.selection import choose_weight
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.sources import open_collection
-from adaptive_margins.data.splits import split_queries
+from adaptive_margins.data.splits import fold_queries, split_queries
 from adaptive_margins.data.text import DataError, alike
 from adaptive_margins.data.trec import Qrels, Run, read_marked_run, run_tag, top, write_run
 from adaptive_margins.encoder.load import default_device, encoder_identity, open_encoder, options_of
@@ -146,7 +146,10 @@ def held_out(collection: Collection, model: str) -> tuple[Collection, str]:
     if not trained_on.get("split"):
         return collection, ""
     try:
-        parts, split = split_queries(collection, seed=report["seed"])
+        if folds := report.get("folds"):
+            (*_, parts), split = fold_queries(collection, len(folds), seed=report["seed"])
+        else:
+            parts, split = split_queries(collection, seed=report["seed"])
     except DataError:
         return collection, ""
     if parts.fingerprint != trained_on["fingerprint"]:

@@ -20,13 +20,13 @@ from matplotlib.ticker import MaxNLocator
 from pandas.io.formats.style import Styler
 from torch import Tensor
 
-from adaptive_margins.book.figures import GREY, PALE, WIDTH, drawing
+from adaptive_margins.book.figures import GREY, LOSSES, PALE, WIDTH, drawing
 from adaptive_margins.book.per_query import per_query_figure
 from adaptive_margins.book.style import measure_label, score
 from adaptive_margins.book.tables import shorten
 from adaptive_margins.corpus.finetune import finetune
 from adaptive_margins.corpus.finetuned import RUNS, Finetuned, compared
-from adaptive_margins.corpus.settings import FinetuneError, Settings, Target
+from adaptive_margins.corpus.settings import FinetuneError, Settings, Target, loss_name
 from adaptive_margins.corpus.validation import SELECTION
 from adaptive_margins.data.collection import Collection
 from adaptive_margins.data.mining import filter_negatives
@@ -115,7 +115,7 @@ def _check_same(
     report, used = done.report, done.report["settings"]
     wanted = triples or Settings.for_device(used["device"]).triples
     pairs = {
-        "target": (report["target"], target),
+        "target": ("all" if "choice" in report else report["target"], target),
         "seed": (report["seed"], seed),
         "number of triples": (used["triples"], wanted),
         "encoder": (report["encoder"]["identity"], encoder_identity(model)),
@@ -155,6 +155,21 @@ def learning_curve(curve: pd.DataFrame, report: Mapping[str, Any] | None = None)
         axis.margins(y=0.2)
         axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axis.legend(frameon=False)
+    return figure
+
+
+def losses_figure(done: Finetuned) -> Figure:
+    """Draw the curves of all losses that one was chosen of; the chosen one is thick."""
+    choice = done.report["choice"]
+    with drawing():
+        figure, axis = plt.subplots(figsize=(WIDTH, 3), layout="constrained")
+        for row, color in zip(choice["trainings"], LOSSES, strict=False):
+            name, width = loss_name(row["target"]), 1 + 1.5 * (row["target"] == choice["chosen"])
+            values = row["steps"], row["values"]
+            axis.plot(*values, "o-", color=color, linewidth=width, markersize=3, label=name)
+        axis.axhline(row["values"][0], color=GREY, linestyle=":", label="before training")
+        axis.set(xlabel="training step", ylabel=f"{SELECTION}, validation")
+        axis.legend(frameon=False, fontsize=8)
     return figure
 
 

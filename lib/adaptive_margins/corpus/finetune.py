@@ -2,14 +2,16 @@
 
 The loss has no hyperparameters to tune (Section 3), so the procedure is fixed: queries are split
 unless the collection has query sets, negatives are mined if there are no triples, and validation
-stops the training, mixes the result with the zero-shot encoder, and weighs the fusion with BM25.
-All measures are of a full, exact ranking of the test queries.
+stops the training, chooses the loss if several are trained with, mixes the result with the
+zero-shot encoder, and weighs the fusion with BM25. All measures are of a full, exact ranking of the
+test queries.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import math
 import platform
 import shutil
@@ -24,6 +26,7 @@ from datasets import Dataset
 from safetensors import SafetensorError
 
 from adaptive_margins import __version__
+from adaptive_margins.corpus.choice import about_choice, about_training
 from adaptive_margins.corpus.finetuned import (
     RUNS,
     Finetuned,
@@ -33,17 +36,25 @@ from adaptive_margins.corpus.finetuned import (
     verdict,
     write_results,
 )
+from adaptive_margins.corpus.forgetting import not_worse, second_collection
 from adaptive_margins.corpus.prepare import (
     Prepared,
     SplitCollection,
     Stages,
     batches,
     check_test_set,
-    open_split,
+    open_parts,
     prepare,
 )
-from adaptive_margins.corpus.selection import best_merge, learned
-from adaptive_margins.corpus.settings import FinetuneError, Job, OnCheck, Settings, Target
+from adaptive_margins.corpus.selection import ALPHAS, best_merge, learned
+from adaptive_margins.corpus.settings import (
+    FinetuneError,
+    Job,
+    OnCheck,
+    Settings,
+    Target,
+    loss_name,
+)
 from adaptive_margins.corpus.validation import DEPTH, SELECTION, Validation, gain
 from adaptive_margins.data.stored import COLUMNS
 from adaptive_margins.data.trec import Run
@@ -57,14 +68,15 @@ from adaptive_margins.encoder.load import (
 )
 from adaptive_margins.encoder.options import EncoderOptions
 from adaptive_margins.encoder.speed import default_chunks
-from adaptive_margins.evaluation.measures import evaluate
-from adaptive_margins.files import atomic_folder, digest, working_folder
-from adaptive_margins.progress import bar, say
+from adaptive_margins.evaluation.measures import Evaluation, evaluate
+from adaptive_margins.files import atomic_folder, digest, read_object, working_folder, write_text
+from adaptive_margins.progress import bar, clock, say
 from adaptive_margins.retrieval.dense import DenseRetriever, hybrid
 from adaptive_margins.runs import TrainingRun
 from adaptive_margins.training import TrainingResult, train
 
 _TENSORBOARD = "tensorboard"
+_FOLD = ("target", "best_step", "merge", "hybrid", "relevant_queries", "measures")
 
 
 def finetune(
@@ -82,6 +94,8 @@ def finetune(
     on_check: OnCheck | None = None,
     settings: Settings | None = None,
     options: EncoderOptions | None = None,
+    folds: int | None = None,
+    also: str | None = None,
 ) -> Finetuned:
     """Fine-tune an encoder on a collection, and compare it with the zero-shot encoder and BM25.
 
@@ -95,7 +109,9 @@ def finetune(
         source: a folder, "pydocs" or an ir_datasets id (`open_collection`).
         output: a folder that does not exist, or is empty.
         model: the encoder to start from (`open_encoder`).
-        target: ε, "adaptive" or "distributed" (Section 3).
+        target: ε, "adaptive" or "distributed" (Section 3); "softmax"
+            (MultipleNegativesRankingLoss); or "all": all of `settings.ALL`, of which the one that
+            is best on validation is kept.
         seed: of splitting, mining, the order of triples, and dropout; 0 to 2³² − 1.
         measures: on the test queries, in ir_measures' notation; the first one is compared.
         negatives: the retriever that negatives are mined with, if there are no triples.
@@ -105,6 +121,9 @@ def finetune(
         on_check: gets the learning curve so far, after each evaluation.
         settings: in the place of the device's defaults.
         options: prompts, dimensions and length of the encoder, saved with it.
+        folds: test each query of the only set, in so many parts (cross-validation): each part by an
+            encoder that is trained on the others. The encoder in the output is trained on all.
+        also: a second collection, to test whether the trained encoder became worse there.
 
     Raises:
         ArgumentError: a value is not one of the above.
@@ -128,10 +147,13 @@ def finetune(
         on_check=on_check,
         settings=settings or Settings.for_device(device),
         options=options or EncoderOptions(),
+        folds=folds,
+        also=also,
     ).checked()
     if is_first():
         with working_folder(job.output) as work:
             _finetune(job, work)
+            shared(None)  # the end of `_follow`
     else:
         _follow(job)
     wait()
@@ -140,54 +162,57 @@ def finetune(
 
 def _follow(job: Job) -> None:
     """Train with the first process, which prepares and writes."""
-    encoder = open_encoder(job.model, job.options, device=job.device, seed=job.seed)
     nothing: Any = None
-    _train(job, *shared(nothing), encoder=encoder)
+    while task := shared(nothing):
+        _train(job, *task)
 
 
-def _finetune(job: Job, work: Path) -> None:
-    """Prepare, train, rank, compare and write."""
+_Task = tuple[TrainingRun, Prepared, Path, Evaluation]
+
+
+def _finetune(job: Job, work: Path, fold: SplitCollection | None = None, left: int = 1) -> None:
+    """Prepare, train, rank, compare and write, or do so for a fold, ``left`` of which are left."""
     stages = Stages()
     identity = encoder_identity(job.model)  # an encoder that cannot be used is reported first
     encoder = open_encoder(job.model, job.options, device=job.device, seed=job.seed)
     with stages("collection", f"reading {job.source}"):
-        data = open_split(job.source, job.triples or job.settings.triples, job.seed)
+        *folds, data = [fold] if fold else open_parts(job)
         usable = check_test_set(data, job.measures)
+    if job.also:
+        with stages("forgetting", f"ranking {job.also} with the zero-shot encoder"):
+            second, about = second_collection(job)
+            before = second(encoder)
+    tested = [_fold(job, work, identity, part, len(folds) + 1 - i) for i, part in enumerate(folds)]
     prepared = prepare(job, work, data, encoder, identity, stages)
-    config = _config(job, data, encoder, identity, prepared)
-    folder = work / f"training-{prepared.digest(config)}"
-    result = _train(job, *shared((config, prepared, folder)), encoder=encoder)
-    stages.seconds |= {"training": result.train_seconds, "validation": result.eval_seconds}
+    given = (data, encoder, identity, prepared)
+    config, folder, result, losses = _trained(job, work, *given, stages, left)
     with stages("validation", "merging the trained encoder with the original one"):
-        with warnings.catch_warnings(action="ignore"):  # they were shown at the start
-            encoder = open_encoder(job.model, job.options, device=job.device, seed=job.seed)
         merge = best_merge(encoder, result, prepared.validation, job.settings.standard_errors)
     with stages("ranking", "ranking the test queries"):
         runs, fusion = _rank(job, data, encoder if merge["alpha"] else None, prepared)
+    for name in ("trained", "hybrid") if tested else ():
+        runs[name] = {qid: hits for done in tested for qid, hits in done.run(name).items()}
     qrels = data.collection.qrels["test"]
-    size = sum(parameter.numel() for parameter in encoder.parameters())
     evaluations = {name: evaluate(qrels, runs[name], job.measures) for name in RUNS}
     report: dict[str, Any] = {
         "model_dir": str(job.output),
         "collection": _about_collection(job, data),
-        "encoder": {"name": job.model, "identity": identity, "parameters": size},
+        "encoder": _about_encoder(job, identity, encoder),
         "options": options_of(encoder),
-        "target": job.target,
-        "seed": job.seed,
-        "triples": {"used": result.triples, "chosen": prepared.count, **prepared.facts},
-        "truncated": {**prepared.truncated, "limit": config.query_length},
-        "settings": _about_settings(job, config),
-        "bm25": prepared.bm25,
-        "kept": "trained" if merge["alpha"] else "start",
-        "best_step": result.best_step,
-        "stop_step": result.stop_step,
-        "validation": _about_validation(prepared.validation, result),
-        "merge": merge,
+        **_about_training(job, config, prepared, result, merge),
         "hybrid": fusion,
         "relevant_queries": usable,
         "measures": {name: evaluation.mean for name, evaluation in evaluations.items()},
         "comparisons": comparisons(evaluations, job.measures[0], usable, prepared.bm25),
     }
+    if len(losses) > 1:
+        report["choice"] = about_choice(losses, merge, qrels, runs)
+    if tested:
+        report["folds"] = [{name: done.report[name] for name in _FOLD} for done in tested]
+        stages.seconds["folds"] = sum(sum(done.report["seconds"].values()) for done in tested)
+    if job.also:
+        with stages("forgetting", f"ranking {job.also} with the encoder that is kept"):
+            report["also"] = {**about, **not_worse(second(encoder), before)}
     report["verdict"] = verdict(report)
     report["seconds"] = {name: round(seconds, 1) for name, seconds in stages.seconds.items()}
     report["versions"] = _versions()
@@ -199,13 +224,76 @@ def _finetune(job: Job, work: Path) -> None:
     say(report["verdict"])
 
 
+def _fold(job: Job, work: Path, identity: str, fold: SplitCollection, left: int) -> Finetuned:
+    """Train and test for a fold; the result is in ``work``, where a resumed call finds it."""
+    say(f"{left - 1} of {job.folds} folds are left")
+    part = dataclasses.replace(job, output=work, on_check=None, folds=None, also=None)
+    output = work / f"fold-{digest([fold.collection.fingerprint, identity, repr(part)])}"
+    if not (output / "training.json").is_file():
+        _finetune(dataclasses.replace(part, output=output, on_check=job.on_check), work, fold, left)
+        for finished in work.glob("training-*"):  # hundreds of megabytes each
+            shutil.rmtree(finished)
+    return Finetuned.load(output)
+
+
 # ---- training and ranking ---------------------------------------------------------------------
 
 
+def _trained(
+    job: Job,
+    work: Path,
+    data: SplitCollection,
+    encoder: Any,
+    identity: str,
+    prepared: Prepared,
+    stages: Stages,
+    left: int,
+) -> tuple[TrainingRun, Path, TrainingResult, list[dict[str, Any]]]:
+    """Train with each loss; the first best one on validation, its folder, and the rows of all.
+
+    Of a loss that was beaten no checkpoints are kept, and it is not trained again.
+    """
+    with stages("validation", "evaluating the zero-shot encoder on the validation queries"):
+        start = prepared.validation(encoder)
+    configs = [_config(job, target, data, encoder, identity, prepared) for target in job.targets]
+    seconds, count = stages.seconds["validation"], len(configs)
+    passage = seconds / len(prepared.validation.passages)
+    # A triple has two passages, and a step takes three times as long as embedding alone.
+    each = 6 * passage * configs[0].triples + seconds * job.settings.checks
+    rest = seconds * len(ALPHAS) + passage * len(data.collection.passages)
+    total = clock(left * (count * each + rest))
+    say(f"{left * count} × training, with validation and ranking: about {total} at most")
+    rows: list[dict[str, Any]] = []
+    best: tuple[float, _Task, TrainingResult | None] | None = None
+    for config in configs:
+        name = prepared.digest(config)
+        task: _Task = (config, prepared, work / f"training-{name}", start)
+        path, result = work / f"loss-{name}.json", None
+        if not (row := read_object(path)):
+            result = _train(job, *shared(task))
+            row = about_training(_target(config), result)
+            write_text(path, json.dumps(row))
+        for stage, seconds in row["seconds"].items():
+            stages.seconds[stage] = stages.seconds.get(stage, 0.0) + seconds
+        rows.append(row)
+        ahead = best is None or row["value"] > best[0]
+        if best is not None:
+            shutil.rmtree((best[1] if ahead else task)[2], ignore_errors=True)
+        if ahead:
+            best = row["value"], task, result
+    assert best is not None
+    _, task, result = best
+    return task[0], task[2], result or _train(job, *shared(task)), rows
+
+
+def _target(config: TrainingRun) -> Target:
+    return "softmax" if config.target is None else config.target
+
+
 def _config(
-    job: Job, data: SplitCollection, encoder: Any, identity: str, prepared: Prepared
+    job: Job, target: Any, data: SplitCollection, encoder: Any, identity: str, prepared: Prepared
 ) -> TrainingRun:
-    settings = job.settings
+    settings, softmax = job.settings, target == "softmax"
     batch_size, every = batches(settings, prepared.count)
     query_length, passage_length = prepared.lengths
     return TrainingRun(
@@ -217,8 +305,9 @@ def _config(
         query_length=query_length,
         passage_length=passage_length,
         precision=settings.precision,
-        target=job.target,
-        in_batch=False,
+        loss="softmax" if softmax else "margin",
+        target=None if softmax else target,
+        in_batch=softmax,
         batch_size=batch_size,
         chunks=default_chunks(encoder),
         triples=prepared.count,
@@ -240,12 +329,13 @@ def _config(
 
 
 def _train(
-    job: Job, config: TrainingRun, prepared: Prepared, folder: Path, *, encoder: Any
+    job: Job, config: TrainingRun, prepared: Prepared, folder: Path, start: Evaluation
 ) -> TrainingResult:
-    """Train the encoder in place; the selected checkpoint is loaded at the end."""
+    """Train the zero-shot encoder, whose validation is known."""
     validation, every = prepared.validation, config.evaluate_every
+    name = loss_name(_target(config))
     say(
-        f"training: {config.steps:,} steps of {config.batch_size} triples, an evaluation by"
+        f"training, {name}: {config.steps:,} steps of {config.batch_size} triples, an evaluation by"
         f" {len(validation.queries):,} validation queries on {len(validation.passages):,} passages"
         f" every {every:,} steps"
     )
@@ -264,6 +354,8 @@ def _train(
             if job.on_check is not None:
                 job.on_check(curve)
 
+        with warnings.catch_warnings(action="ignore"):  # they were shown at the start
+            encoder = open_encoder(job.model, job.options, device=job.device, seed=job.seed)
         return train(
             config,
             encoder,
@@ -271,11 +363,12 @@ def _train(
             prepared.queries,
             prepared.passages,
             validation,
+            initial=start,
             folder=folder,
             checkpoint_every=every,
             device=job.device,
             report_to=job.report_to,
-            run_name=job.output.name,
+            run_name=job.output.name if len(job.targets) == 1 else f"{job.output.name}, {name}",
             on_check=on_check,
         )
 
@@ -305,6 +398,29 @@ def _about_collection(job: Job, data: SplitCollection) -> dict[str, Any]:
         "sets": {name: len(qrels) for name, qrels in data.collection.qrels.items()},
         "split": data.split,
         "pseudo": data.pseudo,
+    }
+
+
+def _about_encoder(job: Job, identity: str, encoder: Any) -> dict[str, Any]:
+    size = sum(parameter.numel() for parameter in encoder.parameters())
+    return {"name": job.model, "identity": identity, "parameters": size}
+
+
+def _about_training(
+    job: Job, config: TrainingRun, prepared: Prepared, result: TrainingResult, merge: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "target": _target(config),
+        "seed": job.seed,
+        "triples": {"used": result.triples, "chosen": prepared.count, **prepared.facts},
+        "truncated": {**prepared.truncated, "limit": config.query_length},
+        "settings": _about_settings(job, config),
+        "bm25": prepared.bm25,
+        "kept": "trained" if merge["alpha"] else "start",
+        "best_step": result.best_step,
+        "stop_step": result.stop_step,
+        "validation": _about_validation(prepared.validation, result),
+        "merge": merge,
     }
 
 

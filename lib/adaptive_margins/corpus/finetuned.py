@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from adaptive_margins.corpus.model_card import model_card
-from adaptive_margins.corpus.settings import FinetuneError
+from adaptive_margins.corpus.settings import FinetuneError, loss_name
 from adaptive_margins.corpus.validation import SELECTION
 from adaptive_margins.data.collection import Collection, Texts, read_queries
 from adaptive_margins.data.trec import (
@@ -163,6 +163,7 @@ _WORDS = {
     "better": "{a} is better than {b}",
     "worse": "{a} is worse than {b}",
     "equivalent": "{a} is equivalent to {b} within ±{margin}",
+    "not worse": "{a} is not worse than {b} by more than {margin}",
     "undecided": "whether {a} is better or worse than {b} is undecided",
     "too few queries": "there are too few queries to compare {a} with {b}",
     "withheld": "{a} is not compared with {b}",
@@ -174,7 +175,7 @@ def verdict(report: Mapping[str, Any]) -> str:
     pseudo = (
         "All queries are pseudo-queries from the passages; real queries would be better evidence"
     )
-    alpha, weight = report["merge"]["alpha"], report["hybrid"]["weight"]
+    alpha, weight, also = report["merge"]["alpha"], report["hybrid"]["weight"], report.get("also")
     mix = f"Its parameters are {alpha:g} · the trained + {1 - alpha:g} · the original ones"
     fusion = f"Its weight next to BM25, chosen on validation, is {weight:g} (0: BM25, 1: it alone)"
     sentences = [
@@ -183,6 +184,15 @@ def verdict(report: Mapping[str, Any]) -> str:
         _compared(report, "trained", "bm25"),
         fusion,
         *(_compared(report, "hybrid", b) for b in ("trained", "bm25") if 0 < weight < 1),
+    ]
+    if folds := report.get("folds"):
+        pairs = (pair.split(" vs ") for pair in report["comparisons"])
+        sentences = [_FOLDS.format(len(folds)), *(_compared(report, a, b) for a, b in pairs)]
+        sentences += [] if alpha else [f"The encoder in the folder: {_kept(report)}"]
+    sentences = [
+        *([_chosen(report)] if "choice" in report else []),
+        *sentences,
+        *([_compared(report, "trained", "start", also)] if also and alpha else []),
         *([pseudo] if report["collection"]["pseudo"] else []),
         *_limits_of_bm25(report),
     ]
@@ -190,6 +200,26 @@ def verdict(report: Mapping[str, Any]) -> str:
     of_them = f", of which {usable} with a relevant passage" if usable < n else ""
     sentences.append(f"Confidence intervals are of 95 %, over {n} test queries{of_them}")
     return ". ".join(sentences) + "."
+
+
+_FOLDS = (
+    "Each query was ranked by the one of {} encoders that was not trained on it: together they are"
+    " the trained encoder here; the one in the folder was trained in the same way"
+)
+
+
+def _chosen(report: Mapping[str, Any]) -> str:
+    """What the choice of a loss may have cost."""
+    found = report["choice"]
+    names = ("validation_gain", "test_gain", "optimism")
+    there, test, optimism = (number(found[name], sign=True) for name in names)
+    error = found["standard_error"]
+    return (
+        f"Of {len(found['trainings'])} losses {loss_name(found['chosen'])} was the best on"
+        f" validation; the encoder that is kept gained {there} {SELECTION} there and {test} on the"
+        f" test queries, on which nothing was chosen: an optimism of {optimism}"
+        + ("" if error is None else f" (standard error {number(error)})")
+    )
 
 
 def _kept(report: Mapping[str, Any]) -> str:
@@ -206,9 +236,11 @@ def _kept(report: Mapping[str, Any]) -> str:
     )
 
 
-def _compared(report: Mapping[str, Any], a: str, b: str) -> str:
-    """A sentence on two of `RUNS`."""
-    found = report["comparisons"][f"{a} vs {b}"]
+def _compared(
+    report: Mapping[str, Any], a: str, b: str, also: Mapping[str, Any] | None = None
+) -> str:
+    """A sentence on two of `RUNS`, or on the first two as ``also`` found on another collection."""
+    found = also or report["comparisons"][f"{a} vs {b}"]
     trained = "the trained encoder" if b == "start" else "it"
     names = {
         "trained": trained if a == "trained" else "the encoder alone",
@@ -218,12 +250,12 @@ def _compared(report: Mapping[str, Any], a: str, b: str) -> str:
     }
     margin = number(found["margin"] or 0)
     words = _WORDS[found["verdict"]].format(a=names[a], b=names[b], margin=margin)
-    means = [number(report["measures"][name][found["measure"]]) for name in (a, b)]
-    text = f"{words[0].upper()}{words[1:]}: {found['measure']} {means[0]} against {means[1]}"
-    if found["ci"] is not None:
-        low, high = (number(x, sign=True) for x in found["ci"])
-        text += f", {number(found['difference'], sign=True)} [{low}, {high}]"
-    return text
+    text = f"{words[0].upper()}{words[1:]}"
+    if also:
+        text = f"On {also['name']} ({also['n']:,} queries) {words}"
+    means = also or {name: report["measures"][name][found["measure"]] for name in (a, b)}
+    text += f": {found['measure']} {number(means[a])} against {number(means[b])}"
+    return f"{text}, {change(found)}" if found["ci"] is not None else text
 
 
 def _limits_of_bm25(report: Mapping[str, Any]) -> list[str]:
@@ -240,6 +272,12 @@ def _limits_of_bm25(report: Mapping[str, Any]) -> list[str]:
             " text without spaces between words, which BM25 splits into character bigrams"
         )
     return sentences
+
+
+def change(found: Mapping[str, Any]) -> str:
+    """Return the difference of a comparison, with its confidence interval if there is one."""
+    ends = ", ".join(number(end, sign=True) for end in found["ci"] or ())
+    return number(found["difference"], sign=True) + (f" [{ends}]" if ends else "")
 
 
 def number(value: float, *, sign: bool = False) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from adaptive_margins.book.render import plain, render
 from adaptive_margins.losses import MarginLoss
@@ -23,10 +24,15 @@ _SYSTEMS = {
     "bm25": "BM25",
     "hybrid": "this model fused with BM25",
 }
+_FOLDED = {
+    "trained": "models trained like this one, each on other queries than it ranks",
+    "hybrid": "these models fused with BM25",
+}
 _TAGS = ["sentence-transformers", "sentence-similarity", "feature-extraction", "dense"]
 _TARGETS = {
     "adaptive": ("(1 + φ(d⁺_i, d⁻_i)) / 2", "Equations 2 and 4"),
     "distributed": ("(1 + φ(d⁺_i, d⁻_j)) / 2", "Equations 3 and 5"),
+    "softmax": ("", ""),
 }
 
 
@@ -57,11 +63,11 @@ def model_card(report: Mapping[str, Any]) -> str:
         licence=licence,
         start=start,
         link=f"[{base}](https://huggingface.co/{base})" if base else plain(start),
-        systems=_SYSTEMS,
+        systems={**_SYSTEMS, **(_FOLDED if "folds" in report else {})},
         target=target,
         equations=equations,
         triples=[(k, v) for k, v in report["triples"].items() if k not in hidden],
-        citation=MarginLoss(None).citation,
+        citation=_loss(report)(None).citation,
     )
 
 
@@ -84,7 +90,7 @@ def _header(
     return ModelCardData(
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
-        tags=_TAGS if report["kept"] == "start" else [*_TAGS, "loss:MarginLoss"],
+        tags=_TAGS if report["kept"] == "start" else [*_TAGS, f"loss:{_loss(report).__name__}"],
         base_model=base,
         license=licence or "other",
         license_name=None if licence else "unknown",
@@ -92,6 +98,10 @@ def _header(
         model_name=title,
         eval_results=results,
     )
+
+
+def _loss(report: Mapping[str, Any]) -> Any:
+    return MultipleNegativesRankingLoss if report["target"] == "softmax" else MarginLoss
 
 
 def _base(name: str) -> tuple[str | None, str | None]:

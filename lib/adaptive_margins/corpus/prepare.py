@@ -21,7 +21,7 @@ from adaptive_margins.data.collection import Collection, Texts, Triple
 from adaptive_margins.data.mining import Similarity, filter_negatives
 from adaptive_margins.data.pseudo_queries import about, pseudo_collection
 from adaptive_margins.data.sources import open_collection
-from adaptive_margins.data.splits import MOST_TEST, MOST_VALIDATION, split_queries
+from adaptive_margins.data.splits import MOST_TEST, MOST_VALIDATION, fold_queries, split_queries
 from adaptive_margins.data.stored import seeded_order
 from adaptive_margins.data.trec import Run
 from adaptive_margins.data.triples import check_triples, mine_triples
@@ -81,6 +81,14 @@ def open_split(source: str | Collection, triples: int | None, seed: int) -> Spli
     kinds = Counter(qid.partition(":")[0] for qid in qids)
     pseudo = {"queries": kinds.total(), "kinds": dict(sorted(kinds.items()))}
     return SplitCollection(collection, "", pseudo)
+
+
+def open_parts(job: Job) -> list[SplitCollection]:
+    """Return the folds of a job, if it has any, and the collection to train the encoder on."""
+    if job.folds is None:
+        return [open_split(job.source, job.triples or job.settings.triples, job.seed)]
+    (*parts, last), split = fold_queries(open_collection(job.source), job.folds, seed=job.seed)
+    return [*(SplitCollection(p, "", None) for p in parts), SplitCollection(last, split, None)]
 
 
 def given_triples(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ def best_merge(encoder: Any, result: Any, validation: Validation, errors: float)
 
     The trained one is that of the `TrainingResult`'s best evaluation or, if that is step 0, its
     last. Of `ALPHAS` whose gain in `SELECTION` exceeds ``errors`` standard errors of the paired
-    difference (NaN for one query) the best is chosen, else 0. Returns them, with their values.
+    difference (NaN for one query) the best is chosen, else 0. Returns them, with their values,
+    and the gain of the chosen one.
     """
     step = result.best_step or result.stop_step
     trained = result.states["selected" if result.best_step else "last"]
@@ -53,7 +55,9 @@ def best_merge(encoder: Any, result: Any, validation: Validation, errors: float)
     passing = [alpha for alpha, (mean, error) in gains.items() if mean > errors * error]
     chosen = max(passing, key=means.__getitem__, default=0.0)
     encoder.load_state_dict(merged(start, trained, chosen), strict=False)
-    return {"alphas": list(ALPHAS), "values": means.tolist(), "alpha": chosen, "step": step}
+    found = {"alphas": list(ALPHAS), "values": means.tolist(), "alpha": chosen, "step": step}
+    mean, error = gains[chosen]
+    return {**found, "difference": mean, "standard_error": None if math.isnan(error) else error}
 
 
 def learned(runs: Mapping[str, Run], qrels: Qrels) -> dict[str, Any]:

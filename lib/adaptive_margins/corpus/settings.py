@@ -19,8 +19,15 @@ from adaptive_margins.evaluation.measures import cutoff, evaluate, named
 from adaptive_margins.losses import MarginLoss
 from adaptive_margins.training import REPORTERS, check_reporters
 
-Target = float | Literal["adaptive", "distributed"]
+Target = float | Literal["adaptive", "distributed", "softmax", "all"]
+ALL: tuple[Target, ...] = ("distributed", "adaptive", "softmax", 0.1, 0.3, 0.5)
+"""What the target "all" stands for."""
 OnCheck = Callable[[pd.DataFrame], None]
+
+
+def loss_name(target: Target) -> str:
+    """A target as tables and sentences name it."""
+    return target if isinstance(target, str) else f"static {target:g}"
 
 
 class FinetuneError(AdaptiveMarginsError, ValueError):
@@ -77,15 +84,21 @@ class Job:
     on_check: OnCheck | None
     settings: Settings
     options: EncoderOptions
+    folds: int | None
+    also: str | None
 
     def checked(self) -> Job:
         """The job with complete names of measures; ArgumentError for what cannot be."""
         if not 0 <= self.seed < 2**32:  # numpy takes no other
             raise ArgumentError("seed", f"seed is {self.seed}; expected 0 to {2**32 - 1:,}")
         try:
-            MarginLoss(None, target=self.target)
+            for target in self.targets:
+                MarginLoss(None, target="adaptive" if target == "softmax" else target)
         except ValueError as error:
-            raise ArgumentError("target", str(error)) from None
+            raise ArgumentError("target", f'{error}, "softmax" or "all"') from None
+        if self.folds is not None and self.folds < 3:
+            expected = "expected at least 3: to test, to validate, and to train on"
+            raise ArgumentError("folds", f"folds is {self.folds}; {expected}")
         try:
             measures = [named(measure) for measure in self.measures]
             evaluate({"q": {"d": 1}}, {"q": {"d": 1.0}}, measures)
@@ -103,6 +116,11 @@ class Job:
             raise ArgumentError("report_to", expected)
         check_reporters(self.report_to)
         return dataclasses.replace(self, measures=measures)
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Those of all trainings on the same triples."""
+        return ALL if self.target == "all" else (self.target,)
 
     @property
     def depth(self) -> int:

@@ -17,6 +17,8 @@ MOST_TEST = 1000
 """Most queries that `split_queries` takes for "test"."""
 FEW = 20
 """With fewer validation queries, `split_queries` warns that their measures are uncertain."""
+FEW_JUDGED = 150
+"""With fewer queries in the only set, `split_queries` names `fold_queries`."""
 
 
 def split_queries(collection: Collection, *, seed: int) -> tuple[Collection, str]:
@@ -68,6 +70,37 @@ def split_queries(collection: Collection, *, seed: int) -> tuple[Collection, str
     return _with_sets(collection, members), sentence
 
 
+def fold_queries(collection: Collection, folds: int, *, seed: int) -> tuple[list[Collection], str]:
+    """Return a collection for each fold and, last, one for all, and a sentence on them.
+
+    For cross-validation of the only set: the queries of a fold are "test", those of the next one
+    "validation", the others "train". In the last collection all of them are "test", the first fold
+    is "validation" and the others are "train". Queries of the same text are in the same fold.
+
+    Raises:
+        DataError: not exactly one set has judged queries, or they are too few.
+    """
+    given = {name: qids for name, qrels in collection.qrels.items() if (qids := _judged(qrels))}
+    if len(given) != 1:
+        raise DataError(
+            f"{collection.name}: folds are of the only set of queries with judgements, but there"
+            f" are {len(given)} ({', '.join(given) or 'none'}); train without folds"
+        )
+    ((source, qids),) = given.items()
+    sizes = {f"fold {number}": len(qids) // folds for number in range(1, folds)}
+    parts = list(_assigned(collection, source, qids, sizes, seed).values())
+    found = []
+    for test, validation in [*zip(parts, parts[1:] + parts[:1], strict=True), ([], parts[0])]:
+        train = [qid for qid in qids if qid not in {*test, *validation}]
+        members = {"train": train, "validation": validation, "test": test or qids}
+        found.append(_with_sets(collection, {name: (source, q) for name, q in members.items()}))
+    return found, (
+        f"Each of the {len(qids):,} judged queries of the only set ({source}) is tested once, by"
+        f" that of {folds} encoders for which it was not used (folds drawn with seed {seed}). The"
+        " encoder that is kept used them all, so that its own measures of them are too high."
+    )
+
+
 def _judged(qrels: Qrels) -> list[str]:
     return [qid for qid, grades in qrels.items() if any(grade >= 1 for grade in grades.values())]
 
@@ -115,6 +148,8 @@ def _sentence(parts: dict[str, list[str]], source: str, others: list[str], seed:
             f" trained on, {counts['validation']:,} are for validation and {counts['test']:,} for"
             f" the test (drawn with seed {seed})."
         )
+        if sum(counts.values()) < FEW_JUDGED:
+            sentence += " With --folds 5 each of them would be tested, in about six times the time."
     if counts["validation"] < FEW:
         sentence += (
             f" With {counts['validation']} validation queries, their measures are uncertain."

@@ -1,0 +1,89 @@
+"""Cross-validation: each query is tested once, by an encoder for which it was not used."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+from test_finetune import SETTINGS, collection_of, encoder, saved  # noqa: F401
+
+from adaptive_margins.corpus import finetune as finetuning
+from adaptive_margins.corpus.evaluate import held_out
+from adaptive_margins.corpus.finetune import finetune
+from adaptive_margins.data.sources import open_collection
+from adaptive_margins.data.splits import fold_queries
+from conftest import in_child, kill_in
+
+FOLDS = 3
+FEW = dataclasses.replace(SETTINGS, triples=32, checks=1)
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory, encoder):  # noqa: F811
+    """A finished cross-validation, which was killed when the result of the second fold was written."""
+    folder = tmp_path_factory.mktemp("folds")
+    whole = collection_of(train_on_chance=False)
+    only = dataclasses.replace(whole, queries={"test": whole.queries["test"]}, qrels={"test": whole.qrels["test"]})  # fmt: skip
+    source = saved(only, folder / "collection")
+    arguments = {"model": encoder, "device": "cpu", "settings": FEW, "folds": FOLDS}
+
+    def killed():
+        kill_in(finetuning, "write_results", 2)
+        finetune(source, folder / "output", **arguments)
+
+    assert in_child(killed) == "died"
+    folds, trained = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        fold, train = finetuning._fold, finetuning._train
+
+        def recorded(*given):
+            done = fold(*given)
+            folds.append((done.report, done.qrels, {n: done.run(n) for n in ("trained", "hybrid")}))
+            return done
+
+        patch.setattr(finetuning, "_fold", recorded)
+        patch.setattr(finetuning, "_train", lambda *task: trained.append(1) or train(*task))
+        done = finetune(source, folder / "output", **arguments)
+    return SimpleNamespace(source=source, done=done, folds=folds, trained=trained)
+
+
+def test_rankings_are_those_of_the_folds(folded):
+    done = folded.done
+    for name in ("trained", "hybrid"):
+        expected = {}
+        for _, qrels, runs in folded.folds:
+            assert runs[name].keys() == qrels.keys()
+            assert not expected.keys() & qrels.keys()
+            expected |= runs[name]
+        assert done.run(name) == expected
+        assert expected.keys() == done.qrels.keys()
+    assert len(done.qrels) == done.report["comparisons"]["trained vs start"]["n"] == 80
+    means = [(len(qrels), r["measures"]["trained"]["nDCG@10"]) for r, qrels, _ in folded.folds]
+    mean = sum(n * value for n, value in means) / 80
+    assert done.report["measures"]["trained"]["nDCG@10"] == pytest.approx(mean)
+
+
+def test_a_finished_fold_is_not_trained_again(folded):
+    assert len(folded.trained) == FOLDS - 1 + 1  # all but the first, and the encoder that is kept
+    assert not folded.done.folder.with_name("output.work").exists()
+
+
+def test_report_verdict_and_card_name_the_folds(folded):
+    report = folded.done.report
+    for found, (fold, _, _) in zip(report["folds"], folded.folds, strict=True):
+        assert found == {key: fold[key] for key in found}
+        assert {"target", "merge", "hybrid", "measures"} <= found.keys()
+    assert report["collection"]["sets"] == {"train": 54, "validation": 26, "test": 80}
+    assert f"ranked by the one of {FOLDS} encoders" in report["verdict"]
+    assert "over 80 test queries" in report["verdict"]
+    card = (folded.done.folder / "README.md").read_text("utf-8")
+    assert "models trained like this one" in card and "| this model |" not in card
+
+
+def test_evaluate_states_that_the_encoder_used_the_queries(folded):
+    collection = open_collection(folded.source)
+    parts, sentence = held_out(collection, str(folded.done.folder))
+    assert parts.qrels["test"] == collection.qrels["test"]
+    assert parts.fingerprint == folded.done.report["collection"]["fingerprint"]
+    assert sentence.endswith(fold_queries(collection, FOLDS, seed=1)[1])
