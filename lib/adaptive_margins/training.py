@@ -43,6 +43,7 @@ from adaptive_margins.training_step import (
     TripleCollator,
     check_triples,
     not_finite,
+    settled_heap,
     training,
 )
 
@@ -374,7 +375,7 @@ def train(
     trainer.callback = callback
     callback.log = trainer.log if reporters else None
     callback.failure = functools.partial(not_finite, config, triples, order, names)
-    with quiet(), training(config):
+    with quiet(), training(config), settled_heap(device):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return _result(callback, callback.progress.stopped_step or trainer.state.global_step)
 

@@ -47,7 +47,7 @@ class LoadedEncoder:
 
     def fresh(self) -> Any:
         """Return a copy of ``model`` to train."""
-        return copy.deepcopy(self.model)
+        return _copied(self.model)
 
     def whole_with(self, trained: Any) -> Any:
         """Return the complete model with the layers of ``trained``."""
@@ -112,9 +112,15 @@ class ContextualTokens(nn.Module):
         return torch.from_numpy(states).to(input_ids.device).view(*input_ids.shape, -1)
 
 
+def _copied(encoder: Any) -> Any:
+    """Copy an encoder, but for its tokenizer, which nothing changes and is slow to copy."""
+    tokenizer = encoder.tokenizer
+    return copy.deepcopy(encoder, {id(tokenizer): tokenizer})
+
+
 def upper_layers(encoder: Any, trained_layers: int, table: np.ndarray) -> Any:
     """Copy ``encoder`` with only its last ``trained_layers`` layers, which read from ``table``."""
-    upper = copy.deepcopy(encoder)
+    upper = _copied(encoder)
     model = bert_model(upper[0].model)
     model.embeddings = ContextualTokens(table)
     model.encoder.layer = model.encoder.layer[-trained_layers:]
@@ -124,7 +130,7 @@ def upper_layers(encoder: Any, trained_layers: int, table: np.ndarray) -> Any:
 
 def put_back(encoder: Any, upper: Any) -> Any:
     """Copy ``encoder`` with the layers of `upper_layers` and the modules after them."""
-    complete = copy.deepcopy(encoder)
+    complete = _copied(encoder)
     trained = bert_model(upper[0].model).encoder.layer
     last = bert_model(complete[0].model).encoder.layer[-len(trained) :]
     # The linear layer of cls+linear is trained too.
