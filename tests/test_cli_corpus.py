@@ -185,11 +185,13 @@ EVALUATE = {
 }  # fmt: skip
 COMPARE = {
     "measure": "str", "margin": "float", "alpha": "float", "queries": "int", "relevant_queries": "int",
+    "baseline": "NoneType", "correction": "str", "resamples": "int",
     "runs": {f"{name}.test": {"mean": "float", "missing": "int"} for name in ("trained", "start", "bm25")},
     "pairs": [
         {
             "a": "str", "b": "str", "n": "int", "difference": "float", "ci": ["float"], "p_t": "float", "p_tost": "float",
-            "margin": "float", "verdict": "str", "p_t_adjusted": "float", "p_tost_adjusted": "float", "words": "str",
+            "margin": "float", "verdict": "str", "p_t_adjusted": "float", "p_tost_adjusted": "float",
+            "p_randomisation": "float", "p_randomisation_adjusted": "float", "words": "str",
         }
     ],
     "plot": "NoneType",
@@ -247,6 +249,7 @@ def test_json_and_runs_of_train_evaluate_and_compare(call, answer, corpus, encod
     runs = [output / "runs" / f"{name}.test.run.gz" for name in ("trained", "start", "bm25")]
     assert read_run(runs[0]).keys() == read_run(run_out).keys() == read_qrels(output / "qrels.test.txt").keys()  # fmt: skip
     found = answer("compare", "--qrels", output / "qrels.test.txt", *runs)
+    assert {pair.pop("more_queries") is not None for pair in found["pairs"]} <= {True, False}
     assert types(found) == COMPARE
     assert found["runs"]["bm25.test"]["mean"] == pytest.approx(report["measures"]["bm25"]["nDCG@10"])  # fmt: skip
     difference = report["comparisons"]["trained vs start"]["difference"]
@@ -358,6 +361,24 @@ def test_compare_draws_what_the_suffix_says(answer, two_runs, suffix, begins):
 def test_compare_refuses(call, two_runs, options, status, message):
     code, out, err = call("compare", *files(two_runs), *options)
     assert (code, out) == (status, "") and message in err
+
+
+def test_compare_with_a_baseline_in_three_formats(call, answer, two_runs):
+    shutil.copy(two_runs / "good.run", two_runs / "other.run")
+    qrels, *runs = ["--qrels", two_runs / "qrels.txt"], *(two_runs / f"{n}.run" for n in ("good", "other", "bad"))  # fmt: skip
+    options = [*qrels, "--baseline", two_runs / "bad.run"]
+    found = answer("compare", *options, *runs)
+    assert found == answer("compare", *options, *runs[:2])  # it need not be named again
+    assert [(pair["a"], pair["b"]) for pair in found["pairs"]] == [
+        ("good", "bad"),
+        ("other", "bad"),
+    ]
+    assert list(found["runs"]) == ["bad", "good", "other"] and found["baseline"] == "bad"
+    for form, part in (("text", "a − b"), ("markdown", "| a "), ("latex", r"\toprule")):
+        code, out, err = call("compare", *options, *runs, "--format", form)
+        assert (code, err) == (0, "") and part in out
+        assert found["pairs"][0]["words"] in out
+    assert call("compare", *options)[0] == 2
 
 
 def test_compare_needs_two_runs(call, two_runs):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Option
 
-from adaptive_margins import cli_corpus, cli_mine, terminal
+from adaptive_margins import cli_compare, cli_corpus, cli_mine, terminal
 from adaptive_margins.distributed import processes
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.processes import end_when_asked
@@ -182,6 +182,7 @@ def check_gpu(
 
 
 app.add_typer(cli_corpus.commands)
+app.add_typer(cli_compare.commands)
 app.add_typer(cli_mine.commands)
 
 

@@ -1,4 +1,4 @@
-"""The commands for a custom corpus: train, evaluate, compare, index, search, collection.
+"""The commands for a custom corpus: train, evaluate, index, search, collection.
 
 Each parses its arguments, calls the library, and prints text or, with ``--json``, one JSON object.
 What a command needs is imported when it is called, so that ``--help`` is quick.
@@ -47,9 +47,6 @@ evaluate my_corpus --model minilm --run-out minilm.run
 evaluate my_corpus --model minilm --mode rerank --json
 evaluate my_corpus --model minilm --mode hybrid
 evaluate my_corpus --model minilm --measures "AP RR@10"
-compare --qrels qrels.txt bm25.run mine.run
-compare --qrels qrels.txt a.run b.run --plot a_and_b.svg
-compare --qrels qrels.txt a.run b.run c.run.gz --json
 index my_corpus --model my_encoder --output my_index
 search my_index "how do I sort an array?"
 search my_index --queries queries.tsv --run-out my.run
@@ -286,48 +283,6 @@ def _target(text: str) -> Any:
         return float(text)
     except ValueError:
         return text
-
-
-# ---- compare ----------------------------------------------------------------------------------
-
-
-@_command
-def compare(
-    runs: Annotated[
-        list[Path], Argument(metavar="RUN", parser=old_path, help="TREC runs, two or more.")
-    ],
-    qrels: Annotated[
-        Path, Option(parser=old_path, help="Judgements: TREC's four columns, or BEIR's three.")
-    ],
-    measure: Annotated[str, Option(help="A measure in ir_measures' notation.")] = "nDCG@10",
-    margin: Annotated[float, Option(help="Smaller mean differences are equivalent.")] = 0.05,
-    plot: Annotated[
-        Path | None, Option(parser=new_file, help="Draw differences per query: .png, .svg, .pdf.")
-    ] = None,
-    complete: Annotated[
-        bool, Option("--complete", help="The runs have all hits that could be found.")
-    ] = False,
-    per_query: PerQuery = False,
-    as_json: Json = False,
-) -> None:
-    """Compare runs pair by pair: equivalent, different or undecided.
-
-    By a paired t test and TOST (two one-sided tests, within ±margin) over all
-    judged queries, corrected for the number of pairs (Bonferroni). A query
-    that a run has no hits for counts 0.
-    """
-    with working():
-        names = _measures(measure, "--measure")
-        if len(names) > 1:
-            raise typer.BadParameter(f"expected 1 measure, got {measure!r}", param_hint="--measure")
-        from adaptive_margins.corpus.compare import compare_files
-        from adaptive_margins.evaluation.comparison import comparison_text
-
-        result = compare_files(qrels, runs, names[0], margin, complete=complete, plot=plot)
-    text = comparison_text(result)
-    if not per_query:
-        del result["per_query"]
-    show(result, as_json, f"{text}\n\nPlot: {plot}" if plot else text, plot)
 
 
 # ---- index and search -------------------------------------------------------------------------

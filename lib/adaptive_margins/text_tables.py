@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from tabulate import tabulate
@@ -19,11 +20,21 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def aligned(table: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
-    """Return the lines of a table; the first ``left`` columns are text, the others numbers."""
+def aligned(table: Sequence[Sequence[str]], *, left: int = 1, style: str = "plain") -> list[str]:
+    """Return the lines of a table; the first ``left`` columns are text, the others numbers.
+
+    ``style`` is "plain", or with column names in the first row "github" or "latex_booktabs".
+    """
     if not table:
         return []
     cells = [[printable(cell) for cell in row] for row in table]
     align = ["left"] * left + ["right"] * (len(table[0]) - left)
-    text = tabulate(cells, tablefmt="plain", disable_numparse=True, colalign=align)
+    if style == "github":
+        cells = [
+            [*(re.sub(r"([\W_])", r"\\\1", c) for c in row[:left]), *row[left:]] for row in cells
+        ]
+    names = () if style == "plain" else "firstrow"
+    text = tabulate(cells, names, style, disable_numparse=True, colalign=align)
+    if style == "latex_booktabs":
+        text = re.sub(r"(?<!\w)-(?=\d)|−", "$-$", text)
     return [line.rstrip() for line in text.splitlines()]

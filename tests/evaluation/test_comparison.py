@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from itertools import combinations
 
 import matplotlib.pyplot as plt
@@ -23,6 +24,7 @@ from adaptive_margins.evaluation.comparison import (
     run_names,
 )
 from adaptive_margins.evaluation.measures import MeasureError
+from adaptive_margins.evaluation.significance import compare, holm, more_queries, randomisation_test
 
 
 def judged(queries: int, docs: int = 30, seed: int = 0):
@@ -158,7 +160,7 @@ def test_queries_with_a_relevant_passage_are_counted():
     assert (found["queries"], found["relevant_queries"]) == (60, usable)
     assert f"60 judged queries, {usable} of them with a relevant passage;" in comparison_text(found)
     one = {**NOTHING, "q7": QRELS["q7"]}
-    with pytest.warns(UserWarning, match="only 1 of the 60 judged queries .* 'q7'"):
+    with pytest.warns(UserWarning, match="only 1 of the 60 judged queries"):
         found = compare_runs(one, RUNS)
     assert found["relevant_queries"] == 1
     assert {pair["verdict"] for pair in found["pairs"]} == {"undecided"}
@@ -218,6 +220,82 @@ def test_the_text_has_a_line_for_each_run_and_pair_and_a_sentence():
         assert f"{pair['difference']:+.4f}" in line
     assert "multiplied by the 10 pairs (Bonferroni)" in lines[19]
     assert lines[21:] == [pair["words"] for pair in found["pairs"]]
+
+
+def test_all_others_are_compared_with_a_baseline():
+    every, found = compare_runs(QRELS, RUNS), compare_runs(QRELS, RUNS, baseline="fair")
+    others = [name for name in RUNS if name != "fair"]
+    assert [(pair["a"], pair["b"]) for pair in found["pairs"]] == [(a, "fair") for a in others]
+    assert (found["baseline"], found["correction"]) == ("fair", "Holm")
+    assert (every["baseline"], every["correction"]) == (None, "Bonferroni")
+    values = found["per_query"]
+    differences = np.array([[values[a][q] - values["fair"][q] for a in others] for q in QRELS])
+    random = randomisation_test(differences)
+    assert [pair["p_randomisation"] for pair in found["pairs"]] == random
+    for test in ("p_t", "p_tost", "p_randomisation"):
+        p = [pair[test] for pair in found["pairs"]]
+        assert [pair[f"{test}_adjusted"] for pair in found["pairs"]] == holm(p)
+        for pair in every["pairs"]:
+            assert pair[f"{test}_adjusted"] == min(1, 10 * pair[test])
+    with pytest.raises(ComparisonError, match="no run is named 'none'; there are good, good too"):
+        compare_runs(QRELS, RUNS, baseline="none")
+
+
+def test_holm_decides_what_bonferroni_leaves_open():
+    rng = np.random.default_rng(0)
+    runs = {"base": ranked(QRELS, 0.9, 4)}
+    runs |= {
+        f"{i}": ranked(QRELS, noise, 10 + i) for i, noise in enumerate(rng.uniform(0.3, 0.8, 6))
+    }
+    found = compare_runs(QRELS, runs, baseline="base", margin=0.001)
+    verdicts = [pair["verdict"] for pair in found["pairs"]]
+    assert verdicts == [
+        "different" if p < 0.05 else "undecided" for p in holm([x["p_t"] for x in found["pairs"]])
+    ]
+    assert verdicts.count("different") > sum(6 * pair["p_t"] < 0.05 for pair in found["pairs"])
+
+
+def test_undecided_pairs_have_the_number_of_queries_that_would_decide():
+    found = compare_runs(QRELS, RUNS, margin=0.02)
+    assert {pair["verdict"] for pair in found["pairs"]} >= {"different", "undecided"}
+    for pair in found["pairs"]:
+        if pair["verdict"] != "undecided":
+            assert pair["more_queries"] is None
+            continue
+        x, y = ({q: found["per_query"][pair[k]][q] for q in QRELS} for k in "ab")
+        assert pair["more_queries"] == more_queries(compare(x, y, margin=0.02), 0.05 / 10)
+        assert f"About {pair['more_queries']['more']:,} more judged queries" in pair["words"]
+
+
+def test_nothing_is_decided_by_fewer_than_ten_queries():
+    some = [qid for qid in QRELS if max(QRELS[qid].values()) > 0]
+    for count in (9, 10):
+        qrels = {**NOTHING, **{qid: QRELS[qid] for qid in some[:count]}}
+        runs = {name: RUNS[name] for name in ("good", "bad")}
+        if count == 10:
+            (pair,) = compare_runs(qrels, runs)["pairs"]
+            assert pair["verdict"] != "undecided"
+            continue
+        with pytest.warns(UserWarning, match="only 9 of the 60 judged queries .* needs 10"):
+            (pair,) = compare_runs(qrels, runs)["pairs"]
+        assert (pair["verdict"], pair["more_queries"]) == ("undecided", None)
+
+
+def test_tables_in_markdown_and_latex():
+    runs = {"a_1|*": RUNS["good"], "b & c": RUNS["bad"]}
+    found = compare_runs(QRELS, runs)
+    (pair,) = found["pairs"]
+    lines = comparison_text(found, "github").splitlines()
+    rows = [re.split(r" *(?<!\\)\| *", line)[1:-1] for line in lines if line.startswith("|")]
+    assert rows[2][0] == r"a\_1\|\*" and rows[6][1] == r"b\ \&\ c"
+    assert rows[6][2] == f"{pair['difference']:+.4f}"
+    assert {len(row) for row in rows[:4]} == {3} and {len(row) for row in rows[4:]} == {8}
+    text = comparison_text(compare_runs(QRELS, dict(reversed(runs.items()))), "latex_booktabs")
+    assert text.count(r"\toprule") == text.count(r"\bottomrule") == 2
+    assert r"a\_1|*" in text and rf"$-${pair['difference']:.4f}" in text
+    body = [line for line in text.splitlines() if line and not line.startswith("%")]
+    assert not set("−-%&").intersection("".join(body).replace(r"\&", "").replace(r"\%", "").replace("$-$", "").replace(" & ", ""))  # fmt: skip
+    assert pair["words"].split(" is better")[0] in text
 
 
 def test_run_names(tmp_path):

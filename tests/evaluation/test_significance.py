@@ -5,9 +5,18 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import DescrStatsW, ttost_paired
 
-from adaptive_margins.evaluation.significance import compare, paired_interval
+from adaptive_margins.evaluation.significance import (
+    RESAMPLES,
+    compare,
+    holm,
+    more_queries,
+    paired_interval,
+    randomisation_test,
+)
 
 PAIR = {"a": 0.1, "b": 0.4, "c": 0.2}
 
@@ -280,3 +289,96 @@ def test_error_rates_with_three_seeds():
         t, tost, of_means = wrong / cases
         assert 0.025 < t < 0.085 and 0.025 < tost < 0.085
         assert of_means > 0.07 if of_seeds == 0.02 else True
+
+
+# ---- many comparisons, randomisation, and queries that would decide ------------------------------
+
+
+def test_holm_is_the_step_down_of_its_definition_and_that_of_statsmodels():
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        p = np.round(rng.random(int(rng.integers(1, 9))) ** 3, 2).tolist()  # some are equal
+        adjusted = holm(p)
+        assert adjusted == pytest.approx(multipletests(p, method="holm")[1])
+        for alpha in (0.011, 0.051, 0.31):
+            rejected = set()
+            for step, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+                if not p[i] < alpha / (len(p) - step):
+                    break
+                rejected.add(i)
+            assert {i for i, x in enumerate(adjusted) if x < alpha} == rejected
+
+
+def test_family_wise_error_rate_and_power_with_holm():
+    """Five systems against one baseline; two differ from it, and three do not."""
+    rng, trials, n = np.random.default_rng(6), 1000, 50
+    baseline = rng.normal(0, 0.1, (n, trials, 1))
+    differences = rng.normal([0.06, 0.06, 0, 0, 0], 0.1, (n, trials, 5)) - baseline
+    p = stats.ttest_1samp(differences, 0).pvalue
+    found = np.array([holm(row) for row in p]) < 0.05
+    assert found[:, 2:].any(axis=1).sum() <= stats.binom.ppf(0.999, trials, 0.05)
+    assert found[:, :2].sum() > 1.02 * (5 * p[:, :2] < 0.05).sum()  # more than Bonferroni finds
+
+
+def test_randomisation_is_the_exact_test_of_scipy_but_for_chance():
+    rng = np.random.default_rng(3)
+    shift = np.linspace(0, 0.6, 8)
+    smooth = rng.normal(shift, 0.5, (12, 8))
+    ties = (
+        rng.choice([-1.0, 0.0, 0.0, 1.0, 1.0], (12, 8)) / 3
+    )  # sums of thirds tie but for rounding
+    for differences in (smooth, ties, np.zeros((12, 2)), smooth - smooth.mean(axis=0)):
+        exact = [
+            stats.permutation_test((x,), np.mean, permutation_type="samples").pvalue
+            for x in differences.T
+        ]
+        spread = np.sqrt(np.multiply(exact, np.subtract(1, exact)) / RESAMPLES)
+        found = randomisation_test(differences)
+        assert (np.abs(np.subtract(found, exact)) <= 4 * spread + 2 / RESAMPLES).all()
+        assert found == randomisation_test(differences)  # the same flips
+        assert found[1] == pytest.approx(randomisation_test(differences[:, 1:2])[0])
+
+
+def test_error_rates_of_the_randomisation_test():
+    rng, trials = np.random.default_rng(4), 1000
+    low, high = stats.binom.interval(0.999, trials, 0.05)
+    heavy = rng.standard_t(2, (30, trials))  # the t test finds too little there
+    wrong = np.less(randomisation_test(heavy), 0.05).sum()
+    assert low <= wrong <= high
+    assert wrong > (stats.ttest_1samp(heavy, 0).pvalue < 0.05).sum()
+    few = rng.choice([-1.0, 0, 0, 0, 0, 1.0], (30, trials))  # as of Success@5
+    assert np.less(randomisation_test(few), 0.05).sum() <= high
+    assert np.less(randomisation_test(few + 0.5), 0.05).mean() > 0.95
+
+
+def observed(n, mean, sd, **options):
+    """A comparison with exactly this mean and standard deviation of the differences."""
+    x = stats.zscore(np.random.default_rng(1).normal(size=n), ddof=1)
+    return compare(*as_runs(mean + sd * x), **options)
+
+
+@pytest.mark.parametrize(
+    ("n", "mean", "sd", "alpha", "shown"),
+    [
+        (50, 0.06, 0.4, 0.05, "a difference"),
+        (30, -0.04, 0.2, 0.05 / 3, "a difference"),
+        (40, 0.0, 0.2, 0.05, "equivalence"),
+        (60, -0.01, 0.3, 0.05 / 4, "equivalence"),
+    ],
+)
+def test_more_queries_give_the_power(n, mean, sd, alpha, shown):
+    found = observed(n, mean, sd)
+    assert found.p_t >= alpha and found.p_tost >= alpha
+    more = more_queries(found, alpha)
+    assert more["would_show"] == shown
+    assert more["more"] > 0 and float(f"{more['more']:.2g}") == more["more"]
+    if shown == "a difference":
+        needed = TTestPower().solve_power(abs(mean) / sd, alpha=alpha, power=0.8)
+        assert n + more["more"] == pytest.approx(needed, rel=0.06)
+    total, trials = n + more["more"], 800
+    x = np.random.default_rng(2).normal(mean, sd, (total, trials))
+    p = stats.ttest_1samp(x, 0).pvalue
+    if shown == "equivalence":
+        above = stats.ttest_1samp(x, -0.05, alternative="greater").pvalue
+        p = np.maximum(above, stats.ttest_1samp(x, 0.05, alternative="less").pvalue)
+    assert 0.74 < (p < alpha).mean() < 0.86

@@ -24,8 +24,9 @@ def compare_files(
     *,
     complete: bool = False,
     plot: Path | None = None,
+    baseline: Path | None = None,
 ) -> dict[str, Any]:
-    """Compare every two run files by a paired t test and TOST (`compare_runs`).
+    """Compare every two run files, or all others with one, by paired tests (`compare_runs`).
 
     Args:
         qrels: judgements, as TREC or BEIR write them.
@@ -35,6 +36,7 @@ def compare_files(
         complete: whether all runs have every hit that could be found. Otherwise those do whose tag
             states it.
         plot: a file for a figure of the differences per query.
+        baseline: the run that others are compared with; it may be one of ``runs``.
 
     Returns:
         As `compare_runs`, and ``plot``.
@@ -44,6 +46,8 @@ def compare_files(
         DataError: a file is malformed; the message names file and line.
         ComparisonError: a run is not deep enough for the measure.
     """
+    if baseline:
+        runs = [baseline, *(run for run in runs if run.resolve() != baseline.resolve())]
     if len(runs) < 2:
         raise ArgumentError("runs", f"two or more are needed, got {len(runs)}")
     if not 0 < margin < math.inf:
@@ -52,10 +56,12 @@ def compare_files(
         expected = ", ".join(PLOTS)
         raise ArgumentError("plot", f"expected a name that ends in {expected}, got {plot}")
     judged = read_qrels(qrels)
-    read = {name: read_marked_run(path) for name, path in zip(run_names(runs), runs, strict=True)}
+    names = run_names(runs)
+    read = {name: read_marked_run(path) for name, path in zip(names, runs, strict=True)}
     rankings = {name: run for name, (run, _) in read.items()}
     marked = [name for name, (_, marked) in read.items() if marked or complete]
-    found = compare_runs(judged, rankings, measure, margin, complete=marked)
+    first = names[0] if baseline else ""
+    found = compare_runs(judged, rankings, measure, margin, complete=marked, baseline=first)
     if plot:
         _draw(found, plot)
     return {**found, "plot": str(plot) if plot else None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,15 @@ from adaptive_margins.data.trec import (
     run_tag,
     write_run,
 )
+from adaptive_margins.evaluation.comparison import compared
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
-from adaptive_margins.evaluation.significance import compare
+from adaptive_margins.evaluation.significance import FEWEST
 from adaptive_margins.training import TrainingResult
 
 RUNS = ("start", "trained", "bm25", "hybrid")
 """Rankings of the test queries: the encoder before and after, BM25, and the latter two fused."""
 _PAIRS = [("trained", "start"), ("trained", "bm25"), ("hybrid", "trained"), ("hybrid", "bm25")]
 _PAIRS += [("hybrid", "dense"), ("dense", "bm25")]  # of an encoder that was not trained here
-FEWEST = 10  # queries with a relevant passage that a verdict needs
 
 
 @dataclass(frozen=True)
@@ -143,20 +143,6 @@ def comparisons(
         untested = "too few queries" if usable < FEWEST else untested
         found[f"{a} vs {b}"] = compared(evaluations[a], evaluations[b], measure, untested)
     return found
-
-
-def compared(a: Evaluation, b: Evaluation, measure: str, untested: str = "") -> dict[str, Any]:
-    """Return `compare` by a measure; ``untested``, if given, is the verdict without a test."""
-    x, y = a.per_query[measure], b.per_query[measure]
-    if len(x) >= FEWEST and not untested:
-        return {"measure": measure, **asdict(compare(x, y, however_small=True))}
-    return {
-        "measure": measure,
-        "n": len(x),
-        "difference": a.mean[measure] - b.mean[measure],
-        **dict.fromkeys(("ci", "p_t", "p_tost", "margin")),
-        "verdict": untested or "too few queries",
-    }
 
 
 _WORDS = {

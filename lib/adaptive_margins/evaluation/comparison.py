@@ -10,15 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from adaptive_margins.data.text import alike
 from adaptive_margins.data.trec import Qrels, Run
 from adaptive_margins.errors import AdaptiveMarginsError
+from adaptive_margins.evaluation import significance
 from adaptive_margins.evaluation.external_runs import Scored, finds_relevant, score
-from adaptive_margins.evaluation.measures import named, relevant
-from adaptive_margins.evaluation.significance import Comparison, compare
+from adaptive_margins.evaluation.measures import Evaluation, named, relevant
+from adaptive_margins.evaluation.significance import FEWEST, Comparison, compare
 from adaptive_margins.text_tables import aligned
 
 ALPHA = 0.05
+_FURTHER = ("p_t_adjusted", "p_tost_adjusted", "p_randomisation", "p_randomisation_adjusted")
 
 
 class ComparisonError(AdaptiveMarginsError, ValueError):
@@ -31,12 +35,14 @@ def compare_runs(
     measure: str = "nDCG@10",
     margin: float = 0.05,
     complete: Collection[str] = (),
+    baseline: str = "",
 ) -> dict[str, Any]:
-    """Compare every two of the runs over all judged queries (`significance.compare`).
+    """Compare every two of the runs, or all others with one, over all judged queries.
 
-    There is a UserWarning if judged queries have no hits, if only one query has a relevant passage,
-    or if a run has none of the relevant passages. In the latter two cases, and if both runs have
-    the value 0 for every query, the verdict is "undecided".
+    Verdicts are those of `significance.compare`. There is a UserWarning if judged queries have no
+    hits, if fewer than `FEWEST` have a relevant passage, or if a run has none of the relevant
+    passages. In the latter two cases, and if both runs have the value 0 for every query, the
+    verdict is "undecided".
 
     Args:
         qrels: query id → docid → grade. A query without hits in a run counts 0.
@@ -44,21 +50,27 @@ def compare_runs(
         measure: in ir_measures' notation; a missing relevance level is 1.
         margin: the largest mean difference that counts as equivalent.
         complete: names of runs with all hits that could be found, so that any depth is enough.
+        baseline: the run that is b of every pair; "" compares all pairs.
 
     Returns:
         ``measure``, ``margin``, ``alpha``, ``queries`` (judged ones), ``relevant_queries`` (with a
-        relevant passage); ``runs``: name → ``mean`` and ``missing`` (queries without hits);
+        relevant passage), ``baseline``, ``correction`` ("Holm" with a baseline, else "Bonferroni"),
+        ``resamples``; ``runs``: name → ``mean`` and ``missing`` (queries without hits);
         ``per_query``: name → query id → value; ``pairs``: dicts of ``a``, ``b``, the fields of
-        `Comparison` with the ``verdict`` "different" for "better" and "worse", ``p_t_adjusted``,
-        ``p_tost_adjusted`` (Bonferroni), and ``words``, a sentence.
+        `Comparison` with the ``verdict`` "different" for "better" and "worse",
+        ``p_randomisation``, which no verdict depends on, the corrected ``p_t_adjusted``,
+        ``p_tost_adjusted`` and ``p_randomisation_adjusted``, ``more_queries`` (of undecided pairs)
+        and ``words``, a sentence.
 
     Raises:
-        ComparisonError: fewer than two runs or judged queries, or a run is not deep enough for the
-            measure.
+        ComparisonError: fewer than two runs or judged queries, an unknown baseline, or a run is not
+            deep enough for the measure.
         MeasureError, ValueError: as `evaluate`, `relevant` and `significance.compare`.
     """
     if len(runs) < 2:
         raise ComparisonError(f"at least two runs are needed, got {len(runs)}")
+    if baseline and baseline not in runs:
+        raise ComparisonError(f"no run is named {baseline!r}; there are {', '.join(runs)}")
     if len(qrels) < 2:
         raise ComparisonError(f"at least two judged queries are needed, got {len(qrels)}")
     measure = named(measure)
@@ -72,19 +84,23 @@ def compare_runs(
     values = {name: s.evaluation.per_query[measure] for name, s in scored.items()}
     doubts = _warn(qrels, wanted, runs, scored)
     names = list(itertools.combinations(runs, 2))
-    pairs = []
-    for a, b in names:
-        found = compare(values[a], values[b], margin=margin, alpha=ALPHA, comparisons=len(names))
+    if baseline:
+        names = [(name, baseline) for name in runs if name != baseline]
+    tests, pairs = _tests(values, names, margin, baseline), []
+    for (a, b), found, p_values in zip(names, *tests, strict=True):
         doubt = doubts.get(a) or doubts.get(b, "")
         if not any(values[a].values()) and not any(values[b].values()):
             doubt = doubt or f"{measure} is 0 on each of the {found.n} queries"
-        pairs.append(_pair(a, b, found, measure, len(names), doubt))
+        pairs.append({"a": a, "b": b, **_pair(a, b, found, p_values, measure, len(names), doubt)})
     return {
         "measure": measure,
         "margin": margin,
         "alpha": ALPHA,
         "queries": len(qrels),
         "relevant_queries": len(wanted),
+        "baseline": baseline or None,
+        "correction": "Holm" if baseline else "Bonferroni",
+        "resamples": significance.RESAMPLES,
         "runs": {
             name: {"mean": s.evaluation.mean[measure], "missing": s.missing}
             for name, s in scored.items()
@@ -94,21 +110,37 @@ def compare_runs(
     }
 
 
+def _tests(
+    values: Mapping[str, Mapping[str, float]],
+    names: Sequence[tuple[str, str]],
+    margin: float,
+    baseline: str,
+) -> tuple[list[Comparison], list[dict[str, float]]]:
+    """Each pair's tests, and its further p-values."""
+    tests = [compare(values[a], values[b], margin=margin) for a, b in names]
+    rows = [[values[a][qid] - values[b][qid] for qid in values[a]] for a, b in names]
+    random = significance.randomisation_test(np.array(rows).T)
+    p_values = [found.p_t for found in tests], [found.p_tost for found in tests], random
+    p_t, p_tost, p_random = (
+        significance.holm(p) if baseline else [min(1.0, x * len(p)) for x in p] for p in p_values
+    )
+    further = zip(p_t, p_tost, random, p_random, strict=True)
+    return tests, [dict(zip(_FURTHER, values, strict=True)) for values in further]
+
+
 def _pair(
-    a: str, b: str, found: Comparison, measure: str, pairs: int, doubt: str
+    a: str, b: str, found: Comparison, p: Mapping[str, float], measure: str, pairs: int, doubt: str
 ) -> dict[str, Any]:
     """An entry of ``pairs``; with a ``doubt``, nothing is decided."""
-    verdict = "undecided" if doubt else found.verdict
-    words = f"Nothing is decided between {a} and {b}: {doubt}."
-    return {
-        "a": a,
-        "b": b,
-        **asdict(found),
-        "verdict": "different" if verdict in ("better", "worse") else verdict,
-        "p_t_adjusted": min(1.0, found.p_t * pairs),
-        "p_tost_adjusted": min(1.0, found.p_tost * pairs),
-        "words": words if doubt else _words(a, b, found, measure, pairs),
-    }
+    equivalent, different = p["p_tost_adjusted"] < ALPHA, p["p_t_adjusted"] < ALPHA
+    verdict = "equivalent" if equivalent else "different" if different else "undecided"
+    words, more = _words(a, b, found, verdict, measure, different), None
+    if doubt:
+        verdict, words = "undecided", f"Nothing is decided between {a} and {b}: {doubt}."
+    elif verdict == "undecided":
+        more = significance.more_queries(found, ALPHA / pairs)
+        words += " About {more:,} more judged queries would show {would_show}.".format(**more)
+    return {**asdict(found), "verdict": verdict, **p, "more_queries": more, "words": words}
 
 
 def _warn(
@@ -118,9 +150,9 @@ def _warn(
     if missing := [f"{name} {s.missing:,}" for name, s in scored.items() if s.missing]:
         message = f"judged queries without hits count 0: {', '.join(missing)}, of {len(qrels):,}"
         warnings.warn(message, stacklevel=3)
-    if len(wanted) == 1:
-        (qid,) = wanted
-        why = f"only 1 of the {len(qrels):,} judged queries has a relevant passage, {qid!r}"
+    if len(wanted) < FEWEST:
+        why = f"only {len(wanted)} of the {len(qrels):,} judged queries have a relevant passage;"
+        why += f" a verdict needs {FEWEST}"
         warnings.warn(why, stacklevel=3)
         return dict.fromkeys(runs, why)
     without = [name for name, run in runs.items() if not finds_relevant(run, wanted)]
@@ -136,7 +168,7 @@ def _warn(
     return dict.fromkeys(without, why)
 
 
-def _words(a: str, b: str, found: Comparison, measure: str, pairs: int) -> str:
+def _words(a: str, b: str, found: Comparison, verdict: str, measure: str, significant: bool) -> str:
     """A sentence on a comparison; its subject is the run with the higher mean."""
     low, high = found.ci
     if found.difference < 0:
@@ -144,11 +176,10 @@ def _words(a: str, b: str, found: Comparison, measure: str, pairs: int) -> str:
     if low == high == 0:
         return f"{a} and {b} have the same {measure} on each of the {found.n} queries."
     higher = f"{measure} {abs(found.difference):.4f} higher, 95 % CI {low:+.4f} to {high:+.4f}"
-    if found.verdict in ("better", "worse"):
+    if verdict == "different":
         return f"{a} is better than {b} ({higher})."
-    if found.verdict == "undecided":
+    if verdict == "undecided":
         return f"{found.n} queries do not decide between {a} and {b} ({a}: {higher})."
-    significant = found.p_t * pairs < ALPHA
     but = f", though {a} is better by a small, significant difference" if significant else ""
     return f"{a} and {b} are equivalent within ±{found.margin:g}{but} ({a}: {higher})."
 
@@ -157,13 +188,16 @@ def _p(value: float) -> str:
     return f"{value:.4f}" if value >= 0.0001 else "< 0.0001"
 
 
-def comparison_text(found: Mapping[str, Any]) -> str:
-    """Return a result of `compare_runs` as text: tables of runs and pairs, a sentence a pair."""
+def comparison_text(found: Mapping[str, Any], style: str = "plain") -> str:
+    """Return a result of `compare_runs` as text: tables of runs and pairs, a sentence a pair.
+
+    ``style`` is that of the tables (`aligned`); in LaTeX, all else is a comment, in Markdown code.
+    """
     runs = [["run", f"mean {found['measure']}", "queries without hits"]]
     runs += [
         [name, f"{run['mean']:.4f}", f"{run['missing']:,}"] for name, run in found["runs"].items()
     ]
-    pairs = [["a", "b", "a − b", "95 % CI", "p (t)", "p (TOST)", "verdict"]]
+    pairs = [["a", "b", "a − b", "95 % CI", "p (t)", "p (TOST)", "p (random)", "verdict"]]
     for pair in found["pairs"]:
         low, high = pair["ci"]
         sign = "better" if pair["difference"] > 0 else "worse"
@@ -175,6 +209,7 @@ def comparison_text(found: Mapping[str, Any]) -> str:
                 f"[{low:+.4f}, {high:+.4f}]",
                 _p(pair["p_t_adjusted"]),
                 _p(pair["p_tost_adjusted"]),
+                _p(pair["p_randomisation_adjusted"]),
                 sign if pair["verdict"] == "different" else pair["verdict"],
             ]
         )
@@ -183,9 +218,33 @@ def comparison_text(found: Mapping[str, Any]) -> str:
         note += f", {found['relevant_queries']:,} of them with a relevant passage"
     note += f"; margin of equivalence ±{found['margin']:g}"
     if (count := len(found["pairs"])) > 1:
-        note += f"; p values are multiplied by the {count} pairs (Bonferroni)"
-    sentences = [pair["words"] for pair in found["pairs"]]
-    return "\n".join([*aligned(runs), "", *aligned(pairs, left=2), "", f"{note}.", "", *sentences])
+        how = "adjusted for" if found["baseline"] else "multiplied by"
+        note += f"; p values are {how} the {count} pairs ({found['correction']})"
+    note += f"; random: randomisation test, {found['resamples']:,} flips of signs"
+    if any(pair["more_queries"] for pair in found["pairs"]):
+        note += f"; more queries: estimates for a power of {significance.POWER:.0%}, as if the"
+        note += " mean and spread of these differences were the true ones"
+    told = [f"{note}.", "", *(pair["words"] for pair in found["pairs"])]
+    if style == "latex_booktabs":
+        told = [f"% {line}".rstrip() for line in told]
+    elif style == "github":
+        told = ["```text", *told, "```"]
+    lines = [*aligned(runs, style=style), "", *aligned(pairs, left=2, style=style), "", *told]
+    return "\n".join(lines)
+
+
+def compared(a: Evaluation, b: Evaluation, measure: str, untested: str = "") -> dict[str, Any]:
+    """Return `compare` by a measure; ``untested``, if given, is the verdict without a test."""
+    x, y = a.per_query[measure], b.per_query[measure]
+    if len(x) >= FEWEST and not untested:
+        return {"measure": measure, **asdict(compare(x, y, however_small=True))}
+    return {
+        "measure": measure,
+        "n": len(x),
+        "difference": a.mean[measure] - b.mean[measure],
+        **dict.fromkeys(("ci", "p_t", "p_tost", "margin")),
+        "verdict": untested or "too few queries",
+    }
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:

@@ -11,6 +11,7 @@ of the paired t test of each query's mean over the seeds.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -22,6 +23,10 @@ Verdict = Literal["better", "worse", "equivalent", "undecided"]
 Scores = Mapping[str, float] | Sequence[Mapping[str, float]]
 """Query id → value of a measure; or a list of these, one for each seed."""
 
+FEWEST = 10
+"""Queries with a relevant passage that a verdict needs."""
+RESAMPLES = 10_000
+POWER = 0.8
 _CONSTANT = 1e-12  # differences of measures that spread less are equal but for rounding
 
 
@@ -121,6 +126,58 @@ def paired_interval(
     x, y = _paired(a, b)
     found = _estimate(x - y)
     return (found.mean, *found.interval(1 - confidence))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values for their number (Holm, Scandinavian Journal of Statistics 6, 1979).
+
+    If those below α are called significant, the probability of any error is at most α.
+    """
+    p = np.asarray(p_values, np.float64)
+    order, adjusted = p.argsort(), np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return adjusted.tolist()
+
+
+def randomisation_test(differences: np.ndarray, *, seed: int = 1) -> list[float]:
+    """Two-sided p-values of mean differences by random flips of signs (Smucker et al., CIKM 2007).
+
+    Args:
+        differences: (Q, P), a row per query and a column per pair of runs.
+        seed: of the `RESAMPLES` flips, which all pairs share.
+
+    Returns:
+        Of each pair (1 + resamples whose mean is at least as far from 0) / (1 + resamples).
+    """
+    rng, queries = np.random.default_rng(seed), len(differences)
+    reached = abs(differences.sum(axis=0)) - 1e-9  # but for rounding
+    count = np.ones(differences.shape[1])
+    block = max(1, (1 << 22) // max(differences.shape))
+    for start in range(0, RESAMPLES, block):
+        flips = rng.integers(0, 2, (min(block, RESAMPLES - start), queries), np.int8)
+        count += (abs((1.0 - 2.0 * flips) @ differences) >= reached).sum(axis=0)
+    return (count / (1 + RESAMPLES)).tolist()
+
+
+def more_queries(found: Comparison, alpha: float) -> dict[str, int | str]:
+    """Estimate how many ``more`` queries would decide an undecided comparison of one seed each.
+
+    With them, the *t* test or TOST, whichever needs fewer (``would_show``), has the power `POWER`
+    at level ``alpha`` if the true mean and standard deviation are the observed ones. The number is
+    rounded to two digits.
+    """
+    (low, high), size = found.ci, abs(found.difference)
+    spread = (high - low) / 2 / stdtrit(found.n - 1, 0.975) * math.sqrt(found.n)
+
+    def powers(n: int) -> tuple[float, float]:
+        bounds = np.array([size, found.margin - size, found.margin + size]) * math.sqrt(n) / spread
+        t = stdtrit(n - 1, 1 - np.array([alpha / 2, alpha, alpha]))
+        different, above, below = stdtr(n - 1, bounds - t).tolist()
+        return different, above + below - 1
+
+    n = bisect_left(range(1 << 50), POWER, lo=found.n + 1, key=lambda n: max(powers(n)))
+    shown = "a difference" if powers(n)[0] >= POWER else "equivalence"
+    return {"more": round(float(f"{n - found.n:.2g}")), "would_show": shown}
 
 
 class _Estimate(NamedTuple):
