@@ -7,6 +7,7 @@ import sys
 
 import ir_measures
 import numpy as np
+import pandas as pd
 import pytest
 import pytrec_eval
 from datasets import Dataset
@@ -18,10 +19,13 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
+from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.trec import top, write_run
 from adaptive_margins.encoder.load import open_encoder, save_encoder
 from adaptive_margins.encoder.speed import packs
+from adaptive_margins.evaluation.evaluator import CollectionEvaluator
 from adaptive_margins.evaluation.measures import evaluate
+from adaptive_margins.evaluation.significance import compare
 from adaptive_margins.losses import CachedMarginLoss, MarginLoss
 from conftest import ROOT, WORDS
 
@@ -121,6 +125,47 @@ def test_trains_beside_other_losses_with_an_evaluator(encoder, tmp_path):
     assert after["eval_margin_loss"] < before["eval_margin_loss"]
     assert len([row for row in trainer.state.log_history if "loss" in row]) == 18
     assert 0 < after["eval_margin_held-out_cosine_ndcg@10"] <= 1
+
+
+def test_the_evaluator_selects_the_best_checkpoint(encoder, tmp_path):
+    """With its primary metric, and step 0 as the baseline."""
+    words = WORDS[7:]
+    passages = {f"{a}-{b}": f"{a} of a {b}" for a in words for b in words}
+    queries = Texts([f"q-{word}" for word in words], [f"the {word}" for word in words])
+    qrels = {f"q-{a}": {f"{a}-{b}": 1 + (a == b) for b in words} for a in words}
+    collection = Collection(
+        "words", Texts(list(passages), list(passages.values())), {"validation": queries}, {"validation": qrels}
+    )  # fmt: skip
+    evaluator = CollectionEvaluator(collection, name="words")
+    model = SentenceTransformer(str(encoder))
+    start = evaluator(model)["words_nDCG@10"]
+    evaluator.baseline = first = evaluator.per_query
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=SentenceTransformerTrainingArguments(
+            output_dir=str(tmp_path), num_train_epochs=3, per_device_train_batch_size=8, learning_rate=1e-2,
+            eval_strategy="epoch", save_strategy="epoch", report_to="none", use_cpu=True, disable_tqdm=True, seed=1,
+            load_best_model_at_end=True, metric_for_best_model=f"eval_{evaluator.primary_metric}",
+        ),
+        train_dataset=triples(24, 1),
+        loss=MarginLoss(model, target="distributed"),
+        evaluator=evaluator,
+    )  # fmt: skip
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "eval_words_nDCG@10" in row]
+    values = [row["eval_words_nDCG@10"] for row in logs]
+    assert len(values) == 3 and len(set(values)) > 1
+    assert trainer.state.best_metric == max(values) != start
+    assert evaluator(model)["words_nDCG@10"] == pytest.approx(max(values))  # it was loaded
+    (pair,) = evaluator.comparisons.values()
+    found = compare(evaluator.per_query["nDCG@10"], first["nDCG@10"], however_small=True)
+    assert (pair["n"], pair["verdict"]) == (10, found.verdict)
+    saved = pd.read_csv(tmp_path / "eval" / "Collection_evaluation_words_results.csv")
+    means = saved[saved["metric"] == "words_nDCG@10"]
+    assert means["value"].tolist() == pytest.approx(values)
+    assert means["epoch"].tolist() == [1, 2, 3]
+    card = (tmp_path / "checkpoint-9" / "README.md").read_text(encoding="utf-8")
+    assert "CollectionEvaluator" in card and "**nDCG@10**" in card
 
 
 # ---- encoders in plain Sentence Transformers ---------------------------------------------------------------------------

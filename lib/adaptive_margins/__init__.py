@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adaptive_margins.encoder.load import open_encoder as open_encoder
     from adaptive_margins.encoder.options import EncoderOptions as EncoderOptions
     from adaptive_margins.errors import AdaptiveMarginsError as AdaptiveMarginsError
+    from adaptive_margins.evaluation.evaluator import CollectionEvaluator as CollectionEvaluator
     from adaptive_margins.evaluation.measures import evaluate as evaluate
     from adaptive_margins.evaluation.significance import compare as compare
     from adaptive_margins.losses import MarginLoss as MarginLoss
@@ -41,6 +42,7 @@ _MODULES = {
     "BM25": "retrieval.bm25",
     "CachedMarginLoss": "cached_loss",
     "Collection": "data.collection",
+    "CollectionEvaluator": "evaluation.evaluator",
     "DenseIndex": "retrieval.dense_index",
     "DenseRetriever": "retrieval.dense",
     "EncoderOptions": "encoder.options",
