@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from adaptive_margins.data.trec import (
 )
 from adaptive_margins.evaluation.comparison import compared
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
-from adaptive_margins.evaluation.significance import FEWEST
+from adaptive_margins.evaluation.significance import FEWEST, Comparison, more_queries
 from adaptive_margins.training import TrainingResult
 
 RUNS = ("start", "trained", "bm25", "hybrid")
@@ -202,8 +202,8 @@ def _chosen(report: Mapping[str, Any]) -> str:
     error = found["standard_error"]
     return (
         f"Of {len(found['trainings'])} losses {loss_name(found['chosen'])} was the best on"
-        f" validation; the encoder that is kept gained {there} {SELECTION} there and {test} on the"
-        f" test queries, on which nothing was chosen: an optimism of {optimism}"
+        f" validation. What is kept of it gained {there} {SELECTION} there and {test} on the test"
+        f" queries, on which nothing was chosen: an optimism of {optimism}"
         + ("" if error is None else f" (standard error {number(error)})")
     )
 
@@ -241,7 +241,12 @@ def _compared(
         text = f"On {also['name']} ({also['n']:,} queries) {words}"
     means = also or {name: report["measures"][name][found["measure"]] for name in (a, b)}
     text += f": {found['measure']} {number(means[a])} against {number(means[b])}"
-    return f"{text}, {change(found)}" if found["ci"] is not None else text
+    text += f", {change(found)}" if found["ci"] is not None else ""
+    if found["verdict"] == "undecided" and not also and found["ci"][0] < found["ci"][1]:
+        tested = Comparison(**{field.name: found[field.name] for field in fields(Comparison)})
+        more = more_queries(tested, 0.05)
+        text += ". About {more:,} more judged queries would show {would_show}".format(**more)
+    return text
 
 
 def _limits_of_bm25(report: Mapping[str, Any]) -> list[str]:
