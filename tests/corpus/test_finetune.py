@@ -446,7 +446,8 @@ BETTER = ([0.5, 0.7, 0.6, 0.8] * 5, [0.3, 0.6, 0.5, 0.5] * 5)
 )  # fmt: skip
 def test_words_follow_the_tests(a, b, verdict, said):
     pair = {"trained": scored(*a), "bm25": scored(*b)}
-    found = finetuned.compared(pair["trained"], pair["bm25"], "nDCG@10")
+    x, y = (evaluation.per_query["nDCG@10"] for evaluation in pair.values())
+    found = finetuned.compared(x, y, "nDCG@10")
     assert found["verdict"] == verdict
     assert found["difference"] == pytest.approx(np.mean(a) - np.mean(b))
     assert (found["ci"] is None) == (found["p_t"] is None) == (len(a) < 10)

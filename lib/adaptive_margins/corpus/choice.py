@@ -11,7 +11,7 @@ from adaptive_margins.corpus.finetuned import change, compared, number
 from adaptive_margins.corpus.settings import Target, loss_name
 from adaptive_margins.corpus.validation import SELECTION
 from adaptive_margins.data.trec import Qrels, Run
-from adaptive_margins.evaluation.measures import Evaluation, evaluate
+from adaptive_margins.evaluation.measures import evaluate
 from adaptive_margins.training import TrainingResult
 
 
@@ -28,7 +28,7 @@ def about_training(target: Target, result: TrainingResult) -> dict[str, Any]:
         "best_step": steps[row],
         "value": values[row],
         "seconds": {"training": result.train_seconds, "validation": result.eval_seconds},
-        "against_start": _compared(best, start),
+        "against_start": compared(best, start, SELECTION),
         "per_query": best,
     }
 
@@ -44,7 +44,7 @@ def about_choice(
     """
     chosen = max(rows, key=lambda row: row["value"])
     for row in rows:
-        row["against_chosen"] = _compared(row["per_query"], chosen["per_query"])
+        row["against_chosen"] = compared(row["per_query"], chosen["per_query"], SELECTION)
     after, before = (evaluate(qrels, runs[name], [SELECTION]) for name in ("trained", "start"))
     values = before.per_query[SELECTION]
     gains = [value - values[qid] for qid, value in after.per_query[SELECTION].items()]
@@ -77,8 +77,3 @@ def choice_table(report: Mapping[str, Any]) -> list[list[str]]:
             cells[1] = "chosen"
         rows.append([loss_name(row["target"]), number(row["value"]), str(row["best_step"]), *cells])
     return [head, *rows]
-
-
-def _compared(a: dict[str, float], b: dict[str, float]) -> dict[str, Any]:
-    x, y = (Evaluation({SELECTION: fmean(v.values())}, {SELECTION: v}) for v in (a, b))
-    return compared(x, y, SELECTION)

@@ -34,7 +34,6 @@ from adaptive_margins.data.stored import seeded_order
 from adaptive_margins.data.trec import top
 from adaptive_margins.data.triples import mine_triples
 from adaptive_margins.encoder.load import default_device, encoder_identity, open_encoder
-from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.losses import margin_loss, margins_and_targets
 from adaptive_margins.retrieval.dense import DenseRetriever
 
@@ -187,8 +186,7 @@ def comparisons(done: Finetuned) -> pd.DataFrame:
         values = done.per_query(measure).set_index("qid")
         runs = {}
         for name in RUNS:
-            by_query = {str(qid): float(value) for qid, value in values[name].items()}
-            runs[name] = Evaluation({measure: float(values[name].mean())}, {measure: by_query})
+            runs[name] = {str(qid): float(value) for qid, value in values[name].items()}
         for pair, reported in done.report["comparisons"].items():
             a, b = pair.split(" vs ")
             untested = reported["verdict"] if reported["ci"] is None else ""

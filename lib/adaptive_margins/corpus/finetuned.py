@@ -141,7 +141,8 @@ def comparisons(
     for a, b in (pair for pair in _PAIRS if evaluations.keys() >= {*pair}):
         untested = "withheld" if withheld and "start" not in (a, b) else ""
         untested = "too few queries" if usable < FEWEST else untested
-        found[f"{a} vs {b}"] = compared(evaluations[a], evaluations[b], measure, untested)
+        x, y = (evaluations[name].per_query[measure] for name in (a, b))
+        found[f"{a} vs {b}"] = compared(x, y, measure, untested)
     return found
 
 

@@ -42,9 +42,9 @@ def not_worse(trained: Evaluation, start: Evaluation) -> dict[str, Any]:
     "not worse" is one half of TOST: by a one-sided t test at .05 the mean difference is above
     −margin, as is the confidence interval of 90 %. A smaller loss than that may be significant.
     """
-    found = compared(trained, start, SELECTION)
+    a, b = (evaluation.per_query[SELECTION] for evaluation in (trained, start))
+    found = compared(a, b, SELECTION)
     if found["ci"] is not None:
-        a, b = (evaluation.per_query[SELECTION] for evaluation in (trained, start))
         within = paired_interval(a, b, confidence=0.9)[1] > -found["margin"] and any(b.values())
         other = "worse" if found["verdict"] == "worse" else "undecided"
         found["verdict"] = "not worse" if within else other

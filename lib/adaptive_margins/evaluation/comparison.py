@@ -17,7 +17,7 @@ from adaptive_margins.data.trec import Qrels, Run
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation import significance
 from adaptive_margins.evaluation.external_runs import Scored, finds_relevant, score
-from adaptive_margins.evaluation.measures import Evaluation, named, relevant
+from adaptive_margins.evaluation.measures import named, relevant
 from adaptive_margins.evaluation.significance import FEWEST, Comparison, compare
 from adaptive_margins.text_tables import aligned
 
@@ -233,15 +233,16 @@ def comparison_text(found: Mapping[str, Any], style: str = "plain") -> str:
     return "\n".join(lines)
 
 
-def compared(a: Evaluation, b: Evaluation, measure: str, untested: str = "") -> dict[str, Any]:
+def compared(
+    a: Mapping[str, float], b: Mapping[str, float], measure: str, untested: str = ""
+) -> dict[str, Any]:
     """Return `compare` by a measure; ``untested``, if given, is the verdict without a test."""
-    x, y = a.per_query[measure], b.per_query[measure]
-    if len(x) >= FEWEST and not untested:
-        return {"measure": measure, **asdict(compare(x, y, however_small=True))}
+    if len(a) >= FEWEST and not untested:
+        return {"measure": measure, **asdict(compare(a, b, however_small=True))}
     return {
         "measure": measure,
-        "n": len(x),
-        "difference": a.mean[measure] - b.mean[measure],
+        "n": len(a),
+        "difference": float(np.mean(list(a.values())) - np.mean(list(b.values()))),
         **dict.fromkeys(("ci", "p_t", "p_tost", "margin")),
         "verdict": untested or "too few queries",
     }

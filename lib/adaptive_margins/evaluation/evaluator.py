@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -123,9 +122,8 @@ class CollectionEvaluator(BaseEvaluator):
             for group, mean in pd.Series(values).groupby(self.groups.get).mean().items():
                 metrics[f"{measure}_{group}"] = mean
             if before := self.baseline.get(measure):
-                other = Evaluation({measure: fmean(before.values())}, {measure: dict(before)})
                 few = len(relevant(self.qrels, measure)) < FEWEST
-                pair = compared(found, other, measure, "too few queries" if few else "")
+                pair = compared(values, before, measure, "too few queries" if few else "")
                 self.comparisons[measure] = pair
                 metrics[f"{measure}_difference"] = pair["difference"]
         return metrics
