@@ -50,10 +50,12 @@ def chosen(tmp_path_factory, encoder):  # noqa: F811
     assert {row["target"] for row in rows} == {*ALL[:2]}
     # Of the losses that are finished, the best one has its checkpoints; the third has begun.
     assert len(list(work.glob("training-*"))) == 2
-    curves = []
-    done = call(on_check=curves.append)
+    curves, said = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetuning, "say", said.append)
+        done = call(on_check=curves.append)
     begun = sum(len(curve) == 1 for curve in curves)  # at step 0
-    return SimpleNamespace(source=source, other=other, arguments=arguments, done=done, begun=begun, folder=folder)  # fmt: skip
+    return SimpleNamespace(source=source, other=other, arguments=arguments, done=done, begun=begun, folder=folder, said=said)  # fmt: skip
 
 
 def test_the_best_loss_on_validation_is_kept(chosen):
@@ -73,6 +75,13 @@ def test_the_best_loss_on_validation_is_kept(chosen):
         assert "per_query" not in row
     assert chosen.begun == 3  # two were finished, and the third is resumed
     assert not (chosen.folder / "output.work").exists()
+
+
+def test_the_time_of_all_trainings_is_said_before_the_first(chosen):
+    assert chosen.said[0].startswith("6 × training, with validation and ranking: about 0:")
+    assert [line.split(":")[0] for line in chosen.said if line.startswith("training, ")] == [
+        "training, softmax", "training, static 0.1", "training, static 0.3", "training, static 0.5",
+    ]  # fmt: skip
 
 
 def test_alone_the_chosen_loss_comes_to_the_same(chosen):

@@ -259,7 +259,7 @@ def _trained(
     seconds, count = stages.seconds["validation"], len(configs)
     passage = seconds / len(prepared.validation.passages)
     # A triple has two passages, and a step takes three times as long as embedding alone.
-    each = 6 * passage * configs[0].triples + seconds * job.settings.checks
+    each = 6 * passage * configs[0].triples + seconds * configs[0].steps / configs[0].evaluate_every
     rest = seconds * len(ALPHAS) + passage * len(data.collection.passages)
     total = clock(left * (count * each + rest))
     say(f"{left * count} × training, with validation and ranking: about {total} at most")
