@@ -232,7 +232,7 @@ def _fold(job: Job, work: Path, identity: str, fold: SplitCollection, left: int)
     if not (output / "training.json").is_file():
         _finetune(dataclasses.replace(part, output=output, on_check=job.on_check), work, fold, left)
         for finished in work.glob("training-*"):  # hundreds of megabytes each
-            shutil.rmtree(finished)
+            shutil.rmtree(finished, ignore_errors=True)
     return Finetuned.load(output)
 
 
