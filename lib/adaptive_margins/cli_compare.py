@@ -31,7 +31,7 @@ def compare(
         Path, Option(parser=old_path, help="Judgements: TREC's four columns, or BEIR's three.")
     ],
     measure: Annotated[str, Option(help="A measure in ir_measures' notation.")] = "nDCG@10",
-    margin: Annotated[float, Option(help="Smaller mean differences are equivalent.")] = 0.05,
+    margin: Annotated[float, Option(help="Bound of equivalence (TOST).")] = 0.05,
     plot: Annotated[
         Path | None, Option(parser=new_file, help="Draw differences per query: .png, .svg, .pdf.")
     ] = None,
@@ -39,19 +39,19 @@ def compare(
         bool, Option("--complete", help="The runs have all hits that could be found.")
     ] = False,
     baseline: Annotated[
-        Path | None, Option(metavar="RUN", parser=old_path, help="Compare all others with this.")
+        Path | None, Option(metavar="RUN", parser=old_path, help="Compare only with this run.")
     ] = None,
     form: Annotated[
-        Literal["text", "markdown", "latex"], Option("--format", help="Of the tables.")
+        Literal["text", "markdown", "latex"], Option("--format", help="Format of tables.")
     ] = "text",
     per_query: PerQuery = False,
     as_json: Json = False,
 ) -> None:
-    """Compare runs pair by pair: equivalent, different or undecided.
+    """Compare runs pair by pair: equivalent, better, worse or undecided.
 
     By a paired t test and TOST (two one-sided tests, within ±margin) over all
     judged queries, corrected for the number of pairs (Bonferroni; with a
-    baseline Holm). A query that a run has no hits for counts 0.
+    baseline Holm). A judged query without hits counts 0.
     """
     with working():
         names = _measures(measure, "--measure")

@@ -73,8 +73,9 @@ Source = Annotated[
     Argument(
         metavar="PATH",
         parser=expanded,
-        help="A collection: a folder (BEIR's layout, or collection.tsv, queries.tsv, qrels.txt, or"
-        " a saved Hugging Face dataset), 'pydocs', or an id of ir_datasets.",
+        help="A collection: a folder (BEIR's layout, or collection.tsv, queries.tsv, qrels.txt),"
+        " rows of texts (.jsonl, .parquet, a saved Hugging Face dataset), 'pydocs', or an id of"
+        " ir_datasets.",
     ),
 ]
 _ENCODER = "'minilm' (shipped), a Sentence Transformers folder, or ORG/NAME@REVISION of the hub."
@@ -82,10 +83,10 @@ Model = Annotated[str, Option(parser=expanded, help=f"An encoder: {_ENCODER}")]
 RunOut = Annotated[
     Path | None, Option(parser=new_file, help="Write the ranking: a TREC run, gzipped if .gz.")
 ]
-Measures = Annotated[str, Option(help="In ir_measures' notation, with spaces between them.")]
+Measures = Annotated[str, Option(help="In ir_measures' notation, separated by spaces.")]
 Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1, … (default: a GPU if any).")]
 Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
-Verbose = Annotated[bool, Option("--verbose", help="Show progress wherever stderr goes.")]
+Verbose = Annotated[bool, Option("--verbose", help="Show progress even if stderr is no terminal.")]
 PerQuery = Annotated[bool, Option("--per-query", help="With --json: each query's value, too.")]
 
 
@@ -100,17 +101,19 @@ def train(
     output: Annotated[Path, Option(parser=new_folder, help="A new folder for the encoder.")],
     model: Model = "minilm",
     target: Annotated[
-        str, Option(help="distributed, adaptive, a margin ε, softmax; all: the best of six.")
+        str, Option(help="distributed, adaptive, a margin ε, or softmax; all: the best of six.")
     ] = "distributed",
-    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of split, triples and dropout.")] = 1,
+    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Seeds split, triples, dropout.")] = 1,
     negatives: Annotated[Miner, Option(help="Retriever that negatives are mined with.")] = "bm25",
     triples: Annotated[
         int | None, Option(min=2, help="How many (default: for some minutes).")
     ] = None,
     batch_size: Annotated[int | None, Option(min=1, help="Default: 32, on a GPU 128.")] = None,
     learning_rate: Annotated[float | None, Option(min=0, help="Default: 2e-5.")] = None,
-    folds: Annotated[int | None, Option(min=3, help="Cross-validate with so many folds.")] = None,
-    also: Annotated[str | None, Option(parser=expanded, help="Is it worse on this PATH?")] = None,
+    folds: Annotated[int | None, Option(min=3, help="Number of folds to cross-validate.")] = None,
+    also: Annotated[
+        str | None, Option(parser=expanded, help="A second collection: is the encoder worse there?")
+    ] = None,
     measures: Measures = "nDCG@10 R@100",
     device: Device = None,
     report_to: Annotated[
@@ -199,7 +202,7 @@ def evaluate(
     model: Model,
     mode: Annotated[Mode, Option(help="Rank all, rerank candidates, or fuse with BM25.")] = "full",
     query_set: Annotated[
-        str | None, Option("--set", help="Which queries (default: test, or the only set).")
+        str | None, Option("--set", help="Query set (default: test, or the only one).")
     ] = None,
     candidates: Annotated[
         Path | None, Option(parser=old_path, help="With --mode rerank: the TREC run to rerank.")
@@ -295,7 +298,9 @@ def index(
     options: EncoderOptions,
     model: Model,
     output: Annotated[Path, Option(parser=new_folder, help="A new folder for the index.")],
-    weight: Annotated[float | None, Option(min=0, max=1, help="Of the encoder, in hybrid.")] = None,
+    weight: Annotated[
+        float | None, Option(min=0, max=1, help="Weight of the encoder (default: as learned).")
+    ] = None,
     device: Device = None,
     as_json: Json = False,
     verbose: Verbose = False,
@@ -349,7 +354,7 @@ def search(
     queries: Annotated[
         Path | None, Option(parser=old_path, help="A file of queries: id, tab, text per line.")
     ] = None,
-    mode: Annotated[Searched | None, Option(help="Default: hybrid, if BM25 is there.")] = None,
+    mode: Annotated[Searched | None, Option(help="Default: hybrid, if it has BM25.")] = None,
     depth: Annotated[int, Option(min=1, help="Passages per query.")] = 10,
     run_out: RunOut = None,
     model: Annotated[

@@ -1,4 +1,4 @@
-"""The command `mine`: hard negatives of a custom corpus, for any trainer."""
+"""The command for hard negatives: mine."""
 
 from __future__ import annotations
 
@@ -34,23 +34,24 @@ def mine(
         ),
     ],
     options: EncoderOptions,
-    retriever: Annotated[Miner, Option(help="Whose best passages are candidates.")] = "bm25",
+    retriever: Annotated[Miner, Option(help="Ranks the candidates.")] = "bm25",
     model: Model = "minilm",
-    negatives: Annotated[int, Option(min=1, help="Of each query and positive.")] = 1,
-    depth: Annotated[int, Option(min=1, help="Candidates of a query.")] = 100,
+    negatives: Annotated[int, Option(min=1, help="Negatives of each positive.")] = 1,
+    depth: Annotated[int, Option(min=1, help="Candidates per query.")] = 100,
     cross_encoder: Annotated[
         str | None,
-        Option(parser=expanded, help="Scores the filter's pairs: a folder, or ORG/NAME@REVISION."),
+        Option(parser=expanded, help="Scores for the filter: a folder, or ORG/NAME@REVISION."),
     ] = None,
-    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of the choice of negatives.")] = 1,
+    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Seeds split and negatives.")] = 1,
     device: Device = None,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Mine hard negatives, without probable positives, for this or another trainer.
+    """Mine hard negatives, for `train` or another trainer.
 
-    The candidates are filtered as by `train`. OUTPUT gets triples, or with
-    several --negatives n-tuples, and OUTPUT.scores.tsv ranks and scores.
+    Candidates that are probably relevant are dropped, as by `train`. The output
+    has triples, or with several --negatives n-tuples; NAME.scores.tsv next to it
+    has ranks and scores.
     """
     with working(verbose, f"{model} {cross_encoder or ''}"):
         from adaptive_margins.corpus.mine import mine_negatives

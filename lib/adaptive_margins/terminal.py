@@ -74,10 +74,10 @@ def check_arguments(arguments: list[str]) -> None:
 
 
 _ENCODER = {
-    "query_prompt": (str, "Text before each query, in the place of the encoder's prompt."),
-    "passage_prompt": (str, "Text before each passage, in the place of the encoder's prompt."),
-    "dimensions": (int, "Use the first ones of each embedding alone (default: all)."),
-    "max_length": (int, f"Tokens of a text (default: the encoder's, at most {CORPUS_LENGTH})."),
+    "query_prompt": (str, "Text before each query (default: the encoder's prompt)."),
+    "passage_prompt": (str, "Text before each passage (default: the encoder's prompt)."),
+    "dimensions": (int, "Use only the first dimensions of each embedding (default: all)."),
+    "max_length": (int, f"Tokens a text (default: the encoder's limit, at most {CORPUS_LENGTH})."),
 }
 
 
