@@ -1,4 +1,4 @@
-"""Snippets of the page "Where you work", as they are printed there."""
+"""Snippets of the page "Other libraries", as they are printed there."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_embeddings_are_those_of_pytorch(example, tiny_folder, tmp_path, monkeyp
         inputs = {name: v.numpy() for name, v in example["features"](plain, texts).items()}
         (found,) = session.run(["sentence_embedding"], inputs)
         np.testing.assert_allclose(found, plain.encode(texts), atol=1e-4)
-    monkeypatch.chdir(tmp_path)  # as the page "Where you work" serves it
+    monkeypatch.chdir(tmp_path)  # as the page "Other libraries" serves it
     found = run_section("ONNX Runtime")["embeddings"]
     again = SentenceTransformer(str(tmp_path / "my_encoder_onnx"), device="cpu")
     texts = ["how do I sort an array?", "numpy.sort returns a sorted copy."]

@@ -1,4 +1,4 @@
-"""The page "Where you work": its snippets run as they are printed, and come to this library's results."""
+"""The page "Other libraries": its snippets run as they are printed, and come to this library's results."""
 
 from __future__ import annotations
 
