@@ -121,8 +121,9 @@ def finetune(
         on_check: gets the learning curve so far, after each evaluation.
         settings: in the place of the device's defaults.
         options: prompts, dimensions and length of the encoder, saved with it.
-        folds: test each query of the only set, in so many parts (cross-validation): each part by an
-            encoder that is trained on the others. The encoder in the output is trained on all.
+        folds: number of folds of a cross-validation, at least 3: each query of the only set is
+            tested once, by an encoder that was neither trained nor validated on it. The encoder in
+            the output is trained and validated on all of them.
         also: a second collection, to test whether the trained encoder became worse there.
 
     Raises:

@@ -44,8 +44,8 @@ def mine_negatives(
 ) -> dict[str, Any]:
     """Mine hard negatives for the training queries, and write triples or n-tuples.
 
-    Of the passages that `filter_negatives` leaves of a query's ``depth`` best ones by ``retriever``
-    ("bm25" or "encoder"), each positive gets ``negatives`` at random. Without a set "train", the
+    Each positive gets ``negatives`` at random from its query's best ``depth`` passages by
+    ``retriever`` ("bm25" or "encoder") that `filter_negatives` leaves. Without a set "train", the
     queries are split as by `finetune`. Deterministic for a seed.
 
     Args:
