@@ -23,6 +23,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ADAPTIVE_MARGINS_CACHE_GB"] = "0"  # no embeddings are kept in this checkout
 # ir_datasets makes its folders when it is imported; not in the user's home.
 os.environ["IR_DATASETS_HOME"] = tempfile.mkdtemp(prefix="ir_datasets.")
 

@@ -217,7 +217,7 @@ def test_posix_is_not_named_at_the_top_of_a_module():
 def test_what_is_for_speed_alone_has_a_door():
     """Other modules use these names of it, and none knows how texts are packed."""
     doors = {
-        "encoder.speed": {"adapt", "batcher", "default_chunks"},
+        "encoder.speed": {"adapt", "batcher", "default_chunks", "tokens_within"},
         "encoder.frozen": {"LoadedEncoder", "for_training"},
     }
     for name, path in MODULES.items():

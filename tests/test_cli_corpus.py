@@ -138,7 +138,7 @@ TRAIN = {
     "target": "str",
     "seed": "int",
     "triples": {
-        "used": "int", "chosen": "int", "available": "int", "negatives": "str",
+        "used": "int", "chosen": "int", "available": "int", "negatives": "str", "tokens": "int",
         "guarded": dict.fromkeys(
             ("queries", "candidates", "judged", "same_text", "near_duplicate", "too_similar", "random",
              "without_negative", "without_text"), "int"
@@ -148,7 +148,8 @@ TRAIN = {
     "settings": {
         "batch_size": "int", "triples": "int", "passes": "int", "learning_rate": "float", "weight_decay": "float",
         "optimizer": "str", "precision": "str", "checks": "int", "patience": "int", "standard_errors": "float",
-        "negatives_depth": "int", "check_share": "float", "check_passages": "int", "steps": "int",
+        "negatives_depth": "int", "check_share": "float", "check_passages": "int", "check_tokens": "int",
+        "check_steps": "int", "tokens": "int", "least_tokens": "int", "memory": "float", "steps": "int",
         "check_every": "int", "query_length": "int", "passage_length": "int", "device": "str", "depth": "int",
     },
     "bm25": {"queries": "int", "without_hits": "int", "bigram_passages": "int"},
@@ -205,8 +206,11 @@ def types(value: object) -> object:
     return [types(value[0])] if isinstance(value, list) else type(value).__name__
 
 
-def test_json_and_runs_of_train_evaluate_and_compare(call, answer, corpus, encoder, tmp_path):
+def test_json_and_runs_of_train_evaluate_and_compare(call, answer, corpus, encoder, tmp_path, monkeypatch):  # fmt: skip
     output, run_out = tmp_path / "trained", tmp_path / "again.run"
+    cache = tmp_path / "home" / "cache" / "embeddings"
+    monkeypatch.setenv("ADAPTIVE_MARGINS_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("ADAPTIVE_MARGINS_CACHE_GB", "1")
     options = ["--output", output, "--model", encoder, "--triples", "64", "--json"]
     chosen = [
         "--query-prompt",
@@ -240,7 +244,14 @@ def test_json_and_runs_of_train_evaluate_and_compare(call, answer, corpus, encod
     assert (plain.prompts["query"], plain.prompts["document"]) == ("sort ", "path ")
 
     # The other commands give the same values for the test queries, with what is saved with the encoder.
+    entries = set(cache.glob("[!.]*"))
+    assert len(entries) == 1 + (report["kept"] == "trained")
     found = answer("evaluate", corpus, "--model", output, "--run-out", run_out)
+    if report["kept"] == "trained":  # its passages are not embedded again
+        assert set(cache.glob("[!.]*")) == entries
+    shutil.rmtree(cache)
+    again = answer("evaluate", corpus, "--model", output, "--no-cache")
+    assert (again["measures"], cache.exists()) == (found["measures"], False)
     assert types(found) == EVALUATE
     assert found["measures"] == pytest.approx(report["measures"]["trained"])
     assert found["queries"] == report["collection"]["sets"]["test"]
@@ -804,16 +815,17 @@ def test_train_hands_on_what_was_asked_for(answer, call, asked):
     call("train", "corpus", "--output", "o", "--target", ".3", "--seed", 7, "--negatives", "encoder", "--triples", 9,
          "--measures", "P@5 nDCG@10 P(rel=1)@5", "--device", "cpu", "--report-to", "tensorboard", "--model", "m", "--batch-size", 4,
          "--learning-rate", ".01", "--query-prompt", "q: ", "--passage-prompt", "p: ", "--dimensions", 8, "--max-length", 9,
-         "--folds", 5, "--also", "other")  # fmt: skip
+         "--folds", 5, "--also", "other", "--no-cache")  # fmt: skip
     defaults = {
         "model": "minilm", "target": "distributed", "seed": 1, "measures": ["nDCG@10", "R(rel=1)@100"], "negatives": "bm25",
         "device": None, "triples": None, "report_to": (), "settings": Settings(), "options": EncoderOptions(),
-        "folds": None, "also": None,
+        "folds": None, "also": None, "cache": True,
     }  # fmt: skip
     given = {
         "model": "m", "target": 0.3, "seed": 7, "measures": ["P(rel=1)@5", "nDCG@10"], "negatives": "encoder",
         "device": "cpu", "triples": 9, "report_to": ("tensorboard",),
         "settings": Settings(batch_size=4, learning_rate=0.01), "options": EncoderOptions("q: ", "p: ", 8, 9), "folds": 5, "also": "other",
+        "cache": False,
     }  # fmt: skip
     assert asked == [("corpus", Path("out dir"), defaults), ("corpus", Path("o"), given)]
 

@@ -320,6 +320,49 @@ def test_a_run_does_not_depend_on_its_chunks(material, tmp_path):
     np.testing.assert_allclose(one, four, atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", [Tokens.batch, None])
+def test_a_step_of_more_tokens_has_the_same_gradient_in_less_memory(material, layout):
+    """In parts that the backward pass computes again, with the same dropout; in float32."""
+    rows = [dict(zip(("query", "positive", "negative"), t, strict=True)) for t in material.triples[:24]]  # fmt: skip
+    kept: list[int] = []
+
+    def bytes_of(tensor):
+        kept.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    def step(model, most, again=True):
+        torch.manual_seed(1)
+        collator = training.TripleCollator(
+            material.queries, material.passages, 1, layout or batcher(model), most
+        )
+        batch = collator(rows)
+        chunks = len(batch["chunks"])
+        kept.clear()
+        config = run_config(target="distributed", chunks=1 if again else chunks)
+        loss = training.RecordedLoss(model, config)
+        with torch.autograd.graph.saved_tensors_hooks(bytes_of, lambda tensor: tensor):
+            value = loss(batch["chunks"], batch["rows"])
+        memory = sum(kept)
+        return chunks, memory, *loss_and_gradients(model, value)
+
+    def alike(one, other):
+        assert one[2] == pytest.approx(other[2], rel=1e-5)
+        assert one[3].keys() == other[3].keys()
+        found, expected = (torch.cat([g.flatten() for g in step[3].values()]) for step in (one, other))  # fmt: skip
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+
+    model = copy.deepcopy(material.model).train()
+    whole, parts = step(model, 10**6), step(model, 60)
+    assert (whole[0], parts[0] > 4) == (1, True)
+    assert parts[1] < whole[1] / 2
+    alike(parts, whole)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    alike(step(model, 60), step(model, 60, again=False))
+    assert abs(step(model, 60)[2] - whole[2]) > 1e-3  # there is dropout
+
+
 def test_a_step_waits_for_no_number(material, tmp_path, monkeypatch):
     """On a GPU, reading a number of a step makes the host wait; only checks and checkpoints may.
 

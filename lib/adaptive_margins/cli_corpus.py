@@ -87,6 +87,7 @@ Measures = Annotated[str, Option(help="In ir_measures' notation, separated by sp
 Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1, … (default: a GPU if any).")]
 Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
 Verbose = Annotated[bool, Option("--verbose", help="Show progress even if stderr is no terminal.")]
+NoCache = Annotated[bool, Option("--no-cache", help="Embed again, and keep no embeddings.")]
 PerQuery = Annotated[bool, Option("--per-query", help="With --json: each query's value, too.")]
 
 
@@ -119,6 +120,7 @@ def train(
     report_to: Annotated[
         list[str] | None, Option(help="Log to tensorboard, wandb, mlflow or trackio. Repeatable.")
     ] = None,
+    no_cache: NoCache = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -152,6 +154,7 @@ def train(
             options=options,
             folds=folds,
             also=also,
+            cache=not no_cache,
         ).report
     show(found, as_json, _train_text(found, path))
 
@@ -217,6 +220,7 @@ def evaluate(
     ] = False,
     device: Device = None,
     per_query: PerQuery = False,
+    no_cache: NoCache = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -241,6 +245,7 @@ def evaluate(
             options=options,
             device=device,
             run_out=run_out,
+            cache=not no_cache,
         )
     result = found.report
     about = (
@@ -302,6 +307,7 @@ def index(
         float | None, Option(min=0, max=1, help="Weight of the encoder (default: as learned).")
     ] = None,
     device: Device = None,
+    no_cache: NoCache = False,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
@@ -316,11 +322,12 @@ def index(
         from adaptive_margins.files import folder_bytes
         from adaptive_margins.retrieval.dense import DenseRetriever
         from adaptive_margins.retrieval.dense_index import DenseIndex
+        from adaptive_margins.retrieval.embedding_cache import cache_folder
         from adaptive_margins.text_tables import size
 
         collection = open_collection(path)
         encoder = open_encoder(model, options, device=device or default_device())
-        retriever = DenseRetriever(encoder, collection.passages)
+        retriever = DenseRetriever(encoder, collection.passages, cache=cache_folder(not no_cache))
         weight = stored_weight(model) if weight is None else weight
         about: dict[str, Any] = {"fingerprint": collection.fingerprint, "weight": weight}
         built = DenseIndex.build(retriever, collection.name, model, output, **about)

@@ -317,6 +317,7 @@ def train(
     order: np.ndarray | None = None,
     in_batch: InBatchTeacher | None = None,
     names: Sequence[Sequence[Any]] = (range(2**40), range(2**40)),
+    most: int = 2**40,
 ) -> TrainingResult:
     """Train ``model`` in place; a call that was interrupted is resumed.
 
@@ -343,6 +344,7 @@ def train(
         order: numbers of triples, batch by batch (`topics.sampled_order`).
         in_batch: the teacher of pairs across a batch, for MarginMSE in-batch.
         names: ids of queries and of passages, for errors; by default their rows.
+        most: tokens whose activations are in memory; a step of more computes them again.
 
     Raises:
         TrainingError: there are fewer triples than one pass needs, MarginMSE has no scores, loss or
@@ -368,7 +370,7 @@ def train(
         train_dataset=triples,
         loss=callback.loss,
         evaluator=_Evaluator(callback),
-        data_collator=TripleCollator(queries, passages, config.chunks, batcher(model)),
+        data_collator=TripleCollator(queries, passages, config.chunks, batcher(model), most),
         callbacks=[*reporters, callback],
     )
     trainer.remove_callback(PrinterCallback)

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 
 from adaptive_margins.data.stored import COLUMNS
 from adaptive_margins.distributed import gathered, processes
-from adaptive_margins.encoder.embed import embed_chunks, length_chunks
+from adaptive_margins.encoder.embed import embed_chunks, length_chunks, token_batches
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.errors import TrainingError
 from adaptive_margins.losses import margin_loss
@@ -31,7 +31,8 @@ class TripleCollator:
 
     ``batch`` makes the features of a part (`encoder.speed.batcher`). All of it is made on the host,
     so that a step does not wait for lengths from the device. ``rows`` (3, B) are the places of the
-    three columns' texts (`embed_chunks`).
+    three columns' texts (`embed_chunks`). Only texts of more than ``most`` tokens are in more than
+    ``chunks`` parts.
     """
 
     valid_label_columns: tuple[str, ...] = ()
@@ -42,8 +43,10 @@ class TripleCollator:
         passages: Tokens,
         chunks: int,
         batch: Callable[[Tokens, np.ndarray], dict[str, Tensor]],
+        most: int = 2**40,
     ) -> None:
         self.queries, self.passages, self.chunks, self.batch = queries, passages, chunks, batch
+        self.most = most
 
     def __call__(self, rows: list[dict[str, int]]) -> dict[str, Any]:
         """One dict per triple: the rows of its query and of its passages, and a teacher's scores.
@@ -55,6 +58,8 @@ class TripleCollator:
         passages, passage_at = np.unique([positive, negative], return_inverse=True)
         texts = self.queries.take(queries) + self.passages.take(passages)
         parts = length_chunks(texts.lengths, self.chunks)
+        if texts.offsets[-1] > self.most:
+            parts = token_batches(np.concatenate(parts), texts.lengths, self.most // self.chunks)
         place = np.argsort(np.concatenate(parts))
         at = np.vstack([query_at, len(queries) + passage_at.reshape(2, -1)])
         features = {
@@ -87,7 +92,8 @@ class RecordedLoss(nn.Module):
     def forward(self, chunks: Sequence[dict[str, Tensor]], rows: Any) -> Tensor:
         """The loss of a step from the features that `TripleCollator` makes."""
         rows, *teacher = rows if isinstance(rows, tuple) else (rows,)
-        embeddings = embed_chunks(self.model, chunks, rows)
+        again = len(chunks) > self.config.chunks  # there are more for the memory's sake
+        embeddings = embed_chunks(self.model, chunks, rows, again=again)
         query, positive, negative = map(gathered, embeddings)  # the batch of all processes
         if self.config.loss == "margin-mse":
             loss = self._distilled(query, positive, negative, *teacher)

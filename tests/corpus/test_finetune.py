@@ -31,8 +31,9 @@ from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.errors import ArgumentError
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.files import WriteError, locked
+from adaptive_margins.retrieval.embedding_cache import LIMIT_VARIABLE
 from adaptive_margins.training import TrainingError, newest_checkpoint
-from conftest import SPECIAL, in_child, kill_in, write_tokenizer
+from conftest import SPECIAL, flip, in_child, kill_in, write_tokenizer
 
 PASSAGES = 120
 TOPIC = [f"t{number}" for number in range(30)]  # what passages are about
@@ -183,8 +184,10 @@ def came_to_the_same(done, expected):
         assert (done.folder / file).read_bytes() == (expected.folder / file).read_bytes()
 
 
-def test_a_second_call_goes_on_and_comes_to_the_same(helped, tmp_path, capsys):
+@pytest.mark.filterwarnings("ignore:.*damaged shards")
+def test_a_second_call_goes_on_and_comes_to_the_same(helped, tmp_path, monkeypatch, capsys):
     output, curves = tmp_path / "output", []
+    monkeypatch.setenv(LIMIT_VARIABLE, "1")
 
     def stop(curve):
         curves.append(curve)
@@ -192,13 +195,13 @@ def test_a_second_call_goes_on_and_comes_to_the_same(helped, tmp_path, capsys):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(helped.source, output, on_check=stop, **helped.arguments)
+        finetune(helped.source, output, on_check=stop, cache=False, **helped.arguments)
     assert not output.exists()
     assert list((tmp_path / "output.work").glob("training-*/checkpoint-15/COMPLETE"))
-    (embeddings,) = (tmp_path / "output.work").glob("embeddings-*.npy")
-    embeddings.write_bytes(b"")  # a damaged file is computed again
+    (embeddings,) = (tmp_path / "output.work" / "embeddings").glob("*/passages/embeddings.npy")
+    flip(embeddings)  # a damaged file is computed again
     curves.clear()
-    done = finetune(helped.source, output, on_check=curves.append, **helped.arguments)
+    done = finetune(helped.source, output, on_check=curves.append, cache=False, **helped.arguments)
     assert curves[0]["step"].tolist() == [0, 15]
     came_to_the_same(done, helped.done)
     assert "step 60 of 60: validation nDCG@10" in capsys.readouterr().err
@@ -405,6 +408,29 @@ def test_validation_ranks_as_much_as_an_evaluation_may_cost(budget, queries, dep
     assert set(found.passages.ids) == expected
     assert len(found.passages) <= budget or queries == 20
     assert found.passages.ids == sorted(found.passages.ids, key=ids.index)
+
+
+@pytest.mark.parametrize(
+    ("text", "passages", "asked", "triples", "every", "checked"),
+    [
+        (58, 11_429, None, 2048, 8, 1000),  # as before
+        (190, 1400, None, 1702, 7, 448),
+        (256, 5000, None, 305, 4, 256),
+        (256, 50_000, None, 305, 4, 256),
+        (256, 5000, 2048, 2048, 8, 512),
+        (9000, 100, None, 32, 4, 256),
+    ],
+)  # fmt: skip
+def test_long_passages_get_fewer_triples_evaluations_and_passages_for_each(text, passages, asked, triples, every, checked):  # fmt: skip
+    settings = Settings()
+    job = SimpleNamespace(settings=settings, triples=asked)
+    tokens = np.full(asked or settings.triples, 2 * text + 12)
+    found = prepare._affordable(job, tokens, float(text * passages))
+    assert found == pytest.approx(triples, rel=0.03)
+    assert prepare.batches(settings, found) == (32, every)
+    assert prepare._budget(settings, found, text) == pytest.approx(checked, rel=0.03)
+    if not asked and found < settings.triples:
+        assert found == 32 or tokens[: found + 1].sum() > max(800_000 - text * passages / 2, 160_000) >= tokens[:found].sum()  # fmt: skip
 
 
 def test_gain_has_the_standard_error_of_paired_differences():

@@ -8,13 +8,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel
 
 from adaptive_margins.encoder import speed
 from adaptive_margins.encoder.load import open_encoder, save_encoder
 from adaptive_margins.encoder.speed import batcher, packs
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.profiles.encoders import EncoderSettings
-from conftest import TEXTS
+from conftest import TEXTS, WORDS, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,31 @@ def test_attention_of_packed_texts_with_dropout_is_that_of_a_loop(scaling):
                     for j, (score, other) in enumerate(zip(scores, rows, strict=True))
                 )
                 torch.testing.assert_close(found[0, row, h], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+def test_activations_are_as_large_as_expected(tmp_path, kind):
+    config = AutoConfig.for_model(
+        kind, vocab_size=40, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=192
+    )  # fmt: skip
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, kind)
+    model = open_encoder(EncoderSettings(base=str(tmp_path))).train()
+    length = 60
+    tokens = tokenize(model, [" ".join(WORDS[5:] * 9)] * 30, length)
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(batcher(model)(tokens, range(30)))["sentence_embedding"].sum()
+        found = sum(size for place, size in kept.items() if place not in weights)
+    allowed = speed.tokens_within(model, found / 1e9, length)
+    assert 0.75 < allowed / (30 * length) < 1.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

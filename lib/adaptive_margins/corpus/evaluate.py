@@ -22,6 +22,7 @@ from adaptive_margins.evaluation.external_runs import Scored, finds_relevant, sc
 from adaptive_margins.evaluation.measures import Evaluation, cutoff, evaluate, named, relevant
 from adaptive_margins.retrieval.bm25 import BM25, without_hits
 from adaptive_margins.retrieval.dense import FUSED, DenseRetriever, hybrid
+from adaptive_margins.retrieval.embedding_cache import cache_folder
 from adaptive_margins.retrieval.exact import count_self, without_self
 
 CANDIDATES = 100
@@ -56,6 +57,7 @@ def evaluate_encoder(
     options: EncoderOptions | None = None,
     device: str | None = None,
     run_out: Path | None = None,
+    cache: bool = True,
 ) -> CorpusEvaluation:
     """Rank a set of queries with an encoder and score the ranking.
 
@@ -74,6 +76,7 @@ def evaluate_encoder(
         options: prompts, dimensions and length of the encoder.
         device: as torch calls it; None takes a GPU if there is one.
         run_out: a file to write the ranking to, as a TREC run.
+        cache: whether embeddings are looked up, and left, in the `cache_folder`.
 
     Raises:
         ArgumentError: the query set is not there, or the depth is too small for a measure.
@@ -92,7 +95,7 @@ def evaluate_encoder(
     if given is not None:
         given = _checked(str(candidates), given, queries, collection.passages)
     encoder = open_encoder(model, options or EncoderOptions(), device=device or default_device())
-    retriever = DenseRetriever(encoder, collection.passages)
+    retriever = DenseRetriever(encoder, collection.passages, cache=cache_folder(cache))
     if not exclude_self:
         _warn_of_self(queries, collection.passages)
     fused: dict[str, Any] = {}

@@ -67,11 +67,12 @@ from adaptive_margins.encoder.load import (
     save_encoder,
 )
 from adaptive_margins.encoder.options import EncoderOptions
-from adaptive_margins.encoder.speed import default_chunks
+from adaptive_margins.encoder.speed import default_chunks, tokens_within
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
 from adaptive_margins.files import atomic_folder, digest, read_object, working_folder, write_text
 from adaptive_margins.progress import bar, clock, say
 from adaptive_margins.retrieval.dense import DenseRetriever, hybrid
+from adaptive_margins.retrieval.embedding_cache import cache_folder
 from adaptive_margins.runs import TrainingRun
 from adaptive_margins.training import TrainingResult, train
 
@@ -96,6 +97,7 @@ def finetune(
     options: EncoderOptions | None = None,
     folds: int | None = None,
     also: str | None = None,
+    cache: bool = True,
 ) -> Finetuned:
     """Fine-tune an encoder on a collection, and compare it with the zero-shot encoder and BM25.
 
@@ -125,6 +127,7 @@ def finetune(
             tested once, by an encoder that was neither trained nor validated on it. The encoder in
             the output is trained and validated on all of them.
         also: a second collection, to test whether the trained encoder became worse there.
+        cache: whether embeddings are looked up, and left, in the `cache_folder`.
 
     Raises:
         ArgumentError: a value is not one of the above.
@@ -150,6 +153,7 @@ def finetune(
         options=options or EncoderOptions(),
         folds=folds,
         also=also,
+        cache=cache,
     ).checked()
     if is_first():
         with working_folder(job.output) as work:
@@ -184,7 +188,7 @@ def _finetune(job: Job, work: Path, fold: SplitCollection | None = None, left: i
             second, about = second_collection(job)
             before = second(encoder)
     tested = [_fold(job, work, identity, part, len(folds) + 1 - i) for i, part in enumerate(folds)]
-    prepared = prepare(job, work, data, encoder, identity, stages)
+    prepared = prepare(job, work, data, encoder, stages)
     given = (data, encoder, identity, prepared)
     config, folder, result, losses = _trained(job, work, *given, stages, left)
     with stages("validation", "merging the trained encoder with the original one"):
@@ -371,6 +375,7 @@ def _train(
             report_to=job.report_to,
             run_name=job.output.name if len(job.targets) == 1 else f"{job.output.name}, {name}",
             on_check=on_check,
+            most=tokens_within(encoder, job.settings.memory, prepared.passages.lengths.max()),
         )
 
 
@@ -381,7 +386,9 @@ def _rank(
     validating, runs = prepared.validating, {**prepared.runs, "trained": prepared.runs["start"]}
     if encoder is not None:
         passages, precision = data.collection.passages, job.settings.precision
-        retriever = DenseRetriever(encoder, passages, precision=precision, warn=False)
+        retriever = DenseRetriever(
+            encoder, passages, precision=precision, cache=cache_folder(job.cache), warn=False
+        )
         queries = data.collection.queries
         runs["trained"] = retriever.search(queries["test"], job.depth)
         validating = {**validating, "dense": retriever.search(queries["validation"], job.depth)}

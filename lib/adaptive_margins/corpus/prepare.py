@@ -25,13 +25,14 @@ from adaptive_margins.data.splits import MOST_TEST, MOST_VALIDATION, fold_querie
 from adaptive_margins.data.stored import seeded_order
 from adaptive_margins.data.trec import Run
 from adaptive_margins.data.triples import check_triples, mine_triples
-from adaptive_margins.encoder.load import options_of, prompts
+from adaptive_margins.encoder.load import prompts
 from adaptive_margins.encoder.tokens import Tokens, tokenize
 from adaptive_margins.evaluation.measures import evaluate, relevant
-from adaptive_margins.files import atomic_file, digest
+from adaptive_margins.files import digest
 from adaptive_margins.progress import say
 from adaptive_margins.retrieval.bm25 import BM25, without_hits
 from adaptive_margins.retrieval.dense import DenseRetriever
+from adaptive_margins.retrieval.embedding_cache import cache_folder
 from adaptive_margins.retrieval.exact import count_self
 from adaptive_margins.runs import TrainingRun
 
@@ -277,16 +278,18 @@ class Prepared:
         return digest([config.run_id, self.rows.tolist(), *ids])
 
 
-def prepare(
-    job: Job, work: Path, data: SplitCollection, encoder: Any, identity: str, stages: Stages
-) -> Prepared:
+def prepare(job: Job, work: Path, data: SplitCollection, encoder: Any, stages: Stages) -> Prepared:
     """Rank with BM25 and the zero-shot encoder, and choose the triples.
 
     Both retrievers are freed at the end: the encoder changes in training, and they take memory.
     """
     collection, settings = data.collection, job.settings
     with stages("encoding", f"embedding the passages with {job.model}"):
-        zero_shot = _zero_shot(job, work, data, encoder, identity)
+        cache, precision = cache_folder(job.cache) or work / "embeddings", settings.precision
+        zero_shot = DenseRetriever(
+            encoder, collection.passages, precision=precision, cache=cache, warn=False
+        )
+        assert len(zero_shot.embeddings) == len(collection.passages)
     with stages("ranking", "ranking with BM25 and with the zero-shot encoder"):
         test, validating = (collection.queries[name] for name in ("test", "validation"))
         bm25 = BM25(collection.passages)
@@ -308,42 +311,26 @@ def prepare(
     zero_shot.truncated, zero_shot.lost = counted
     zero_shot.count(query_texts, queries, "queries")
     zero_shot.warn_truncated()
-    batch_size, every = batches(settings, len(chosen))
-    # A triple has two passages, and a step takes three times as long as embedding alone.
-    budget = round(settings.check_share * 6 * every * batch_size)
-    budget = max(budget, settings.check_passages)
+    passages = tokenize(encoder, passage_texts, zero_shot.passage_length)
+    tokens = queries.lengths[rows[0]] + passages.lengths[rows[1:]].sum(axis=0)
+    mean = float(passages.lengths.mean())
+    count = _affordable(job, tokens, mean * len(collection.passages))
+    facts["tokens"] = int(tokens[:count].sum())
+    more = " (--triples n for more)" if count < len(tokens) else ""
+    say(f"{count:,} triples of {facts['tokens']:,} tokens to train on{more}")
+    budget = _budget(settings, count, mean)
     return Prepared(
         runs=runs,
         validating=ranked,
         bm25=bm25_facts,
-        rows=rows,
+        rows=rows[:, :count],
         queries=queries,
-        passages=tokenize(encoder, passage_texts, zero_shot.passage_length),
+        passages=passages,
         facts=facts,
-        validation=Validation(collection, [*ranked.values()], budget, settings.precision, job.seed),
+        validation=Validation(collection, [*ranked.values()], budget, precision, job.seed),
         truncated=zero_shot.truncation,
         lengths=(zero_shot.query_length, zero_shot.passage_length),
     )
-
-
-def _zero_shot(
-    job: Job, work: Path, data: SplitCollection, encoder: Any, identity: str
-) -> DenseRetriever:
-    """The zero-shot encoder with the passages' embeddings, cached for a resumed call."""
-    passages, precision = data.collection.passages, job.settings.precision
-    key = digest([identity, options_of(encoder), data.collection.fingerprint, precision])
-    path = work / f"embeddings-{key}.npy"
-    try:
-        known = np.load(path)
-    except (EOFError, OSError, ValueError):  # there is none, or the disk was full or lost power
-        known = None
-    retriever = DenseRetriever(encoder, passages, precision=precision, embeddings=known, warn=False)
-    if known is not None:
-        retriever.passage_tokens(retriever.rows)  # counts those that are truncated
-        return retriever
-    with atomic_file(path) as partial, partial.open("wb") as file:
-        np.save(file, retriever.embeddings)
-    return retriever
 
 
 def _triples(
@@ -359,11 +346,33 @@ def _triples(
             f"{job.source} gives {len(chosen)} triples to train on; at least 2 are needed"
         )
     source = "given" if facts["negatives"] == "given" else f"mined with {facts['negatives']}"
-    say(f"{len(chosen):,} triples to train on, {source}")
+    say(f"{len(chosen):,} triples, {source}")
     return chosen, facts
 
 
 def batches(settings: Settings, triples: int) -> tuple[int, int]:
     """Triples a step, and steps between two evaluations."""
     batch_size = min(settings.batch_size, triples)
-    return batch_size, math.ceil(triples // batch_size / settings.checks)
+    every = math.ceil(triples // batch_size / settings.checks)
+    return batch_size, max(every, settings.check_steps)
+
+
+def _affordable(job: Job, tokens: np.ndarray, passages: float) -> int:
+    """How many triples, of these ``tokens`` each, to train on, unless a number is asked for.
+
+    ``passages`` are the tokens of all passages, which are embedded before and after training. A
+    token costs at least three times as much in training.
+    """
+    if job.triples is not None:
+        return len(tokens)
+    most = max(job.settings.tokens - passages / 2, job.settings.least_tokens)
+    affordable = int((tokens.cumsum() <= most).sum())
+    return min(len(tokens), max(job.settings.batch_size, affordable))
+
+
+def _budget(settings: Settings, triples: int, tokens: float) -> int:
+    """Passages, of ``tokens`` on average, that an evaluation may embed."""
+    batch_size, every = batches(settings, triples)
+    # A triple has two passages, and a step takes three times as long as embedding alone.
+    share = round(settings.check_share * 6 * every * batch_size)
+    return max(share, min(settings.check_passages, int(settings.check_tokens / tokens)))

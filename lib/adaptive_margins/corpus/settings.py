@@ -38,14 +38,18 @@ class FinetuneError(AdaptiveMarginsError, ValueError):
 class Settings:
     """Training hyperparameters that the paper does not fix; the loss has none."""
 
-    batch_size: int = 32  # triples a step; up to 8.4 GB with MiniLM and passages of 256 tokens
+    batch_size: int = 32  # triples a step
+    memory: float = 2.0  # GB of a step's activations; if there are more, they are computed again
     triples: int = 2048  # at most; about five minutes with MiniLM on two cores
+    tokens: int = 800_000  # of these triples, at most, less half of those of all passages, but not
+    least_tokens: int = 160_000  # less than that: eight minutes for 5,000 passages of 256 tokens
     passes: int = 5  # over the distinct pairs of query and positive, each with another negative
     learning_rate: float = 2e-5  # customary for encoders that are already trained contrastively
     weight_decay: float = 1e-6  # Section 4
     optimizer: str = "adamw_torch_fused"  # Section 4: 8-bit Adam, 24 times slower a step on a CPU
     precision: Precision = "fp32"  # of matrix products
-    checks: int = 8  # evaluations a run, after the one at step 0
+    checks: int = 8  # evaluations a run, after the one at step 0, and not
+    check_steps: int = 4  # more often than at each of these
     patience: int = 3  # evaluations without a gain that end the training
     # Keep the trained encoder only if its validation gain over step 0 exceeds this many standard
     # errors of the paired difference: the one-standard-error rule of Breiman et al. (1984),
@@ -53,7 +57,8 @@ class Settings:
     standard_errors: float = 1.0
     negatives_depth: int = 100  # of the candidates that negatives are mined from
     check_share: float = 1 / 3  # cost of an evaluation, as a share of the training since the last
-    check_passages: int = 1000  # that any evaluation may embed; ten seconds with MiniLM
+    check_passages: int = 1000  # that any evaluation may embed, unless they are of more than
+    check_tokens: int = 65_536  # tokens; seven seconds with MiniLM
 
     @classmethod
     def for_device(cls, device: str | None = None, **given: float | None) -> Settings:
@@ -63,7 +68,8 @@ class Settings:
         """
         chosen: dict[str, Any] = {k: value for k, value in given.items() if value is not None}
         if (device or default_device()).startswith("cuda"):
-            chosen = {"batch_size": 128, "triples": 100_000, "precision": "bf16"} | chosen
+            many = {"triples": 100_000, "tokens": 40_000_000, "least_tokens": 8_000_000}
+            chosen = {"batch_size": 128, "memory": 16.0, "precision": "bf16"} | many | chosen
         return cls(**chosen)
 
 
@@ -86,6 +92,7 @@ class Job:
     options: EncoderOptions
     folds: int | None
     also: str | None
+    cache: bool
 
     def checked(self) -> Job:
         """The job with complete names of measures; ArgumentError for what cannot be."""

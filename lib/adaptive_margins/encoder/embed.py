@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from adaptive_margins import progress
 from adaptive_margins.encoder.arrays import read_array, read_settings
@@ -120,14 +121,25 @@ def length_chunks(lengths: np.ndarray, chunks: int) -> list[np.ndarray]:
     return np.split(order, cuts[::-1])
 
 
-def embed_chunks(model: Any, chunks: Sequence[Mapping[str, Tensor]], rows: Tensor) -> Tensor:
+def embed_chunks(
+    model: Any, chunks: Sequence[Mapping[str, Tensor]], rows: Tensor, *, again: bool = False
+) -> Tensor:
     """Embed distinct texts chunk by chunk, with gradients: (*rows.shape, D).
 
     ``chunks`` are features of texts, padded or packed; ``rows`` (int64) are positions of texts in
     all chunks together, any number of times each. Without dropout, the result equals that of any
     other batching but for rounding; with dropout, all occurrences of a text share a mask.
+
+    With ``again``, the backward pass computes each chunk again, with the same dropout, so that
+    memory holds the activations of one (gradient checkpointing: Chen et al., arXiv 1604.06174).
     """
-    return torch.cat([model(dict(chunk))["sentence_embedding"] for chunk in chunks])[rows]
+
+    def embedded(chunk: Mapping[str, Tensor]) -> Any:
+        return model(dict(chunk))["sentence_embedding"]
+
+    *first, last = chunks  # the backward pass begins with the last one
+    once = functools.partial(checkpoint, embedded, use_reentrant=False) if again else embedded
+    return torch.cat([*map(once, first), embedded(last)])[rows]
 
 
 def embed_shards(

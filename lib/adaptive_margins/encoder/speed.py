@@ -61,6 +61,18 @@ def default_chunks(model: Any) -> int:
     return 1 if packs(model) else 4
 
 
+def tokens_within(model: Any, gigabytes: float, length: int) -> int:
+    """Return how many tokens, of texts of ``length``, have about ``gigabytes`` of activations.
+
+    Training keeps, in float32 and for each layer, some 21 numbers a dimension of a token, and on
+    CPUs three attention weights a head for each other token of the text.
+    """
+    config = model[0].model.config.get_text_config()
+    weights = 0 if model.device.type == "cuda" else 3 * config.num_attention_heads * length
+    numbers = config.num_hidden_layers * (21 * config.hidden_size + weights)
+    return int(gigabytes * 1e9 / (4 * numbers))
+
+
 def packed(tokens: Tokens, rows: Rows, first_position: int) -> dict[str, Tensor]:
     """Features of the texts in ``rows`` end to end, as in Sentence Transformers' FlashAttention.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -18,6 +19,8 @@ from adaptive_margins.encoder.checks import MOST_LENGTH, EncoderError
 from adaptive_margins.encoder.embed import Precision, embed, embed_shards
 from adaptive_margins.encoder.load import check_prompt, length_limits, prompts
 from adaptive_margins.encoder.tokens import Tokens, count_truncated, stored_tokens, tokenize
+from adaptive_margins.files import read_object, write_text
+from adaptive_margins.retrieval.embedding_cache import cached_embeddings
 from adaptive_margins.retrieval.exact import exact_search, rerank, without_self
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ class DenseRetriever:
         query_length: the same of queries.
         precision: of the model's matrix products.
         embeddings: (n, D) float32 of length 1 of the passages in their order, if known.
+        cache: a folder where they are looked up, and left (`cached_embeddings`).
         warn: whether ranking warns of truncated texts.
 
     Attributes:
@@ -62,9 +66,11 @@ class DenseRetriever:
         query_length: int | None = None,
         precision: Precision = "fp32",
         embeddings: np.ndarray | None = None,
+        cache: Path | None = None,
         warn: bool = True,
     ) -> None:
         self.model, self.passages, self.precision, self.warn = model, passages, precision, warn
+        self.cache = cache
         self._prompts, limits = prompts(model), length_limits(model)
         lengths = [
             limit if asked is None else asked
@@ -93,10 +99,12 @@ class DenseRetriever:
     def embeddings(self) -> np.ndarray:
         """(n, D) float32 of length 1 (0 without text), one row a passage; computed on first use."""
         if self._embeddings is None:
-            dim = self.model.get_embedding_dimension()
-            found = np.zeros((len(self.passages), dim), np.float32)
-            found[self.rows] = self.embed_passages(self.rows)
-            self._embeddings = found
+            some = cached_embeddings(self, self.cache) if self.cache else None
+            some = self.embed_passages(self.rows) if some is None else some
+            self._embeddings = some
+            if len(some) < len(self.passages):
+                self._embeddings = np.zeros((len(self.passages), some.shape[1]), np.float32)
+                self._embeddings[self.rows] = some
         return self._embeddings
 
     def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
@@ -108,12 +116,14 @@ class DenseRetriever:
         return self._embed(self.passage_tokens(rows), "passages")
 
     def stored_embeddings(self, folder: Path, dtype: Literal["float32", "float16"]) -> np.ndarray:
-        """Return the embeddings of `rows`, computed in ``folder`` if they are not known.
-
-        Their tokens are in a folder next to it. Both are memory-mapped.
-        """
+        """Return the embeddings of `rows`: known, cached, or computed in ``folder``."""
         if (known := self._embeddings) is not None:
             return known if len(self.rows) == len(known) else known[self.rows]
+        cached = cached_embeddings(self, self.cache) if self.cache else None
+        return self.embed_into(folder, dtype) if cached is None else cached
+
+    def embed_into(self, folder: Path, dtype: Literal["float32", "float16"]) -> np.ndarray:
+        """Embed `rows` by `embed_shards`, unless it is done. Their tokens are in FOLDER.tokens."""
         return embed_shards(
             self.model,
             self.passage_tokens(self.rows, folder.with_name(f"{folder.name}.tokens")),
@@ -203,7 +213,7 @@ class DenseRetriever:
     def _tokens(self, texts: Sequence[str], what: str, folder: Path | None = None) -> Tokens:
         """Tokenise texts with prompt and special tokens, and count truncated ones.
 
-        With a ``folder``, tokens are cached there, and memory-mapped.
+        With a ``folder``, tokens are cached there, and memory-mapped; their count next to it.
         """
         prompt, length = self._prompts[_TEXTS.index(what)], self._lengths[_TEXTS.index(what)]
         if prompt:
@@ -212,13 +222,18 @@ class DenseRetriever:
             tokens = tokenize(self.model, texts, length)
         else:
             tokens = stored_tokens(lambda: self.model.tokenizer, texts, length, folder)
-        self.count(texts, tokens, what)
+        self.count(texts, tokens, what, folder and folder.with_suffix(".json"))
         return tokens
 
-    def count(self, texts: Sequence[str], tokens: Tokens, what: str) -> None:
+    def count(
+        self, texts: Sequence[str], tokens: Tokens, what: str, cache: Path | None = None
+    ) -> None:
         """Add ``texts``, which include their prompts, to `truncated` and `lost`."""
         length = self._lengths[_TEXTS.index(what)]
-        longer, lost = count_truncated(self.model, texts, tokens, length)
+        known = read_object(cache).get("truncated") if cache else None
+        longer, lost = known or count_truncated(self.model, texts, tokens, length)
+        if cache and not known:
+            write_text(cache, json.dumps({"truncated": [longer, lost]}))
         (count, total), (gone, read) = self.truncated[what], self.lost[what]
         self.truncated[what] = count + longer, total + len(texts)
         self.lost[what] = gone + lost, read + int(tokens.offsets[-1])
