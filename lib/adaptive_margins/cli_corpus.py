@@ -87,7 +87,7 @@ Measures = Annotated[str, Option(help="In ir_measures' notation, separated by sp
 Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1, … (default: a GPU if any).")]
 Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
 Verbose = Annotated[bool, Option("--verbose", help="Show progress even if stderr is no terminal.")]
-NoCache = Annotated[bool, Option("--no-cache", help="Embed again, and keep no embeddings.")]
+NoCache = Annotated[bool, Option("--no-cache", help="Do not use the cache of embeddings.")]
 PerQuery = Annotated[bool, Option("--per-query", help="With --json: each query's value, too.")]
 
 
@@ -107,7 +107,7 @@ def train(
     seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Seeds split, triples, dropout.")] = 1,
     negatives: Annotated[Miner, Option(help="Retriever that negatives are mined with.")] = "bm25",
     triples: Annotated[
-        int | None, Option(min=2, help="How many (default: for some minutes).")
+        int | None, Option(min=2, help="Number of triples (default: for some minutes).")
     ] = None,
     batch_size: Annotated[int | None, Option(min=1, help="Default: 32, on a GPU 128.")] = None,
     learning_rate: Annotated[float | None, Option(min=0, help="Default: 2e-5.")] = None,
@@ -128,9 +128,9 @@ def train(
 
     The test queries are ranked by the encoder before and after training, by
     BM25, and by the fusion of both; paired tests compare them. If training does
-    not help on the validation queries, the original
-    encoder is kept. An interrupted call is resumed; SIGTERM and SIGUSR1 end it
-    after a checkpoint, with status 75.
+    not help on the validation queries, the original encoder is kept. An
+    interrupted call is resumed; SIGTERM and SIGUSR1 end it after a checkpoint,
+    with status 75.
     """
     end_when_asked()
     with working(verbose, model):
