@@ -17,7 +17,7 @@ from adaptive_margins import training
 from adaptive_margins.cli_corpus import _train_text
 from adaptive_margins.corpus import explore
 from adaptive_margins.corpus import finetune as finetuning
-from adaptive_margins.corpus.choice import choice_table
+from adaptive_margins.corpus.choice import about_choice, choice_table
 from adaptive_margins.corpus.evaluate import evaluate_encoder
 from adaptive_margins.corpus.finetune import finetune
 from adaptive_margins.corpus.finetuned import number, verdict
@@ -115,6 +115,19 @@ def test_what_the_choice_promises_is_measured_on_the_test_queries(chosen):
         "standard error"
         not in verdict(undecided).split(" was the best on")[1].split(". The trained")[0]
     )
+
+
+def test_of_folds_the_promise_is_that_of_their_encoders():
+    qrels = {f"q{i}": {"d": 1} for i in range(12)}
+    runs = {
+        name: {qid: {docid: 1.0} for qid in qrels}
+        for name, docid in (("start", "x"), ("trained", "d"))
+    }
+    rows = [{"target": "softmax", "value": 0.5, "per_query": {"q0": 0.5}}]
+    folds = [{"merge": {"difference": gain, "standard_error": 0.1}} for gain in (0.2, 0.4)]
+    found = about_choice(rows, {"merge": {"difference": 0.0}, "folds": folds}, qrels, runs)
+    assert found["validation_gain"] == pytest.approx(0.3)
+    assert (found["test_gain"], found["standard_error"]) == (1, None)
 
 
 def test_table_and_figure_have_all_losses(chosen):

@@ -279,6 +279,10 @@ def test_a_gain_that_chance_would_explain_does_not_count(helped, encoder, tmp_pa
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**32}, "seed is 4294967296"),
         ({"folds": 2}, "folds is 2; expected at least 3"),
+        (
+            {"also": "./no such folder"},
+            "also is ./no such folder, the collection to train on; expected another one",
+        ),
         ({"triples": 1}, "triples is 1; expected at least 2"),
         ({"report_to": ("printer",)}, "cannot report to 'printer'; expected any of tensorboard, "),
     ],

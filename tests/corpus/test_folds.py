@@ -11,6 +11,8 @@ from test_finetune import SETTINGS, collection_of, encoder, saved  # noqa: F401
 from adaptive_margins.corpus import finetune as finetuning
 from adaptive_margins.corpus.evaluate import held_out
 from adaptive_margins.corpus.finetune import finetune
+from adaptive_margins.corpus.prepare import open_parts
+from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.splits import fold_queries
 from conftest import in_child, kill_in
@@ -87,3 +89,26 @@ def test_evaluate_states_that_the_encoder_used_the_queries(folded):
     assert parts.qrels["test"] == collection.qrels["test"]
     assert parts.fingerprint == folded.done.report["collection"]["fingerprint"]
     assert sentence.endswith(fold_queries(collection, FOLDS, seed=1)[1])
+
+
+def test_who_trained_with_the_test_queries_is_said(folded, encoder, tmp_path):  # noqa: F811
+    whole = open_collection(folded.source)
+    qids = whole.queries["test"].ids[:5]  # of which one is for validation
+    texts = Texts(qids, [whole.queries["test"][qid] for qid in qids])
+    qrels = {qid: whole.qrels["test"][qid] for qid in qids}
+    few = dataclasses.replace(whole, queries={"test": texts}, qrels={"test": qrels})
+    source = saved(few, tmp_path / "few")
+    once = finetune(source, tmp_path / "once", model=encoder, device="cpu", settings=FEW)
+    assert once.report["merge"]["standard_error"] is None
+
+    def said(source, model, seed=1, folds=None) -> bool:
+        job = SimpleNamespace(
+            source=source, model=str(model), seed=seed, folds=folds, triples=9, settings=FEW
+        )
+        return "encoder to start from was trained" in open_parts(job)[-1].split
+
+    assert not said(source, once.folder)
+    assert said(source, once.folder, seed=3)
+    assert said(source, once.folder, folds=3)
+    assert said(folded.source, folded.done.folder)
+    assert not said(folded.source, encoder)

@@ -130,7 +130,9 @@ def test_each_query_is_in_one_fold_and_trains_no_encoder_that_ranks_it(folds: in
     (*parts, last), sentence = fold_queries(whole, folds, seed=2)
     judged = {q for q, grades in whole.qrels["test"].items() if max(grades.values()) > 0}
     sets = [{name: {*texts.ids} for name, texts in part.queries.items()} for part in parts]
-    assert len(sets) == folds
+    sizes = [len(part["test"]) for part in sets]
+    assert len(sizes) == folds
+    assert max(sizes) - min(sizes) <= 1
     for name in ("test", "validation"):
         assert sorted(qid for part in sets for qid in part[name]) == sorted(judged)
     for part in sets:

@@ -150,6 +150,10 @@ def test_length_is_the_encoders_up_to_256_or_as_asked_for(folder, tmp_path):
     saved = tmp_path / "saved"
     save_encoder(open_encoder(str(folder), EncoderOptions(max_length=20)), saved)
     assert open_encoder(str(saved), EncoderOptions()).max_seq_length == 20
+    save_encoder(open_encoder(str(folder), EncoderOptions(max_length=300)), saved)
+    assert open_encoder(str(saved), EncoderOptions()).max_seq_length == 256
+    (saved / "training.json").write_text('{"options": {"max_length": 300}}')  # `finetune` wrote it
+    assert open_encoder(str(saved), EncoderOptions()).max_seq_length == 300
 
     unlimited = str(write(tmp_path / "t5", "t5", NO_LIMIT))
     with pytest.warns(UserWarning, match=r"no length limit: .* 256 tokens \(--max-length"):

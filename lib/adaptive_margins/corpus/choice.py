@@ -20,7 +20,9 @@ def about_training(target: Target, result: TrainingResult) -> dict[str, Any]:
     steps, values = (result.curve[name].tolist() for name in ("step", SELECTION))
     row = max(range(1, len(steps)), key=values.__getitem__)
     checks = result.checks[result.checks["measure"] == SELECTION].set_index("step")
-    start, best = (dict(checks.loc[step, ["qid", "value"]].to_numpy()) for step in (0, steps[row]))
+    start, best = (
+        dict(checks.loc[[step], ["qid", "value"]].to_numpy()) for step in (0, steps[row])
+    )
     return {
         "target": target,
         "steps": steps,
@@ -34,13 +36,14 @@ def about_training(target: Target, result: TrainingResult) -> dict[str, Any]:
 
 
 def about_choice(
-    rows: Sequence[dict[str, Any]], merge: Mapping[str, Any], qrels: Qrels, runs: Mapping[str, Run]
+    rows: Sequence[dict[str, Any]], report: Mapping[str, Any], qrels: Qrels, runs: Mapping[str, Run]
 ) -> dict[str, Any]:
     """Compare all losses with the best one, and its gain on validation with that on the test.
 
-    The ``rows`` are of `about_training`. ``merge`` has the gain on validation of the encoder that
-    is kept (`best_merge`), ``runs`` its ranking of the test queries and that of before. "optimism"
-    is the gain on validation − that on the test, with the standard error for independent queries.
+    The ``rows`` are of `about_training`. ``report`` has the gain on validation (`best_merge`) of
+    the encoder, or of those of folds, that ranked the test queries: ``runs`` have that ranking and
+    the one of before. "optimism" is the gain on validation − that on the test, with the standard
+    error for independent queries; those of folds are not, as each query is in both.
     """
     chosen = max(rows, key=lambda row: row["value"])
     for row in rows:
@@ -48,7 +51,9 @@ def about_choice(
     after, before = (evaluate(qrels, runs[name], [SELECTION]) for name in ("trained", "start"))
     values = before.per_query[SELECTION]
     gains = [value - values[qid] for qid, value in after.per_query[SELECTION].items()]
-    gain, there, error = fmean(gains), merge["difference"], merge["standard_error"]
+    merges = [fold["merge"] for fold in report.get("folds", [report])]
+    gain, there = fmean(gains), fmean(merge["difference"] for merge in merges)
+    error = merges[0]["standard_error"] if len(merges) == 1 else None
     if error is not None:
         error = math.hypot(error, stdev(gains) / math.sqrt(len(gains))) if len(gains) > 1 else None
     return {

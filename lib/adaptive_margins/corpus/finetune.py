@@ -210,11 +210,11 @@ def _finetune(job: Job, work: Path, fold: SplitCollection | None = None, left: i
         "measures": {name: evaluation.mean for name, evaluation in evaluations.items()},
         "comparisons": comparisons(evaluations, job.measures[0], usable, prepared.bm25),
     }
-    if len(losses) > 1:
-        report["choice"] = about_choice(losses, merge, qrels, runs)
     if tested:
         report["folds"] = [{name: done.report[name] for name in _FOLD} for done in tested]
         stages.seconds["folds"] = sum(sum(done.report["seconds"].values()) for done in tested)
+    if len(losses) > 1:
+        report["choice"] = about_choice(losses, report, qrels, runs)
     if job.also:
         with stages("forgetting", f"ranking {job.also} with the encoder that is kept"):
             report["also"] = {**about, **not_worse(second(encoder), before)}

@@ -201,9 +201,11 @@ def _chosen(report: Mapping[str, Any]) -> str:
     names = ("validation_gain", "test_gain", "optimism")
     there, test, optimism = (number(found[name], sign=True) for name in names)
     error = found["standard_error"]
+    folds = "The encoders of the folds, each with the best loss there,"
+    who = folds if "folds" in report else "What is kept of it"
     return (
         f"Of {len(found['trainings'])} losses {loss_name(found['chosen'])} was the best on"
-        f" validation. What is kept of it gained {there} {SELECTION} there and {test} on the test"
+        f" validation. {who} gained {there} {SELECTION} on validation and {test} on the test"
         f" queries, on which nothing was chosen: an optimism of {optimism}"
         + ("" if error is None else f" (standard error {number(error)})")
     )

@@ -80,12 +80,12 @@ def _header(
             task_name="Information Retrieval",
             dataset_type="unknown",
             dataset_name=report["collection"]["name"],
-            dataset_split="test",
+            dataset_split="cross-validation" if "folds" in report else "test",
             metric_type=measure,
             metric_name=measure,
             metric_value=value,
         )
-        for measure, value in report["measures"]["trained"].items()
+        for measure, value in report["measures"][report["kept"]].items()
     ]
     return ModelCardData(
         library_name="sentence-transformers",

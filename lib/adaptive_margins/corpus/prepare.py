@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from adaptive_margins.corpus.evaluate import held_out
 from adaptive_margins.corpus.settings import FinetuneError, Job, Settings
 from adaptive_margins.corpus.validation import Validation, with_positive
 from adaptive_margins.data.collection import Collection, Texts, Triple
@@ -86,10 +87,22 @@ def open_split(source: str | Collection, triples: int | None, seed: int) -> Spli
 
 def open_parts(job: Job) -> list[SplitCollection]:
     """Return the folds of a job, if it has any, and the collection to train the encoder on."""
+    collection = open_collection(job.source)
     if job.folds is None:
-        return [open_split(job.source, job.triples or job.settings.triples, job.seed)]
-    (*parts, last), split = fold_queries(open_collection(job.source), job.folds, seed=job.seed)
-    return [*(SplitCollection(p, "", None) for p in parts), SplitCollection(last, split, None)]
+        found = [open_split(collection, job.triples or job.settings.triples, job.seed)]
+        split = found[0].split
+    else:
+        parts, split = fold_queries(collection, job.folds, seed=job.seed)
+        found = [SplitCollection(part, "", None) for part in parts]
+    *folds, last = found
+    known, trained = held_out(collection, job.model)
+    used = {q for name in ("train", "validation") if trained for q in known.queries[name].ids}
+    if used & {*last.collection.queries["test"].ids}:
+        split += (
+            " The encoder to start from was trained or selected with some of the test queries:"
+            " its measures, before and after, are too high."
+        )
+    return [*folds, dataclasses.replace(last, split=split)]
 
 
 def given_triples(

@@ -106,6 +106,9 @@ class Job:
         if self.folds is not None and self.folds < 3:
             expected = "expected at least 3: to test, to validate, and to train on"
             raise ArgumentError("folds", f"folds is {self.folds}; {expected}")
+        if self.also and Path(self.also).resolve() == Path(self.source).resolve():
+            expected = "the collection to train on; expected another one"
+            raise ArgumentError("also", f"also is {self.also}, {expected}")
         try:
             measures = [named(measure) for measure in self.measures]
             evaluate({"q": {"d": 1}}, {"q": {"d": 1.0}}, measures)

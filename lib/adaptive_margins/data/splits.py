@@ -87,7 +87,7 @@ def fold_queries(collection: Collection, folds: int, *, seed: int) -> tuple[list
             f" are {len(given)} ({', '.join(given) or 'none'}); train without folds"
         )
     ((source, qids),) = given.items()
-    sizes = {f"fold {number}": len(qids) // folds for number in range(1, folds)}
+    sizes = {f"fold {k + 1}": (len(qids) + k) // folds for k in range(folds - 1)}
     parts = list(_assigned(collection, source, qids, sizes, seed).values())
     found = []
     for test, validation in [*zip(parts, parts[1:] + parts[:1], strict=True), ([], parts[0])]:
@@ -126,8 +126,8 @@ def _assigned(
     if not all(parts.values()):
         raise DataError(
             f"{collection.name}: {len(qids)} judged queries of the set {name}, of {len(same)}"
-            f" different texts, are too few to split into {', '.join(parts)}; at least"
-            f" {len(parts)} of different text are needed, better hundreds"
+            f" different texts, are too few to split into {len(parts)} parts; at least as many of"
+            " different text are needed, better hundreds"
         )
     return parts
 

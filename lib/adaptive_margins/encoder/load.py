@@ -24,7 +24,7 @@ from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.options import EncoderOptions
 from adaptive_margins.encoder.speed import adapt
 from adaptive_margins.encoder.tokens import tokenize
-from adaptive_margins.files import file_sha256
+from adaptive_margins.files import file_sha256, read_object
 from adaptive_margins.profiles.encoders import EncoderSettings
 
 if TYPE_CHECKING:
@@ -90,7 +90,9 @@ def open_encoder(
     if settings is None and not (folder / "modules.json").is_file():
         message = f"{folder} has no modules.json: its token embeddings are averaged (mean pooling)"
         warnings.warn(message, stacklevel=2)
-    checks.limit_length(name, model, options)
+    trained = "options" in read_object(folder / "training.json")  # its length was chosen
+    own = options is None or (trained and options.max_length is None)
+    checks.limit_length(name, model, None if own else options)
     if settings is None:
         _choose(name, model, options or EncoderOptions())
         _check_use(name, model, similarity)

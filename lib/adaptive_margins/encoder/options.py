@@ -17,7 +17,7 @@ class EncoderOptions:
         dimensions: the first ones of each embedding are used alone, at least 1 (Matryoshka
             embeddings: Kusupati et al., NeurIPS 2022).
         max_length: of a text in tokens, prompt and special tokens included; None takes the
-            encoder's limit, but at most 256.
+            encoder's limit, but at most 256 unless `finetune` saved it.
     """
 
     query_prompt: str | None = None
