@@ -82,7 +82,7 @@ Maker = Callable[[Context, Any, Setting], Step | str]
 def _in_chunks(chunks: int) -> Maker:
     """All texts of a step padded in so many chunks, also where they would be packed."""
 
-    def collator(queries: Tokens, passages: Tokens, chunks: int, _: Any) -> TripleCollator:
+    def collator(queries: Tokens, passages: Tokens, chunks: int, *_: Any) -> TripleCollator:
         return TripleCollator(queries, passages, chunks, Tokens.batch)
 
     return lambda _, __, setting: ours(chunks, collator, setting=setting)
@@ -107,7 +107,7 @@ def _flash(context: Context, model: Any, setting: Setting) -> Step | str:
         return f"torch {torch.__version__} has no varlen_attn (2.10 has)"
     first = config.pad_token_id + 1 if config.model_type == "roberta" else 0
 
-    def collator(queries: Tokens, passages: Tokens, chunks: int, _: Any) -> TripleCollator:
+    def collator(queries: Tokens, passages: Tokens, chunks: int, *_: Any) -> TripleCollator:
         return TripleCollator(queries, passages, chunks, lambda t, rows: packed(t, rows, first))
 
     def copied(model: Any) -> Any:

@@ -177,7 +177,7 @@ def test_shows_and_saves_its_figures_and_tables(path):
     every = "\n".join(c.source for c in code.values())
     prose = "\n".join(c.source for c in cells(path, "markdown"))
     for name in SHOWS[path.stem]:
-        assert f"= reproduction.{name}()" in every
+        assert f"= reproduction.{name}(" in every
         assert re.search(rf"context\.save\([^)]*\b{name}=", every)
         kind, number = name[:-1].capitalize(), name[-1]
         assert re.search(rf"{kind}s? (\d, )?{number}|\*\*{kind} {number}\*\*", prose)
