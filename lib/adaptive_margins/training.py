@@ -377,7 +377,7 @@ def train(
     trainer.callback = callback
     callback.log = trainer.log if reporters else None
     callback.failure = functools.partial(not_finite, config, triples, order, names)
-    with quiet(), training(config), settled_heap(device):
+    with quiet(), training(config, checkpoint), settled_heap(device):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return _result(callback, callback.progress.stopped_step or trainer.state.global_step)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -181,8 +183,8 @@ def not_finite(
 
 
 @contextmanager
-def training(config: TrainingRun) -> Iterator[None]:
-    """Name a lack of memory; a process that is asked to end ends after the block, not in it."""
+def training(config: TrainingRun, checkpoint: Path | None = None) -> Iterator[None]:
+    """Name what stops a training; a process that is asked to end does so after the block, only."""
     ending.training = True
     try:
         yield
@@ -191,6 +193,11 @@ def training(config: TrainingRun) -> Iterator[None]:
             f"run {config.run_id}: a step of {config.batch_size} triples does not fit into the"
             " memory of the GPU; a smaller batch_size, shorter lengths or bf16 make it another run,"
             f" and CachedMarginLoss, in a training of your own, splits the batch. {error}"
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise TrainingError(
+            f"run {config.run_id}: a file of {checkpoint} has more than tensors and numbers, and is"
+            " not loaded, because that could run code; is the checkpoint somebody else's? Remove it"
         ) from error
     finally:
         ending.training = False
