@@ -165,10 +165,17 @@ def test_queries_of_the_only_set_are_split_first(corpus, encoder, tmp_path):
     for name in ("collection.tsv", "queries", "qrels"):
         source = next(corpus.glob(f"{name}_train.*"), corpus / name)
         (tmp_path / "one" / source.name.replace("_train", "")).write_bytes(source.read_bytes())
+    with pytest.raises(ArgumentError, match="no training set for the ids"):
+        mine_negatives(str(tmp_path / "one"), tmp_path / "one" / "triples.tsv", model=encoder)
     report = mine_negatives(str(tmp_path / "one"), tmp_path / "mined", model=encoder)
     loaded = open_collection(tmp_path / "mined")
     assert "trained on" in report["split"] and set(loaded.queries) == {"train", "validation", "test"}  # fmt: skip
     assert {q for q, _, _ in loaded.triples} <= set(loaded.queries["train"].ids)
+    with (tmp_path / "one" / "collection.tsv").open("a") as file:
+        file.write("e\t\n")
+    with pytest.warns(UserWarning), pytest.raises(DataError, match="text of 'e' must be non-empty"):
+        mine_negatives(str(tmp_path / "one"), tmp_path / "other", model=encoder)
+    assert not (tmp_path / "other.scores.tsv").exists()
 
 
 def test_what_is_refused(corpus, encoder, reranker, tmp_path):
@@ -185,9 +192,13 @@ def test_what_is_refused(corpus, encoder, reranker, tmp_path):
     with pytest.raises(DataError, match="no query has 99 negatives left"):
         mine(negatives=99)
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
+    (tmp_path / "full" / "rows.jsonl").touch()
     with pytest.raises(WriteError, match="not an empty folder"):
         mine("full")
+    with pytest.raises(WriteError, match=r"exists and was not mined \(no rows.scores.tsv"):
+        mine("full/rows.jsonl")
+    with pytest.raises(ArgumentError, match=r"in its name, not \.$"):
+        mine_negatives(str(corpus), Path("."))
     with pytest.raises(EncoderError, match="classifier"):
         mine(cross_encoder=encoder)
     with pytest.raises(EncoderError, match="has 2 scores; expected one"):

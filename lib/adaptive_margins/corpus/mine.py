@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,22 @@ import pandas as pd
 from adaptive_margins.corpus.finetuned import about_collection
 from adaptive_margins.corpus.prepare import cosines, open_split
 from adaptive_margins.corpus.validation import with_positive
-from adaptive_margins.data.collection import Collection, Texts, Triple
+from adaptive_margins.data.collection import Collection, Texts, Triple, tsv
 from adaptive_margins.data.mining import filter_negatives
 from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.text import DataError
+from adaptive_margins.data.trec import Qrels, Run
 from adaptive_margins.encoder.load import default_device, open_encoder
 from adaptive_margins.encoder.options import EncoderOptions
 from adaptive_margins.errors import ArgumentError
-from adaptive_margins.files import atomic_file, check_output, write_text
+from adaptive_margins.files import WriteError, atomic_file, check_output, write_text
 from adaptive_margins.progress import say
 from adaptive_margins.retrieval.bm25 import BM25
 from adaptive_margins.retrieval.dense import DenseRetriever
 from adaptive_margins.teachers import pair_scores
 
-_IDS = ["query_id", "positive_id", "negative_id"]
-_TSV: dict[str, Any] = {"sep": "\t", "index": False, "lineterminator": "\n", "quoting": 3}  # none
+_COLUMNS = ["query_id", "positive_id", "negative_id", "rank", "score"]
+_COLUMNS += ["positive_score", "negative_score"]
 
 
 def mine_negatives(
@@ -50,11 +52,12 @@ def mine_negatives(
 
     Args:
         source: a collection (`open_collection`).
-        output: ``NAME.tsv``: a line of ids per negative, as in a collection's ``triples.tsv``;
-            ``NAME.jsonl``, ``NAME.parquet``: ``query``, ``positive`` and ``negative`` (of several
-            ``negative_1``, …, best first) as texts, then their ids; a new folder: the collection
-            with these triples. ``NAME.scores.tsv`` next to it has a line per negative: ids, rank
-            and score of the retriever (a random passage has no rank), scores in the filter.
+        output: ``NAME.tsv``: a line of ids per negative, as in ``triples.tsv``, if the collection
+            has a set "train"; ``NAME.jsonl``, ``NAME.parquet``: ``query``, ``positive`` and
+            ``negative`` (of several ``negative_1``, …, best first) as texts, then their ids; a new
+            folder: the collection with these triples. ``NAME.scores.tsv`` next to it has a line per
+            negative: ids, rank and score of the retriever (a random passage has no rank), scores in
+            the filter. A file without such a neighbour is not replaced.
         cross_encoder: a folder or ORG/NAME@REVISION, whose scores, in (0, 1), replace the cosines
             of the encoder ``model`` in the filter.
 
@@ -66,12 +69,17 @@ def mine_negatives(
         ArgumentError, WriteError: an argument is not one of these; the output cannot be written.
         DataError, EncoderError: the collection or a model is at fault, or no negative is left.
     """
-    asked: dict[str, Any] = {"retriever": retriever, "cross_encoder": cross_encoder}
-    asked |= {"negatives": negatives, "depth": depth, "seed": seed}
     output, device = Path(output).expanduser(), device or default_device()
+    asked: dict[str, Any] = {"retriever": retriever, "cross_encoder": cross_encoder}
+    asked |= {"negatives": negatives, "depth": depth, "seed": seed, "output": str(output)}
     scores = _checked(output, retriever, negatives, depth)
     collection, split = open_collection(source), ""
+    if not output.suffix:
+        tsv(collection.passages)  # raises now if a folder cannot hold them
     if not with_positive(collection.qrels.get("train", {})):
+        if output.suffix == ".tsv":
+            expected = "no training set for the ids of triples; expected a folder, .jsonl, .parquet"
+            raise ArgumentError("output", f"{collection.name} has {expected}")
         data = open_split(collection, None, seed)
         collection, split = data.collection, data.split
     passages, qrels = collection.passages, with_positive(collection.qrels["train"])
@@ -89,27 +97,18 @@ def mine_negatives(
     kept, counts = filter_negatives(found, qrels, passages, similarity=similarity, seed=seed)
     if dense:
         dense.warn_truncated()
-    triples: list[Triple] = []
-    too_few = 0
-    for qid, hits in kept.items():
-        positives = sorted(d for d, g in qrels[qid].items() if g > 0 and passages[d].strip())
-        too_few += len(positives) if len(hits) < negatives else 0
-        triples += _triples(qid, positives, list(hits), negatives, seed)
+    triples, too_few = _mined(kept, qrels, passages, negatives, seed)
     if not triples:
         why = f"no query has {negatives} negatives left" if kept else counts.none_left()
         raise DataError(f"{collection.name}: {why}")
-    table = pd.DataFrame(triples, columns=_IDS)
     ranks = {(q, d): rank for q, hits in found.items() for rank, d in enumerate(hits, start=1)}
-    table["rank"] = pd.array([ranks.get((q, d)) for q, _, d in triples], "Int64")
-    table["score"] = [kept[q][d] for q, _, d in triples]
-    both = np.array([similarity(q, [p, d]) for q, p, d in triples])
-    table["positive_score"], table["negative_score"] = both.T
-    write_text(scores, table.to_csv(**_TSV))
-    _write(output, table[_IDS], collection, negatives)
+    rows = [(q, p, d, ranks.get((q, d)), kept[q][d], *similarity(q, [p, d])) for q, p, d in triples]
+    table = pd.DataFrame(rows, columns=_COLUMNS).astype({"rank": "Int64"})
+    write_text(scores, table.to_csv(sep="\t", index=False, lineterminator="\n", quoting=3))  # none
+    _write(output, dataclasses.replace(collection, triples=triples), negatives)
     return {
         **asked,
         "model": model if dense else None,
-        "output": str(output),
         "scores": str(scores),
         "collection": about_collection(collection, source),
         "split": split,
@@ -125,36 +124,44 @@ def _checked(output: Path, retriever: str, negatives: int, depth: int) -> Path:
         raise ArgumentError("retriever", f"expected 'bm25' or 'encoder', not {retriever!r}")
     if not 1 <= negatives <= depth:
         raise ArgumentError("negatives", f"expected 1 to the depth, {depth}, not {negatives}")
-    if output.suffix not in (".tsv", ".jsonl", ".parquet", ""):
+    if not output.name or output.suffix not in (".tsv", ".jsonl", ".parquet", ""):
         expected = "NAME.tsv, NAME.jsonl, NAME.parquet, or a folder without a dot in its name"
-        raise ArgumentError("output", f"expected {expected}, not {output.name}")
+        raise ArgumentError("output", f"expected {expected}, not {output}")
     scores = output.with_name(f"{output.stem}.scores.tsv")
     check_output(output, folder=not output.suffix)
     check_output(scores)
+    if output.is_file() and not scores.exists():  # it may be the collection
+        raise WriteError(f"{output} exists and was not mined (no {scores.name}); name another file")
     return scores
 
 
-def _triples(
-    qid: str, positives: list[str], candidates: list[str], negatives: int, seed: int
-) -> list[Triple]:
-    """``negatives`` of each positive, best first; others for each, if there are enough."""
-    places = random.Random(f"{seed} {qid} mined").sample(range(len(candidates)), len(candidates))
-    found: list[Triple] = []
-    for number, positive in enumerate(positives if len(places) >= negatives else []):
-        turn = range(number * negatives, (number + 1) * negatives)
-        chosen = sorted(places[i % len(places)] for i in turn)
-        found += [(qid, positive, candidates[place]) for place in chosen]
-    return found
+def _mined(
+    kept: Run, qrels: Qrels, passages: Texts, negatives: int, seed: int
+) -> tuple[list[Triple], int]:
+    """``negatives`` of each positive, best first, others for each if there are enough; too few."""
+    triples: list[Triple] = []
+    too_few = 0
+    for qid, hits in kept.items():
+        positives = sorted(d for d, g in qrels[qid].items() if g > 0 and passages[d].strip())
+        if len(candidates := list(hits)) < negatives:
+            too_few += len(positives)
+            continue
+        rng = random.Random(f"{seed} {qid} mined")
+        places = itertools.cycle(rng.sample(range(len(hits)), len(hits)))
+        for positive in positives:
+            turn = sorted(itertools.islice(places, negatives))
+            triples += [(qid, positive, candidates[place]) for place in turn]
+    return triples, too_few
 
 
-def _write(output: Path, table: pd.DataFrame, collection: Collection, negatives: int) -> None:
-    """Write triples in the form of the output's name."""
+def _write(output: Path, collection: Collection, negatives: int) -> None:
+    """Write the triples of a collection in the form of the output's name."""
     if not output.suffix:
-        triples = list(table.itertuples(index=False, name=None))
-        return dataclasses.replace(collection, triples=triples).save(output)
+        return collection.save(output)
     if output.suffix == ".tsv":
-        return write_text(output, table.to_csv(header=False, **_TSV))
-    rows = table.to_numpy().reshape(-1, negatives, 3)
+        lines = ("\t".join(triple) + "\n" for triple in collection.triples)
+        return write_text(output, "".join(lines))
+    rows = np.array(collection.triples, object).reshape(-1, negatives, 3)
     names = ["negative"] if negatives == 1 else [f"negative_{i + 1}" for i in range(negatives)]
     ids = {"query": rows[:, 0, 0], "positive": rows[:, 0, 1]}
     ids |= {name: rows[:, number, 2] for number, name in enumerate(names)}
