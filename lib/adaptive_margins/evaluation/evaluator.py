@@ -12,6 +12,7 @@ from sentence_transformers.base.evaluation import BaseEvaluator
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.trec import Run
+from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.encoder.load import prompts
 from adaptive_margins.errors import ArgumentError
 from adaptive_margins.evaluation.comparison import compared
@@ -41,15 +42,17 @@ class CollectionEvaluator(BaseEvaluator):
         batch_size: texts encoded at a time.
 
     Attributes:
-        run: ranking of the last call, at least 100 deep: query id → docid → score.
+        run: ranking of the last call, at least 100 deep (as a measure without a cutoff looks):
+            query id → docid → score.
         per_query: measure → query id → value, of the last call.
         comparisons: measure → `compare` with the baseline, of the last call; its ``verdict`` is
             "too few queries" if fewer than 10 have a relevant passage.
 
     Raises:
-        ArgumentError, DataError, MeasureError: there are no judgements, or as `open_collection` and
-            `evaluate`.
-        ValueError: when called, if the baseline is of other queries.
+        ArgumentError, DataError, MeasureError: there are no judgements, ``groups`` are of other
+            queries or named as a metric, or as `open_collection`, `evaluate` and `relevant`.
+        ArgumentError, EncoderError: when called, if the baseline is of other queries, or the
+            model's similarity is neither cosine nor dot product.
     """
 
     def __init__(
@@ -77,7 +80,13 @@ class CollectionEvaluator(BaseEvaluator):
         self.passages = Texts(list(texts), list(texts.values()))
         self.measures = list(dict.fromkeys(map(named, measures)))
         evaluate(self.qrels, {}, self.measures)  # raises now what would end the training
-        self.name, self.groups, self.baseline = name, groups or {}, baseline or {}
+        self._few = {m for m in self.measures if len(relevant(self.qrels, m)) < FEWEST}
+        self.name, self.baseline = name, baseline or {}
+        self.groups = {qid: str(group) for qid, group in (groups or {}).items() if pd.notna(group)}
+        if taken := {"low", "high", "difference"}.intersection(self.groups.values()):
+            raise ArgumentError("groups", f"{min(taken)!r} is the name of a metric; rename it")
+        if self.groups and self.groups.keys().isdisjoint(self.qrels):
+            raise ArgumentError("groups", f"none of {next(iter(self.groups))!r}, … is judged")
         self.batch_size = batch_size
         self.primary_metric = f"{name}_{self.measures[0]}" if name else self.measures[0]
 
@@ -96,13 +105,16 @@ class CollectionEvaluator(BaseEvaluator):
             values = pd.DataFrame(self.per_query).rename_axis("qid").reset_index()
             for kind, frame in (("results", results), ("per_query", values)):
                 path = Path(output_path, f"{stem}_{kind}.csv")
+                path.parent.mkdir(parents=True, exist_ok=True)
                 frame = frame.assign(epoch=epoch, steps=steps)[["epoch", "steps", *frame]]
                 frame.to_csv(path, mode="a", index=False, header=not path.exists())
         return metrics
 
     def _rank(self, model: Any) -> Run:
         options = {"batch_size": self.batch_size, "show_progress_bar": False}
-        options["normalize_embeddings"] = model.similarity_fn_name != "dot"
+        if (similarity := model.similarity_fn_name) not in ("cosine", "dot"):
+            raise EncoderError(f"the model's similarity is {similarity}; expected cosine or dot")
+        options["normalize_embeddings"] = similarity == "cosine"
         of_queries, of_passages = prompts(model)
         return exact_search(
             model.encode_query(self.queries.texts, prompt=of_queries, **options),
@@ -114,6 +126,7 @@ class CollectionEvaluator(BaseEvaluator):
 
     def _metrics(self, found: Evaluation) -> dict[str, float]:
         metrics, self.comparisons = {}, {}
+        baseline = {named(measure): values for measure, values in self.baseline.items()}
         for measure, values in found.per_query.items():
             metrics[measure] = found.mean[measure]
             if len(values) > 1:
@@ -121,9 +134,11 @@ class CollectionEvaluator(BaseEvaluator):
                 metrics |= zip((f"{measure}_low", f"{measure}_high"), interval, strict=True)
             for group, mean in pd.Series(values).groupby(self.groups.get).mean().items():
                 metrics[f"{measure}_{group}"] = mean
-            if before := self.baseline.get(measure):
-                few = len(relevant(self.qrels, measure)) < FEWEST
-                pair = compared(values, before, measure, "too few queries" if few else "")
-                self.comparisons[measure] = pair
+            if before := baseline.get(measure):
+                if before.keys() != values.keys():
+                    counts = f"its {len(before):,} queries are not the {len(values):,} judged ones"
+                    raise ArgumentError("baseline", f"{measure}: {counts}")
+                untested = "too few queries" if measure in self._few else ""
+                self.comparisons[measure] = pair = compared(values, before, measure, untested)
                 metrics[f"{measure}_difference"] = pair["difference"]
         return metrics
