@@ -11,6 +11,7 @@ import itertools
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Collection as Container
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,6 +39,7 @@ _ENDS = {"test": ("",), "train": ("_train",), "validation": ("_validation", "_de
 _DATASET = ("dataset_dict.json", "state.json")  # of save_to_disk
 _QUERY_COLUMNS = ("query", "anchor", "question")
 _TEXT_COLUMNS = re.compile(r"positive|negative(_\d+)?")
+_UNREAD = re.compile(r".*_id|__index_level_\d+__")  # the latter from pandas
 _LIST_COLUMNS = ("pos", "neg", "positive_passages", "negative_passages")
 _COLUMNS = (
     "found the columns {}; expected query (anchor, question), positive and perhaps negative, or a"
@@ -230,8 +232,8 @@ def read_dataset(path: Path) -> Collection:
     ``validation.jsonl`` (or ``dev``) and ``test.jsonl``, or a file, which is as a Dataset the
     training set; files may be ``.parquet``. Distinct texts are passages (d1, d2, … by first
     occurrence) or queries of their set (q1, q2, …). In the training set each positive makes a
-    triple with each negative of its row; other negatives are passages. Tabs and line breaks become
-    spaces.
+    triple with each negative of its row; other negatives are passages. Of several grades of a
+    passage for a query the highest counts. Tabs and line breaks become spaces.
 
     Raises:
         DataError: other columns or splits, a row (from 1) with a value that is not a text or is
@@ -262,8 +264,9 @@ def read_dataset(path: Path) -> Collection:
             (query, _), *others = texts
             qid = qids.setdefault(query, f"q{first + len(qids)}")
             found = [(docids.setdefault(text, f"d{len(docids) + 1}"), g) for text, g in others]
-            if positives := {docid: grade for docid, grade in found if grade > 0}:
-                judged.setdefault(qid, {}).update(positives)
+            best = dict(reversed(found))
+            if positives := {docid: best[docid] for docid, grade in found if grade > 0}:
+                judged[qid] = dict(Counter(judged.get(qid)) | Counter(positives))
             if name == "train":
                 negatives = [docid for docid, grade in found if grade <= 0]
                 triples += itertools.product([qid], positives, negatives)
@@ -299,10 +302,10 @@ def _row(record: Mapping[str, Any]) -> list[tuple[str, int]] | str:
 
     The columns are the query (`_QUERY_COLUMNS`) and ``positive``, perhaps with ``negative`` or
     ``negative_1``, …; a list of passages and ``labels``, their grades, positives from 1; or the
-    lists of `_LIST_COLUMNS` (BGE, Tevatron), where others are not read. Nor are ``NAME_id``.
+    lists of `_LIST_COLUMNS` (BGE, Tevatron), where others are not read. Nor are ids and an index.
     """
     query = next((column for column in _QUERY_COLUMNS if column in record), "")
-    rest = {c: value for c, value in record.items() if c != query and not c.endswith("_id")}
+    rest = {c: x for c, x in record.items() if c != query and not _UNREAD.fullmatch(c)}
     found: list[tuple[str, Any, int]] = [(query, record.get(query), 0)]
     if query and len(rest) == 2 and "labels" in rest:
         labels = rest.pop("labels")
@@ -454,6 +457,8 @@ def _fields(record: Mapping[str, Any]) -> tuple[str, str, str] | str:
     fields: dict[str, Any] = {key: record.get(key) for key in ("_id", "title", "text")}
     if fields["title"] is None:
         fields["title"] = ""
+    if type(fields["_id"]) is int:
+        fields["_id"] = str(fields["_id"])
     wrong = [
         f"{key!r} must be a text, not {value!r:.60}" if key in record else f"{key!r} is missing"
         for key, value in fields.items()
@@ -463,8 +468,6 @@ def _fields(record: Mapping[str, Any]) -> tuple[str, str, str] | str:
         wrong.append(f"found {', '.join(map(repr, record)) or 'no keys'}")
         if "docid" in record:
             wrong.append("convert: jq -c '{_id: .docid, title, text}' FILE > NEW")
-    elif wrong and isinstance(record["_id"], int):
-        wrong.append("convert: jq -c '._id |= tostring' FILE > NEW")
     if wrong:
         return "; ".join(wrong)
     if _HALF.search("".join(fields.values())):
