@@ -63,7 +63,6 @@ def compare(
         result = compare_files(
             qrels, runs, names[0], margin, complete=complete, plot=plot, baseline=baseline
         )
-    text = comparison_text(result, _STYLES[form])
     if not per_query:
         del result["per_query"]
-    show(result, as_json, f"{text}\n\nPlot: {plot}" if plot else text, plot)
+    show(result, as_json, comparison_text(result, _STYLES[form]), plot)

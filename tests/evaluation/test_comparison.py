@@ -296,6 +296,8 @@ def test_tables_in_markdown_and_latex():
     body = [line for line in text.splitlines() if line and not line.startswith("%")]
     assert not set("−-%&").intersection("".join(body).replace(r"\&", "").replace(r"\%", "").replace("$-$", "").replace(" & ", ""))  # fmt: skip
     assert pair["words"].split(" is better")[0] in text
+    drawn = comparison_text({**found, "plot": "a_b.svg"}, "latex_booktabs")
+    assert drawn.endswith("\n%\n% Plot: a_b.svg")
 
 
 def test_run_names(tmp_path):

@@ -225,6 +225,7 @@ def comparison_text(found: Mapping[str, Any], style: str = "plain") -> str:
         note += f"; more queries: estimates for a power of {significance.POWER:.0%}, as if the"
         note += " mean and spread of these differences were the true ones"
     told = [f"{note}.", "", *(pair["words"] for pair in found["pairs"])]
+    told += ["", f"Plot: {found['plot']}"] if found.get("plot") else []
     if style == "latex_booktabs":
         told = [f"% {line}".rstrip() for line in told]
     elif style == "github":
