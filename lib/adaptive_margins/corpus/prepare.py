@@ -329,6 +329,8 @@ def prepare(job: Job, work: Path, data: SplitCollection, encoder: Any, stages: S
     mean = float(passages.lengths.mean())
     count = _affordable(job, tokens, mean * len(collection.passages))
     facts["tokens"] = int(tokens[:count].sum())
+    if "distinct" in facts:  # the first ones are
+        facts["distinct"] = min(facts["distinct"], count)
     more = " (--triples n for more)" if count < len(tokens) else ""
     say(f"{count:,} triples of {facts['tokens']:,} tokens to train on{more}")
     budget = _budget(settings, count, mean)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from contextlib import suppress
@@ -42,7 +43,8 @@ def cached_embeddings(retriever: Any, folder: Path) -> np.ndarray | None:
     They are computed unless ``folder`` has them, undamaged. Those used longest ago are removed if
     the folder has more than $ADAPTIVE_MARGINS_CACHE_GB.
     """
-    if 4 * len(retriever.rows) * retriever.model.get_embedding_dimension() > _limit():
+    limit = _limit() or math.inf  # without a `cache_folder`, it is one for this command alone
+    if 4 * len(retriever.rows) * retriever.model.get_embedding_dimension() > limit:
         return None
     place = folder / _key(retriever)
     with locked(place.with_suffix(".use")):
@@ -53,7 +55,7 @@ def cached_embeddings(retriever: Any, folder: Path) -> np.ndarray | None:
         os.utime(place)
     with suppress(OSError):  # another process removes some, too
         used = sorted(folder.glob("[!.]*"), key=lambda path: path.stat().st_mtime)
-        while len(used) > 1 and sum(map(folder_bytes, used)) > _limit():
+        while len(used) > 1 and sum(map(folder_bytes, used)) > limit:
             oldest = used.pop(0)
             with suppress(OSError), locked(oldest.with_suffix(".use"), wait=False):
                 shutil.rmtree(oldest)
