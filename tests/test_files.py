@@ -324,6 +324,12 @@ def test_a_lock_is_waited_for_or_refused(tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_long_names_that_begin_alike_have_locks_of_their_own(tmp_path):
+    with locked(tmp_path / f"{'long' * 30}-1"), locked(tmp_path / f"{'long' * 30}-2", wait=False):
+        pass
+    assert all(len(path.name.encode()) < 255 for path in tmp_path.iterdir())
+
+
 def test_a_killed_holder_does_not_block(tmp_path):
     path = tmp_path / "out"
     with held(path, 60) as process:

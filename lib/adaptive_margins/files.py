@@ -131,7 +131,10 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name[:_NAME]}.lock"))
+    name = path.name
+    if len(name) > _NAME:  # two long names may begin alike
+        name = f"{name[:_NAME]}.{digest(name)}"
+    lock = FileLock(path.with_name(f".{name}.lock"))
     try:
         lock.acquire(blocking=False)
     except Timeout:
