@@ -28,8 +28,7 @@ from adaptive_margins.retrieval.bm25 import BM25
 from adaptive_margins.retrieval.dense import DenseRetriever
 from adaptive_margins.teachers import pair_scores
 
-_COLUMNS = ["query_id", "positive_id", "negative_id", "rank", "score"]
-_COLUMNS += ["positive_score", "negative_score"]
+_COLUMNS = "query_id positive_id negative_id rank score positive_score negative_score"
 
 
 def mine_negatives(
@@ -103,7 +102,7 @@ def mine_negatives(
         raise DataError(f"{collection.name}: {why}")
     ranks = {(q, d): rank for q, hits in found.items() for rank, d in enumerate(hits, start=1)}
     rows = [(q, p, d, ranks.get((q, d)), kept[q][d], *similarity(q, [p, d])) for q, p, d in triples]
-    table = pd.DataFrame(rows, columns=_COLUMNS).astype({"rank": "Int64"})
+    table = pd.DataFrame(rows, columns=_COLUMNS.split()).astype({"rank": "Int64"})
     write_text(scores, table.to_csv(sep="\t", index=False, lineterminator="\n", quoting=3))  # none
     _write(output, dataclasses.replace(collection, triples=triples), negatives)
     return {
@@ -159,8 +158,7 @@ def _write(output: Path, collection: Collection, negatives: int) -> None:
     if not output.suffix:
         return collection.save(output)
     if output.suffix == ".tsv":
-        lines = ("\t".join(triple) + "\n" for triple in collection.triples)
-        return write_text(output, "".join(lines))
+        return write_text(output, "".join("\t".join(t) + "\n" for t in collection.triples))
     rows = np.array(collection.triples, object).reshape(-1, negatives, 3)
     names = ["negative"] if negatives == 1 else [f"negative_{i + 1}" for i in range(negatives)]
     ids = {"query": rows[:, 0, 0], "positive": rows[:, 0, 1]}
