@@ -59,17 +59,15 @@ def test_software_as_bibtex():
     assert f"version = {{{__version__}}}" in text and text.count("{") == text.count("}")
 
 
-def test_downloaded_notebooks_hold_what_they_show_once(tmp_path):
-    data = {"text/html": "<b>1</b>", "text/plain": "1", "image/png": "AAAA"}
-    output = nbformat.v4.new_output("display_data", data=data)
-    plain = nbformat.v4.new_output("display_data", data={"text/plain": "1"})
-    notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell("1", outputs=[output, plain])]
-    )
-    nbformat.write(notebook, tmp_path / "a.ipynb")
-    site.keep_html(tmp_path / "a.ipynb")
-    (cell,) = nbformat.read(tmp_path / "a.ipynb", as_version=4).cells
-    assert [dict(o.data) for o in cell.outputs] == [{"text/html": "<b>1</b>"}, {"text/plain": "1"}]
+def test_downloaded_notebooks_have_no_outputs(tmp_path):
+    output = nbformat.v4.new_output("display_data", data={"text/plain": "1"})
+    code = nbformat.v4.new_code_cell("1", outputs=[output], execution_count=1)
+    cells = [code, nbformat.v4.new_markdown_cell("One.")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "a.ipynb")
+    site.without_outputs(tmp_path / "a.ipynb")
+    code, text = nbformat.read(tmp_path / "a.ipynb", as_version=4).cells
+    assert (code.source, code.outputs, code.execution_count) == ("1", [], None)
+    assert text.source == "One."
 
 
 def page(folder: Path, name: str, body: str) -> None:

@@ -123,13 +123,12 @@ def adapt_page(
         context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
 
 
-def keep_html(notebook: Path) -> None:
-    """Remove from a notebook other forms of what it shows as HTML: texts and images."""
+def without_outputs(notebook: Path) -> None:
+    """Remove a notebook's outputs: the page shows them, and a reader runs it."""
     content = json.loads(notebook.read_text("utf-8"))
-    for output in (o for cell in content["cells"] for o in cell.get("outputs", ())):
-        data = output.get("data", {})
-        if "text/html" in data:
-            output["data"] = {"text/html": data["text/html"]}
+    for cell in content["cells"]:
+        if cell["cell_type"] == "code":
+            cell |= {"outputs": [], "execution_count": None}
     notebook.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
@@ -147,7 +146,7 @@ def finish(app: Any, exception: Exception | None) -> None:
         if unused or static / "locales" in file.parents:
             file.unlink()
     for notebook in (site / "_sources").glob("*.ipynb"):
-        keep_html(notebook)
+        without_outputs(notebook)
     pages = "".join(f.read_text("utf-8") for f in [*site.glob("*.html"), *static.rglob("*.js")])
     names = set(re.findall(r"fa-[\w-]+", pages))
     style = static / "styles" / "pydata-sphinx-theme.css"
