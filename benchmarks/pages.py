@@ -53,17 +53,15 @@ column, without the logarithm of a graph's size. n passages of d dimensions, cod
 SETTING = """\
 Cranfield and Vaswani are classic test collections of abstracts with questions; the seed splits their queries. networkx is
 that package's docstrings (`examples/package_docs.py`) with pseudo-queries, so what its numbers mean for real queries is
-unknown. German man pages are Debian's (`examples/man_pages.py`): the line that says what a page is about has to find it.
+unknown. "First 3 layers" is all-MiniLM-L6-v2 without its upper half.
 
-Means over the seeds, full ranking of all passages. "Hybrid" fuses the encoder that is kept with BM25, with the weight that is
-best on the validation queries:
+Means over the seeds, full ranking of all passages:
 """
 EACH = """\
 ## Each training
 
-Difference between trained and original encoder in nDCG@10 on the test queries, with its 95 % confidence interval. α is the
-trained parameters' share in the mixture with the original ones, "weight" that of the encoder next to BM25; both are chosen on
-validation. Verdicts: {doc}`your_corpus`. Times are those of one thread, with another training on the other core.
+Difference between trained and original encoder in nDCG@10 on the test queries, with its 95 % confidence interval. Verdicts:
+{doc}`your_corpus`. Times are those of one thread, with another training on the other core.
 """
 AGAIN = """\
 {download}`what_to_expect.json` has every report, with p values. `adaptive-margins train SOURCE --output NEW --seed 1` repeats one, SOURCE
@@ -295,12 +293,9 @@ def training(row: dict[str, Any]) -> dict[str, str]:
         "Collection, encoder": name(row),
         "Seed": str(row["seed"]),
         "Triples": f"{row['triples']['used']:,}",
-        "α": f"{row['merge']['alpha']:g}",
-        "Weight": f"{row['hybrid']['weight']:g}",
         "Difference": interval if selected else "original kept",
         "Against original": found["verdict"] if selected else "",
         "Against BM25": row["comparisons"]["trained vs bm25"]["verdict"],
-        "Hybrid against BM25": row["comparisons"]["hybrid vs bm25"]["verdict"],
         "Time": clock(sum(row["seconds"].values())),
     }
 
