@@ -19,7 +19,7 @@ from conftest import in_child
 
 PACKAGE = Path(adaptive_margins.__file__).parent
 ORDER = [
-    "errors", "markup", "distributed", "losses", "cached_loss", "device", "processes", "profiles", "progress", "files", "text_tables", "data", "encoder",
+    "errors", "markup", "distributed", "losses", "cached_loss", "device", "processes", "ray_tasks", "profiles", "progress", "files", "text_tables", "data", "encoder",
     "retrieval", "evaluation", "runs", "teachers", "topics", "checkpoints", "training_step", "training", "paper", "book", "corpus",
     "terminal", "cli_corpus", "cli_compare", "cli_mine", "cli",
 ]  # fmt: skip
@@ -217,7 +217,7 @@ def test_posix_is_not_named_at_the_top_of_a_module():
 def test_what_is_for_speed_alone_has_a_door():
     """Other modules use these names of it, and none knows how texts are packed."""
     doors = {
-        "encoder.speed": {"adapt", "batcher", "default_chunks", "tokens_within"},
+        "encoder.speed": {"adapt", "batcher", "default_chunks", "register", "tokens_within"},
         "encoder.frozen": {"LoadedEncoder", "for_training"},
     }
     for name, path in MODULES.items():

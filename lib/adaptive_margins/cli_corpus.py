@@ -306,6 +306,10 @@ def index(
     weight: Annotated[
         float | None, Option(min=0, max=1, help="Weight of the encoder (default: as learned).")
     ] = None,
+    ray: Annotated[
+        str,
+        Option(metavar="ADDRESS[,gpus=N][,cpus=N]", help="Embed on a cluster of Ray, or `local`."),
+    ] = "",
     device: Device = None,
     no_cache: NoCache = False,
     as_json: Json = False,
@@ -327,7 +331,8 @@ def index(
 
         collection = open_collection(path)
         encoder = open_encoder(model, options, device=device or default_device())
-        retriever = DenseRetriever(encoder, collection.passages, cache=cache_folder(not no_cache))
+        cache = cache_folder(not no_cache)
+        retriever = DenseRetriever(encoder, collection.passages, cache=cache, ray=ray)
         weight = stored_weight(model) if weight is None else weight
         about: dict[str, Any] = {"fingerprint": collection.fingerprint, "weight": weight}
         built = DenseIndex.build(retriever, collection.name, model, output, **about)

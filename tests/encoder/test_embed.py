@@ -7,20 +7,27 @@ import itertools
 import json
 import os
 import re
+import signal
+import sys
 import threading
 import time
 import warnings
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from adaptive_margins.encoder import embed as encoder_embed
-from adaptive_margins.encoder.checks import EncoderError
+from adaptive_margins.encoder.checks import EmbeddingError, EncoderError
 from adaptive_margins.encoder.embed import embed, embed_shards, length_chunks
 from adaptive_margins.encoder.load import open_encoder
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.profiles.encoders import EncoderSettings
+from adaptive_margins.ray_tasks import RayError
 from conftest import TEXTS as SENTENCES
 from conftest import in_child, kill_in
 
@@ -318,3 +325,97 @@ def test_an_error_of_one_device_ends_the_others(bert, tokens, tmp_path, monkeypa
     with pytest.raises(MemoryError, match="in the middle"):
         embed_shards(bert, tokens, tmp_path / "e", shard=10, devices=("cpu", "cpu"))
     assert len(done(tmp_path / "e")) <= 7
+
+
+# ---- on Ray
+
+
+class Mortal:
+    """A model in two workers at least, the first of which dies."""
+
+    def __init__(self, model, note: Path):
+        self.model, self.note = model, note
+
+    def __getattr__(self, name):
+        if name == "model":  # it is being unpickled
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def to(self, device):
+        self.model.to(device)
+        return self
+
+    def __call__(self, features):
+        with suppress(FileExistsError):
+            self.note.with_name("dead").touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+        with self.note.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        deadline = time.monotonic() + 60
+        while len(set(self.note.read_text().split())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return self.model(features)
+
+
+@pytest.mark.timeout(280)
+def test_workers_of_ray_embed_the_missing_shards_and_one_that_dies_is_replaced(bert, tokens, tmp_path):  # fmt: skip
+    pytest.importorskip("ray.cloudpickle").register_pickle_by_value(sys.modules[__name__])
+    alone, folder, note = tmp_path / "alone", tmp_path / "e", tmp_path / "note"
+    embed_shards(bert, tokens, alone, shard=50)
+    embed_shards(bert, tokens, folder, shard=50)
+    about = json.loads((folder / "shards.json").read_text())
+    (folder / "shards.json").write_text(json.dumps({**about, "done": [2]}))
+    with (folder / "embeddings.npy").open("r+b") as file:
+        file.seek(128)
+        file.write(bytes(50 * 16 * 4))
+    address = os.environ.get("ADAPTIVE_MARGINS_TEST_RAY", "local")
+    try:
+        embed_shards(Mortal(bert, note), tokens, folder, shard=50, ray=address)
+    except RayError as error:  # its raylet ends itself where an agent needs 15 s to start
+        if "does not answer" not in str(error):
+            raise
+        pytest.skip(f"Ray does not start here: {error}")
+    workers = note.read_text().split()
+    assert len(workers) == 4  # of five shards
+    assert len(set(workers)) > 1 and str(os.getpid()) not in workers
+    assert note.with_name("dead").exists()
+    assert json.loads((folder / "shards.json").read_text()) == about
+    assert (folder / "embeddings.npy").read_bytes() == (alone / "embeddings.npy").read_bytes()
+
+
+def test_errors_of_tasks_are_those_of_this_project(bert, tokens, in_memory, tmp_path, monkeypatch):
+    """Without Ray: of what `ray_task` starts, the second task fails, then again, then none."""
+    died = type("Died", (Exception,), {"__module__": "ray.exceptions"})
+    ours = RuntimeError("a traceback")
+    ours.cause = EmbeddingError("of 9 tokens")
+    errors, asked, computed = [ours, died("Ray's own")], [], []
+
+    def start(address, function, needs):
+        asked.append((address, needs))
+        computed.clear()
+
+        def call(sent, device, embed_all):
+            future = Future()
+            computed.append(len(embed_all.keywords["tokens"]))
+            if len(computed) == 2 and errors:
+                future.set_exception(errors.pop(0))
+            else:
+                future.set_result(function(sent, device, embed_all))
+            return future
+
+        return call
+
+    ray = SimpleNamespace(put=lambda model: model, get=lambda model: model, shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(encoder_embed, "ray_task", start)
+    monkeypatch.setattr(encoder_embed, "_IN_FLIGHT", 1)
+    shards = {"shard": 50, "ray": "local,cpus=2"}
+    with pytest.raises(EmbeddingError, match=r"^of 9 tokens$"):
+        embed_shards(bert, tokens, tmp_path / "e", **shards)
+    with pytest.raises(RayError, match=r"local,cpus=2: Ray's own; finished shards are stored"):
+        embed_shards(bert, tokens, tmp_path / "e", **shards)
+    assert np.array_equal(embed_shards(bert, tokens, tmp_path / "e", **shards), in_memory)
+    assert computed == [50, 50, 30]  # two were finished
+    assert asked == [("local", {"num_cpus": 2, "num_gpus": 0})] * 3

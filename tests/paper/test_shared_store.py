@@ -22,7 +22,7 @@ import obstore
 import pytest
 from typer.testing import CliRunner
 
-from adaptive_margins import cli
+from adaptive_margins import cli, ray_tasks
 from adaptive_margins.paper import backends, runner, shared_store
 from adaptive_margins.paper.shared_store import LeasedError, open_store
 from adaptive_margins.paper.store import Store, StoreError
@@ -271,7 +271,7 @@ def test_stores_that_cannot_be_used(tmp_path, monkeypatch):
 
 def test_ray_that_cannot_be_used(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
-    assert backends.ray_options("local,gpus=0.5,cpus=2", "") == ("local", {"num_gpus": 0.5, "num_cpus": 2})  # fmt: skip
+    assert ray_tasks.ray_options("local,gpus=0.5,cpus=2", "") == ("local", {"num_gpus": 0.5, "num_cpus": 2})  # fmt: skip
     for text, message in {
         "local,gpus": "expected ADDRESS",
         "local,gpus=some": "expected ADDRESS",
@@ -279,17 +279,17 @@ def test_ray_that_cannot_be_used(monkeypatch):
         "local,cpus=0": "expected ADDRESS",
         "127.0.0.1:1": "does not answer: .*refused",
     }.items():
-        with pytest.raises(backends.RayError, match=message):
-            backends.ray_options(text, "a store")
-    with pytest.raises(backends.RayError, match="need --store"):
-        backends.ray_options("head:6379", "")
+        with pytest.raises(ray_tasks.RayError, match=message):
+            ray_tasks.ray_options(text, "a store")
+    with pytest.raises(ray_tasks.RayError, match="need --store"):
+        ray_tasks.ray_options("head:6379", "")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(backends.RayError, match="leave out torchrun"):
-        backends.ray_options("local", "")
+    with pytest.raises(ray_tasks.RayError, match="leave out torchrun"):
+        ray_tasks.ray_options("local", "")
     monkeypatch.undo()
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(backends.RayError, match="is not installed: pip install"):
-        backends.ray_options("local", "")
+    with pytest.raises(ray_tasks.RayError, match="is not installed: pip install"):
+        ray_tasks.ray_options("local", "")
 
 
 def test_the_command_refuses_before_anything_is_computed(tmp_path, monkeypatch):
@@ -359,7 +359,7 @@ def test_a_worker_of_ray_that_is_killed(tmp_path):
     try:
         with backends.on_ray(address, make, needs, lambda: 10**8) as submit:
             done += backends.compute(submit, 2, CONFIGS[:2])
-    except backends.RayError as error:  # its raylet ends itself where an agent needs 15 s to start
+    except ray_tasks.RayError as error:  # its raylet ends itself where an agent needs 15 s to start
         pytest.skip(f"Ray does not start here: {error}")
     assert set(done) == set(CONFIGS[:2])
     assert open_store(place, home / "runs").missing(CONFIGS) == CONFIGS[2:]

@@ -6,12 +6,14 @@ import copy
 import functools
 import hashlib
 import json
+import os
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +25,16 @@ from torch.utils.checkpoint import checkpoint
 from adaptive_margins import progress
 from adaptive_margins.encoder.arrays import read_array, read_settings
 from adaptive_margins.encoder.checks import EmbeddingError, EncoderError, one_line
+from adaptive_margins.encoder.speed import register
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.files import locked, write_text
+from adaptive_margins.ray_tasks import RayError, leave_ray, ray_options, ray_task
 
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _HEADER = 128  # bytes of a .npy file before the rows of a matrix
+_IN_FLIGHT = 64  # shards that Ray computes, or has queued, at a time
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -153,6 +158,7 @@ def embed_shards(
     precision: Precision = "fp32",
     batch_tokens: int = 2048,
     normalize: bool = True,
+    ray: str = "",
 ) -> np.ndarray:
     """Embed all texts once, by `embed`, into ``folder``: (n, D) of ``dtype``, memory-mapped.
 
@@ -168,12 +174,16 @@ def embed_shards(
         dtype: of the file. With float16, the squared length of a row may differ from 1 by 2⁻¹⁰.
         devices: of one node, e.g. ("cuda:0", "cuda:1"); the result does not depend on them.
         precision, batch_tokens, normalize: see `embed`.
+        ray: embed on "local" Ray or a cluster, "ADDRESS[,gpus=N][,cpus=N]": a shard is a task, of a
+            GPU if the first device is one, else of a core. Model and tokens are sent to workers,
+            and this process writes what they return. Bytes may depend on processor and threads.
 
     Warns:
         UserWarning: shards have been damaged; they are embedded again.
 
     Raises:
         EncoderError: the folder has other settings, or the disk lacks space.
+        RayError: Ray cannot be used, or its workers die again and again.
     """
     folder = Path(folder)
     rows, dim = len(tokens), model.get_embedding_dimension()
@@ -203,7 +213,7 @@ def embed_shards(
                     precision=precision,
                     normalize=normalize,
                 )
-                _write_shards(model, work, devices, path, about, settings, done, missing)
+                _write_shards(model, work, devices, ray, path, about, settings, done, missing)
         except OSError as error:
             raise EncoderError(f"{needed}, which could not be written: {error}") from error
     return read_array(path, (rows, dim), np.dtype(dtype))
@@ -236,8 +246,9 @@ def _place(k: int, settings: Mapping[str, Any]) -> tuple[int, int]:
 
 def _write_shards(
     model: Any,
-    embed_rows: Callable[..., np.ndarray],
+    embed_rows: functools.partial[np.ndarray],
     devices: Sequence[str],
+    ray: str,
     path: Path,
     about: Path,
     settings: Mapping[str, Any],
@@ -253,6 +264,21 @@ def _write_shards(
         done=rows - sum(min(shard, rows - k * shard) for k in missing),
     )
 
+    def part(k: int) -> np.ndarray:
+        return np.arange(k * shard, min(rows, (k + 1) * shard))
+
+    def write(k: int, array: np.ndarray) -> None:
+        array = array.astype(settings["dtype"], copy=False)
+        with path.open("r+b") as file:
+            file.seek(_place(k, settings)[0])
+            file.write(array.data)
+        sha256 = hashlib.sha256(array.reshape(-1).data).hexdigest()
+        with lock:
+            done[k] = sha256
+            listed = {**settings, "done": sorted(done), "sha256": done}
+            write_text(about, json.dumps(listed) + "\n")
+            bar.update(len(array))
+
     def work(device: str) -> None:
         its_model = model if len(devices) == 1 else copy.deepcopy(model)
         its_model.to(device)
@@ -260,24 +286,70 @@ def _write_shards(
             for k in queue:  # next() of a list's iterator is atomic
                 if stop.is_set():
                     return
-                part = np.arange(k * shard, min(rows, (k + 1) * shard))
-                array = embed_rows(its_model, rows=part).astype(settings["dtype"], copy=False)
-                with path.open("r+b") as file:
-                    file.seek(_place(k, settings)[0])
-                    file.write(array.data)
-                sha256 = hashlib.sha256(array.reshape(-1).data).hexdigest()
-                with lock:
-                    done[k] = sha256
-                    listed = {**settings, "done": sorted(done), "sha256": done}
-                    write_text(about, json.dumps(listed) + "\n")
-                    bar.update(len(part))
+                write(k, embed_rows(its_model, rows=part(k)))
         except BaseException:
             stop.set()
             raise
 
+    if ray:
+        with bar:
+            for k, array in _on_ray(model, embed_rows, devices[0], ray, part, queue):
+                write(k, array)
+        return
     with bar, ThreadPoolExecutor(len(devices)) as pool:
         try:
             for finished in [pool.submit(work, device) for device in devices]:
                 finished.result()
         finally:
             stop.set()  # interrupted: the threads finish their shard and end
+
+
+def _on_ray(
+    model: Any,
+    embed_rows: functools.partial[np.ndarray],
+    device: str,
+    where: str,
+    part: Callable[[int], np.ndarray],
+    queue: Iterator[int],
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Shards and their embeddings, computed by tasks of Ray, in any order."""
+    address, given = ray_options(where, None)
+    needs = {"num_cpus": 1, "num_gpus": int(device.startswith("cuda")), **given}
+    task = ray_task(address, _task, needs)
+    tokens, running = embed_rows.keywords["tokens"], dict[Future[Any], int]()
+    try:
+        import ray
+
+        own = model.device
+        sent = [ray.put(model.to("cpu"))]  # in a list, or Ray would read it for each task
+        model.to(own)
+        while True:
+            for k in islice(queue, _IN_FLIGHT - len(running)):
+                some = functools.partial(embed_rows, tokens=tokens.take(part(k)))
+                running[task(sent, "cuda" if needs["num_gpus"] else "cpu", some)] = k
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+    except Exception as error:
+        error = getattr(error, "cause", error)
+        if type(error).__module__.startswith("ray."):
+            hint = "finished shards are stored, and the same call computes the others"
+            error = RayError(f"Ray at {where}: {one_line(error)}; {hint}")
+        raise error from None
+    finally:
+        leave_ray()
+
+
+def _task(sent: Sequence[Any], device: str, embed_all: Callable[..., np.ndarray]) -> np.ndarray:
+    return embed_all(_received(sent[0], device))
+
+
+@functools.lru_cache(1)
+def _received(sent: Any, device: str) -> Any:
+    """The model, once in each worker."""
+    import ray
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    register()
+    return ray.get(sent).to(device)

@@ -20,11 +20,17 @@ _PACKED = "packed"
 _PACKABLE = ("bert", "distilbert", "roberta")  # MPNet's position bias is one of a single text
 
 
-def adapt(transformer: Any) -> None:
-    """Let a transformer read packed texts as well as padded ones, and draw dropout faster."""
+def register() -> None:
+    """Let transformers find the attention of adapted models, in this process."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
+    AttentionInterface.register(_PACKED, _packed_attention)
+    AttentionMaskInterface.register(_PACKED, _mask)
+
+
+def adapt(transformer: Any) -> None:
+    """Let a transformer read packed texts as well as padded ones, and draw dropout faster."""
     for module in list(transformer.model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Dropout:
@@ -32,8 +38,7 @@ def adapt(transformer: Any) -> None:
     config = transformer.model.config
     if config.model_type not in _PACKABLE or getattr(config, "is_decoder", False):
         return
-    AttentionInterface.register(_PACKED, _packed_attention)
-    AttentionMaskInterface.register(_PACKED, _mask)
+    register()
     transformer.model.set_attn_implementation(_PACKED)
     if transformer.model_forward_params is not None:
         transformer.model_forward_params |= {"cu_seq_lens_q"}

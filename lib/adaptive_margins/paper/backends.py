@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import gc
-import importlib.util
 import multiprocessing
 import os
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,22 +16,17 @@ from typing import Any, TypeVar
 
 import torch
 
-from adaptive_margins.distributed import processes
-from adaptive_margins.errors import AdaptiveMarginsError, TrainingError
+from adaptive_margins.errors import TrainingError
 from adaptive_margins.paper.shared_store import EXPIRY, LeasedError
 from adaptive_margins.processes import end_when_asked, end_with_parent
 from adaptive_margins.progress import say
+from adaptive_margins.ray_tasks import leave_ray, ray_task
 from adaptive_margins.runs import RunConfig
 
 C = TypeVar("C", bound=RunConfig)
 Submit = Callable[..., "Future[Any]"]
 """Starts a run, given its configuration and a lease that may be taken over, or None."""
 POLL = 5.0  # seconds between two looks at runs that others compute
-RETRIES = 5  # how often Ray starts a run again whose worker or machine died
-
-
-class RayError(AdaptiveMarginsError, RuntimeError):
-    """Ray is not installed, does not answer, or was asked for in a wrong way."""
 
 
 def compute(submit: Submit, slots: int, configs: Iterable[C]) -> Iterator[C]:
@@ -100,67 +93,17 @@ def in_processes(workers: int, make: Callable[[], Any], gpus: Sequence[str]) -> 
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def ray_options(text: str, store: str) -> tuple[str, dict[str, float]]:
-    """Address, and what a run needs as Ray names it, from "ADDRESS[,gpus=N][,cpus=N]".
-
-    Raises:
-        RayError: they are not allowed, Ray is not installed, or the address does not answer.
-    """
-    address, *rest = text.split(",")
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    wrong = ""
-    if processes() > 1:
-        wrong = "it starts its own workers; leave out torchrun or Ray"
-    elif address != "local" and not store:
-        wrong = "its workers need --store, a folder or URL that all machines reach"
-    elif importlib.util.find_spec("ray") is None:
-        wrong = "it is not installed: pip install 'adaptive-margins[ray]'"
-    try:
-        options = {f"num_{k}": float(n) for k, n in (part.split("=") for part in rest)}
-        if options.keys() - {"num_gpus", "num_cpus"} or min(options.values(), default=1) <= 0:
-            raise ValueError
-        if port.isdecimal() and not wrong:
-            socket.create_connection((host, int(port)), timeout=10).close()
-    except ValueError:
-        wrong = "expected ADDRESS[,gpus=N][,cpus=N]"
-    except OSError as error:
-        wrong = f"it does not answer: {error}"
-    if wrong:
-        raise RayError(f"Ray at {text}: {wrong}")
-    return address, options
-
-
 @contextmanager
 def on_ray(
     address: str, make: Callable[[], Any], needs: dict[str, float], memory: Callable[[], int]
 ) -> Iterator[Submit]:
-    """Tasks of Ray, which queues them, and starts them again if their worker or machine dies.
-
-    It is started or connected to with the first run. ``memory`` is an estimate in bytes; what no
-    machine has is not asked for.
-    """
-
-    @functools.cache
-    def task() -> Callable[..., Any]:
-        import ray
-
-        local = {"include_dashboard": False, "object_store_memory": 2**27}
-        try:
-            ray.init(address, **(local if address == "local" else {}))
-        except Exception as error:  # Ray has several
-            reason = str(error.__cause__ or error).strip().splitlines()[-1]
-            raise RayError(f"Ray at {address} does not answer: {reason}") from error
-        most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
-        options = {**needs, "memory": min(memory(), most) or None, "max_retries": RETRIES}
-        return ray.remote(_on_ray).options(**options).remote
-
+    """Tasks of Ray, which is started or connected to with the first run."""
+    task = functools.cache(lambda: ray_task(address, _on_ray, needs, memory(), store=2**27))
     try:
-        yield lambda *arguments: task()(make, *arguments).future()
+        yield lambda *arguments: task()(make, *arguments)
     finally:
         if task.cache_info().currsize:
-            import ray
-
-            ray.shutdown()
+            leave_ray()
 
 
 def visible_gpus() -> list[str]:

@@ -33,7 +33,7 @@ from adaptive_margins.progress import clock, say
 from adaptive_margins.runs import BM25Run, EncoderRun, TrainingRun, ZeroShotRun
 
 STORE_VARIABLE, RAY_VARIABLE = "ADAPTIVE_MARGINS_STORE", "ADAPTIVE_MARGINS_RAY"
-"""Where runs are shared and computed: see `shared_store.open_store`, `backends.ray_options`."""
+"""Where runs are shared and computed: see `shared_store.open_store`, `ray_options`."""
 
 
 class Reproduction:

@@ -29,7 +29,6 @@ from adaptive_margins.paper.backends import (
     compute,
     in_processes,
     on_ray,
-    ray_options,
     visible_gpus,
 )
 from adaptive_margins.paper.experiments import Experiments
@@ -39,6 +38,7 @@ from adaptive_margins.paper.store import R, Store, StoredRun, StoreError
 from adaptive_margins.paper.teacher import teacher_of
 from adaptive_margins.profiles.config import Profile
 from adaptive_margins.progress import bar, say
+from adaptive_margins.ray_tasks import ray_options
 from adaptive_margins.retrieval.exact import approximation_recall, exact_search, rerank
 from adaptive_margins.retrieval.faiss_index import (
     IndexSettings,
@@ -78,7 +78,7 @@ class Runner:
     """Computes the runs that are missing in the store.
 
     ``place`` is where that is shared (`shared_store.open_store`) and what Ray is asked for
-    (`backends.ray_options`); a driver and its workers have one ``owner``, and hold its leases.
+    (`ray_options`); a driver and its workers have one ``owner``, and hold its leases.
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from adaptive_margins.encoder.embed import Precision, embed, embed_shards
 from adaptive_margins.encoder.load import check_prompt, length_limits, prompts
 from adaptive_margins.encoder.tokens import Tokens, count_truncated, stored_tokens, tokenize
 from adaptive_margins.files import read_object, write_text
+from adaptive_margins.ray_tasks import ray_options
 from adaptive_margins.retrieval.embedding_cache import cached_embeddings
 from adaptive_margins.retrieval.exact import exact_search, rerank, without_self
 
@@ -46,7 +47,8 @@ class DenseRetriever:
         query_length: the same of queries.
         precision: of the model's matrix products.
         embeddings: (n, D) float32 of length 1 of the passages in their order, if known.
-        cache: a folder where they are looked up, and left (`cached_embeddings`).
+        cache: a folder where they are looked up, and left (`cached_embeddings`), unless Ray embeds.
+        ray: where `embed_into` embeds, if not here: see `embed_shards`.
         warn: whether ranking warns of truncated texts.
 
     Attributes:
@@ -67,10 +69,13 @@ class DenseRetriever:
         precision: Precision = "fp32",
         embeddings: np.ndarray | None = None,
         cache: Path | None = None,
+        ray: str = "",
         warn: bool = True,
     ) -> None:
         self.model, self.passages, self.precision, self.warn = model, passages, precision, warn
-        self.cache = cache
+        self.cache, self.ray = None if ray else cache, ray
+        if ray:  # its errors come before any work
+            ray_options(ray, None)
         self._prompts, limits = prompts(model), length_limits(model)
         lengths = [
             limit if asked is None else asked
@@ -132,6 +137,7 @@ class DenseRetriever:
             dtype=dtype,
             devices=(str(self.model.device),),
             precision=self.precision,
+            ray=self.ray,
         )
 
     def search(self, queries: Texts, depth: int, *, exclude_self: bool = False) -> Run:
