@@ -26,6 +26,7 @@ from adaptive_margins.files import WriteError, atomic_file, check_output, write_
 from adaptive_margins.progress import say
 from adaptive_margins.retrieval.bm25 import BM25
 from adaptive_margins.retrieval.dense import DenseRetriever
+from adaptive_margins.retrieval.embedding_cache import cache_folder
 from adaptive_margins.teachers import pair_scores
 
 _COLUMNS = "query_id positive_id negative_id rank score positive_score negative_score"
@@ -86,7 +87,7 @@ def mine_negatives(
     dense: Any = None
     if retriever == "encoder" or not cross_encoder:
         encoder = open_encoder(model, options or EncoderOptions(), device=device)
-        dense = DenseRetriever(encoder, passages, warn=False)
+        dense = DenseRetriever(encoder, passages, cache=cache_folder(), warn=False)
     say(f"ranking {len(queries):,} training queries with {retriever}")
     found = (BM25(passages) if retriever == "bm25" else dense).search(queries, depth)
     if cross_encoder:
