@@ -182,7 +182,13 @@ def kill_in(owner: object, name: str, number: int) -> None:
 
 
 # Two workers make one home each; the one that is done first goes on with a long file that needs none.
-FIRST = ("test_miniature.py", "test_book.py", "test_losses.py", "test_figures.py", "test_gpu_check.py")
+FIRST = (
+    "test_miniature.py",
+    "test_book.py",
+    "test_losses.py",
+    "test_figures.py",
+    "test_gpu_check.py",
+)
 
 
 def pytest_configure(config):
