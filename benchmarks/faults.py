@@ -86,8 +86,10 @@ class Parts:
         places = [two.store.path(config) for config in configs]
         ensure, results = (lambda: two.runner.ensure(configs)), (lambda: [*map(run_result, places)])
         work = Work("a sweep: 6 runs, 2 workers", ensure, [*places, self.work], results)
-        rows = interrupted(work, signal.SIGKILL, max(1, self.trials // 20))
-        return rows + interrupted(work, signal.SIGTERM, max(1, self.trials // 20))
+        rows = interrupted(work, signal.SIGKILL, self.trials // 2)
+        rows += interrupted(work, signal.SIGTERM, max(1, self.trials // 20))
+        work.name += ", one of which is killed"
+        return rows + interrupted(work, signal.SIGKILL, self.trials // 2, "worker")
 
     def encoding(self) -> Rows:
         """Embeddings in shards, and the index of a corpus."""

@@ -12,10 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
@@ -80,29 +80,45 @@ def some(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.rglob("*")) if "." in file.name[1:]]
 
 
-def interrupted(work: Work, number: signal.Signals, trials: int) -> Rows:
-    """Signals at random moments; after each, the same call once more."""
+def interrupted(
+    work: Work, number: signal.Signals, trials: int, victim: Literal["driver", "worker"] = "driver"
+) -> Rows:
+    """Signals at random moments, to the process or to one of its workers; then the same call again."""
     (expected, seconds), draw = work.undisturbed(), random.Random(1)
     found = {"work": work.name, "fault": number.name, **COUNTS}
     for trial in range(trials):
         part, alive = (trial + draw.random()) / trials, False
         while not alive:
             work.clean()
-            process, _ = work.begin()
+            process, receiving = work.begin()
             process.join(part * seconds)
+            victims = [process.pid]
+            while victim == "worker" and process.is_alive() and not (victims := spawned(process)):
+                time.sleep(0.01)
             alive = process.is_alive()
             seconds *= 1.0 if alive else 0.8  # it was faster than the first time
         children = psutil.Process(process.pid).children(recursive=True)
-        os.kill(process.pid, number)
+        os.kill(draw.choice(victims), number)
         since = time.perf_counter()
         process.join()
         found["seconds"] = max(found["seconds"], time.perf_counter() - since)
         orphans = psutil.wait_procs(children, 30)[1]
         found["trials"] += 1
         status = -number if number == signal.SIGKILL else TRY_AGAIN
-        found["noticed"] += process.exitcode == status and not orphans
+        noticed = process.exitcode == status
+        if victim == "worker":  # the driver says so, and ends
+            noticed = "a worker process was killed" in receiving.recv()
+        found["noticed"] += noticed and not orphans
         found["equal"] += not work.finish() and work.result() == expected
     return [found]
+
+
+def spawned(process: Any) -> list[int]:
+    """Ids of its worker processes."""
+    children = psutil.Process(process.pid).children()
+    with suppress(psutil.Error):
+        return [child.pid for child in children if "--multiprocessing-fork" in child.cmdline()]
+    return []
 
 
 def full(work: Work, disk: Path, sizes: list[int]) -> Rows:

@@ -14,6 +14,7 @@ import urllib.request
 import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ import pytest
 from typer.testing import CliRunner
 
 from adaptive_margins import cli, ray_tasks
+from adaptive_margins.errors import TrainingError
 from adaptive_margins.paper import backends, runner, shared_store
 from adaptive_margins.paper.shared_store import LeasedError, open_store
 from adaptive_margins.paper.store import Store, StoreError
@@ -318,6 +320,22 @@ def test_workers_see_one_gpu_each(monkeypatch):
     for _ in range(3):
         backends._start(lambda: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]), 1, gpus, count)  # fmt: skip
     assert seen == ["4", "7", "4"]
+
+
+@pytest.mark.parametrize("error", [BrokenProcessPool(), ValueError("bad value(s) in fds_to_keep")])
+def test_a_worker_that_is_killed_while_others_start(monkeypatch, error):
+    """Python's pool then fails to take a run, in one of two ways."""
+
+    def fail(*_):
+        raise error
+
+    pool = SimpleNamespace(submit=fail, shutdown=lambda **_: None)
+    monkeypatch.setattr(backends, "ProcessPoolExecutor", lambda *_: pool)
+    with (
+        pytest.raises(TrainingError, match="a worker process was killed"),
+        backends.in_processes(2, dict, []) as submit,
+    ):
+        list(backends.compute(submit, 2, CONFIGS[:2]))
 
 
 class Slow:

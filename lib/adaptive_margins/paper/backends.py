@@ -86,8 +86,17 @@ def in_processes(workers: int, make: Callable[[], Any], gpus: Sequence[str]) -> 
     context = multiprocessing.get_context("spawn")
     arguments = (make, 1, gpus, context.Value("i", 0) if gpus else None)
     pool = ProcessPoolExecutor(workers, context, _start, arguments)
+
+    def submit(*arguments: Any) -> Future[Any]:
+        try:
+            return pool.submit(_execute, *arguments)
+        except (BrokenProcessPool, ValueError) as error:  # a worker died while others start
+            future: Future[Any] = Future()
+            future.set_exception(BrokenProcessPool(str(error)))
+            return future
+
     try:
-        yield lambda *arguments: pool.submit(_execute, *arguments)
+        yield submit
         pool.shutdown()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
