@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from torch import nn
@@ -56,6 +57,8 @@ def on_ranks(number: int, work) -> list[Any]:
         os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
         os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(number))
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        # What an earlier training in this process has found out: each rank would be the first.
+        AcceleratorState._reset_state(reset_partial_state=True)
         try:
             torch.distributed.init_process_group("gloo")
             results.put((rank, pickle.dumps(work(rank)), ""))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -194,7 +194,7 @@ def training(config: TrainingRun, checkpoint: Path | None = None) -> Iterator[No
             " memory of the GPU; a smaller batch_size, shorter lengths or bf16 make it another run,"
             f" and CachedMarginLoss, in a training of your own, splits the batch. {error}"
         ) from error
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise TrainingError(
             f"run {config.run_id}: a file of {checkpoint} has more than tensors and numbers, and is"
             " not loaded, because that could run code; is the checkpoint somebody else's? Remove it"

@@ -63,11 +63,15 @@ def _lease(future: Future[Any]) -> str | None:
     if isinstance(error, LeasedError):
         return str(error.args[1])
     if isinstance(error, BrokenProcessPool) or type(error).__module__.startswith("ray."):
-        raise TrainingError(
-            "a worker process was killed (out of memory?); finished runs are stored, and the same"
-            f" call computes the others ({type(error).__name__})"
-        )
+        raise _killed(error)
     raise error
+
+
+def _killed(error: BaseException) -> TrainingError:
+    return TrainingError(
+        "a worker process was killed (out of memory?); finished runs are stored, and the same call"
+        f" computes the others ({type(error).__name__})"
+    )
 
 
 def at_once(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
@@ -91,9 +95,7 @@ def in_processes(workers: int, make: Callable[[], Any], gpus: Sequence[str]) -> 
         try:
             return pool.submit(_execute, *arguments)
         except (BrokenProcessPool, ValueError) as error:  # a worker died while others start
-            future: Future[Any] = Future()
-            future.set_exception(BrokenProcessPool(str(error)))
-            return future
+            raise _killed(error) from error  # with another call the pool would start more
 
     try:
         yield submit
