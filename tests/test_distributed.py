@@ -19,7 +19,7 @@ from sentence_transformers import SentenceTransformerTrainer, SentenceTransforme
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from adaptive_margins.checkpoints import newest_checkpoint
+from adaptive_margins.checkpoints import Progress, newest_checkpoint
 from adaptive_margins.distributed import gathered
 from adaptive_margins.errors import TrainingError
 from adaptive_margins.losses import CachedMarginLoss, MarginLoss, margin_loss
@@ -212,7 +212,14 @@ def test_a_run_on_two_processes_is_that_of_one(material, tmp_path, values):  # n
         assert_equal_runs(found, alone)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(material, tmp_path):  # noqa: F811
+def test_a_run_goes_on_with_another_number_of_processes(material, tmp_path, monkeypatch):  # noqa: F811
+    save = Progress.save
+
+    def saved(self, *arguments):
+        (tmp_path / f"saved by {os.environ.get('RANK')}").touch()
+        save(self, *arguments)
+
+    monkeypatch.setattr(Progress, "save", saved)
     settings = {**BATCHES, "checkpoint_every": 3}
     _, alone = run(material, tmp_path / "alone", measured, **settings)
 
@@ -226,6 +233,7 @@ def test_a_run_goes_on_with_another_number_of_processes(material, tmp_path):  # 
     errors = on_ranks(2, lambda rank: run(material, tmp_path / "two", fails, **settings)[1])
     assert "rank 0: InterruptedError" in errors[0]
     assert errors[1].startswith("rank 1: ")  # it does not wait for ever
+    assert (tmp_path / "saved by 0").exists() and not (tmp_path / "saved by 1").exists()
     assert newest_checkpoint(tmp_path / "two").name == "checkpoint-3"
     _, resumed = run(material, tmp_path / "two", measured, **settings)
     assert_equal_runs(resumed, alone)

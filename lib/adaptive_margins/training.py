@@ -259,6 +259,8 @@ class _Trainer(SentenceTransformerTrainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
+        if not is_first():  # transformers 5.23 calls this in every process
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         state = {k: v.detach().cpu() for k, v in trainable(self.model).items()}
