@@ -8,21 +8,20 @@ from typing import Annotated, Literal
 import typer
 from typer import Argument, Option
 
-from adaptive_margins.cli_corpus import Json, PerQuery, _measures
+from adaptive_margins.cli_corpus import Json, PerQuery, command, measure_names
 from adaptive_margins.terminal import new_file, old_path, show, working
 
 commands = typer.Typer()
-_EXAMPLES = """\b
-Examples:
-  adaptive-margins compare --qrels qrels.txt bm25.run mine.run
-  adaptive-margins compare --qrels qrels.txt --baseline a.run b.run c.run.gz
-  adaptive-margins compare --qrels qrels.txt a.run b.run --format latex
-  adaptive-margins compare --qrels qrels.txt a.run b.run --plot a_and_b.svg
+_EXAMPLES = """\
+compare --qrels qrels.txt bm25.run mine.run
+compare --qrels qrels.txt --baseline a.run b.run c.run.gz
+compare --qrels qrels.txt a.run b.run --format latex
+compare --qrels qrels.txt a.run b.run --plot a_and_b.svg
 """
 _STYLES = {"text": "plain", "markdown": "github", "latex": "latex_booktabs"}
 
 
-@commands.command(rich_help_panel="Your corpus", epilog=_EXAMPLES)
+@command(commands, _EXAMPLES)
 def compare(
     runs: Annotated[
         list[Path], Argument(metavar="RUN", parser=old_path, help="TREC runs, two or more.")
@@ -54,7 +53,7 @@ def compare(
     baseline Holm). A judged query without hits counts 0.
     """
     with working():
-        names = _measures(measure, "--measure")
+        names = measure_names(measure, "--measure")
         if len(names) > 1:
             raise typer.BadParameter(f"expected 1 measure, got {measure!r}", param_hint="--measure")
         from adaptive_margins.corpus.compare import compare_files

@@ -56,12 +56,21 @@ collection beir/scifact --json
 """
 
 
-def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """Add a command, with its examples below the help."""
-    name = function.__name__
-    lines = [line for line in _EXAMPLES.splitlines() if line.startswith(f"{name} ")]
-    examples = "\n".join(f"  adaptive-margins {line}" for line in lines)
-    return commands.command(rich_help_panel=_PANEL, epilog=f"\b\nExamples:\n{examples}")(function)
+def command(
+    commands: typer.Typer, examples: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a function as a command, with those of the ``examples`` that name it below its help."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        name = function.__name__
+        lines = [line for line in examples.splitlines() if line.startswith(f"{name} ")]
+        shown = "\n".join(f"  adaptive-margins {line}" for line in lines)
+        return commands.command(rich_help_panel=_PANEL, epilog=f"\b\nExamples:\n{shown}")(function)
+
+    return add
+
+
+_command = command(commands, _EXAMPLES)
 
 
 Mode = Literal["full", "rerank", "hybrid"]
@@ -134,7 +143,7 @@ def train(
     """
     end_when_asked()
     with working(verbose, model):
-        names = _measures(measures)
+        names = measure_names(measures)
         from adaptive_margins.corpus.finetune import finetune
         from adaptive_margins.corpus.settings import Settings
 
@@ -229,7 +238,7 @@ def evaluate(
     If the encoder was trained on some of these queries, only its test queries are ranked.
     """
     with working(verbose, model):
-        names = _measures(measures)
+        names = measure_names(measures)
         from adaptive_margins.corpus.evaluate import evaluate_encoder
         from adaptive_margins.text_tables import aligned
 
@@ -272,7 +281,7 @@ def _judged(result: Mapping[str, Any]) -> str:
     return text if fewest == result["queries"] else f"{text} ({fewest:,} with a relevant passage)"
 
 
-def _measures(text: str, option: str = "--measures") -> list[str]:
+def measure_names(text: str, option: str = "--measures") -> list[str]:
     """Measures with their levels in their names, each once."""
     from adaptive_margins.evaluation.measures import named
 

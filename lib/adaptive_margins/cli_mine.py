@@ -8,20 +8,28 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from adaptive_margins.cli_corpus import MOST_SEED, Device, Json, Miner, Model, Source, Verbose
+from adaptive_margins.cli_corpus import (
+    MOST_SEED,
+    Device,
+    Json,
+    Miner,
+    Model,
+    Source,
+    Verbose,
+    command,
+)
 from adaptive_margins.encoder.options import EncoderOptions
 from adaptive_margins.terminal import encoder_options, expanded, old_path, show, working
 
 commands = typer.Typer()
-_EXAMPLES = """\b
-Examples:
-  adaptive-margins mine my_corpus --output my_corpus/triples.tsv
-  adaptive-margins mine my_corpus --output tuples.parquet --negatives 5
-  adaptive-margins mine pydocs --output mined --cross-encoder my_reranker
+_EXAMPLES = """\
+mine my_corpus --output my_corpus/triples.tsv
+mine my_corpus --output tuples.parquet --negatives 5
+mine pydocs --output mined --cross-encoder my_reranker
 """
 
 
-@commands.command(rich_help_panel="Your corpus", epilog=_EXAMPLES)
+@command(commands, _EXAMPLES)
 @encoder_options
 def mine(
     path: Source,

@@ -38,6 +38,7 @@ from adaptive_margins.corpus.finetuned import (
 )
 from adaptive_margins.corpus.forgetting import not_worse, second_collection
 from adaptive_margins.corpus.prepare import (
+    TRIPLE_COST,
     Prepared,
     SplitCollection,
     Stages,
@@ -263,8 +264,9 @@ def _trained(
     configs = [_config(job, target, data, encoder, identity, prepared) for target in job.targets]
     seconds, count = stages.seconds["validation"], len(configs)
     passage = seconds / len(prepared.validation.passages)
-    # A triple has two passages, and a step takes three times as long as embedding alone.
-    each = 6 * passage * configs[0].triples + seconds * configs[0].steps / configs[0].evaluate_every
+    first = configs[0]
+    evaluations = first.steps / first.evaluate_every
+    each = TRIPLE_COST * passage * first.triples + seconds * evaluations
     rest = seconds * len(ALPHAS) + passage * len(data.collection.passages)
     total = clock(left * (count * each + rest))
     say(f"{left * count} × training, with validation and ranking: about {total} at most")

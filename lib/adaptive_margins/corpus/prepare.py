@@ -37,6 +37,9 @@ from adaptive_margins.retrieval.embedding_cache import cache_folder
 from adaptive_margins.retrieval.exact import count_self
 from adaptive_margins.runs import TrainingRun
 
+TRIPLE_COST = 6
+"""Time of training on a triple, in passages embedded: it has two, and a step takes three times."""
+
 
 @dataclass(frozen=True)
 class SplitCollection:
@@ -388,6 +391,5 @@ def _affordable(job: Job, tokens: np.ndarray, passages: float) -> int:
 def _budget(settings: Settings, triples: int, tokens: float) -> int:
     """Passages, of ``tokens`` on average, that an evaluation may embed."""
     batch_size, every = batches(settings, triples)
-    # A triple has two passages, and a step takes three times as long as embedding alone.
-    share = round(settings.check_share * 6 * every * batch_size)
+    share = round(settings.check_share * TRIPLE_COST * every * batch_size)
     return max(share, min(settings.check_passages, int(settings.check_tokens / tokens)))

@@ -48,8 +48,9 @@ def top(scores: Mapping[str, float], depth: int | None = None) -> list[tuple[str
         bad = ids[int(np.argmin(np.isfinite(values)))]
         raise ValueError(f"the score of passage {bad!r} must be finite, not {scores[bad]!r}")
     keys = _single(values)
-    order = np.argsort(-keys).tolist()
-    if len(np.unique(keys)) < len(keys):
+    ranked = np.argsort(-keys)
+    order, best_first = ranked.tolist(), keys[ranked]
+    if (best_first[1:] == best_first[:-1]).any():
         order.sort(key=lambda i: (keys[i], ids[i]), reverse=True)
     return [(ids[i], scores[ids[i]]) for i in order[:depth]]
 

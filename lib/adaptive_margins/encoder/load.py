@@ -166,6 +166,15 @@ def prompts(model: SentenceTransformer) -> tuple[str, str]:
     return model.prompts.get("query") or "", next(filter(None, found), "")
 
 
+def state_hash(model: Any) -> str:
+    """Return 16 hex digits that identify a model's parameters and buffers, on any device."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def options_of(model: SentenceTransformer) -> dict[str, Any]:
     """Return the `EncoderOptions` in effect, all of them, for reports and names of caches."""
     shape = model.get_embedding_dimension(), model.max_seq_length

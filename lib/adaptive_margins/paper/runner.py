@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import os
 import shutil
 import time
@@ -20,7 +19,7 @@ from adaptive_margins.data.trec import Run
 from adaptive_margins.distributed import is_first, processes, shared, wait
 from adaptive_margins.encoder.embed import embed, embed_shards
 from adaptive_margins.encoder.frozen import LoadedEncoder
-from adaptive_margins.encoder.load import save_encoder
+from adaptive_margins.encoder.load import save_encoder, state_hash
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
 from adaptive_margins.files import HOME_VARIABLE, check_output, locked
 from adaptive_margins.paper.backends import (
@@ -400,7 +399,7 @@ class Runner:
         return embed_shards(
             model,
             encoder.passages,
-            work / f"passages-{_state_hash(model)}",
+            work / f"passages-{state_hash(model)}",
             shard=ranking.shard,
             dtype=ranking.dtype,
             devices=ranking.devices or (self.profile.device,),
@@ -460,15 +459,6 @@ def describe(config: RunConfig, with_target: bool = True) -> str:
 def _work(config: RunConfig) -> int:
     """How long a run takes, compared with others: full rankings are longest, then many triples."""
     return 1_000_000_000 * bool(config.test_sets) + getattr(config, "triples", 0)
-
-
-def _state_hash(model: Any) -> str:
-    """Hash of a model's parameters."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _worker(

@@ -104,7 +104,7 @@ class DenseRetriever:
     def embeddings(self) -> np.ndarray:
         """(n, D) float32 of length 1 (0 without text), one row a passage; computed on first use."""
         if self._embeddings is None:
-            some = cached_embeddings(self, self.cache) if self.cache else None
+            some = cached_embeddings(self, self.cache)
             some = self.embed_passages(self.rows) if some is None else some
             self._embeddings = some
             if len(some) < len(self.passages):
@@ -124,7 +124,7 @@ class DenseRetriever:
         """Return the embeddings of `rows`: known, cached, or computed in ``folder``."""
         if (known := self._embeddings) is not None:
             return known if len(self.rows) == len(known) else known[self.rows]
-        cached = cached_embeddings(self, self.cache) if self.cache else None
+        cached = cached_embeddings(self, self.cache)
         return self.embed_into(folder, dtype) if cached is None else cached
 
     def embed_into(self, folder: Path, dtype: Literal["float32", "float16"]) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 
-from adaptive_margins.encoder.load import prompts
+from adaptive_margins.encoder.load import prompts, state_hash
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import digest, folder_bytes, home, locked, read_object
 
@@ -37,14 +37,17 @@ def cache_folder(use: bool = True) -> Path | None:
     return folder if os.access(folder, os.W_OK) else None
 
 
-def cached_embeddings(retriever: Any, folder: Path) -> np.ndarray | None:
-    """Return the embeddings of a `DenseRetriever`'s rows, memory-mapped; None if they are too many.
+def cached_embeddings(retriever: Any, folder: Path | None) -> np.ndarray | None:
+    """Return the embeddings of a `DenseRetriever`'s rows, memory-mapped.
+
+    None without a ``folder``, or if they are too many for the cache.
 
     They are computed unless ``folder`` has them, undamaged. Those used longest ago are removed if
     the folder has more than $ADAPTIVE_MARGINS_CACHE_GB.
     """
     limit = _limit() or math.inf  # without a `cache_folder`, it is one for this command alone
-    if 4 * len(retriever.rows) * retriever.model.get_embedding_dimension() > limit:
+    size = 4 * len(retriever.rows) * retriever.model.get_embedding_dimension()
+    if folder is None or size > limit:
         return None
     place = folder / _key(retriever)
     with locked(place.with_suffix(".use")):
@@ -74,8 +77,6 @@ def _limit() -> float:
 def _key(retriever: Any) -> str:
     """A hash of the texts, and of all that their embeddings depend on in the model."""
     model, tokenizer, known = retriever.model, retriever.model.tokenizer, hashlib.sha256()
-    for tensor in model.state_dict().values():
-        known.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     for row in retriever.rows.tolist():
         text = retriever.passages.texts[row]
         known.update(f"{len(text)} {text}".encode("utf-8", "surrogatepass"))
@@ -87,4 +88,5 @@ def _key(retriever: Any) -> str:
     words |= {"truncation": None, "padding": None}  # of the last call
     shape = prompts(model)[1], retriever.passage_length, model.get_embedding_dimension()
     versions = retriever.precision, model.device.type, torch.__version__, transformers.__version__
+    known.update(state_hash(model).encode())
     return digest([known.hexdigest(), str(model), config, words, shape, versions])
