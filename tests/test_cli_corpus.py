@@ -26,7 +26,7 @@ from adaptive_margins.data import sources
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.folder import read_folder
 from adaptive_margins.data.splits import split_queries
-from adaptive_margins.data.trec import read_qrels, read_run, top, write_run
+from adaptive_margins.data.trec import read_qrels, read_run, top, truncated, write_run
 from adaptive_margins.encoder.load import open_encoder
 from adaptive_margins.encoder.options import EncoderOptions
 from adaptive_margins.evaluation.comparison import compare_runs
@@ -610,11 +610,12 @@ def test_evaluate_fuses_with_bm25_and_compares(call, answer, corpus, encoder, tm
     found = answer("evaluate", corpus, "--model", encoder, *options)
     about, qrels = found.pop("hybrid"), collection.qrels["test"]
     assert types(found) == EVALUATE
-    runs = {
-        "dense": cosine_run(encoder, corpus, 100),
-        "bm25": BM25(collection.passages).search(collection.queries["test"], 100),
+    deep = {
+        "dense": cosine_run(encoder, corpus, 1000),
+        "bm25": BM25(collection.passages).search(collection.queries["test"], 1000),
     }
-    runs["hybrid"] = hybrid(runs["dense"], runs["bm25"], 100)
+    runs = {name: truncated(run, 100) for name, run in deep.items()}
+    runs["hybrid"] = hybrid(deep["dense"], deep["bm25"], 100)
     assert (about["weight"], about["bm25"]) == (None, {"queries": 40, "without_hits": 0})
     for qid, hits in read_run(run_out).items():
         assert hits == pytest.approx(runs["hybrid"][qid])

@@ -14,7 +14,7 @@ from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.splits import fold_queries, split_queries
 from adaptive_margins.data.text import DataError, alike
-from adaptive_margins.data.trec import Qrels, Run, read_marked_run, run_tag, top, write_run
+from adaptive_margins.data.trec import Qrels, Run, read_marked_run, run_tag, truncated, write_run
 from adaptive_margins.encoder.load import default_device, encoder_identity, open_encoder, options_of
 from adaptive_margins.encoder.options import EncoderOptions
 from adaptive_margins.errors import ArgumentError
@@ -222,7 +222,7 @@ def _candidates(
         without_hits({qid: hits for qid, hits in given.items() if qid in collection.qrels[name]})
     if exclude_self:
         given = without_self(given)
-    return {qid: dict(top(hits, depth)) for qid, hits in given.items()}
+    return truncated(given, depth)
 
 
 def _hybrid(
@@ -244,6 +244,7 @@ def _hybrid(
 
     fusion, runs = choose_weight(model, collection, name, rank), rank(collection.queries[name])
     runs["hybrid"] = hybrid(runs["dense"], runs["bm25"], depth, fusion["weight"])
+    runs = {system: truncated(run, depth) for system, run in runs.items()}
     found = {system: evaluate(qrels, run, measures) for system, run in runs.items()}
     empty = without_hits({qid: runs["bm25"][qid] for qid in qrels})
     facts = {"queries": len(qrels), "without_hits": empty}

@@ -58,7 +58,7 @@ from adaptive_margins.corpus.settings import (
 )
 from adaptive_margins.corpus.validation import DEPTH, SELECTION, Validation, gain
 from adaptive_margins.data.stored import COLUMNS
-from adaptive_margins.data.trec import Run
+from adaptive_margins.data.trec import Run, truncated
 from adaptive_margins.distributed import is_first, shared, wait
 from adaptive_margins.encoder.load import (
     default_device,
@@ -72,7 +72,7 @@ from adaptive_margins.encoder.speed import default_chunks, tokens_within
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
 from adaptive_margins.files import atomic_folder, digest, read_object, working_folder, write_text
 from adaptive_margins.progress import bar, clock, say
-from adaptive_margins.retrieval.dense import DenseRetriever, hybrid
+from adaptive_margins.retrieval.dense import FUSED, DenseRetriever, hybrid
 from adaptive_margins.retrieval.embedding_cache import cache_folder
 from adaptive_margins.runs import TrainingRun
 from adaptive_margins.training import TrainingResult, train
@@ -391,12 +391,12 @@ def _rank(
         retriever = DenseRetriever(
             encoder, passages, precision=precision, cache=cache_folder(job.cache), warn=False
         )
-        queries = data.collection.queries
-        runs["trained"] = retriever.search(queries["test"], job.depth)
-        validating = {**validating, "dense": retriever.search(queries["validation"], job.depth)}
+        queries, deep = data.collection.queries, max(job.depth, FUSED)
+        runs["trained"] = retriever.search(queries["test"], deep)
+        validating = {**validating, "dense": retriever.search(queries["validation"], deep)}
     fusion = learned(validating, data.collection.qrels["validation"])
     runs["hybrid"] = hybrid(runs["trained"], runs["bm25"], job.depth, fusion["weight"])
-    return runs, fusion
+    return {name: truncated(run, job.depth) for name, run in runs.items()}, fusion
 
 
 # ---- report -----------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from adaptive_margins.evaluation.measures import evaluate, relevant
 from adaptive_margins.files import digest
 from adaptive_margins.progress import say
 from adaptive_margins.retrieval.bm25 import BM25, without_hits
-from adaptive_margins.retrieval.dense import DenseRetriever
+from adaptive_margins.retrieval.dense import FUSED, DenseRetriever
 from adaptive_margins.retrieval.embedding_cache import cache_folder
 from adaptive_margins.retrieval.exact import count_self
 from adaptive_margins.runs import TrainingRun
@@ -309,15 +309,16 @@ def prepare(job: Job, work: Path, data: SplitCollection, encoder: Any, stages: S
     with stages("ranking", "ranking with BM25 and with the zero-shot encoder"):
         test, validating = (collection.queries[name] for name in ("test", "validation"))
         bm25 = BM25(collection.passages)
-        runs = {"start": zero_shot.search(test, job.depth), "bm25": bm25.search(test, job.depth)}
+        deep = max(job.depth, FUSED)
+        runs = {"start": zero_shot.search(test, deep), "bm25": bm25.search(test, deep)}
         judged = {qid: runs["bm25"][qid] for qid in collection.qrels["test"]}
         bm25_facts = {
             "queries": len(judged),
             "without_hits": without_hits(judged),
             "bigram_passages": bm25.bigram_passages,
         }
-        ranked = {"bm25": bm25.search(validating, job.depth)}
-        ranked["dense"] = zero_shot.search(validating, job.depth)
+        ranked = {"bm25": bm25.search(validating, deep)}
+        ranked["dense"] = zero_shot.search(validating, deep)
         counted = dict(zero_shot.truncated), dict(zero_shot.lost)
     with stages("triples", "choosing triples"):
         miner = bm25 if job.negatives == "bm25" else zero_shot

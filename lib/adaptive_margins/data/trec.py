@@ -55,6 +55,11 @@ def top(scores: Mapping[str, float], depth: int | None = None) -> list[tuple[str
     return [(ids[i], scores[ids[i]]) for i in order[:depth]]
 
 
+def truncated(run: Run, depth: int | None) -> Run:
+    """Return a run with the ``depth`` best passages of each query in the order of `top`, or all."""
+    return {qid: dict(top(hits, depth)) for qid, hits in run.items()}
+
+
 def check_depth(depth: int | None) -> None:
     """Raise ValueError if a depth is below 1; None is allowed."""
     if depth is not None and depth < 1:

@@ -15,7 +15,7 @@ import numpy as np
 
 from adaptive_margins.data import converted, pydocs, stored
 from adaptive_margins.data.collection import Collection, Texts
-from adaptive_margins.data.trec import Run, read_run, top, write_run
+from adaptive_margins.data.trec import Run, read_run, truncated, write_run
 from adaptive_margins.data.triples import sample_triples
 from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.encoder.frozen import LoadedEncoder, for_training
@@ -176,7 +176,7 @@ class Inputs:
                 run = self._cached_run(
                     f"candidates.{query_set}", lambda: self.bm25.rescore(queries, unscored)
                 )
-        return {q: dict(top(scores, depth)) for q, scores in run.items()}
+        return truncated(run, depth)
 
     def _cached_run(self, name: str, compute: Callable[[], Run]) -> Run:
         """A ranking of BM25, computed once per version of bm25s and stored with the collection."""

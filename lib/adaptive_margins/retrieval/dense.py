@@ -31,8 +31,8 @@ _TEXTS = ("queries", "passages")
 _SLICE = 256  # texts embedded between two states of a progress bar
 _SHARD = 4096  # passages whose embeddings a killed build may lose
 _RRF = 60
-FUSED = 100
-"""Depth of rankings to fuse, at least: scores are scaled by the lowest one."""
+FUSED = 1000
+"""Depth of rankings to fuse, at least: scores are scaled by the lowest one (as Bruch et al. do)."""
 
 
 class DenseRetriever:
