@@ -206,7 +206,11 @@ def test_the_page_on_trainings_counts_and_averages():
             "collection": {"name": "Zoo", "sets": {"test": 90}}, "encoder": "MiniLM", "target": "distributed", "seed": seed,
             "triples": {"used": 2048}, "kept": kept, "measures": {s: {"nDCG@10": v} for s, v in scores.items()},
             "seconds": {"a": 60.0, "b": 5.0}, "machine": "A machine", "date": "2026-01-02",
-            "comparisons": {"trained vs start": found, "trained vs bm25": {"verdict": "better"}},
+            "merge": {"alpha": 0.5}, "hybrid": {"weight": 0.3},
+            "comparisons": {
+                "trained vs start": found, "trained vs bm25": {"verdict": "better"},
+                "hybrid vs trained": {"verdict": "better" if seed < 3 else "worse"}, "hybrid vs bm25": {"verdict": verdict},
+            },
         }  # fmt: skip
 
     rows = [
@@ -218,12 +222,24 @@ def test_the_page_on_trainings_counts_and_averages():
         "In 1 of 3 trainings the original encoder was kept; in 1 the trained one was better on the test queries, in 1 the"
         " trained one was **worse** on the test queries.\n"
     )
+    assert pages.fused(rows) == (
+        "Fusing the encoder with BM25 was better than the encoder alone in 2, better than BM25 alone in 1, and better than both"
+        " in 1; it was worse than one of them in 2.\n"
+    )
     lines = [[c.strip() for c in x.strip("|").split("|")] for x in pages.expect(rows).splitlines()]
     means = next(line for line in lines if line[:3] == ["Zoo, MiniLM", "nDCG@10", "90"])
     assert means[3:] == ["0.400", "0.407", "0.300", "0.500", "2 of 3"]
     each = [line for line in lines if line[0] == "Zoo, MiniLM" and line[2] == "2,048"]
-    assert each[0][3:] == ["+0.050 [+0.040, +0.060]", "better", "better", "1:05"]
-    assert each[2][3:5] == ["original kept", ""]
+    assert each[0][3:] == [
+        "0.5",
+        "0.3",
+        "+0.050 [+0.040, +0.060]",
+        "better",
+        "better",
+        "better",
+        "1:05",
+    ]
+    assert each[2][5:7] == ["original kept", ""]
 
 
 def test_faults_are_tried_and_counted(bert, tokens, tmp_path):
