@@ -69,7 +69,7 @@ EACH = """\
 
 Difference between trained and original encoder in nDCG@10 on the test queries, with its 95 % confidence interval. α is the
 trained parameters' share in the mixture with the original ones, "weight" that of the encoder next to BM25; both are chosen on
-validation. Verdicts: {doc}`your_corpus`. Times are those of one thread, with another training on the other core.
+validation. Verdicts: {doc}`your_corpus`. Times are those of one thread on a slow machine that had other work too.
 """
 AGAIN = """\
 {download}`what_to_expect.json` has every report, with p values. `adaptive-margins train SOURCE --output NEW --seed 1` repeats one, SOURCE
