@@ -7,7 +7,6 @@ import os
 import pickle
 import socket
 import sys
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,8 +37,8 @@ CASES = [(3, settings) for settings in SETTINGS]
 CASES += [(5, settings) for settings in SETTINGS[1:3]]  # three negatives
 CASES += [(5, {"target": "distributed"}), (2, {"target": "adaptive"})]
 """Columns and settings; two columns are pairs."""
-SIZES = {2: [5, 3], 4: [3, 3, 3, 1]}
-"""Processes → triples of each; the last batch of an epoch is smaller."""
+SIZES = [3, 3, 3, 1]
+"""Triples of each of four processes; the last batch of an epoch is smaller."""
 
 
 def free_port() -> int:
@@ -75,15 +74,10 @@ def on_ranks(number: int, work) -> list[Any]:
     return [error or pickle.loads(value) for _, value, error in found]
 
 
-def rows_of(rank: int, sizes: list[int]) -> slice:
-    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-
-
-@pytest.mark.parametrize("number", SIZES)
-def test_loss_and_gradients_are_those_of_one_process(number):
+def test_loss_and_gradients_are_those_of_one_process():
     """Each query and positive against the negatives of all ranks; gradients as DDP averages them, in 64-bit floats."""
-    sizes, generator = SIZES[number], torch.Generator().manual_seed(3)
-    texts = torch.randn(5, sum(sizes), 6, generator=generator, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    texts = torch.randn(5, sum(SIZES), 6, generator=generator, dtype=torch.float64)
     encoder = nn.Linear(6, 4).double()
 
     def work(rank):
@@ -91,14 +85,14 @@ def test_loss_and_gradients_are_those_of_one_process(number):
         model = DistributedDataParallel(encoder)
         for columns, settings in CASES:
             model.zero_grad()
-            own = model(texts[:columns, rows_of(rank, sizes)])
+            own = model(texts[:columns, sum(SIZES[:rank]) : sum(SIZES[: rank + 1])])
             loss = MarginLoss(encoder, gather_across_devices=True, **settings)
             value = loss.compute_loss_from_embeddings(list(own))
             value.backward()
             found.append([value.item(), *(p.grad.numpy() for p in encoder.parameters())])
         return found
 
-    for found in on_ranks(number, work):
+    for found in on_ranks(len(SIZES), work):
         for (columns, settings), (value, *gradients) in zip(CASES, found, strict=True):
             encoder.zero_grad()
             query, positive, *negatives = encoder(texts[:columns])
@@ -113,24 +107,16 @@ def test_loss_and_gradients_are_those_of_one_process(number):
 
 
 def test_rows_of_all_processes_in_the_order_of_their_ranks():
-    sizes = SIZES[4]
-
     def work(rank):
-        return gathered(torch.full((sizes[rank], 2), float(rank))).tolist()
+        return gathered(torch.full((SIZES[rank], 2), float(rank))).tolist()
 
-    want = [[float(rank)] * 2 for rank, size in enumerate(sizes) for _ in range(size)]
+    want = [[float(rank)] * 2 for rank, size in enumerate(SIZES) for _ in range(size)]
     assert on_ranks(4, work) == [want] * 4
-
-
-def test_one_process_needs_no_distribution():
     vectors = torch.randn(3, 2)
-    assert gathered(vectors) is vectors
+    assert gathered(vectors) is vectors  # one process needs no distribution
 
 
-@pytest.mark.parametrize(
-    "kind", [MarginLoss, partial(CachedMarginLoss, mini_batch_size=3)], ids=["plain", "cached"]
-)
-def test_the_trainer_on_two_processes_trains_as_on_one(kind, tiny_folder, tmp_path):
+def test_the_trainer_on_two_processes_trains_as_on_one(tiny_folder, tmp_path):
     """Sentence Transformers' trainer under torchrun; the processes' batches together are that of one process."""
     from sentence_transformers import SentenceTransformer
 
@@ -152,7 +138,8 @@ def test_the_trainer_on_two_processes_trains_as_on_one(kind, tiny_folder, tmp_pa
             use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
             accelerator_config={"use_seedable_sampler": True},
         )  # fmt: skip
-        loss = kind(model, target="distributed", gather_across_devices=True)
+        settings = {"target": "distributed", "gather_across_devices": True}
+        loss = CachedMarginLoss(model, mini_batch_size=3, **settings)
         trainer = SentenceTransformerTrainer(
             model=model, args=arguments, train_dataset=Dataset.from_dict(columns), loss=loss
         )

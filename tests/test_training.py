@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
-import itertools
 import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,8 +189,8 @@ def rows_seen(monkeypatch):
     ids=str,
 )
 def test_the_loss_is_that_of_the_embeddings(material, tmp_path, losses, settings):
-    run(material, tmp_path, **settings)
-    assert len(losses) == 7
+    run(material, tmp_path, triples=12, **settings)
+    assert len(losses) == 3
     for loss, columns in losses:
         assert loss == pytest.approx(margin_loss(*columns, **settings).item(), abs=1e-5)
 
@@ -280,8 +280,9 @@ def loss_and_gradients(model, loss):
 
 
 @pytest.mark.parametrize("settings", LOSSES, ids=str)
-@pytest.mark.parametrize("encoder", ["whole", "upper layer"])
-def test_chunks_change_neither_loss_nor_gradient(material, doubles, encoder, settings):
+def test_chunks_change_neither_loss_nor_gradient(material, doubles, settings):
+    """The whole encoder by one loss, its last layer by the next, and so on: a loss sees embeddings alone."""
+    encoder = ("whole", "upper layer")[LOSSES.index(settings) % 2]
     model, queries, passages = doubles[encoder]
     config = run_config(**settings)
     distinct = np.stack([np.arange(8), np.arange(8), np.arange(15, 23)], axis=1)
@@ -296,7 +297,8 @@ def test_chunks_change_neither_loss_nor_gradient(material, doubles, encoder, set
             plain = margin_loss(*columns, **settings)
         expected, gradients = loss_and_gradients(model, plain)
         assert len(gradients) >= 16
-        for chunks, layout in itertools.product((1, 3, 8, 1000), (Tokens.batch, batcher(model))):
+        packed = batcher(model)
+        for chunks, layout in ((1, packed), (3, Tokens.batch), (8, packed), (1000, Tokens.batch)):
             rows = [dict(zip(("query", "positive", "negative"), t, strict=True)) for t in triples]
             batch = training.TripleCollator(queries, passages, chunks, layout)(rows)
             texts = len(set(triples[:, 0])) + len(set(triples[:, 1:].ravel()))
@@ -311,12 +313,6 @@ def test_chunks_change_neither_loss_nor_gradient(material, doubles, encoder, set
             assert theirs.keys() == gradients.keys()
             for name, gradient in gradients.items():
                 np.testing.assert_allclose(theirs[name], gradient, rtol=0, atol=1e-10, err_msg=name)
-
-
-def test_a_run_does_not_depend_on_its_chunks(material, tmp_path):
-    one, four = (run(material, tmp_path / str(n), chunks=n)[1].targets for n in (1, 4))
-    assert one["max"].nunique() == 7
-    np.testing.assert_allclose(one, four, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", [Tokens.batch, None])
@@ -413,13 +409,12 @@ def test_weight_decay_spares_layer_norm_and_bias(material, tmp_path, trainers):
     assert {v for k, v in decays.items() if "LayerNorm" not in k and k.endswith("weight")} == {0.25}
 
 
-@pytest.mark.parametrize("decay", [1.0, 0.9])
-def test_the_rate_decays_by_gamma_a_step(material, tmp_path, trainers, decay):
-    run(material, tmp_path, decay=decay, learning_rate=0.02)
+def test_the_rate_decays_by_gamma_a_step(material, tmp_path, trainers):
+    run(material, tmp_path, decay=0.9, learning_rate=0.02)
     assert len(trainers[0].rates) == 7
     assert trainers[0].args.max_grad_norm == 0  # no gradient is clipped
     for step, rates in enumerate(trainers[0].rates):
-        assert rates == [pytest.approx(0.02 * decay**step, rel=1e-12)] * len(rates)
+        assert rates == [pytest.approx(0.02 * 0.9**step, rel=1e-12)] * len(rates)
 
 
 @pytest.mark.parametrize(
@@ -488,9 +483,7 @@ def test_the_order_depends_on_the_seed_alone(material, tmp_path, rows_seen):
 # ---- curve, early stopping, what is kept ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("every", "steps"), [(0, [0, 7]), (1, [*range(8)]), (3, [0, 3, 6, 7]), (7, [0, 7]), (9, [0, 7])]
-)
+@pytest.mark.parametrize(("every", "steps"), [(0, [0, 7]), (1, [*range(8)]), (3, [0, 3, 6, 7])])
 def test_evaluations_are_every_k_steps_and_at_the_end(material, tmp_path, every, steps):
     script = Script(range(10))
     _, result = run(material, tmp_path, script, evaluate_every=every)
@@ -528,10 +521,8 @@ def same(a, b, tolerance=0.0):
     ("values", "patience", "stop", "best"),
     [  # evaluations at steps 0, 1, 2, …, 7
         ([5, 4, 3, 2, 1, 0, 0, 0], 2, 2, 0),
-        ([0, 5, 4, 3, 9, 9, 9, 9], 2, 3, 1),
         ([0, 5, 4, 6, 5, 5, 9, 9], 2, 5, 3),
         ([0, 5, 5, 5, 5, 9, 9, 9], 3, 4, 1),  # equal is no gain, the first of equals is kept
-        ([0, 1, 2, 3, 4, 5, 6, 7], 1, 7, 7),
         ([0, 1, 0, 0, 0, 0, 0, 2], 0, 7, 7),  # 0: no early stopping
         ([0, 1, 0, 0, 0, 0, 0, 0], 6, 7, 1),
         ([1, 0, 0, 0, 0, 0, 0, 0], 1, 1, 0),
@@ -558,8 +549,10 @@ def test_early_stopping_and_the_best_state(material, tmp_path, values, patience,
         same(trainable(model), trainable(material.model))
 
 
-@pytest.mark.parametrize("values", [[0, 5, 4, 3, 9, 9, 9, 9], [5, 4, 3, 9, 1, 0, 0, 0], range(8)])
-@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize(
+    ("values", "killed"),
+    [([0, 5, 4, 3, 9, 9, 9, 9], True), ([5, 4, 3, 9, 1, 0, 0, 0], False), (range(8), True)],
+)
 def test_a_run_that_goes_on_selects_what_a_stopped_one_does(material, tmp_path, values, killed):
     settings = {"evaluate_every": 1, "patience": 2, "checkpoint_every": 2}
     stopped, expected = run(material, tmp_path / "a", Script(values), **settings)
@@ -596,19 +589,20 @@ def test_keep_last(material, tmp_path):
 
 
 def test_the_clocks_of_training_and_evaluation_are_kept_apart(material, tmp_path, monkeypatch):
-    script = Script(range(9), then=lambda number: time.sleep(0.15))
+    script = Script(range(9), then=lambda number: time.sleep(0.05))
     save = training._Trainer._save_checkpoint
 
     def slow(self, *args):
-        time.sleep(0.2)
+        time.sleep(0.05)
         save(self, *args)
 
     monkeypatch.setattr(training._Trainer, "_save_checkpoint", slow)
     since = time.perf_counter()
-    _, result = run(material, tmp_path, script, checkpoint_every=2)
+    told = {"on_check": lambda curve: time.sleep(0.05)}  # five times, as evaluations; in no clock
+    _, result = run(material, tmp_path, script, checkpoint_every=2, **told)
     whole = time.perf_counter() - since
-    assert 0.75 <= result.eval_seconds <= whole - 0.6  # five evaluations; three checkpoints
-    assert 0 < result.train_seconds <= whole - 1.35
+    assert 0.25 <= result.eval_seconds <= whole - 0.4  # three checkpoints
+    assert 0 < result.train_seconds <= whole - 0.65
     seconds = result.curve["seconds"].tolist()
     assert seconds[0] == 0
     assert seconds == sorted(seconds)
@@ -689,13 +683,6 @@ def test_the_curve_is_told_at_every_check_and_when_a_run_is_resumed(material, tm
     assert (steps.count(0), steps.count(3)) == (1, 1)
 
 
-def test_on_check_is_not_timed(material, tmp_path):
-    since = time.perf_counter()
-    _, result = run(material, tmp_path, on_check=lambda curve: time.sleep(0.1))
-    whole = time.perf_counter() - since
-    assert result.eval_seconds + result.train_seconds <= whole - 0.5  # five checks
-
-
 def test_the_trainer_knows_all_reporters():
     from transformers.integrations import get_reporting_integration_callbacks
 
@@ -721,12 +708,12 @@ def test_a_reporter_that_is_half_installed(material, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["comet_ml", "all", "none", "", "TensorBoard"])
-def test_an_unknown_reporter(material, tmp_path, name):
+def test_an_unknown_reporter(material, tmp_path):
     script = Script()
-    expected = f"cannot report to '{name}'; expected any of tensorboard, wandb, mlflow, trackio"
-    with pytest.raises(TrainingError, match=expected):
-        run(material, tmp_path, script, report_to=["tensorboard", name])
+    for name in ("all", "none", "", "TensorBoard"):
+        expected = f"cannot report to '{name}'; expected any of tensorboard, wandb, mlflow, trackio"
+        with pytest.raises(TrainingError, match=expected):
+            run(material, tmp_path, script, report_to=["tensorboard", name])
     assert not script.seen
     assert not list(tmp_path.iterdir())
 
@@ -781,14 +768,11 @@ def test_a_gpu_that_lacks_memory(material, tmp_path, monkeypatch):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("values", "rows"), [({"triples": 44}, TRIPLES), ({"triples": 3}, TRIPLES), ({}, 27), ({}, 0)]
-)
-def test_too_few_triples(material, tmp_path, values, rows):
-    with pytest.raises(
-        TrainingError, match=rf"needs \d+ triples in batches of 4, there are {rows}"
-    ):
-        run(material, tmp_path, rows=material.triples[:rows], **values)
+def test_too_few_triples(material, tmp_path):
+    for values, rows in (({"triples": 44}, TRIPLES), ({"triples": 3}, TRIPLES), ({}, 27), ({}, 0)):
+        expected = rf"needs \d+ triples in batches of 4, there are {rows}"
+        with pytest.raises(TrainingError, match=expected):
+            run(material, tmp_path, rows=material.triples[:rows], **values)
     assert not list(tmp_path.iterdir())
 
 
@@ -834,20 +818,32 @@ def uninterrupted(material, tiny_folder, tmp_path_factory):
     return go, go(tmp_path_factory.mktemp("uninterrupted") / "run")
 
 
+def ended_alike(found, expected):
+    """Two trainings: models and results, but for clocks."""
+    (model, result), (other_model, other) = found, expected
+    same(trainable(model), trainable(other_model))
+    columns = ["step", "triples", "nDCG@10"]
+    pd.testing.assert_frame_equal(result.curve[columns], other.curve[columns])
+    pd.testing.assert_frame_equal(result.targets, other.targets)
+    for name in ("best_step", "kept_step", "stop_step", "triples", "kept"):
+        assert getattr(result, name) == getattr(other, name)
+    seconds = result.curve["seconds"].tolist()
+    assert seconds == sorted(seconds)
+
+
 @pytest.mark.parametrize(
     ("moment", "resumed_from"),
     [
-        (lambda: kill_in(training._Trainer, "training_step", 2), None),
         (lambda: kill_in(training._Trainer, "training_step", 6), 4),
         (lambda: kill_in(training._Trainer, "_save_rng_state", 1), None),  # a checkpoint is half-written
         (lambda: kill_in(training._Trainer, "_save_rng_state", 3), 4),
         (lambda: kill_in(training._Trainer, "evaluate", 2), 2),
         (lambda: kill_before_the_mark_of("checkpoint-6"), 4),
     ],
-    ids=["before any", "step", "half of the first", "half of the third", "evaluation", "mark"],
+    ids=["step", "half of the first", "half of the third", "evaluation", "mark"],
 )  # fmt: skip
 def test_a_killed_run_ends_as_an_uninterrupted_one(uninterrupted, tmp_path, moment, resumed_from):
-    go, (expected_model, expected) = uninterrupted
+    go, expected = uninterrupted
 
     def killed():
         moment()
@@ -856,20 +852,12 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(uninterrupted, tmp_path, mome
     assert in_child(killed) == "died"
     checkpoint = newest_checkpoint(tmp_path / "killed")
     assert (checkpoint and checkpoint.name) == (resumed_from and f"checkpoint-{resumed_from}")
-    model, result = go(tmp_path / "killed")
-    same(trainable(model), trainable(expected_model))
-    columns = ["step", "triples", "nDCG@10"]
-    pd.testing.assert_frame_equal(result.curve[columns], expected.curve[columns])
-    pd.testing.assert_frame_equal(result.targets, expected.targets)
-    for name in ("best_step", "kept_step", "stop_step", "triples", "kept"):
-        assert getattr(result, name) == getattr(expected, name)
-    seconds = result.curve["seconds"].tolist()
-    assert seconds == sorted(seconds)
+    ended_alike(go(tmp_path / "killed"), expected)
 
 
-@pytest.mark.parametrize(("name", "step"), [("SIGTERM", 5), ("SIGUSR1", 3), ("SIGTERM", 6)])
+@pytest.mark.parametrize(("name", "step"), [("SIGTERM", 5), ("SIGUSR1", 6)])
 def test_a_run_that_is_asked_to_end_does_so_after_a_checkpoint(uninterrupted, tmp_path, name, step):
-    go, (expected_model, expected) = uninterrupted
+    go, expected = uninterrupted
     original, calls = training._Trainer.training_step, []
 
     def asking(*arguments, **values):
@@ -888,12 +876,7 @@ def test_a_run_that_is_asked_to_end_does_so_after_a_checkpoint(uninterrupted, tm
     process.join()
     assert process.exitcode == TRY_AGAIN == 75
     assert newest_checkpoint(tmp_path / "asked").name == f"checkpoint-{step}"
-    model, result = go(tmp_path / "asked")
-    same(trainable(model), trainable(expected_model))
-    columns = ["step", "triples", "nDCG@10"]
-    pd.testing.assert_frame_equal(result.curve[columns], expected.curve[columns])
-    pd.testing.assert_frame_equal(result.targets, expected.targets)
-    assert result.kept == expected.kept
+    ended_alike(go(tmp_path / "asked"), expected)
 
 
 def test_workers_are_asked_too_and_waited_for(tmp_path):
@@ -922,37 +905,30 @@ def test_workers_are_asked_too_and_waited_for(tmp_path):
     assert (tmp_path / "checkpoint").is_file()
 
 
-@pytest.mark.parametrize(
-    ("name", "resumed_from"),
-    [
-        ("checkpoint-6/optimizer.pt", 4),
-        ("checkpoint-6/model.safetensors", 4),
-        ("checkpoint-6/COMPLETE", 4),
-        ("progress/6.json", 4),
-        ("progress/4.json", None),  # both checkpoints need it
-    ],
-)
-def test_a_damaged_checkpoint_is_not_resumed_from(
-    uninterrupted, tmp_path, capsys, name, resumed_from
-):
-    go, (expected_model, expected) = uninterrupted
-    folder = tmp_path / "run"
+def test_a_damaged_checkpoint_is_not_resumed_from(uninterrupted, tmp_path, capsys):
+    go, expected = uninterrupted
 
     def killed():
         kill_in(training._Trainer, "training_step", 7)
-        go(folder)
+        go(tmp_path / "run")
 
     assert in_child(killed) == "died"
     checked = ["sha256sum", "--strict", "-c", "--quiet", COMPLETE]
-    subprocess.run(checked, cwd=folder / "checkpoint-6", check=True)
-    flip(folder / name, 30)
-    checkpoint = newest_checkpoint(folder)
-    assert (checkpoint and checkpoint.name) == (resumed_from and f"checkpoint-{resumed_from}")
-    assert "was changed or damaged" in capsys.readouterr().err
-    model, result = go(folder)
-    same(trainable(model), trainable(expected_model))
-    pd.testing.assert_frame_equal(result.targets, expected.targets)
-    assert result.kept == expected.kept
+    subprocess.run(checked, cwd=tmp_path / "run" / "checkpoint-6", check=True)
+    for number, (name, resumed_from) in enumerate([
+        ("checkpoint-6/model.safetensors", "checkpoint-4"),
+        ("checkpoint-6/COMPLETE", "checkpoint-4"),
+        ("progress/6.json", "checkpoint-4"),
+        ("checkpoint-6/optimizer.pt", "checkpoint-4"),
+        ("progress/4.json", None),  # both checkpoints need it
+    ]):  # fmt: skip
+        folder = shutil.copytree(tmp_path / "run", tmp_path / str(number))
+        flip(folder / name, 30)
+        checkpoint = newest_checkpoint(folder)
+        assert (checkpoint and checkpoint.name) == resumed_from
+        assert "was changed or damaged" in capsys.readouterr().err
+        if number >= 3:
+            ended_alike(go(folder), expected)
 
 
 def test_a_step_of_early_stopping_is_not_resumed_past(material, tmp_path):
@@ -983,9 +959,6 @@ def test_only_the_rankings_of_the_best_and_the_last_evaluation_stay_in_memory(
     class Kept(Ranking):
         __hash__ = object.__hash__
 
-    gc.collect()
-    gc.freeze()  # so that the collections below look at what is new alone
-
     def evaluator(model):
         gc.collect()
         most.append(len(alive))
@@ -999,7 +972,6 @@ def test_only_the_rankings_of_the_best_and_the_last_evaluation_stay_in_memory(
     assert result.kept.mean["nDCG@10"] == (9 if keep == "best" else 6)
     assert isinstance(result.kept, Reranked)
     gc.collect()
-    gc.unfreeze()
     assert set(alive) == {result.kept.ranking}
 
 
@@ -1018,17 +990,6 @@ def test_a_checkpoint_writes_only_what_is_new(material, tmp_path):
     np.testing.assert_array_equal(written, result.targets[["mean", "min", "max"]].to_numpy()[:9])
     sizes = {(c / "progress.json").stat().st_size for c in tmp_path.glob("checkpoint-*")}
     assert max(sizes) < 400 + 100 * len(parts)
-
-
-def test_half_written_checkpoints_are_removed(tmp_path):
-    assert newest_checkpoint(tmp_path / "none") is None
-    for step in (2, 10, 12):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
-        if step < 12:
-            (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert not (tmp_path / "checkpoint-12").exists()
 
 
 class Bomb:
@@ -1079,6 +1040,7 @@ def test_a_killed_run_of_a_profile_leaves_nothing_that_looks_finished(smoke, tmp
     other = Reproduction(smoke.profile, home)
     assert not other.store.has(config)
     checkpoints = home / "cache" / "work" / config.run_id
+    other.inputs.encoder(config.encoder)  # once, before processes are forked
 
     def killed():
         kill_in(training._Trainer, "training_step", 4)
@@ -1108,11 +1070,11 @@ def test_a_killed_run_of_a_profile_leaves_nothing_that_looks_finished(smoke, tmp
 
 
 def test_workers_end_with_their_parent_and_the_rest_is_made_later(smoke, tmp_path, forked_workers):
-    removed = smoke.experiments.figure4_runs()
+    removed = smoke.experiments.figure4_runs()[:3]
     ids = {c.run_id for c in removed}
     home = linked(smoke.home, tmp_path / "home", *HOME, without=ids)
-    two = smoke.profile.model_copy(update={"workers": 2})
-    forked = multiprocessing.get_context("fork").Process(target=Reproduction(two, home).run_all)
+    two = Reproduction(smoke.profile.model_copy(update={"workers": 2}), home)
+    forked = multiprocessing.get_context("fork").Process(target=two.runner.ensure, args=(removed,))
     forked.start()
     parent = psutil.Process(forked.pid)
     runs = home / "runs"

@@ -211,8 +211,9 @@ def settled_heap(device: str) -> Iterator[None]:
 
     accelerate collects before a training, which takes a third of a second where torch,
     Transformers and a collection are loaded: longer than a short run. On a GPU it may free memory.
+    A caller who has frozen what was there gets it back frozen.
     """
-    if device != "cpu":
+    if device != "cpu" or gc.get_freeze_count():
         yield
         return
     gc.freeze()
