@@ -185,6 +185,8 @@ def _free_place(
     grid = np.stack(np.meshgrid(np.arange(-5, 5.1, 0.5), np.arange(-6, 6.1, 0.3)), axis=-1)
     offsets = grid.reshape(-1, 2) * SMALL
     at = place + offsets
+    reach = abs(offsets).max(axis=0) + _LABEL
+    lines = lines[(abs(lines - place) < reach).all(axis=1)]
     hidden = (abs(at[:, None] - lines) < (_LABEL + 2) / 2).all(axis=2).sum(axis=1)
     mark = (abs(offsets) < (_LABEL + 9) / 2).all(axis=1)
     apart = abs(at[:, None] - taken)

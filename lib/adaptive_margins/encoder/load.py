@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -124,7 +125,7 @@ def encoder_identity(encoder: str | EncoderSettings) -> str:
     folder, weights = _files(name, settings)
     if _is_hub_name(name):  # a snapshot's folder is named by its commit
         return f"{name.partition('@')[0]}@{folder.name}"
-    hashes = [(path.relative_to(folder).as_posix(), file_sha256(path)) for path in weights]
+    hashes = [(path.relative_to(folder).as_posix(), _sha256(path)) for path in weights]
     if len(hashes) == 1:
         return hashes[0][1]
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
@@ -353,12 +354,23 @@ def _files(name: str, settings: EncoderSettings | None) -> tuple[Path, list[Path
         checks.check_config(places[0], plain=not (folder / "modules.json").is_file())
     expected = settings.sha256 if settings is not None else None
     expected = expected or (MINILM_SHA256 if name == "minilm" else None)
-    if expected and (found := file_sha256(weights[0])) != expected:
+    if expected and (found := _sha256(weights[0])) != expected:
         raise EncoderError(
             f"{weights[0]}: SHA-256 is {found}, expected {expected}; the weights are not the"
             " pinned ones"
         )
     return folder, weights
+
+
+def _sha256(path: Path) -> str:
+    """SHA-256 of a file, computed once as long as it does not change."""
+    about = path.stat()
+    return _sha256_of(path, about.st_ino, about.st_size, about.st_mtime_ns)
+
+
+@functools.lru_cache
+def _sha256_of(path: Path, *_: int) -> str:
+    return file_sha256(path)
 
 
 def model_folder(name: str) -> Path:
