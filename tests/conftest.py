@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import atexit
+import functools
 import gc
 import json
 import multiprocessing
@@ -182,33 +183,39 @@ def kill_in(owner: object, name: str, number: int) -> None:
 
 
 # Two workers make one home each; the one that is done first goes on with a long file that needs none.
-FIRST = (
-    "test_miniature.py",
-    "test_book.py",
-    "test_losses.py",
-    "test_figures.py",
-    "test_gpu_check.py",
-)
+FIRST = ["test_miniature.py", "test_book.py", "test_losses.py", "test_figures.py", "test_gpu_check.py"]  # fmt: skip
 
 
 def pytest_configure(config):
     # xdist would begin with the files of most tests, and those that take longest have few.
     config.option.loadscopereorder = False
-    if getattr(
-        config.option, "numprocesses", None
-    ):  # this process hands out tests, and imports nothing heavy
-        return
+    if getattr(config.option, "numprocesses", None):
+        return  # this process hands out tests, and imports nothing heavy
     import torch
 
-    from adaptive_margins.encoder import load
+    from adaptive_margins.encoder import frozen, load
+    from adaptive_margins.paper import inputs
 
     torch.set_num_threads(1)
     # Encoders are opened on the CPU, whatever the machine has; tests of a GPU name it.
     load.default_device = lambda: "cpu"
+    opened = functools.cache(load.open_encoder)
+
+    def open_encoder(settings, **options):
+        """The shipped encoder is read once for all homes, which copy it."""
+        shipped = settings.base == "minilm"
+        return frozen._copied(opened(settings, **options)) if shipped else load.open_encoder(settings, **options)  # fmt: skip
+
+    inputs.open_encoder = open_encoder
 
 
 def pytest_collection_finish():
     gc.freeze()  # every training run collects garbage, and need not look at all that was imported
+
+
+def pytest_runtest_teardown(item, nextitem):
+    if nextitem is not None and nextitem.path != item.path:
+        gc.freeze()  # again: a training on the CPU undoes it (`settled_heap`)
 
 
 def pytest_collection_modifyitems(items):
@@ -236,7 +243,7 @@ def shared(factory: pytest.TempPathFactory, name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def warm_start(tmp_path_factory) -> Iterator[None]:
-    """Kernels and commands of this session are forked by `warm`, from one server for all workers."""
+    """Kernels, commands and books of this session are forked by `warm`, from one server for all workers."""
     folder = shared(tmp_path_factory, "warm")
     kernel = folder / "kernels" / "python3" / "kernel.json"
     server = None
@@ -248,6 +255,7 @@ def warm_start(tmp_path_factory) -> Iterator[None]:
             text = {"argv": [*argv, "{connection_file}"], "display_name": "", "language": "python"}
             kernel.write_text(json.dumps(text))
     os.environ |= {warm.SOCKET: str(folder / "socket"), "JUPYTER_PATH": str(folder)}
+    warm.build_books()
     yield
     if server is not None:
         server.stdin.close()
@@ -387,15 +395,6 @@ MINIATURE_SIZES = {
 """In the place of the sizes of profiles/paper.yaml."""
 
 
-def register_miniature(home: Path) -> Any:
-    """The collection of `write_miniature`, known to ir_datasets in this process."""
-    import irds_miniature
-
-    return irds_miniature.register(
-        home / "files", f"am-miniature-{home.name}", passages=700, triples=2000, depth=100
-    )
-
-
 def write_miniature(home: Path, extends: str = "paper", **values: Any) -> Path:
     """A profile with a small collection and random encoders, of the same kinds; returns its file.
 
@@ -404,7 +403,9 @@ def write_miniature(home: Path, extends: str = "paper", **values: Any) -> Path:
     import irds_miniature
     from adaptive_margins import paper
 
-    small = register_miniature(home)
+    small = irds_miniature.register(
+        home / "files", f"am-miniature-{home.name}", passages=700, triples=2000, depth=100
+    )
     words = [*SPECIAL, *irds_miniature.VOCABULARY]
     sets = {"TREC-DL19": small.sets["dl19"], "TREC-DL20": small.sets["dl20"]}
     counts = {"TREC-DL19": small.counts["dl19"], "TREC-DL20": small.counts["dl20"]}

@@ -6,6 +6,7 @@ losses → data → encoder → retrieval → evaluation → training → paper 
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import json
 import os
@@ -34,22 +35,31 @@ def name_of(path: Path) -> str:
     return ".".join(p for p in parts if p != "__init__")
 
 
-def imports(path: Path) -> set[str]:
-    """Full names of the modules of this package that a file imports, wherever in it."""
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text("utf-8"))))
+
+
+@functools.cache
+def imported(path: Path) -> set[str]:
+    """Full names of all modules, and of all names in modules, that a file imports, wherever in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
             if node.level:  # from . import x: level 1 is the file's own package
                 base = ["adaptive_margins", *path.relative_to(PACKAGE).parts][: -node.level]
                 module = ".".join([*base, module]).strip(".")
-            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        found |= {n.removeprefix("adaptive_margins.") for n in names if n.startswith("adaptive_margins.")}  # fmt: skip
-    return found & MODULES.keys()
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of this package that a file imports."""
+    ours = {name for name in imported(path) if name.startswith("adaptive_margins.")}
+    return {name.removeprefix("adaptive_margins.") for name in ours} & MODULES.keys()
 
 
 MODULES: dict[str, Path] = {name_of(path): path for path in PACKAGE.rglob("*.py")}
@@ -96,21 +106,26 @@ def test_there_is_no_circle():
 
 
 def test_nothing_reaches_into_notebooks_tests_or_benchmarks():
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            names = (
-                [alias.name for alias in node.names] if isinstance(node, ast.Import)
-                else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            )  # fmt: skip
-            for name in names:
-                assert name.split(".")[0] not in ("notebooks", "tests", "benchmarks", "conftest")
+    for path in MODULES.values():
+        tops = {name.split(".")[0] for name in imported(path)}
+        assert not tops & {"notebooks", "tests", "benchmarks", "conftest"}, path
+
+
+def printed_by(program: str, folder: Path | None = None) -> list[str]:
+    """The lines that a program prints, in a process of its own."""
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    return subprocess.check_output(command, text=True, cwd=folder).splitlines()
 
 
 def test_light_parts_stay_light():
-    """The loss needs torch alone; profiles and measures need no torch; the command's help needs neither."""
+    """The loss needs torch alone; profiles and measures need no torch; the command's help needs neither.
+
+    A notebook whose runs are finished starts seconds sooner without what only training needs.
+    """
     program = """
         import json, sys
-        heavy = ["torch", "sentence_transformers", "transformers", "faiss", "pandas", "matplotlib"]
+        training = ["transformers", "sentence_transformers", "datasets", "sklearn", "statsmodels"]
+        heavy = ["torch", *training, "faiss", "pandas", "matplotlib"]
         found = {}
         import adaptive_margins.cli
         found["cli"] = [m for m in heavy if m in sys.modules]
@@ -121,13 +136,13 @@ def test_light_parts_stay_light():
         found["runs"] = [m for m in heavy if m in sys.modules]
         import adaptive_margins.losses
         found["losses"] = [m for m in heavy if m in sys.modules]
+        from adaptive_margins import paper
+        paper.open("laptop").experiments
+        found["paper"] = [m for m in training if m in sys.modules]
         print(json.dumps(found))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
-    )
-    assert json.loads(done.stdout) == {
-        "cli": [], "profiles": [], "runs": [], "losses": ["torch"],
+    assert json.loads(*printed_by(program)) == {
+        "cli": [], "profiles": [], "runs": [], "losses": ["torch"], "paper": [],
     }  # fmt: skip
 
 
@@ -149,30 +164,9 @@ def test_compare_imports_nothing_heavy(tmp_path):
                  "sentence_transformers", "faiss", "bm25s", "sklearn", "matplotlib", "ir_datasets", "ranx"]
         print(json.dumps([m for m in heavy if m in sys.modules]))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=tmp_path,
-    )
-    *told, loaded = done.stdout.splitlines()
+    *told, loaded = printed_by(program, tmp_path)
     assert json.loads(loaded) == []
     assert told[0].split()[:2] == ["run", "mean"]
-
-
-def test_a_profile_is_opened_without_what_only_training_needs():
-    """A notebook whose runs are finished starts seconds sooner."""
-    program = """
-        import sys
-        from adaptive_margins import paper
-        paper.open("laptop").experiments
-        heavy = ["transformers", "sentence_transformers", "datasets", "sklearn", "statsmodels"]
-        print([m for m in heavy if m in sys.modules])
-    """
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
 
 
 def test_no_module_needs_what_windows_and_macos_lack():
@@ -189,29 +183,14 @@ def test_no_module_needs_what_windows_and_macos_lack():
             del sys.modules[name]
         for name in ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty"):
             sys.modules[name] = None
-        for name in (
-            "fork",
-            "posix_fallocate",
-            "sched_setaffinity",
-            "sched_getaffinity",
-            "getuid",
-            "mkfifo",
-        ):
+        lacking = "fork posix_fallocate sched_setaffinity sched_getaffinity getuid mkfifo"
+        for name in lacking.split():
             if hasattr(os, name):
                 delattr(os, name)
         for name in MODULES:
             importlib.import_module(f"adaptive_margins.{name}".rstrip("."))
 
     assert in_child(imported) == ""
-
-
-def test_posix_is_not_named_at_the_top_of_a_module():
-    posix = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty"}
-    for name, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not posix & set(names), name
 
 
 def test_what_is_for_speed_alone_has_a_door():
@@ -225,7 +204,7 @@ def test_what_is_for_speed_alone_has_a_door():
         if name == "encoder.speed":
             continue
         assert "cu_seq_lens" not in text and "position_ids" not in text, name
-        for node in ast.walk(ast.parse(text)):
+        for node in nodes(path):
             if isinstance(node, ast.ImportFrom) and node.module:
                 allowed = doors.get(node.module.removeprefix("adaptive_margins."))
                 assert allowed is None or {alias.name for alias in node.names} <= allowed, name

@@ -1,8 +1,8 @@
-"""``python warm.py -m MODULE ...``: as ``python -m``, but forked from a server with the heavy imports done.
+"""``python warm.py -m MODULE ...`` or ``warm.py SCRIPT ...``: forked from a server with the heavy imports done.
 
-Every kernel and command imports PyTorch and Sentence Transformers, 5 to 10 s, and the suite starts two dozen. A child
-has the folder, environment, standard streams and exit status of a process of its own, and ends with its client.
-Without a server, the client becomes an ordinary process.
+Every kernel, command and book imports PyTorch, Sentence Transformers and the library, 5 to 10 s, and the suite starts
+three dozen. A child has the folder, environment, standard streams and exit status of a process of its own, and ends
+with its client. Without a server, the client becomes an ordinary process.
 """
 
 from __future__ import annotations
@@ -30,19 +30,33 @@ def start(path: Path) -> subprocess.Popen[bytes]:
     return server
 
 
+def build_books() -> None:
+    """Have books built by children of the server: Sphinx imports the library to document it."""
+    from adaptive_margins.book import build
+
+    if __file__ not in build._BUILD:
+        build._BUILD[:0] = [sys.executable, __file__]
+
+
 def serve(path: str) -> None:
     """Answer clients until standard input is closed; returns once the last child has ended."""
     import gc
+    import importlib
+    import pkgutil
     import select
 
     sys.modules["rfc3987_syntax"] = None  # as in conftest.py
-    import datasets  # noqa: F401
-    import faiss  # noqa: F401
-    import ipykernel.kernelapp  # noqa: F401
-    import papermill  # noqa: F401
-    import scipy.stats  # noqa: F401
+    import adaptive_margins
+
+    names = "datasets faiss ipykernel.kernelapp jupyter_book.sphinx myst_nb.sphinx_ext papermill"
+    names += " scipy.stats sphinx.ext.autodoc sphinxcontrib.bibtex"
+    modules = pkgutil.walk_packages(adaptive_margins.__path__, "adaptive_margins.")
+    for name in [*names.split(), *(module.name for module in modules)]:
+        if name != "adaptive_margins.cli":  # which children run
+            importlib.import_module(name)
     from sentence_transformers import CrossEncoder, SentenceTransformerTrainer  # noqa: F401
 
+    build_books()
     gc.freeze()  # garbage collection in a child leaves all of this alone
     signal.signal(signal.SIGCHLD, _reap)
     with socket.socket(socket.AF_UNIX) as listening:
@@ -96,11 +110,17 @@ def _child(connection: socket.socket) -> None:
     if "JPY_PARENT_PID" in os.environ:  # a kernel ends when its parent does
         os.environ["JPY_PARENT_PID"] = str(os.getppid())
     os.chdir(request["cwd"])
-    _, module, *arguments = request["arguments"]
-    sys.path[0], sys.argv = request["cwd"], [module, *arguments]
+    flag, *arguments = request["arguments"]
+    sys.argv = arguments if flag == "-m" else [flag, *arguments]
+    sys.path[0] = request["cwd"] if flag == "-m" else os.path.dirname(flag)
+    if "ipykernel_launcher" in arguments:  # which sets $MPLBACKEND: matplotlib has read that
+        sys.modules["matplotlib"].rcParams["backend"] = "module://matplotlib_inline.backend_inline"
     status = 0
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if flag == "-m":
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(flag, run_name="__main__")
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):

@@ -11,8 +11,7 @@ import pandas as pd
 import pytest
 
 from adaptive_margins import paper
-from adaptive_margins.book import claims, edition, pages
-from adaptive_margins.profiles.load import load_profile
+from adaptive_margins.book import claims, edition
 from conftest import linked
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -79,41 +78,3 @@ def test_an_unfinished_profile_is_not_exported(smoke, tmp_path):
     with pytest.raises(SystemExit, match=r"runs are missing.*--profile smoke --runs-only"):
         script.export(paper.open("smoke", tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def written(folder: Path, outcome: str) -> Path:
-    rule = next(rule for rule in claims.rules() if rule.asks)
-    row = {"claim": rule.claim, "section": rule.section, "shows": rule.shows, "statistic": rule.of}
-    row |= {
-        "paper": "−.020",
-        "here": -0.01,
-        "low": -0.03,
-        "high": 0.01,
-        "outcome": outcome,
-        "why": "A | B.",
-    }
-    folder.mkdir(parents=True)
-    pd.DataFrame([row]).to_csv(folder / "claims_5_4.csv", index=False)
-    return folder
-
-
-def test_the_front_page_says_which_edition_decides(tmp_path):
-    data = written(tmp_path / "data", "cannot be seen here")
-    quick = pages.tested(load_profile("laptop"), data, tmp_path / "none")
-    assert "Only the quick edition has been computed" in quick["claims.md"]
-    assert "`laptop-long`" in quick["claims.md"] and "It cannot be seen here" in quick["answer.md"]
-    assert quick["claims.md"].count("\n| ") == 3 and "A \\| B" in quick["claims.md"]
-    assert "{doc}`5.4 <05_comparison>`" in quick["claims.md"]
-
-    committed = written(tmp_path / "long", "supported")
-    (committed / "claims_5_4.csv").rename(committed / "claims.csv")
-    both = pages.tested(load_profile("laptop"), data, committed)
-    assert "**Yes, within" in both["answer.md"] and "laptop\\-long | laptop |" in both["claims.md"]
-    assert "(cannot be seen here)" in both["claims.md"].replace("\\", "")
-    assert "Only the quick" not in both["claims.md"]
-
-    nothing = pages.tested(load_profile("laptop"), tmp_path / "empty", tmp_path / "none")
-    assert "No claim has been tested" in nothing["claims.md"]
-    assert "have not been computed" in nothing["answer.md"]
-    smoke = pages.tested(load_profile("smoke"), data, tmp_path / "none")
-    assert "profile **smoke**" in smoke["claims.md"] and "quick" not in smoke["claims.md"]

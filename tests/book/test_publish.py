@@ -146,7 +146,7 @@ DRAWN = """<svg xmlns="http://www.w3.org/2000/svg" width="200" height="50">
 
 
 @pytest.fixture
-def small_book(tmp_path, monkeypatch):
+def small_book(tmp_path, monkeypatch, warm_start):
     """A checkout with three pages, and a home with its book, which has a page of HTML."""
     source, executed = tmp_path / "source", tmp_path / "book" / "_executed"
     for folder in (source / "book", source / "lib", executed / "receipts"):

@@ -87,34 +87,28 @@ def in_node(code: str, **values) -> list:
 
 
 @with_node
-@pytest.mark.parametrize(
-    ("target", "in_batch"),
-    [(0.3, False), (0.3, True), ("adaptive", False), ("adaptive", True), ("distributed", False)],
-)
-def test_the_script_computes_margins_and_targets(target, in_batch):
+def test_the_script_computes_margins_and_targets():
     parts = torch.randn(3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    q, p, n = (part.tolist() for part in parts)
-    code = "f.marginsAndTargets(x.q, x.p, x.n, x.target, x.inBatch)"
-    found = in_node(code, q=q, p=p, n=n, target=target, inBatch=in_batch)
-    expected = margins_and_targets(*parts, target=target, in_batch=in_batch)
-    for name, tensor in zip(("margins", "targets"), expected, strict=True):
-        values = np.array(found[name], dtype=float)
-        assert values.shape == tuple(tensor.shape)
-        np.testing.assert_allclose(values, tensor.numpy(), rtol=0, atol=1e-12)
+    cases = [(0.3, False), (0.3, True), ("adaptive", False), ("adaptive", True), ("distributed", False)]  # fmt: skip
+    code = "x.cases.map(([target, inBatch]) => f.marginsAndTargets(...x.parts, target, inBatch))"
+    for found, (target, in_batch) in zip(in_node(code, parts=parts.tolist(), cases=cases), cases, strict=True):  # fmt: skip
+        expected = margins_and_targets(*parts, target=target, in_batch=in_batch)
+        for name, tensor in zip(("margins", "targets"), expected, strict=True):
+            values = np.array(found[name], dtype=float)
+            assert values.shape == tuple(tensor.shape)
+            np.testing.assert_allclose(values, tensor.numpy(), rtol=0, atol=1e-12)
 
 
 @with_node
-@pytest.mark.parametrize("target", [0.5, "adaptive", "distributed"])
-def test_the_script_draws_what_the_figure_draws(target):
-    angles = [90, 66, 140, 48, -18]
-    drawn = schematics.scene(target)
-    terms = in_node("f.terms(x.angles, x.target)", angles=angles, target=target)
-    levels = terms["similarity"] - np.array(terms["wanted"])
-    np.testing.assert_allclose(levels, drawn.levels, atol=1e-12)
-    code = "[2, 3, 4].map(i => f.slope(x.angles, x.target, i))"
-    slopes = np.array(in_node(code, angles=angles, target=target))
+def test_the_script_draws_what_the_figure_draws():
+    angles, targets = [90, 66, 140, 48, -18], [0.5, "adaptive", "distributed"]
+    code = "x.targets.map(t => [f.terms(x.angles, t), [2, 3, 4].map(i => f.slope(x.angles, t, i))])"
     radians = np.deg2rad(angles[2:])
     tangents = np.stack([-np.sin(radians), np.cos(radians)], axis=1)
-    along = (drawn.shifts * tangents).sum(axis=1)
-    ratio = len(slopes) if target == "distributed" else 1  # the mean over B² instead of B
-    np.testing.assert_allclose(-slopes, along * ratio, atol=1e-6)
+    for (terms, slopes), target in zip(in_node(code, angles=angles, targets=targets), targets, strict=True):  # fmt: skip
+        drawn = schematics.scene(target)
+        levels = terms["similarity"] - np.array(terms["wanted"])
+        np.testing.assert_allclose(levels, drawn.levels, atol=1e-12)
+        along = (drawn.shifts * tangents).sum(axis=1)
+        ratio = len(slopes) if target == "distributed" else 1  # the mean over B² instead of B
+        np.testing.assert_allclose(-np.array(slopes), along * ratio, atol=1e-6)

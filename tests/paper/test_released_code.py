@@ -9,7 +9,6 @@ import gzip
 import json
 import math
 from collections import defaultdict
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ from scipy import stats
 
 from adaptive_margins import paper
 from adaptive_margins.book import released_code as report
-from adaptive_margins.book.render import plain
 from adaptive_margins.evaluation.measures import evaluate
 from adaptive_margins.paper import released_code as differences
 from adaptive_margins.paper.released_code import Differences, parse_seeds
@@ -87,25 +85,6 @@ def test_compare_is_the_paired_tests_of_the_means_over_runs(shift, comparisons, 
     assert found["verdict"] == naive == verdict
 
 
-def test_equal_scores_are_equivalent():
-    runs = scores(3, 2)
-    found = compare(runs, runs[::-1], comparisons=5)
-    assert found["verdict"] == "equivalent"
-    assert found["difference"] == found["low"] == found["high"] == 0
-
-
-def test_a_verdict_is_undecided_where_only_the_single_interval_leaves_out_0():
-    values = np.random.default_rng(5).standard_normal(30)
-    values = 0.06 + 0.13 * (values - values.mean()) / values.std(ddof=1)  # t = 2.5
-    paper = [{f"q{i}": 0.0 for i in range(30)}]
-    code = [{f"q{i}": float(x) for i, x in enumerate(values)}]
-    alone, among = compare(paper, code), compare(paper, code, comparisons=40)
-    assert alone["low"] > 0
-    assert alone["verdict"] == "better"
-    assert (among["low"], among["high"]) == (alone["low"], alone["high"])
-    assert among["verdict"] == "undecided"
-
-
 def test_mean_over_wants_the_same_queries():
     assert mean_over([{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 0.0}]) == {"a": 0.5, "b": 0.0}
     with pytest.raises(ValueError, match="no runs"):
@@ -132,33 +111,6 @@ def test_optimism_is_a_naive_loop():
         assert found.values[draw] == pytest.approx(best_mean - best_rest)
         assert found.unchosen[draw] == pytest.approx(sum(gaps) / 4)
         assert found.net[draw] == pytest.approx(best_mean - best_rest - sum(gaps) / 4)
-
-
-def test_optimism_on_average_is_that_of_all_possible_draws():
-    matrix = np.random.default_rng(2).random((3, 9))
-    exact, unchosen = [], []
-    for inside in combinations(range(9), 3):
-        outside = [q for q in range(9) if q not in inside]
-        means = matrix[:, list(inside)].mean(1)
-        gaps = means - matrix[:, outside].mean(1)
-        exact.append(gaps[means.argmax()])
-        unchosen.append(gaps.mean())
-    assert np.mean(unchosen) == pytest.approx(0)
-    found = optimism(matrix, size=3, draws=4000)
-    error = found.net.std() / math.sqrt(4000)
-    assert found.net.mean() == pytest.approx(np.mean(exact), abs=4 * error)
-    assert found.net.mean() > 10 * error
-    assert found.net.std() < found.values.std()
-
-
-def test_without_a_choice_there_is_no_optimism():
-    matrix = np.random.default_rng(4).random((1, 30))
-    found = optimism(matrix, size=10, draws=200)
-    assert found.net == pytest.approx(np.zeros(200))
-    assert abs(found.values).max() > 0.05
-    same = optimism(np.repeat(matrix, 3, axis=0), size=10, draws=200)
-    assert (same.chosen == 0).all()  # the first of equals
-    assert same.drawn == pytest.approx(found.drawn)  # the same queries
 
 
 @pytest.mark.parametrize(
@@ -406,16 +358,6 @@ def test_probing_one_list_finds_less(study, monkeypatch):
 # --- the report -----------------------------------------------------------------------------------
 
 
-def test_every_difference_is_a_row():
-    rows = report.load()
-    assert len({row.where for row in rows}) == len(rows) == 20
-    assert {row.block for row in rows if row.block} == set(report.BLOCKS)
-    for row in rows:
-        assert row.status in ("measured", "toy case", "not measured here")
-        assert (row.status == "measured") == bool(row.block) == (not row.matters), row.where
-        assert row.executed or row.status != "toy case"
-
-
 def made_up(block, verdicts, values):
     """A frame of one ``what`` a verdict, two runs each; ``values``: (paper's, code's) by run."""
     gap = float(np.mean([b - a for a, b in values]))
@@ -471,20 +413,6 @@ def test_order_of_systems():
     assert row["tau"] == pytest.approx(1 / 3)  # two pairs of three keep their order
 
 
-def test_overview_counts_verdicts_and_leaves_out_measures_of_the_index():
-    frame = made_up("orientation", ["equivalent", "worse"], [(0.5, 0.52), (0.6, 0.6)])
-    frame["what"] = frame["what"].replace({"loss 0": "static, in-batch", "loss 1": "distributed"})
-    probes = made_up("probes", ["worse"], [(0.5, 0.4)])
-    filled = made_up("probes", ["worse"], [(1.0, 0.1)]).assign(measure="Filled@100")
-    rows = report.overview(summarise([frame, probes, filled]))
-    effect = rows.set_index("Where")["Does it matter?"]
-    assert effect["In-batch margin"] == "Code: equivalent in 1 of 1; difference +.010."
-    assert effect["Distributed targets"].startswith("Code: worse in 1 of 1")
-    assert effect["Search of full ranking"] == "Code: worse in 2 of 2; difference −.100."
-    assert effect["Gradient of the target"] == "Nothing to compare in this profile."
-    assert "Toy case; executed" in rows.set_index("Where")["How it is known"]["Grid of ε"]
-
-
 def test_summary_is_json_and_the_same_from_the_csv_files(frames, tmp_path):
     machine = {"processor": "an example", "cores": 2}
     summary = report.summary(frames, machine, "2026-01-31", "smoke")
@@ -496,20 +424,6 @@ def test_summary_is_json_and_the_same_from_the_csv_files(frames, tmp_path):
     incomplete = {name: frame for name, frame in frames.items() if name != "optimism"}
     with pytest.raises(ValueError, match="frames of optimism are missing"):
         report.summary(incomplete, machine, "2026-01-31", "smoke")
-
-
-def test_page_of_the_committed_summary():
-    summary = json.loads((ROOT / "book" / "paper_and_released_code.json").read_text())
-    page = report.summary_page(summary)
-    assert page.startswith("# Paper and released code\n")
-    assert summary["date"] in page and summary["machine"]["processor"].split("(")[0] in page
-    assert "data/paper_and_released_code.csv" in page and "76fc0d9" in page
-    differing, same = page.split(":::{dropdown} ")[:2]
-    for difference in report.load():
-        row = same if difference.matters.startswith("No difference") else differing
-        assert difference.file and f"| {plain(difference.where)} " in row
-    assert same.startswith("3 places without a difference")
-    assert page.count(":::{dropdown}") * 2 == page.count(":::")
 
 
 def test_the_notebook_reads_the_same_runs(study, frames, tmp_path, monkeypatch):

@@ -194,19 +194,6 @@ def test_settings_that_do_not_fit(values, expected):
         type(load_profile("smoke")).model_validate(profile)
 
 
-def test_the_papers_retrievers_are_pinned():
-    profile = load_profile("paper")
-    assert list(profile.untrained) == ["dpr", "ance", "tas-b"]
-    for encoder in profile.untrained.values():
-        assert (encoder.pooling, encoder.similarity) == ("own", "dot")
-        assert encoder.stated is not None
-        for part in (encoder, encoder.of_queries):
-            assert len(part.revision) == 40
-    dpr = profile.untrained["dpr"]
-    assert "ctx_encoder" in dpr.base and "question_encoder" in dpr.of_queries.base
-    assert dpr.of_queries.query_base is None
-
-
 def test_minilm_at_its_own_length_reads_the_same_tokens(smoke):
     """The texts of PyDocs are truncated to the profile's lengths: a row of its own would be the same row."""
     model, lengths = open_encoder("minilm"), smoke.profile.lengths

@@ -148,16 +148,6 @@ def test_every_run_of_smoke_keeps_the_contract(smoke_home):
         assert result["train_seconds"] > 0
 
 
-def test_a_collection_as_used_is_there(smoke_home):
-    (folder,) = (
-        f for f in (smoke_home / "collections").iterdir() if [*f.glob("bm25s-*.50.test1.run.gz")]
-    )
-    names = {p.name for p in folder.iterdir()}
-    assert {"collection.tsv", "triples.tsv"} <= names
-    for query_set in ("train", "validation", "test1", "test2"):
-        assert {f"queries.{query_set}.tsv", f"qrels.{query_set}.txt"} <= names
-
-
 # ---- ids -----------------------------------------------------------------------------------------
 
 KINDS = {
