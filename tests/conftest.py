@@ -52,8 +52,7 @@ TEXTS = [
 
 # jsonschema would build grammars of IRIs when imported, for 2 s; no notebook has one.
 sys.modules["rfc3987_syntax"] = None
-RANDOM_LENGTH = 9
-"""Tokens of a text of `RANDOM_TEXTS`, at most."""
+RANDOM_LENGTH = 9  # tokens of a text of `RANDOM_TEXTS`, at most
 _DRAW = np.random.default_rng(5)
 RANDOM_TEXTS = [" ".join(_DRAW.choice(WORDS[5:], size=_DRAW.integers(0, 12))) for _ in range(230)]
 
@@ -213,9 +212,11 @@ def pytest_collection_finish():
     gc.freeze()  # every training run collects garbage, and need not look at all that was imported
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
     if nextitem is not None and nextitem.path != item.path:
-        gc.freeze()  # again: a training on the CPU undoes it (`settled_heap`)
+        gc.collect()  # trainers refer to themselves, and to models
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
@@ -382,7 +383,7 @@ def tiny_folder(tmp_path_factory) -> Callable[..., Path]:
     return make
 
 
-MINIATURE_SIZES = {
+MINIATURE_SIZES = {  # in the place of the sizes of profiles/paper.yaml
     "static": {"targets": [0.3, 1.0], "triples": 32, "batch_size": 16},
     "adaptive": {"triples": 64, "batch_sizes": [16], "evaluate_every_steps": 2},
     "distributed": {"triples": 64, "batch_sizes": [16], "evaluate_every_steps": 2},
@@ -392,7 +393,6 @@ MINIATURE_SIZES = {
     "training": {"checkpoint_every": 3},
     "ranking": {"shard": 256, "batch_tokens": 4096, "devices": ["cpu", "cpu"]},
 }
-"""In the place of the sizes of profiles/paper.yaml."""
 
 
 def write_miniature(home: Path, extends: str = "paper", **values: Any) -> Path:
