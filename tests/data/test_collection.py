@@ -93,41 +93,30 @@ def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("text", ["a\tb", "a\nb", "a\rb", "", "  "])
-def test_a_text_that_a_line_cannot_hold_is_not_saved(tmp_path: Path, text: str) -> None:
-    collection = dataclasses.replace(small(), passages=Texts(["d1", "d2", "d3"], ["x", "y", text]))
-    with pytest.raises(ValueError, match="text of 'd3' must be non-empty and without tabs"):
-        collection.save(tmp_path / "c")
+def test_what_a_line_cannot_hold_is_not_saved(tmp_path: Path) -> None:
+    for text in ("a\tb", "a\nb", "a\rb", "", "  "):
+        passages = Texts(["d1", "d2", "d3"], ["x", "y", text])
+        with pytest.raises(ValueError, match="text of 'd3' must be non-empty and without tabs"):
+            dataclasses.replace(small(), passages=passages).save(tmp_path / "c")
+    for identifier in ("d 1", "", "d\t1"):
+        collection = Collection("c", Texts([identifier], ["x"]), {}, {})
+        with pytest.raises(ValueError, match="an id must be non-empty and without white space"):
+            collection.save(tmp_path / "c")
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("identifier", ["d 1", "", "d\t1"])
-def test_an_id_that_a_line_cannot_hold_is_not_saved(tmp_path: Path, identifier: str) -> None:
-    collection = Collection("c", Texts([identifier], ["x"]), {}, {})
-    with pytest.raises(ValueError, match="an id must be non-empty and without white space"):
-        collection.save(tmp_path / "c")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"qrels": {"train": {}}}, r"sets \['test1', 'train'\], qrels \['train'\]"),
-        ({"qrels": {"train": {"q9": {}}, "test1": {}}}, "unknown query 'q9'"),
         ({"qrels": {"train": {"q2": {}}, "test1": {}}}, "unknown query 'q2'"),
         ({"qrels": {"train": {"q1": {"d9": 1}}, "test1": {}}}, "unknown passage 'd9'"),
         (
             {"qrels": {"train": {"q1": {"d1": 1.5}}, "test1": {}}},
-            "must be an integer within ±1,000, not 1.5",
+            "an integer within ±1,000, not 1.5",
         ),
-        ({"qrels": {"train": {"q1": {"d1": 1001}}, "test1": {}}}, "within ±1,000, not 1001"),
-        (
-            {"qrels": {"train": {"q1": {"d1": -(10**9)}}, "test1": {}}},
-            "within ±1,000, not -1000000000",
-        ),
-        (
-            {"qrels": {"train": {"q1": {"d1": True}}, "test1": {}}},
-            "must be an integer within ±1,000, not True",
-        ),
+        ({"qrels": {"train": {"q1": {"d1": -1001}}, "test1": {}}}, "within ±1,000, not -1001"),
+        ({"qrels": {"train": {"q1": {"d1": True}}, "test1": {}}}, "within ±1,000, not True"),
         ({"triples": [("q2", "d1", "d2")]}, "unknown training query 'q2'"),
         ({"triples": [("q1", "d1", "d9")]}, "unknown passage 'd9'"),
     ],
@@ -160,13 +149,13 @@ def test_malformed_files_are_named_with_their_line(
         Collection.load(saved)
 
 
-@pytest.mark.parametrize(
-    "name", ["collection.tsv", "qrels.train.txt", "triples.tsv", "sources.json"]
-)
-def test_missing_files_are_named(saved: Path, name: str) -> None:
-    (saved / name).unlink()
-    with pytest.raises(DataError, match=f"{name}: file not found"):
-        Collection.load(saved)
+def test_missing_files_are_named(saved: Path) -> None:
+    for name in ("collection.tsv", "qrels.train.txt", "triples.tsv", "sources.json"):
+        content = (saved / name).read_bytes()
+        (saved / name).unlink()
+        with pytest.raises(DataError, match=f"{name}: file not found"):
+            Collection.load(saved)
+        (saved / name).write_bytes(content)
 
 
 def test_a_changed_text_does_not_fit_the_fingerprint(saved: Path) -> None:

@@ -29,7 +29,7 @@ from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.profiles.encoders import EncoderSettings
 from adaptive_margins.ray_tasks import RayError
 from conftest import TEXTS as SENTENCES
-from conftest import in_child, kill_in
+from conftest import flip, in_child, kill_in
 
 
 def refuse(*_, **__):
@@ -167,23 +167,28 @@ def test_no_text_at_all(bert, tokens, tmp_path):
     assert embed_shards(bert, tokens.take([]), tmp_path / "e").shape == (0, 16)
 
 
-def test_embedding_goes_on_after_a_kill(bert, tokens, in_memory, tmp_path, monkeypatch):
-    folder, real = tmp_path / "e", embed
+@pytest.fixture
+def seen(monkeypatch):
+    """The rows that are embedded."""
+    rows_seen = []
+
+    def noting(model, tokens, rows, **keywords):
+        rows_seen.extend(rows.tolist())
+        return embed(model, tokens, rows, **keywords)
+
+    monkeypatch.setattr(encoder_embed, "embed", noting)
+    return rows_seen
+
+
+def test_embedding_goes_on_after_a_kill(bert, tokens, in_memory, tmp_path, seen):
+    folder = tmp_path / "e"
 
     def work():
         kill_in(encoder_embed, "write_text", 4)  # the third shard is written, but not listed
         embed_shards(bert, tokens, folder, shard=50)
 
-    with monkeypatch.context():
-        assert in_child(work) == "died"
+    assert in_child(work) == "died"
     assert done(folder) == [0, 1, 2]
-    seen = []
-
-    def counting(model, tokens, rows, **keywords):
-        seen.extend(rows.tolist())
-        return real(model, tokens, rows, **keywords)
-
-    monkeypatch.setattr(encoder_embed, "embed", counting)
     assert np.array_equal(embed_shards(bert, tokens, folder, shard=50), in_memory)
     assert seen == list(range(150, 230))
     embed_shards(bert, tokens, folder, shard=50)
@@ -206,36 +211,24 @@ def test_other_settings_are_refused(bert, tokens, tmp_path, change, message):
         embed_shards(bert, tokens, tmp_path / "e", **{"shard": 50, **change})
 
 
-def flip(path, position):
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize(
-    ("change", "damaged"),
+    ("dtype", "change", "damaged"),
     [
-        (lambda path: flip(path, 128), [0]),
-        (lambda path: flip(path, -1), [4]),
-        (lambda path: os.truncate(path, path.stat().st_size * 3 // 5), [2, 3, 4]),
-        (lambda path: os.truncate(path, 0), [0, 1, 2, 3, 4]),
-        (lambda path: np.save(path, np.zeros((50, 17), np.float32)), [0, 1, 2, 3, 4]),
-        (lambda path: path.unlink(), [0, 1, 2, 3, 4]),
+        ("float32", lambda path: flip(path, 128), [0]),
+        ("float16", lambda path: flip(path, -1), [4]),
+        ("float16", lambda path: os.truncate(path, path.stat().st_size * 3 // 5), [2, 3, 4]),
+        ("float32", lambda path: os.truncate(path, 0), [0, 1, 2, 3, 4]),
+        ("float16", lambda path: np.save(path, np.zeros((50, 17), np.float32)), [0, 1, 2, 3, 4]),
+        ("float32", lambda path: path.unlink(), [0, 1, 2, 3, 4]),
     ],
 )
 def test_damaged_shards_are_named_and_embedded_again(
-    bert, tokens, in_memory, tmp_path, monkeypatch, dtype, change, damaged
+    bert, tokens, in_memory, tmp_path, seen, dtype, change, damaged
 ):
-    folder, real, seen = tmp_path / "e", embed, []
+    folder = tmp_path / "e"
     embed_shards(bert, tokens, folder, shard=50, dtype=dtype)
     change(folder / "embeddings.npy")
-
-    def counting(model, tokens, rows, **keywords):
-        seen.extend(rows.tolist())
-        return real(model, tokens, rows, **keywords)
-
-    monkeypatch.setattr(encoder_embed, "embed", counting)
+    seen.clear()
     with pytest.warns(
         UserWarning, match=rf"embeddings\.npy: damaged shards {re.escape(str(damaged))}"
     ):

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import socket
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,16 +33,15 @@ from adaptive_margins.profiles.encoders import EncoderSettings
 from conftest import TEXTS, plain_embeddings
 
 FORMS = r"An encoder is 'minilm' .* folder with safetensors .* ORGANISATION/NAME@REVISION"
-LIBRARY = Path(encoder_load.__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def bert(tiny_folder):
-    return open_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=0.0)
-
-
-@pytest.mark.parametrize("pooling", ["mean", "cls", "cls+linear", "cls+pooler"])
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "mpnet"])
+@pytest.mark.parametrize(
+    ("kind", "pooling"),
+    [
+        ("bert", "mean"), ("bert", "cls+linear"), ("distilbert", "cls"), ("distilbert", "cls+linear"),
+        ("roberta", "mean"), ("roberta", "cls+pooler"), ("mpnet", "cls"), ("mpnet", "cls+pooler"),
+    ],
+)  # fmt: skip
 def test_embeddings_are_those_of_a_single_text(tiny_folder, tmp_path, kind, pooling):
     settings = EncoderSettings(base=str(tiny_folder(kind)), pooling=pooling)
     model = open_encoder(settings, dropout=0.0)
@@ -84,26 +82,22 @@ def test_the_linear_layer_depends_on_the_seed_alone(tiny_folder):
 
 
 def test_dropout_is_replaced_everywhere(tiny_folder):
-    for kind in ("bert", "distilbert", "roberta", "mpnet"):
-        folder = str(tiny_folder(kind))
-        for dropout, expected in ((0.0, {0.0}), (0.3, {0.3}), (None, {0.1})):
-            model = open_encoder(EncoderSettings(base=folder), dropout=dropout)
-            found = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
-            found |= {
-                m.dropout_prob for m in model.modules() if isinstance(getattr(m, "dropout_prob", None), float)
-            }  # fmt: skip
-            assert found == expected, kind
+    for kind, dropout in (("bert", None), ("bert", 0.3), ("distilbert", 0.0), ("roberta", 0.3), ("mpnet", 0.3)):  # fmt: skip
+        model = open_encoder(EncoderSettings(base=str(tiny_folder(kind))), dropout=dropout)
+        found = {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)}
+        found |= {
+            m.dropout_prob for m in model.modules() if isinstance(getattr(m, "dropout_prob", None), float)
+        }  # fmt: skip
+        assert found == {0.1 if dropout is None else dropout}, kind
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-def test_a_cut_encoder_has_that_many_layers(tmp_path, layers):
-    model = open_encoder(EncoderSettings(base="minilm", layers=layers))
+def test_a_cut_encoder_has_that_many_layers(tmp_path):
+    model = open_encoder(EncoderSettings(base="minilm", layers=1))
     transformer = model[0].model
-    assert len(transformer.encoder.layer) == transformer.config.num_hidden_layers == layers
+    assert len(transformer.encoder.layer) == transformer.config.num_hidden_layers == 1
     save_encoder(model, tmp_path / "model")
     again = SentenceTransformer(str(tmp_path / "model"))
-    assert again[0].model.config.num_hidden_layers == layers
-    assert len(again[0].model.encoder.layer) == layers
+    assert again[0].model.config.num_hidden_layers == len(again[0].model.encoder.layer) == 1
     np.testing.assert_allclose(
         plain_embeddings(again, TEXTS, 12), embed(model, tokenize(model, TEXTS, 12)), atol=1e-5
     )
@@ -228,9 +222,8 @@ def test_a_trained_folder_is_opened_as_plain_sentence_transformers_does(saved):
     assert encoder_identity(str(saved)) == expected
 
 
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "mpnet"])
-def test_plain_weights_get_mean_pooling_and_that_is_said(tiny_folder, kind):
-    folder = tiny_folder(kind)
+def test_plain_weights_get_mean_pooling_and_that_is_said(tiny_folder):
+    folder = tiny_folder("roberta")
     with pytest.warns(UserWarning, match=r"no modules\.json"):
         model = open_encoder(str(folder))
     is_plain(model, folder)
@@ -238,12 +231,6 @@ def test_plain_weights_get_mean_pooling_and_that_is_said(tiny_folder, kind):
     tokens = tokenize(model, TEXTS, 12)
     np.testing.assert_array_equal(embed(model, tokens), embed(loaded, tokens))
     assert encoder_identity(str(folder)) == file_sha256(folder / "model.safetensors")
-
-
-@pytest.mark.parametrize(("dropout", "expected"), [(None, 0.1), (0.0, 0.0), (0.3, 0.3)])
-def test_an_opened_encoder_has_the_dropout_asked_for(tiny_folder, dropout, expected):
-    model = open_encoder(str(tiny_folder("bert")), dropout=dropout)
-    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {expected}
 
 
 def test_parameters_are_float32_whatever_the_file_has(saved):
@@ -259,66 +246,6 @@ def test_opening_draws_nothing_from_the_generator(saved):
     a, b = (open_encoder(str(saved), seed=7).state_dict() for _ in range(2))
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def modules_of(folder, change):
-    path = folder / "modules.json"
-    modules = json.loads(path.read_text())
-    path.write_text(json.dumps(change(modules)))
-
-
-def set_type(position, kind):
-    def change(modules):
-        modules[position]["type"] = kind
-        return modules
-
-    return lambda folder: modules_of(folder, change)
-
-
-def set_config(**values):
-    def change(folder):
-        path = folder / "config_sentence_transformers.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-    return change
-
-
-def leave_prompts_out(folder):
-    set_config(prompts={"query": "find ", "document": ""})(folder)
-    path = folder / "1_Pooling" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "include_prompt": False}))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (set_type(1, "modeling.MyPooling"), "names the custom module 'modeling.MyPooling': code that comes"),
-        (set_type(0, "sentence_transformers.models.BoW"), "first module must be a Transformer, not '.*BoW'"),
-        (lambda f: modules_of(f, lambda m: []), "first module must be a Transformer, not 'none'"),
-        (lambda f: modules_of(f, lambda m: ["a"]), "expected a list of modules with path and type"),
-        (lambda f: modules_of(f, lambda m: {}), "expected a JSON list, not {}"),
-        (lambda f: modules_of(f, lambda m: [{**m[0], "path": "../up"}]), r"path '\.\./up' leads out of the folder"),
-        (lambda f: (f / "modules.json").write_text("["), r"modules\.json cannot be read"),
-        (set_config(model_type="CrossEncoder"), "this is a CrossEncoder, not an encoder of single texts"),
-        (set_config(truncate_dim="4"), "8 dimensions, but '4' are asked for"),
-        (leave_prompts_out, "leaves its prompts out of the pooling"),
-        (lambda f: os.truncate(f / "model.safetensors", 500), "500 bytes"),
-        (lambda f: (f / "config.json").write_text("{}"), "model_type is None"),
-        (
-            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-            r"model\.safetensors does not exist; .* has 1_Pooling, .*pytorch_model\.bin is a pickle, which is never loaded",
-        ),
-        (
-            lambda f: (f / "2_Dense" / "model.safetensors").rename(f / "2_Dense" / "pytorch_model.bin"),
-            r"2_Dense has config\.json, pytorch_model\.bin \(pytorch_model\.bin is a pickle",
-        ),
-    ],
-)  # fmt: skip
-def test_a_folder_that_is_no_encoder_says_why(saved, change, message):
-    change(saved)
-    with pytest.raises(EncoderError, match=message) as error:
-        open_encoder(str(saved))
-    assert str(saved) in str(error.value)
 
 
 def test_an_unknown_name_says_what_there_is_and_what_could_be(tmp_path, monkeypatch):
@@ -338,11 +265,6 @@ def test_an_unknown_name_says_what_there_is_and_what_could_be(tmp_path, monkeypa
                 ask(name)
 
 
-def test_an_unknown_device(saved):
-    with pytest.raises(EncoderError, match="device 'abacus' cannot be used"):
-        open_encoder(str(saved), device="abacus")
-
-
 def test_the_hub_is_asked_by_revision_alone_and_its_cache_is_enough(saved, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the network was asked")
@@ -360,12 +282,3 @@ def test_the_hub_is_asked_by_revision_alone_and_its_cache_is_enough(saved, tmp_p
     for revision in ("v1", commit):
         is_plain(open_encoder(f"some/model@{revision}"), saved)
         assert encoder_identity(f"some/model@{revision}") == f"some/model@{commit}"
-
-
-def test_no_pickle_is_read():
-    for path in LIBRARY.rglob("*.py"):
-        text = path.read_text()
-        assert "torch.load(" not in text, path
-        assert "import pickle" not in text, path
-        assert "allow_pickle=True" not in text, path
-        assert "read_pickle" not in text, path

@@ -18,13 +18,10 @@ from adaptive_margins.profiles.encoders import EncoderSettings
 from conftest import TEXTS, WORDS, write_tokenizer
 
 
-@pytest.fixture(scope="module")
-def bert(tiny_folder):
-    return open_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=0.0)
-
-
-@pytest.mark.parametrize("pooling", ["mean", "cls", "cls+linear"])
-@pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta", "mpnet"])
+@pytest.mark.parametrize(
+    ("kind", "pooling"),
+    [("bert", "mean"), ("bert", "cls"), ("distilbert", "mean"), ("roberta", "cls+linear"), ("mpnet", "cls")],
+)  # fmt: skip
 def test_packed_texts_have_the_embeddings_of_padded_ones(tiny_folder, tmp_path, kind, pooling):
     settings = EncoderSettings(base=str(tiny_folder(kind)), pooling=pooling)
     model = open_encoder(settings, dropout=0.0).double()
@@ -125,8 +122,9 @@ def test_activations_are_as_large_as_expected(tmp_path, kind):
     assert 0.75 < allowed / (30 * length) < 1.5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("p", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize(
+    ("p", "dtype"), [(0.1, torch.float32), (0.25, torch.float64), (0.5, torch.bfloat16)]
+)
 def test_dropout_drops_as_many_and_scales_the_rest(tiny_folder, p, dtype):
     model = open_encoder(EncoderSettings(base=str(tiny_folder("bert"))), dropout=p)
     layer = model[0].model.embeddings.dropout

@@ -56,11 +56,6 @@ def test_shipped_profiles_load(name):
     assert load_profile(str(SHIPPED / f"{name}.yaml")) == profile
 
 
-def test_which_profiles_are_shipped():
-    assert {"smoke", "laptop", "laptop-long"} <= set(available())
-    assert available() == sorted(available())
-
-
 def test_the_two_laptop_profiles():
     quick, long = load_profile("laptop"), load_profile("laptop-long")
     for profile in (quick, long):
@@ -102,67 +97,44 @@ def test_a_profile_cannot_be_changed():
 BROKEN = [
     # key, value, what the message must hold besides the file
     ("colour", "red", ["unknown key 'colour'", "'red'", "known are name, about, collection"]),
-    ("static.triple", 8, ["static", "unknown key 'triple'", "8", "targets, triples"]),
     ("encoders.minilm-3.layer", 3, ["encoders.minilm-3", "unknown key 'layer'", "trained_layers"]),
     ("static.triples", "many", ["static.triples", "'many'", "integer"]),
-    ("static.triples", 16.5, ["static.triples", "16.5", "integer"]),
     ("static.triples", True, ["static.triples", "True", "integer"]),
     ("training.weight_decay", True, ["training.weight_decay", "True", "a number"]),
-    ("static.triples", None, ["static.triples", "None", "integer"]),
     ("static.triples", -16, ["static.triples", "-16", "greater than 0"]),
-    ("static.triples", 0, ["static.triples", "greater than 0"]),
     ("static.triples", 4, ["static", "triples 4", "batch of 8"]),
     ("adaptive.triples", 4, ["adaptive", "triples 4", "batch of 8"]),
-    ("static.targets", [], ["static.targets", "at least 1"]),
     ("static.targets", 0.5, ["static.targets", "0.5", "tuple"]),
     ("static.targets", [0.0, "adaptive"], ["static.targets.1", "'adaptive'", "number"]),
     ("static.targets", [0.0, float("nan")], ["static.targets.1", "finite"]),
     ("static.seeds", {"minilm-9": [1]}, ["static.seeds", "'minilm-9'", "minilm-3"]),
     ("static.tuned", {"minilm-9": [0.1, 0.2]}, ["static.tuned", "'minilm-9'", "minilm-3"]),
     ("static.tuned", {"minilm-3": [0.1]}, ["static.tuned.minilm-3"]),
-    ("static.seeds", {"minilm-3": 1}, ["static.seeds.minilm-3", "(got 1)"]),
     ("reference_encoder", "bert", ["reference_encoder", "'bert'", "minilm-3", "minilm-4"]),
     ("untrained", {"minilm-3": {"base": "minilm"}}, ["both name minilm-3"]),
     ("untrained", {"bm25": {"base": "minilm"}}, ["cannot be named 'bm25'"]),
-    ("encoders", {}, ["encoders", "at least 1"]),
+    ("encoders.bm25", {"base": "minilm"}, ["cannot be named 'bm25'"]),
     ("encoders.minilm-3.trained_layers", 4, ["encoders.minilm-3", "trained_layers 4 of 3 layers"]),
-    ("encoders.minilm-3.layers", 0, ["encoders.minilm-3.layers", "greater than 0"]),
     ("encoders.minilm-3.pooling", "max", ["encoders.minilm-3.pooling", "'max'", "'cls+linear'"]),
-    ("encoders.minilm-3.base", "", ["encoders.minilm-3.base", "at least 1 character"]),
     ("encoders.minilm-3.base", ..., ["encoders.minilm-3.base", "required"]),
     ("adaptive.evaluate_every", 12, ["adaptive", "evaluate_every 12", "batch size 8"]),
-    ("distributed.evaluate_every", 12, ["distributed", "evaluate_every 12", "batch size 8"]),
-    ("comparison.evaluate_every", 4, ["comparison", "evaluate_every 4", "batch size 8"]),
     ("comparison.decay", 1.5, ["comparison.decay", "1.5", "less than or equal to 1"]),
-    ("comparison.decay", 0, ["comparison.decay", "greater than 0"]),
-    ("comparison.patience", 0, ["comparison.patience", "greater than 0"]),
     ("training.learning_rate", -1e-3, ["training.learning_rate", "-0.001", "greater than 0"]),
-    ("training.learning_rate", float("inf"), ["training.learning_rate", "finite"]),
     ("training.optimizer", "sgd", ["training.optimizer", "'sgd'", "'adamw_8bit'"]),
-    ("training.precision", "int4", ["training.precision", "'int4'", "'bf16'"]),
-    ("training.dropout", 1.5, ["training.dropout", "1.5"]),
-    ("training.weight_decay", ..., ["training.weight_decay", "required"]),
     ("candidates.negative_ranks", [20, 4], ["candidates", "20, 4", "smaller"]),
-    ("candidates.negative_ranks", [4], ["candidates.negative_ranks", "required"]),
-    ("candidates.depth", 0, ["candidates.depth", "greater than 0"]),
     ("measures.selection", "AP", ["measures", "'AP'", "nDCG@10"]),
     ("measures.rerank", ["nDCG@10", "Hits@5"], ["measures", "'Hits@5'", "ir_measures"]),
     ("measures.full", ["R(rel=2)@51"], ["measures", "'R(rel=2)@51'", "full_depth of 51, not 50"]),
     ("sets.validation", "dev", ["'dev'", "validation, test1, test2"]),
     ("sets.tests", ["test1", "train"], ["'train'", "validation, test1, test2"]),
-    ("sets.tests", [], ["sets.tests", "at least 1"]),
     ("collection.kind", "msmarco-v9", ["collection", "'msmarco-v9'", "'kind'", "'pydocs'"]),
     ("collection.packages", "numpy", ["collection.packages", "'numpy'"]),
-    ("collection.test", ..., ["collection.test", "required"]),
-    ("lengths", ..., ["lengths", "required"]),
     ("lengths.query", 2, ["lengths.query", "2", "greater than or equal to 3"]),
     ("lengths", [10, 12], ["lengths", "[10, 12]"]),
-    ("workers", 0, ["workers", "greater than 0"]),
     ("seed", -1, ["seed", "-1", "greater than or equal to 0"]),
     ("differences.seeds", [1, 1 << 32], ["differences.seeds.1", "4294967296"]),
     ("comparison.budgets", {"statc": 64}, ["comparison", "'statc'", "static, static in-batch"]),
     ("comparison.budgets", {"distributed": 7}, ["comparison", "7 triples", "batch of 8"]),
-    ("target_plot.window", -1, ["target_plot.window", "-1", "greater than 0"]),
 ]  # fmt: skip
 
 
@@ -177,18 +149,12 @@ def test_a_broken_profile_says_where_and_why(tmp_path, values, key, value, words
     assert "pydantic" not in str(error.value)
 
 
-def test_all_errors_are_listed(tmp_path, values):
-    values = changed(changed(values, "workers", 0), "training.optimizer", "sgd")
-    with pytest.raises(
-        ProfileError, match=r"has 2 error\(s\):\n  training.optimizer: .*\n  workers"
-    ):
-        load_profile(write(tmp_path, values))
-
-
-def test_bm25_is_no_encoder(tmp_path, values):
-    values["encoders"]["bm25"] = values["encoders"]["minilm-3"]
-    with pytest.raises(ProfileError, match="cannot be named 'bm25'"):
-        load_profile(write(tmp_path, values))
+def test_all_errors_are_listed_for_the_file_that_was_asked_for(tmp_path, values):
+    write(tmp_path, changed(changed(values, "workers", 0), "training.optimizer", "sgd"), "a.yaml")
+    path = write(tmp_path, {"extends": "a.yaml", "name": "b"})
+    listed = r"has 2 error\(s\):\n  training.optimizer: .*\n  workers"
+    with pytest.raises(ProfileError, match=f"{path} {listed}"):
+        load_profile(path)
 
 
 @pytest.mark.parametrize(
@@ -317,13 +283,6 @@ def test_extending_in_a_circle(tmp_path):
         load_profile(folder / "a.yaml")
 
 
-def test_an_error_in_what_is_extended_names_the_file_that_was_asked_for(tmp_path):
-    write(tmp_path, {"extends": "smoke", "seed": "x"}, "a.yaml")
-    b = write(tmp_path, {"extends": "a.yaml", "name": "b"}, "b.yaml")
-    with pytest.raises(ProfileError, match=rf"{b} has 1 error\(s\):\n  seed: .*\(got 'x'\)"):
-        load_profile(b)
-
-
 def test_paper_and_released_differ_as_the_notes_on_the_released_code_say():
     paper, released = load_profile("paper"), load_profile("released")
     differing = {
@@ -346,22 +305,13 @@ def test_paper_and_released_differ_as_the_notes_on_the_released_code_say():
     ]
     for p in (paper, released):
         c = p.comparison
-        assert (c.check_steps(128), c.patience, c.decay, c.batch_sizes) == (
-            500,
-            16,
-            0.99999,
-            (128,),
-        )
+        assert (c.check_steps(128), c.patience, c.decay) == (500, 16, 0.99999)
+        assert c.batch_sizes == (128,)
         assert p.distributed.check_steps(64) == p.adaptive.check_steps(128) == 1000
         assert (p.training.optimizer, p.training.weight_decay) == ("adamw_8bit", 1e-6)
         assert all(len(e.revision) == 40 for e in p.encoders.values())
     assert paper.static.targets == tuple(i / 10 for i in range(11))
     assert released.static.targets == paper.static.targets[1:]
     assert paper.static.triples == released.static.triples == 2_560_000
-    seeds = [
-        released.static.seed,
-        released.adaptive.seed,
-        released.distributed.seed,
-        released.comparison.seed,
-    ]
-    assert seeds == [166613, 166613, 153201820, 153201820]
+    grids = (released.static, released.adaptive, released.distributed, released.comparison)
+    assert [grid.seed for grid in grids] == [166613, 166613, 153201820, 153201820]

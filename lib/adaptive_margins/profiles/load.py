@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 from importlib.resources import files
 from pathlib import Path
@@ -96,7 +98,7 @@ def _read(profile: str, extended_by: tuple[str, ...] = ()) -> tuple[str, dict[st
         raise ProfileError(f"profiles extend each other in a circle: {circle}")
     source, text = _text(profile, f" (which {extended_by[-1]} extends)" if extended_by else "")
     try:
-        values = _Loader(text).get_single_data()
+        values = copy.deepcopy(_parsed(text))
     # PyYAML has plain errors of 2026-13-01, !!int, !!timestamp and !!bool x.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
         mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", "")
@@ -110,6 +112,12 @@ def _read(profile: str, extended_by: tuple[str, ...] = ()) -> tuple[str, dict[st
             base = os.path.normpath(Path(profile).parent / str(base))
         values = _merged(_read(str(base), (*extended_by, profile))[1], values)
     return source, values
+
+
+@functools.lru_cache
+def _parsed(text: str) -> Any:
+    """What a YAML text holds; PyYAML is slow, and all that extend a profile read it again."""
+    return _Loader(text).get_single_data()
 
 
 def _text(profile: str, by: str) -> tuple[str, str]:
