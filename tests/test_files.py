@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-import adaptive_margins
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.files import (
     DamagedError,
@@ -386,11 +385,6 @@ def test_work_is_kept_for_the_next_call_but_not_of_a_refusal(tmp_path):
     with pytest.raises(WriteError, match="not an empty folder"):
         call(None)
     assert list(output.parent.iterdir()) == [output]
-
-
-def test_no_module_but_the_library_locks():
-    for path in Path(adaptive_margins.__file__).parent.rglob("*.py"):
-        assert "fcntl" not in path.read_text("utf-8"), path
 
 
 def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):

@@ -193,12 +193,6 @@ def test_commands_that_log_are_accepted(tmp_path, monkeypatch):
 # ---- the page ------------------------------------------------------------------------------------
 
 
-def test_snippets_are_short_and_checked():
-    assert {*CHECKS, EXPORTED} == {*WITH_PYTHON}
-    for code in (code for heading in SECTIONS for code in blocks(heading)):
-        assert len([line for line in code.splitlines() if line]) <= 15, code
-
-
 def test_versions_on_the_page_are_those_that_are_pinned():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if "==" in line and line[0] != "#")

@@ -15,8 +15,6 @@ import pytrec_eval
 from scipy import stats
 
 from adaptive_margins.book.per_query import per_query_figure
-from adaptive_margins.data.text import DataError
-from adaptive_margins.data.trec import read_qrels
 from adaptive_margins.evaluation.comparison import (
     ComparisonError,
     compare_runs,
@@ -312,32 +310,6 @@ def test_run_names(tmp_path):
     assert names("a/m.run", "a/m.run", "b/m.run") == ["a/m-1", "a/m-2", "b/m"]
 
 
-def test_read_qrels(tmp_path):
-    trec, beir = tmp_path / "qrels.txt", tmp_path / "test.tsv"
-    trec.write_text("1 0 a 2\n1 0 b -1\n2\t0\ta\t0\n")
-    beir.write_text("query-id\tcorpus-id\tscore\n1\ta\t2\n1\tb\t-1\n2\ta\t0\n")
-    assert read_qrels(trec) == read_qrels(beir) == {"1": {"a": 2, "b": -1}, "2": {"a": 0}}
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"1 0 a 2\n1 a 2\n", ":2: 4 columns expected .*, found 3"),
-        (b"1 0 a 1.0\n", ":1: grade '1.0' is not an integer"),
-        (b"1 0 a 1\n2 0 a 1\n1 0 a 0\n", ":3: '1' judges 'a' twice"),
-        (b"1 0 \xff 1\n", r":1: not valid UTF-8 \(byte 5 of the line\)"),
-        (b"", ": the file is empty"),
-        (b"query-id\tcorpus-id\tscore\n", ": no judgement found"),
-        (b"query-id\tcorpus-id\tscore\n1 0 a 1\n", r":2: 3 columns expected .*, 4 found"),
-    ],
-)
-def test_malformed_qrels(tmp_path, data, message):
-    path = tmp_path / "qrels.txt"
-    path.write_bytes(data)
-    with pytest.raises(DataError, match=message):
-        read_qrels(path)
-
-
 def test_the_figure_shows_sorted_differences_with_mean_interval_and_margin():
     found = compare_runs(QRELS, {name: RUNS[name] for name in ("good", "bad", "fair")})
     figure = per_query_figure(found)
@@ -372,17 +344,14 @@ def test_the_figure_shows_sorted_differences_with_mean_interval_and_margin():
 
 
 def test_nothing_of_the_figure_is_cut_off():
-    runs = {"a very long name of a run, longer than a panel": RUNS["good"], "b": RUNS["bad"]}
-    for figure in (
-        per_query_figure(compare_runs(QRELS, runs)),
-        per_query_figure(compare_runs(QRELS, {**runs, "c": RUNS["fair"]})),
-    ):
-        figure.savefig(io.BytesIO(), format="png", dpi=50)
-        for axis in figure.axes:
-            if axis.get_visible():
-                box = axis.get_tightbbox()
-                assert box.x0 >= 0 and box.y0 >= 0
-                assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+    long = "a very long name of a run, longer than a panel"
+    figure = per_query_figure(compare_runs(QRELS, {long: RUNS["good"], "b": RUNS["bad"]}))
+    figure.savefig(io.BytesIO(), format="png", dpi=50)
+    for axis in figure.axes:
+        if axis.get_visible():
+            box = axis.get_tightbbox()
+            assert box.x0 >= 0 and box.y0 >= 0
+            assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
 
 
 def test_two_equal_runs_can_be_drawn():
