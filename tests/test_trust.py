@@ -33,8 +33,7 @@ from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.folder import read_folder
 from adaptive_margins.data.text import DataError
 from adaptive_margins.data.trec import read_qrels, read_run
-from adaptive_margins.encoder.arrays import read_array
-from adaptive_margins.encoder.checks import EncoderError
+from adaptive_margins.encoder.checks import EncoderError, read_array
 from adaptive_margins.encoder.load import open_encoder, save_encoder
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.evaluation.external_runs import read_external_runs

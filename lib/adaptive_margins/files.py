@@ -44,7 +44,7 @@ def check_output(path: Path, *, folder: bool = False) -> None:
     is created.
     """
     try:
-        reason = _why_not_folder(path) if folder else _why_not_file(path)
+        reason = _why_not(_destination(path), folder)
     except OSError as error:
         reason = error.strerror or str(error)
     if reason:
@@ -122,8 +122,7 @@ def write_text(path: Path, text: str) -> None:
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold the lock of ``path`` (a file next to it, removed at the end), and wait for it if needed.
 
-    Raises:
-        WriteError: another process holds the lock, and ``wait`` is False.
+    Raises WriteError if another process holds the lock, and ``wait`` is False.
     """
     from filelock import FileLock, Timeout
 
@@ -157,29 +156,20 @@ def working_folder(path: Path) -> Iterator[Path]:
     """Yield PATH.work, the folder that a killed call is resumed from; ``path`` is locked.
 
     The folder is removed at the end, and after an error of this library unless it existed before or
-    a file could not be written.
-
-    Raises:
-        WriteError: ``path`` cannot be written (`check_output`), or another process writes to it.
+    a file could not be written. Raises WriteError as `check_output` and `locked` do.
     """
     check_output(path, folder=True)
     work = path.with_name(f"{path.name}.work")
     resumed = work.exists()
-    created = [folder for folder in path.parents if not folder.exists()]
-    try:
-        with locked(path, wait=False):
-            check_output(path, folder=True)  # another process may have written it just now
-            try:
-                yield work
-            except AdaptiveMarginsError as error:
-                if not resumed and not isinstance(error.__cause__, OSError):
-                    shutil.rmtree(work, ignore_errors=True)
-                raise
-            shutil.rmtree(work, ignore_errors=True)
-    finally:
-        for folder in created:
-            with suppress(OSError):  # it is not empty
-                folder.rmdir()
+    with locked(path, wait=False):
+        check_output(path, folder=True)  # another process may have written it just now
+        try:
+            yield work
+        except AdaptiveMarginsError as error:
+            if not resumed and not isinstance(error.__cause__, OSError):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def home() -> Path:
@@ -230,10 +220,9 @@ def checksum_lines(found: Mapping[str, str]) -> str:
 
 
 def check_folder(folder: Path, name: str = CHECKSUMS, *, only: str = "") -> None:
-    """Compare a folder, or ``only`` one file, with its checksums; older versions wrote none.
+    """Raise DamagedError if a file of a folder, or ``only`` that one, is missing or has changed.
 
-    Raises:
-        DamagedError: a file is missing or has changed.
+    Folders of older versions have no checksums.
     """
     sums = folder / name
     lines = sums.read_text("utf-8", errors="replace").splitlines() if sums.is_file() else ()
@@ -282,26 +271,22 @@ def _is_special(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def _why_not_file(path: Path) -> str:
-    place = _destination(path)
+def _why_not(place: Path | int, folder: bool) -> str:
+    """Why a file or a folder cannot be written there; "" if it can."""
     if isinstance(place, int):
         os.fstat(place)
-        return ""
-    if place.is_dir():
+        return "it is not a folder" if folder else ""
+    if folder:
+        if place.exists() and not (place.is_dir() and not any(place.iterdir())):
+            return "it exists and is not an empty folder; remove it or name another"
+        if place.is_mount():
+            return "it is where a file system is mounted; name a new folder below it"
+    elif place.is_dir():
         return "it is a folder; expected the name of a file"
-    if place.exists() and not os.access(place, os.W_OK):
+    elif place.exists() and not os.access(place, os.W_OK):
         return os.strerror(errno.EACCES)
-    return "" if _is_special(place) else _why_not_in(place)
-
-
-def _why_not_folder(path: Path) -> str:
-    place = _destination(path)
-    if isinstance(place, int) or (
-        place.exists() and not (place.is_dir() and not any(place.iterdir()))
-    ):
-        return "it exists and is not an empty folder; remove it or name another"
-    if place.is_mount():
-        return "it is where a file system is mounted; name a new folder below it"
+    elif _is_special(place):
+        return ""
     return _why_not_in(place)
 
 

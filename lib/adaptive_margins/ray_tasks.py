@@ -21,10 +21,8 @@ class RayError(AdaptiveMarginsError, RuntimeError):
 def ray_options(text: str, store: str | None) -> tuple[str, dict[str, float]]:
     """Address, and what a task needs as Ray names it, from "ADDRESS[,gpus=N][,cpus=N]".
 
-    ``store`` is where the tasks' results are shared; None if they are returned.
-
-    Raises:
-        RayError: they are not allowed, Ray is not installed, or the address does not answer.
+    ``store`` is where the tasks' results are shared; None if they are returned. Raises RayError if
+    they are not allowed, Ray is not installed, or the address does not answer.
     """
     address, *rest = text.split(",")
     host, _, port = address.removeprefix("ray://").rpartition(":")

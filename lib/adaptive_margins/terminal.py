@@ -106,12 +106,8 @@ def encoder_options(command: Callable[..., None]) -> Callable[..., None]:
 def working(verbose: bool = False, model: str = "") -> Iterator[None]:
     """Send prints to stderr, show progress on a terminal only, and print warnings as one line.
 
-    Args:
-        verbose: show progress also if stderr is not a terminal.
-        model: the encoder; the hub is reached only if its name has an ``@``.
-
-    Raises:
-        typer.BadParameter: replaces an ArgumentError.
+    ``verbose`` shows progress anywhere. The hub is reached only if the encoder ``model`` has an
+    ``@``. An ArgumentError becomes typer.BadParameter.
     """
     offline(model)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -55,12 +55,6 @@ def test_chunks_have_the_least_padding_of_all_cuts(chunks):
         assert sum(len(p) * lengths[p].max() for p in parts) == min(everything)
 
 
-@pytest.mark.parametrize(("count", "chunks"), [(0, 1), (3, 0), (3, -1)])
-def test_chunks_that_cannot_be(count, chunks):
-    with pytest.raises(ValueError, match=rf"{count} texts cannot be split into {chunks} chunks"):
-        length_chunks(np.ones(count, int), chunks)
-
-
 @pytest.mark.parametrize("batch_tokens", [1, 20, 2048])
 def test_embeddings_do_not_depend_on_the_batch(bert, batch_tokens):
     tokens = tokenize(bert, SENTENCES, 12)
@@ -85,11 +79,6 @@ def test_mixed_precision_is_close_to_full_and_rounds_as_its_type_does(bert, prec
     assert np.array_equal(embed(bert, tokens, precision="fp32"), full)
     with torch.autocast("cpu", torch.bfloat16):  # what surrounds a call does not reach into it
         assert np.array_equal(embed(bert, tokens), full)
-
-
-def test_an_unknown_precision(bert):
-    with pytest.raises(EncoderError, match="precision must be one of fp32, bf16, fp16, not 'int8'"):
-        embed(bert, tokenize(bert, SENTENCES, 12), precision="int8")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="not run here: needs a CUDA device")
@@ -173,7 +162,7 @@ def seen(monkeypatch):
     rows_seen = []
 
     def noting(model, tokens, rows, **keywords):
-        rows_seen.extend(rows.tolist())
+        rows_seen.extend(rows)
         return embed(model, tokens, rows, **keywords)
 
     monkeypatch.setattr(encoder_embed, "embed", noting)
@@ -200,9 +189,6 @@ def test_embedding_goes_on_after_a_kill(bert, tokens, in_memory, tmp_path, seen)
     [
         ({"shard": 60}, "has shard 50, expected 60; delete"),
         ({"dtype": "float16"}, "has dtype 'float32', expected 'float16'; delete"),
-        ({"dtype": "int8"}, "float32 or float16"),
-        ({"shard": 0}, "at least 1 row"),
-        ({"devices": ()}, "at least 1 device"),
     ],
 )
 def test_other_settings_are_refused(bert, tokens, tmp_path, change, message):

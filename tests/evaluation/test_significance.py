@@ -159,12 +159,6 @@ def test_settings_out_of_range_are_refused(options, message):
         compare(PAIR, PAIR, **options)
 
 
-@pytest.mark.parametrize("confidence", [0, 1, 95, math.nan])
-def test_a_confidence_out_of_range_is_refused(confidence):
-    with pytest.raises(ValueError, match="confidence must lie between 0 and 1"):
-        paired_interval(PAIR, PAIR, confidence=confidence)
-
-
 def equivalences(rng, trials, n, mean, sd, comparisons=1):
     runs = (as_runs(rng.normal(mean, sd, n)) for _ in range(trials))
     return [compare(*pair, comparisons=comparisons).verdict == "equivalent" for pair in runs]

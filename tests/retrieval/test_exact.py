@@ -75,16 +75,10 @@ def test_rerank_from_disk(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"candidates": {"q": {"d0": 1.0, "d5": 1.0}}},
-            "candidate 'd5' of query 'q' has no embedding",
-        ),
-        ({"candidates": {"r": {"d0": 1.0}}}, "query 'r' of the candidates has no embedding"),
-        ({"docids": ["d0"]}, r"passage embeddings must have shape \(1, D\).*not \(2, 4\)"),
-        ({"docids": ["d0", "d0"]}, "passage ids must be unique"),
+        ({"docids": ["d0"]}, r"1 passages of \(2, 4\); expected one row an id"),
         (
             {"query_embeddings": np.ones((1, 3))},
-            "query embeddings have 3 dimensions, passage embeddings 4",
+            r"1 queries have embeddings of shape \(1, 3\), 2 passages of \(2, 4\)",
         ),
         (
             {"passage_embeddings": np.full((2, 4), np.nan)},
@@ -198,11 +192,7 @@ def test_docids_are_looked_up_for_hits_only():
 
 def test_exact_search_errors():
     good = clustered(4, 8, 0)
-    with pytest.raises(
-        ValueError, match="query embeddings have 6 dimensions, passage embeddings 8"
-    ):
+    with pytest.raises(ValueError, match=r"shape \(4, 6\), 4 passages of \(4, 8\)"):
         exact_search(good[:, :6], good, names("q", 4), names("d", 4), 2)
     with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
         exact_search(good, good, names("q", 4), names("d", 4), 0)
-    with pytest.raises(ValueError, match="passage ids must be unique"):
-        exact_search(good, good, names("q", 4), ["a"] * 4, 2)

@@ -68,12 +68,6 @@ def test_more_hits_need_more_lists():
     )
 
 
-@pytest.mark.parametrize(("n", "dim", "depth"), [(0, 8, 1), (8, 0, 1), (8, 8, 0)])
-def test_settings_errors(n, dim, depth):
-    with pytest.raises(ValueError, match="must be at least 1, not 0"):
-        choose_index(n, dim, depth=depth)
-
-
 @pytest.mark.parametrize("n", [1, 5, 50, 300, 700, 2000])
 def test_index_finds_what_exact_search_finds(n, capfd):
     queries, passages = clustered(100, 64, 1), clustered(n, 64, 2)
@@ -245,38 +239,15 @@ def test_index_of_few_different_passages_and_of_a_zero_embedding(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_build_index_errors():
-    passages = clustered(700, 32, 0)
-    settings = choose_index(700, 32)
-    with pytest.raises(ValueError, match=r"row 5 has length 2, expected 1"):
-        scaled = passages.copy()
-        scaled[5] *= 2
-        build_index(scaled, settings, seed=1)
-    with pytest.raises(ValueError, match="32 dimensions, the index settings 64"):
-        build_index(passages, choose_index(700, 64), seed=1)
-    with pytest.raises(
-        ValueError, match=r"12 passages are too few for OPQ32.*choose_index\(12, 32\)"
-    ):
-        build_index(passages[:12], settings, seed=1)
-    with pytest.raises(ValueError, match=r"row 3 \(3\) is not finite"):
-        holed = passages.copy()
-        holed[3, 3] = np.inf
-        build_index(holed, settings, seed=1)
-
-
 def test_search_index_errors(built):
     passages, settings, index = built
     queries, qids, ids = clustered(2, 64, 0), names("q", 2), names("d", 2000)
-    with pytest.raises(ValueError, match="the index has 2000 vectors, but 3 docids"):
-        search_index(index, settings, queries, qids, ids[:3], 5, passages)
-    with pytest.raises(ValueError, match="query embeddings have 32 dimensions, the index 64"):
+    with pytest.raises(ValueError, match=r"shape \(2, 32\), 2000 passages of \(2000, 64\)"):
         search_index(index, settings, queries[:, :32], qids, ids, 5, passages)
     with pytest.raises(ValueError, match="depth must be at least 1"):
         search_index(index, settings, queries, qids, ids, 0, passages)
-    with pytest.raises(ValueError, match=r"passage embeddings must have shape \(2000, D\)"):
+    with pytest.raises(ValueError, match=r"2000 passages of \(7, 64\)"):
         search_index(index, settings, queries, qids, ids, 5, passages[:7])
-    with pytest.raises(ValueError, match="passage ids must be unique"):
-        search_index(index, settings, queries, qids, ["a"] * 2000, 5, passages)
 
 
 def test_settings_of_ones_own(capfd):
@@ -298,5 +269,3 @@ def test_approximation_recall():
     assert approximation_recall(exact, exact, 2) == 1
     # q1: a of {a, b}; q2: nothing; q3: nothing to find, left out.
     assert approximation_recall(approx, exact, 2) == (1 / 2 + 0) / 2
-    with pytest.raises(ValueError, match="no hits"):
-        approximation_recall(approx, {"q": {}}, 2)

@@ -7,10 +7,11 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,16 +26,7 @@ DEFAULT_LENGTH = 512
 MOST_LENGTH = 1 << 20
 """Largest limit that counts as one: tokenizers without a limit have a huge number."""
 
-_POINTER = b"version https://git-lfs.github.com/spec/"
-_READ = (".safetensors", ".json", ".txt", ".model")
-_TOKENIZERS = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "tokenizer.model",
-)
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 _QUANTISED = re.compile(r"F[468](_|$)|I[48]$")  # buffers of old checkpoints are BOOL, U8 and I64
 _NO_ENCODER = re.compile(
     r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice)$"
@@ -73,16 +65,35 @@ def read_json(path: Path, kind: type, way_out: str = "download it again") -> Any
     return found
 
 
+def read_settings(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the settings of cached arrays; EncoderError unless they have the ``expected`` values."""
+    again = f"delete {path.parent} to compute it again"
+    found = read_json(path, dict, again)
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise EncoderError(f"{path} has {key} {found.get(key)!r}, expected {value!r}; {again}")
+    return found
+
+
+def read_array(path: Path, shape: tuple[int, int | None], dtype: Any) -> np.ndarray:
+    """A .npy file of a matrix, memory-mapped; ``shape`` (n, None) for any number of columns."""
+    again = "delete it to compute it again"
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        raise EncoderError(f"{path} cannot be read ({error}); {again}") from None
+    rows, columns = shape
+    columns = array.shape[-1] if columns is None else columns
+    if array.shape != (rows, columns) or array.dtype != dtype:
+        raise EncoderError(
+            f"{path} holds {array.dtype} of shape {array.shape}, expected {np.dtype(dtype)} of"
+            f" shape {(rows, columns)}; {again}"
+        )
+    return array
+
+
 def check_folder(place: Path) -> None:
-    """Raise EncoderError if a folder is an adapter, or one of its files a Git LFS pointer."""
-    for path in sorted(place.glob("*")):
-        if path.suffix in _READ and path.is_file():
-            with path.open("rb") as file:
-                if file.read(len(_POINTER)) == _POINTER:
-                    raise EncoderError(
-                        f"{path} is a Git LFS pointer, not the file itself; run 'git lfs pull' in"
-                        " the repository, or download the file"
-                    )
+    """Raise EncoderError if a folder is an adapter."""
     if (adapter := place / "adapter_config.json").is_file():
         base = read_json(adapter, dict).get("base_model_name_or_path")
         raise EncoderError(
@@ -132,10 +143,8 @@ def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise EncoderError(
             f"{path} ({path.stat().st_size:,} bytes) is not a complete safetensors file"
-            f" ({one_line(error)}); download it again"
+            f" ({one_line(error)}); download it again, or run 'git lfs pull' in its repository"
         ) from None
-    if not found:
-        raise EncoderError(f"{path} has no weights; download it again")
     return found
 
 
@@ -182,9 +191,7 @@ def check_config(place: Path, *, plain: bool) -> None:
     from transformers import CONFIG_MAPPING, __version__
 
     path = place / "config.json"
-    if not path.is_file():
-        raise EncoderError(f"{place} has no config.json; copy all files of the model")
-    config = read_json(path, dict)
+    config = read_json(path, dict, "copy all files of the model")
     kind = config.get("model_type")
     code = " (code that comes with a model is never run)" if "auto_map" in config else ""
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
@@ -204,7 +211,7 @@ def check_config(place: Path, *, plain: bool) -> None:
             f"{path}: {other[0]} is not an encoder of single texts (a cross-encoder, for example,"
             " reads pairs); there is no modules.json that would make it one"
         )
-    if not any((place / name).is_file() for name in _TOKENIZERS):
+    if not any(any(place.glob(name)) for name in _TOKENIZERS):
         raise EncoderError(f"{place} has no tokenizer (one of {', '.join(_TOKENIZERS)})")
     if (path := place / "tokenizer_config.json").is_file():
         longest = read_json(path, dict).get("model_max_length")
@@ -304,24 +311,17 @@ def limit_length(name: str, model: SentenceTransformer, options: EncoderOptions 
             f"encoder {name!r}: max_seq_length is {limit!r} (or model_max_length of its tokenizer),"
             " expected an integer"
         )
+    has = ""
     if limit is None or limit > MOST_LENGTH:
         known = positions or getattr(config, "max_position_embeddings", None) or DEFAULT_LENGTH
-        model.max_seq_length = min(known, DEFAULT_LENGTH, most)
-        warnings.warn(
-            f"encoder {name!r} has no length limit: its texts are truncated at"
-            f" {model.max_seq_length} tokens (--max-length, or max_seq_length in"
-            " sentence_bert_config.json, changes that)",
-            stacklevel=2,
-        )
-    elif positions is not None and positions < min(limit, most):
-        model.max_seq_length = positions
-        warnings.warn(
-            f"encoder {name!r} has a length limit of {limit} tokens, but positions for {positions}"
-            f" only: its texts are truncated at {positions}",
-            stacklevel=2,
-        )
-    else:
-        model.max_seq_length = min(int(limit), most)
+        length = min(known, DEFAULT_LENGTH, most)
+        has = "no length limit (--max-length, or max_seq_length in sentence_bert_config.json)"
+    elif (length := min(int(limit), most, positions or most)) < min(limit, most):
+        has = f"a length limit of {limit} tokens, but positions for {positions} only"
+    if has:
+        message = f"encoder {name!r} has {has}: its texts are truncated at {length} tokens"
+        warnings.warn(message, stacklevel=2)
+    model.max_seq_length = length
 
 
 def _positions(transformer: nn.Module) -> Iterator[int]:

@@ -8,13 +8,13 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Literal
 
 import numpy as np
@@ -23,8 +23,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from adaptive_margins import progress
-from adaptive_margins.encoder.arrays import read_array, read_settings
-from adaptive_margins.encoder.checks import EmbeddingError, EncoderError, one_line
+from adaptive_margins.encoder.checks import (
+    EmbeddingError,
+    EncoderError,
+    one_line,
+    read_array,
+    read_settings,
+)
 from adaptive_margins.encoder.speed import register
 from adaptive_margins.encoder.tokens import Tokens
 from adaptive_margins.files import locked, write_text
@@ -63,12 +68,8 @@ def embed(
     ``precision`` is that of the model's matrix products (autocast, as in training; Section 4's
     mixed precision); pooled embeddings are normalised in float32 in any case.
 
-    Raises:
-        EncoderError: an unknown precision.
-        EmbeddingError: the model fails, or an embedding is not finite.
+    Raises EmbeddingError if the model fails, or an embedding is not finite.
     """
-    if precision not in _AUTOCAST:
-        raise EncoderError(f"precision must be one of {', '.join(_AUTOCAST)}, not {precision!r}")
     rows = np.arange(len(tokens)) if rows is None else np.asarray(rows, dtype=np.int64)
     lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
     order = np.argsort(lengths, kind="stable")
@@ -103,12 +104,7 @@ def length_chunks(lengths: np.ndarray, chunks: int) -> list[np.ndarray]:
     """Split positions, sorted by ``lengths`` (tokens), into ``chunks`` with the least padding.
 
     Each chunk is padded to its longest text. There are fewer, if there are fewer different lengths.
-
-    Raises:
-        ValueError: no text, or fewer than one chunk.
     """
-    if not len(lengths) or chunks < 1:
-        raise ValueError(f"{len(lengths)} texts cannot be split into {chunks} chunks")
     order = np.argsort(lengths, kind="stable")
     values, counts = np.unique(lengths, return_counts=True)
     first = np.concatenate([[0], np.cumsum(counts)])
@@ -163,23 +159,17 @@ def embed_shards(
     """Embed all texts once, by `embed`, into ``folder``: (n, D) of ``dtype``, memory-mapped.
 
     ``embeddings.npy`` is written ``shard`` rows at a time, and ``shards.json`` lists the complete
-    shards with their SHA-256, so that a killed process loses only unfinished ones, and damaged ones
-    are noticed by the next call. Memory holds one shard a device.
+    shards with their SHA-256: a killed process loses only unfinished ones, and damaged ones are
+    embedded again, with a UserWarning. Memory holds one shard a device.
 
     Args:
-        model: the encoder; moved to the one device, or copied to each of several.
-        tokens: of all texts, in order.
+        model: moved to the one device, or copied to each of several.
         folder: its name should depend on model, texts and precision, which are not checked.
-        shard: rows that are embedded at a time.
         dtype: of the file. With float16, the squared length of a row may differ from 1 by 2⁻¹⁰.
         devices: of one node, e.g. ("cuda:0", "cuda:1"); the result does not depend on them.
-        precision, batch_tokens, normalize: see `embed`.
+        tokens, precision, batch_tokens, normalize: see `embed`.
         ray: embed on "local" Ray or a cluster, "ADDRESS[,gpus=N][,cpus=N]": a shard is a task, of a
-            GPU if the first device is one, else of a core. Model and tokens are sent to workers,
-            and this process writes what they return. Bytes may depend on processor and threads.
-
-    Warns:
-        UserWarning: shards have been damaged; they are embedded again.
+            GPU if the first device is one, else of a core. Bytes may depend on the processor.
 
     Raises:
         EncoderError: the folder has other settings, or the disk lacks space.
@@ -188,15 +178,13 @@ def embed_shards(
     folder = Path(folder)
     rows, dim = len(tokens), model.get_embedding_dimension()
     settings = {"rows": rows, "dim": dim, "dtype": dtype, "shard": shard}
-    if dtype not in ("float32", "float16") or shard < 1 or not devices:
-        raise EncoderError(
-            "shards are float32 or float16, of at least 1 row, from at least 1 device; not"
-            f" {settings}, {devices!r}"
-        )
     path, about = folder / "embeddings.npy", folder / "shards.json"
+    options: dict[str, Any] = {"batch_tokens": batch_tokens, "precision": precision}
+    options["normalize"] = normalize
+    work = functools.partial(embed, tokens=tokens, **options)
     with locked(folder):
         done = _intact_shards(path, about, settings) if about.exists() else {}
-        missing = sorted(set(range(-(-rows // shard))) - set(done))
+        missing = {k: _rows(k, settings) for k in range(-(-rows // shard)) if k not in done}
         size = sum(_place(k, settings)[1] for k in missing)
         needed = f"{folder}: {len(missing)} shards need {size / 1e9:.2g} GB of disk"
         try:
@@ -206,14 +194,11 @@ def embed_shards(
             if not done:
                 np.lib.format.open_memmap(path, "w+", np.dtype(dtype), (rows, dim))
             if missing:
-                work = functools.partial(
-                    embed,
-                    tokens=tokens,
-                    batch_tokens=batch_tokens,
-                    precision=precision,
-                    normalize=normalize,
-                )
-                _write_shards(model, work, devices, ray, path, about, settings, done, missing)
+                if ray:
+                    shards = _on_ray(model, work, devices[0], ray, missing)
+                else:
+                    shards = _on_devices(model, work, devices, missing)
+                _write_shards(shards, path, about, settings, done)
         except OSError as error:
             raise EncoderError(f"{needed}, which could not be written: {error}") from error
     return read_array(path, (rows, dim), np.dtype(dtype))
@@ -237,100 +222,99 @@ def _intact_shards(path: Path, about: Path, settings: Mapping[str, Any]) -> dict
     return intact
 
 
+def _rows(k: int, settings: Mapping[str, Any]) -> range:
+    """The rows of shard ``k``."""
+    return range(k * settings["shard"], min(settings["rows"], (k + 1) * settings["shard"]))
+
+
 def _place(k: int, settings: Mapping[str, Any]) -> tuple[int, int]:
     """Where shard ``k`` begins in the file, and its bytes."""
     row = settings["dim"] * np.dtype(settings["dtype"]).itemsize
-    first = k * settings["shard"]
-    return _HEADER + first * row, (min(settings["rows"], first + settings["shard"]) - first) * row
+    return _HEADER + k * settings["shard"] * row, len(_rows(k, settings)) * row
 
 
 def _write_shards(
-    model: Any,
-    embed_rows: functools.partial[np.ndarray],
-    devices: Sequence[str],
-    ray: str,
+    shards: Iterable[tuple[int, np.ndarray]],
     path: Path,
     about: Path,
     settings: Mapping[str, Any],
     done: dict[int, str],
-    missing: Sequence[int],
 ) -> None:
-    rows, shard = settings["rows"], settings["shard"]
-    queue, lock, stop = iter(missing), threading.Lock(), threading.Event()
     bar = progress.bar(
         f"embedding into {path.parent.name}",
-        total=rows,
+        total=settings["rows"],
         unit="texts",
-        done=rows - sum(min(shard, rows - k * shard) for k in missing),
+        done=sum(len(_rows(k, settings)) for k in done),
     )
-
-    def part(k: int) -> np.ndarray:
-        return np.arange(k * shard, min(rows, (k + 1) * shard))
-
-    def write(k: int, array: np.ndarray) -> None:
-        array = array.astype(settings["dtype"], copy=False)
-        with path.open("r+b") as file:
-            file.seek(_place(k, settings)[0])
-            file.write(array.data)
-        sha256 = hashlib.sha256(array.reshape(-1).data).hexdigest()
-        with lock:
-            done[k] = sha256
+    with bar:
+        for k, array in shards:
+            array = array.astype(settings["dtype"], copy=False)
+            with path.open("r+b") as file:
+                file.seek(_place(k, settings)[0])
+                file.write(array.data)
+            done[k] = hashlib.sha256(array.reshape(-1).data).hexdigest()
             listed = {**settings, "done": sorted(done), "sha256": done}
             write_text(about, json.dumps(listed) + "\n")
             bar.update(len(array))
 
-    def work(device: str) -> None:
-        its_model = model if len(devices) == 1 else copy.deepcopy(model)
-        its_model.to(device)
-        try:
-            for k in queue:  # next() of a list's iterator is atomic
-                if stop.is_set():
-                    return
-                write(k, embed_rows(its_model, rows=part(k)))
-        except BaseException:
-            stop.set()
-            raise
 
-    if ray:
-        with bar:
-            for k, array in _on_ray(model, embed_rows, devices[0], ray, part, queue):
-                write(k, array)
-        return
-    with bar, ThreadPoolExecutor(len(devices)) as pool:
+def _completed(
+    start: Callable[[range], Future[np.ndarray]], most: int, missing: Mapping[int, range]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Shards and their embeddings in any order, ``most`` of them started at a time."""
+    waiting, running = iter(missing.items()), dict[Future[np.ndarray], int]()
+    while True:
+        for k, rows in islice(waiting, most - len(running)):
+            running[start(rows)] = k
+        if not running:
+            return
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            yield running.pop(future), future.result()
+
+
+def _on_devices(
+    model: Any,
+    work: Callable[..., np.ndarray],
+    devices: Sequence[str],
+    missing: Mapping[int, range],
+) -> Iterator[tuple[int, np.ndarray]]:
+    free = SimpleQueue[Any]()  # models, as many as threads
+    for device in devices:
+        free.put((model if len(devices) == 1 else copy.deepcopy(model)).to(device))
+
+    def compute(rows: range) -> np.ndarray:
+        its_model = free.get()
         try:
-            for finished in [pool.submit(work, device) for device in devices]:
-                finished.result()
+            return work(its_model, rows=rows)
         finally:
-            stop.set()  # interrupted: the threads finish their shard and end
+            free.put(its_model)
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        yield from _completed(lambda rows: pool.submit(compute, rows), len(devices), missing)
 
 
 def _on_ray(
     model: Any,
-    embed_rows: functools.partial[np.ndarray],
+    work: functools.partial[np.ndarray],
     device: str,
     where: str,
-    part: Callable[[int], np.ndarray],
-    queue: Iterator[int],
+    missing: Mapping[int, range],
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Shards and their embeddings, computed by tasks of Ray, in any order."""
     address, given = ray_options(where, None)
     needs = {"num_cpus": 1, "num_gpus": int(device.startswith("cuda")), **given}
-    task = ray_task(address, _task, needs)
-    tokens, running = embed_rows.keywords["tokens"], dict[Future[Any], int]()
+    task, tokens = ray_task(address, _task, needs), work.keywords["tokens"]
     try:
         import ray
 
         own = model.device
         sent = [ray.put(model.to("cpu"))]  # in a list, or Ray would read it for each task
         model.to(own)
-        while True:
-            for k in islice(queue, _IN_FLIGHT - len(running)):
-                some = functools.partial(embed_rows, tokens=tokens.take(part(k)))
-                running[task(sent, "cuda" if needs["num_gpus"] else "cpu", some)] = k
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
+
+        def start(rows: range) -> Future[np.ndarray]:
+            some = functools.partial(work, tokens=tokens.take(rows))
+            return task(sent, "cuda" if needs["num_gpus"] else "cpu", some)
+
+        yield from _completed(start, _IN_FLIGHT, missing)
     except Exception as error:
         error = getattr(error, "cause", error)
         if type(error).__module__.startswith("ray."):

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptive_margins.encoder.arrays import read_array
-from adaptive_margins.encoder.checks import EncoderError, bert_model
+from adaptive_margins.encoder.checks import EncoderError, bert_model, read_array
 from adaptive_margins.encoder.embed import token_batches
 from adaptive_margins.encoder.load import encoder_identity, layer_count, open_encoder
 from adaptive_margins.encoder.tokens import Tokens
@@ -66,10 +65,7 @@ def for_training(
     """Return the trained part of an encoder: all of it, or its last ``trained_layers`` layers.
 
     The outputs of the frozen layers are cached in a folder of ``cache``, for all encoders of
-    ``others`` with the same base.
-
-    Raises:
-        EncoderError: as `open_encoder`, or the cache is damaged or cannot be written.
+    ``others`` with the same base. Raises EncoderError as `open_encoder` and `cached_states` do.
     """
     if settings.trained_layers is None:
         return LoadedEncoder(whole, whole, queries, passages)

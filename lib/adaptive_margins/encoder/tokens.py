@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from adaptive_margins import progress
-from adaptive_margins.encoder.arrays import read_settings
-from adaptive_margins.encoder.checks import EncoderError
+from adaptive_margins.encoder.checks import EncoderError, read_settings
 from adaptive_margins.files import atomic_folder, locked, remove_damaged, write_checksums
 
 _TEXTS = 8192  # texts tokenised at a time; the output is a hundred times their size
@@ -50,8 +49,6 @@ class Tokens:
 
     def __add__(self, other: Tokens) -> Tokens:
         """Concatenate texts with the same ``pad``, in memory."""
-        if self.pad != other.pad:
-            raise ValueError(f"texts padded with {self.pad} and with {other.pad} cannot be joined")
         offsets = np.concatenate([self.offsets, other.offsets[1:] + self.offsets[-1]])
         return Tokens(np.concatenate([self.ids, other.ids]), offsets, self.pad)
 
@@ -83,17 +80,11 @@ def shorten(encoder: Any, texts: Sequence[str], max_length: int) -> list[str]:
     """Texts truncated after a word, so that none has more than ``max_length`` tokens.
 
     Special tokens count. A first word that is longer is truncated within.
-
-    Raises:
-        EncoderError: the tokenizer does not tell where its tokens are in a text.
     """
-    tokenizer = encoder.tokenizer
-    if not tokenizer.is_fast:
-        raise EncoderError(f"{type(tokenizer).__name__} does not tell where tokens are in a text")
     result = []
     for start in range(0, len(texts), _TEXTS):
         some = list(texts[start : start + _TEXTS])
-        found = tokenizer(
+        found = encoder.tokenizer(
             some, truncation=True, max_length=max_length, return_offsets_mapping=True
         )["offset_mapping"]
         for text, offsets in zip(some, found, strict=True):
@@ -147,16 +138,10 @@ def stored_tokens(
 ) -> Tokens:
     """Return what `tokenize` does, cached in ``folder`` (written atomically) and memory-mapped.
 
-    Args:
-        tokenizer_of: loads the tokenizer, if the folder does not exist.
-        texts: any sequence whose slices are lists of strings.
-        max_length: maximum length of a text in tokens, special tokens included.
-        folder: its name should depend on texts and tokenizer, of which only the number of texts and
-            ``max_length`` are checked.
-        chunk: texts in memory at a time.
-
-    Raises:
-        EncoderError: the folder has tokens of other texts, is not complete, or cannot be written.
+    ``tokenizer_of()`` loads the tokenizer, if the folder does not exist. Its name should depend on
+    texts and tokenizer, of which only the number of texts and ``max_length`` are checked. ``chunk``
+    texts are in memory at a time. Raises EncoderError if the folder has tokens of other texts, or
+    cannot be written.
     """
     folder = Path(folder)
     with locked(folder):
@@ -170,9 +155,10 @@ def stored_tokens(
                 raise EncoderError(f"tokens could not be written to {folder}: {error}") from error
     expected = {"texts": len(texts), "max_length": max_length}
     found = read_settings(folder / "tokens.json", expected)
-    offsets = _mapped(folder / "offsets.bin", np.int64, len(texts) + 1)
-    ids = _mapped(folder / "ids.bin", np.dtype(found["dtype"]), int(offsets[-1]))
-    return Tokens(ids, offsets, found["pad"])
+    offsets, ids = np.memmap(folder / "offsets.bin", np.int64, "r"), np.empty(0, found["dtype"])
+    if offsets[-1]:  # an empty file cannot be mapped
+        ids = np.memmap(folder / "ids.bin", found["dtype"], "r")
+    return Tokens(np.asarray(ids), np.asarray(offsets), found["pad"])
 
 
 def _write_tokens(
@@ -195,15 +181,3 @@ def _write_tokens(
     settings = {"texts": len(texts), "max_length": max_length, "dtype": str(ids.dtype)}
     settings["pad"] = tokenizer.pad_token_id
     (folder / "tokens.json").write_text(json.dumps(settings) + "\n", "utf-8")
-
-
-def _mapped(path: Path, dtype: Any, count: int) -> np.ndarray:
-    """A file of ``count`` numbers, memory-mapped."""
-    expected = count * np.dtype(dtype).itemsize
-    found = path.stat().st_size if path.is_file() else -1
-    if found != expected:
-        what = "is missing" if found < 0 else f"has {found} bytes, expected {expected}"
-        raise EncoderError(f"{path} {what}; delete {path.parent} to compute it again")
-    if not count:
-        return np.empty(0, dtype)
-    return np.asarray(np.memmap(path, dtype, "r", shape=(count,)))

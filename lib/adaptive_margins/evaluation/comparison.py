@@ -45,12 +45,9 @@ def compare_runs(
     verdict is "undecided".
 
     Args:
-        qrels: query id → docid → grade. A query without hits in a run counts 0.
-        runs: name → run; at least two.
-        measure: in ir_measures' notation; a missing relevance level is 1.
-        margin: the largest mean difference that counts as equivalent.
         complete: names of runs with all hits that could be found, so that any depth is enough.
         baseline: the run that is b of every pair; "" compares all pairs.
+        qrels, runs, measure, margin: as `evaluate` and `significance.compare` have them.
 
     Returns:
         ``measure``, ``margin``, ``alpha``, ``queries`` (judged ones), ``relevant_queries`` (with a

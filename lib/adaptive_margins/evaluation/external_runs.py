@@ -87,18 +87,10 @@ def score(
     k is refused if no judged query has k hits (Recall@1000 of 100 hits is another measure), and
     every measure if no judged query is in the run.
 
-    Args:
-        run: query id → docid → score.
-        qrels: query id → docid → grade.
-        measures: in ir_measures' notation, e.g. "R(rel=2)@1000".
-        passages: passages of the collection, if known: a run of all of them is deep enough.
-        complete: whether the run has all hits that could be found, so that any depth is enough.
-
-    Raises:
-        ValueError: as `evaluate`.
+    A run of all ``passages`` of the collection is deep enough, and so is a ``complete`` one, which
+    has all hits that could be found. Raises ValueError as `evaluate` does.
     """
     depths = [len(run[qid]) for qid in qrels if run.get(qid)]
-    evaluation = evaluate(qrels, run, measures)  # raises for a wrong measure
     refused = {}
     for notation in measures:
         needed = cutoff(notation)
@@ -108,11 +100,9 @@ def score(
             refused[notation] = (
                 f"{notation} needs {needed:,} hits a query; the run has at most {most:,}"
             )
-    computed = Evaluation(
-        {m: value for m, value in evaluation.mean.items() if m not in refused},
-        {m: values for m, values in evaluation.per_query.items() if m not in refused},
-    )
-    return Scored(computed, refused, len(qrels) - len(depths))
+    allowed = [notation for notation in measures if notation not in refused]
+    evaluation = evaluate(qrels, run, allowed) if allowed else Evaluation({}, {})
+    return Scored(evaluation, refused, len(qrels) - len(depths))
 
 
 def finds_relevant(run: Run, relevant: Qrels) -> bool:

@@ -116,13 +116,8 @@ def paired_interval(
     """Mean of a − b over the queries (and seeds), and its t interval: (difference, low, high).
 
     At confidence 1 − 2 · alpha / comparisons it lies within ±margin if and only if `compare` finds
-    the runs equivalent.
-
-    Raises:
-        ValueError: as `compare`, or confidence is not between 0 and 1.
+    the runs equivalent. Raises ValueError as `compare` does.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
     x, y = _paired(a, b)
     found = _estimate(x - y)
     return (found.mean, *found.interval(1 - confidence))
@@ -139,17 +134,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def randomisation_test(differences: np.ndarray, *, seed: int = 1) -> list[float]:
+def randomisation_test(differences: np.ndarray) -> list[float]:
     """Two-sided p-values of mean differences by random flips of signs (Smucker et al., CIKM 2007).
 
-    Args:
-        differences: (Q, P), a row per query and a column per pair of runs.
-        seed: of the `RESAMPLES` flips, which all pairs share.
-
-    Returns:
-        Of each pair (1 + resamples whose mean is at least as far from 0) / (1 + resamples).
+    ``differences`` are (Q, P), a row per query and a column per pair of runs, which share the
+    `RESAMPLES` flips: (1 + resamples whose mean is at least as far from 0) / (1 + resamples).
     """
-    rng, queries = np.random.default_rng(seed), len(differences)
+    rng, queries = np.random.default_rng(1), len(differences)
     reached = abs(differences.sum(axis=0)) - 1e-9  # but for rounding
     count = np.ones(differences.shape[1])
     block = max(1, (1 << 22) // max(differences.shape))

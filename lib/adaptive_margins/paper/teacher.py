@@ -17,7 +17,7 @@ from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.stored import COLUMNS
 from adaptive_margins.data.trec import Run
 from adaptive_margins.data.triples import sample_triples
-from adaptive_margins.encoder.arrays import read_array
+from adaptive_margins.encoder.checks import read_array
 from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.load import encoder_identity, quiet
 from adaptive_margins.evaluation.measures import evaluate

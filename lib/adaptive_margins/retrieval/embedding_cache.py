@@ -24,11 +24,7 @@ LIMIT_VARIABLE = "ADAPTIVE_MARGINS_CACHE_GB"
 
 
 def cache_folder(use: bool = True) -> Path | None:
-    """Return ``cache/embeddings`` of `home`; None if it is not to be used, or cannot be written.
-
-    Raises:
-        AdaptiveMarginsError: $ADAPTIVE_MARGINS_CACHE_GB is not a number.
-    """
+    """Return ``cache/embeddings`` of `home`; None if it is not to be used, or cannot be written."""
     if not use or not _limit():
         return None
     folder = home() / "cache" / "embeddings"
@@ -38,12 +34,10 @@ def cache_folder(use: bool = True) -> Path | None:
 
 
 def cached_embeddings(retriever: Any, folder: Path | None) -> np.ndarray | None:
-    """Return the embeddings of a `DenseRetriever`'s rows, memory-mapped.
+    """Return the embeddings of a `DenseRetriever`'s rows, memory-mapped; computed if need be.
 
-    None without a ``folder``, or if they are too many for the cache.
-
-    They are computed unless ``folder`` has them, undamaged. Those used longest ago are removed if
-    the folder has more than $ADAPTIVE_MARGINS_CACHE_GB.
+    None without a ``folder``, or if they are too many for the cache. Those used longest ago are
+    removed if the folder has more than $ADAPTIVE_MARGINS_CACHE_GB.
     """
     limit = _limit() or math.inf  # without a `cache_folder`, it is one for this command alone
     size = 4 * len(retriever.rows) * retriever.model.get_embedding_dimension()

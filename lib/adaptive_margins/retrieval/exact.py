@@ -47,37 +47,22 @@ def rerank(
     *,
     normalize: bool = True,
 ) -> Run:
-    """Order each query's candidates by cosine similarity (paper, Section 4).
+    """Order each query's candidates by cosine similarity (paper, Section 4), or by inner product.
 
-    Args:
-        candidates: query id → docid → any score (only the docids are used).
-        query_embeddings: (len(qids), D), need not be normalised.
-        qids: the query of each row.
-        passage_embeddings: (len(docids), D), each passage once.
-        docids: the passage of each row; best only those of candidates, as all are read.
-        normalize: if False, order by inner product instead of cosine.
+    ``passage_embeddings`` (len(docids), D) have each passage once; neither they nor
+    ``query_embeddings`` (len(qids), D) need be normalised. Scores of candidates are not used. The
+    cosine with a zero embedding is 0. Products are summed in 64 bits and rounded to 32, so that
+    identical embeddings tie on every machine.
 
-    Returns:
-        Query id → docid → cosine in [-1, 1]; 0 if an embedding is zero. Products are summed in 64
-        bits and rounded to 32, so that identical embeddings tie on every machine.
-
-    Raises:
-        ValueError: a candidate or its query has no embedding, ids repeat, shapes disagree, or a
-            query's or candidate's embedding is not finite.
+    Raises KeyError if a candidate or its query has no embedding, and ValueError if shapes disagree,
+    or a query's or candidate's embedding is not finite.
     """
-    queries = checked_queries(query_embeddings, qids)
-    check_passages(passage_embeddings, docids, queries)
+    queries = checked_queries(query_embeddings, qids, passage_embeddings, docids)
     unit = _unit if normalize else np.asarray
     query_row = {qid: row for row, qid in enumerate(qids)}
     passage_row = {docid: row for row, docid in enumerate(docids)}
-    if len(passage_row) != len(docids):
-        raise ValueError("passage ids must be unique")
     run: Run = {}
     for qid, hits in candidates.items():
-        if qid not in query_row:
-            raise ValueError(f"query {qid!r} of the candidates has no embedding")
-        if missing := [docid for docid in hits if docid not in passage_row]:
-            raise ValueError(f"candidate {missing[0]!r} of query {qid!r} has no embedding")
         rows = np.array([passage_row[docid] for docid in hits], np.int64)
         found = passage_embeddings[rows].astype(np.float32, copy=False)
         check_finite(found, "passage", list(hits))
@@ -93,25 +78,15 @@ def exact_search(
     ids: Sequence[str],
     depth: int,
 ) -> Run:
-    """Return the ``depth`` passages of highest inner product with each query (exact).
+    """Return the ``depth`` passages, or all, of highest inner product with each query (exact).
 
-    Passages are read once, block by block.
-
-    Args:
-        query_embeddings: (len(qids), D).
-        passage_embeddings: (len(ids), D).
-        qids: the query of each row.
-        ids: the docid of each row.
-        depth: hits wanted; may exceed the number of passages.
-
-    Raises:
-        ValueError: ``depth`` below 1, hits with the same docid, shapes that disagree, or an
-            embedding that is not finite.
+    ``query_embeddings`` are (len(qids), D), ``passage_embeddings`` (len(ids), D), which are read
+    once, block by block. Raises ValueError for a ``depth`` below 1, shapes that disagree, or an
+    embedding that is not finite.
     """
-    check_depth(depth)
-    queries = checked_queries(query_embeddings, qids)
-    check_passages(passage_embeddings, ids, queries)
-    rounding = [_rounding(query) for query in queries]
+    queries = checked_queries(query_embeddings, qids, passage_embeddings, ids, depth)
+    # How far two float32 sums of a query's product with a unit vector may lie apart.
+    rounding = 2 * queries.shape[1] * np.finfo(np.float32).eps * np.linalg.norm(queries, axis=1)
     best_rows = [np.empty(0, np.int64) for _ in qids]
     best_scores = [np.empty(0, np.float32) for _ in qids]
     lowest = np.full(len(qids), -np.inf)  # score at rank ``depth`` of each query that has so many
@@ -141,18 +116,12 @@ def approximation_recall(approx: Run, exact: Run, depth: int) -> float:
     """Return the mean share of the top ``depth`` of ``exact`` in that of ``approx``, in [0, 1].
 
     A query missing in ``approx`` counts 0; one without hits in ``exact`` is left out.
-
-    Raises:
-        ValueError: ``depth`` below 1, or ``exact`` has no hits.
     """
-    check_depth(depth)
     shares = []
     for qid, hits in exact.items():
         if best := {docid for docid, _ in top(hits, depth)}:
             found = {docid for docid, _ in top(approx.get(qid, {}), depth)}
             shares.append(len(best & found) / len(best))
-    if not shares:
-        raise ValueError("the exact run has no hits to compare with")
     return float(np.mean(shares))
 
 
@@ -170,8 +139,6 @@ def exact_hits(
     scores = _products(query, passages[rows].astype(np.float32, copy=False))
     best = rows_of_best(scores, depth)
     docids = [ids[row] for row in rows[best].tolist()]
-    if len(set(docids)) != len(docids):
-        raise ValueError("passage ids must be unique")
     return dict(top(dict(zip(docids, scores[best].tolist(), strict=True)), depth))
 
 
@@ -183,31 +150,26 @@ def rows_of_best(scores: np.ndarray, depth: int, slack: float = 0.0) -> np.ndarr
     return np.flatnonzero(scores >= np.partition(scores, cut)[cut] - slack)
 
 
-def checked_queries(embeddings: np.ndarray, qids: Sequence[str]) -> np.ndarray:
-    """Return embeddings as a contiguous float32 matrix; ValueError unless finite, one row an id."""
-    queries = np.ascontiguousarray(embeddings, dtype=np.float32)
-    if queries.ndim != 2 or len(queries) != len(qids):
+def checked_queries(
+    embeddings: np.ndarray,
+    qids: Sequence[str],
+    passages: np.ndarray,
+    ids: Sequence[str],
+    depth: int | None = None,
+) -> np.ndarray:
+    """Return queries' embeddings as a contiguous float32 matrix.
+
+    Raises ValueError unless they are finite, and both have one row an id and the same dimensions.
+    """
+    check_depth(depth)
+    queries, dim = np.ascontiguousarray(embeddings, dtype=np.float32), passages.shape[-1]
+    if (queries.shape, passages.shape) != ((len(qids), dim), (len(ids), dim)):
         raise ValueError(
-            f"query embeddings must have shape ({len(qids)}, D), one row an id, not {queries.shape}"
+            f"{len(qids)} queries have embeddings of shape {queries.shape}, {len(ids)} passages of"
+            f" {passages.shape}; expected one row an id, and the same dimensions"
         )
-    if len(set(qids)) != len(qids):
-        raise ValueError("query ids must be unique")
     check_finite(queries, "query", qids)
     return queries
-
-
-def check_passages(embeddings: np.ndarray, ids: Sequence[str], queries: np.ndarray) -> None:
-    """Raise ValueError unless there is one row an id, as wide as the queries'."""
-    if embeddings.ndim != 2 or len(embeddings) != len(ids):
-        raise ValueError(
-            f"passage embeddings must have shape ({len(ids)}, D), one row an id, not"
-            f" {embeddings.shape}"
-        )
-    if queries.shape[1] != embeddings.shape[1]:
-        raise ValueError(
-            f"query embeddings have {queries.shape[1]} dimensions, passage embeddings"
-            f" {embeddings.shape[1]}"
-        )
 
 
 def check_finite(
@@ -232,8 +194,3 @@ def _products(query: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Inner products summed in 64 bits and rounded to 32, independent of a row's position."""
     products: np.ndarray = (rows.astype(np.float64) @ query.astype(np.float64)).astype(np.float32)
     return products
-
-
-def _rounding(query: np.ndarray) -> float:
-    """How far two float32 sums of one product with a unit vector may lie apart."""
-    return float(2 * len(query) * np.finfo(np.float32).eps * np.linalg.norm(query))

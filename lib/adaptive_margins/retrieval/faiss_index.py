@@ -11,14 +11,8 @@ import faiss
 import numpy as np
 
 from adaptive_margins import progress
-from adaptive_margins.data.trec import Run, check_depth
-from adaptive_margins.retrieval.exact import (
-    blocks,
-    check_finite,
-    check_passages,
-    checked_queries,
-    exact_hits,
-)
+from adaptive_margins.data.trec import Run
+from adaptive_margins.retrieval.exact import blocks, checked_queries, exact_hits
 
 _BATCH = 256  # queries searched at a time, so that k_factor · depth hits of each fit in memory
 _LISTS = 1 << 18  # of an index at most, the paper's
@@ -31,13 +25,11 @@ class IndexSettings:
 
     Attributes:
         factory: FAISS's factory string, e.g. "OPQ32,IVF128_HNSW32,PQ32x7", or "Flat".
-        dim: dimensions of the embeddings.
         nlist, nprobe: inverted lists, and how many of them are searched.
         ef_search: breadth of the HNSW search for the nearest lists.
         m, bits: sub-quantisers and bits of each: a passage is coded in m · bits / 8 bytes.
         k_factor: k_factor · depth hits by code are reranked by their exact product.
-        train: random passages that the lists are clustered from; 0 for all.
-        sample: passages of these that OPQ and PQ are trained on.
+        train, sample: passages that the lists are clustered from (0: all), and OPQ and PQ trained.
         quick: lists are clustered by all distances (small collections), not by an HNSW graph, and
             passages are assigned to them with FAISS's efSearch of 16, not 128.
         note: the reason for the sizes, for reports.
@@ -65,35 +57,23 @@ class IndexSettings:
 def choose_index(n: int, dim: int, *, depth: int = 100) -> IndexSettings:
     """Return index settings for ``n`` passages of ``dim`` dimensions and ``depth`` hits.
 
-    The kind is the paper's (Section 4: HNSW, optimised 32-byte product quantisation, exact
-    reranking of the top k), ``OPQ32,IVF262144_HNSW32,PQ32,RFlat`` in its released code, but without
-    ``RFlat``, a float32 copy of all embeddings (27 GB): `search_index` reranks by the embeddings.
-    The sizes depend on the collection:
+    The kind is the paper's (Section 4), ``OPQ32,IVF262144_HNSW32,PQ32,RFlat`` in its released code,
+    but without ``RFlat``, a float32 copy of all embeddings (27 GB): `search_index` reranks by the
+    embeddings. The sizes depend on the collection:
 
     - ``m``: the largest divisor of ``dim`` up to 32, the paper's bytes a passage.
-    - ``bits``: as many, up to 8, as leave 39 passages a centroid (FAISS's recommendation):
-      39 · 2^bits ≤ n. With fewer than 4 bits (n < 624) the index is "Flat", which is exact.
+    - ``bits``: as many, up to 8, as leave 39 passages a centroid (FAISS's recommendation). With
+      fewer than 4 bits (n < 624) the index is "Flat", which is exact.
     - ``nlist``: the largest power of two up to n / 39; from a million passages on up to n / 32,
       because the paper's 262,144 lists have 33.7 of 8.84 million passages each. There are no more.
     - ``nprobe``: lists with 8 · ``depth`` passages on average, at least 8 · √nlist. (With 1 as in
       the released code, 1,000 hits cannot be filled.)
-    - ``k_factor``: 16 for up to 50 hits, else 8: exact products are cheap. From 100,000 passages on
-      32, because more passages lie between the best hits and what a code can tell apart.
-    - ``train``: all passages; from 100,000 on 8 a list, where FAISS recommends 30 to 256. All would
-      take 54 GB at the paper's size, 8 a list take 13.
+    - ``k_factor``: 16 for up to 50 hits, else 8. From 100,000 passages on 32, because more passages
+      lie between the best hits and what a code can tell apart.
+    - ``train``: all passages; from 100,000 on 8 a list: 13 GB instead of 54 at the paper's size.
     - ``sample``: below 100,000 passages 39 · 2^bits passages, else 256 · 2^bits.
 
-    Measured with 7,000 × 384 embeddings of docstrings by MiniLM and 1,200 queries, one thread of
-    a 2.8 GHz Xeon: building takes 2.4 s of CPU (FAISS's defaults: 64 s), searching for 20 hits
-    0.6 s, for 100 hits 0.9 s. The index finds .990, .994, .995 and .991 of the exact top 10, 20, 50
-    and 100. Exact search takes 0.3 s: at this size, an index saves no time.
-
-    Raises:
-        ValueError: ``n``, ``dim`` or ``depth`` is below 1.
     """
-    for name, value in (("n", n), ("dim", dim), ("depth", depth)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
     bits = min(8, (n // 39).bit_length() - 1)
     if bits < 4:
         note = f"{n} passages are too few to train a quantiser on (of 624): the search is exact"
@@ -126,24 +106,10 @@ def build_index(
 ) -> faiss.Index:
     """Train an index on a sample of the embeddings and add all, in their order and block by block.
 
-    Args:
-        embeddings: (n, D) of length 1 (or 0), so that the inner product is the cosine.
-        settings: from `choose_index`, or with other sizes.
-        seed: of the sample and of the k-means clusterings.
-        threads: of FAISS. With one, the same input gives the same index.
-
-    Raises:
-        ValueError: other dimensions than the settings', fewer passages than lists or than
-            centroids of a code, or an embedding that is not finite or not of length 1 or 0.
+    ``embeddings`` (n, D) have length 1 (or 0), so that the inner product is the cosine; ``seed`` is
+    of the sample and of the k-means clusterings. With one thread, the index is reproducible.
     """
     n, dim = embeddings.shape
-    if dim != settings.dim:
-        raise ValueError(f"embeddings have {dim} dimensions, the index settings {settings.dim}")
-    if n < max(1, settings.nlist, 1 << settings.bits):
-        raise ValueError(
-            f"{n} passages are too few for {settings.factory}; use choose_index({n}, {dim})"
-        )
-    _check_lengths(embeddings)
     before = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(threads)
     try:
@@ -185,20 +151,6 @@ def build_index(
         faiss.omp_set_num_threads(before)
 
 
-def _check_lengths(embeddings: np.ndarray) -> None:
-    """Raise ValueError for an embedding that is not finite, or not of length 1 or 0."""
-    for first, block in blocks(embeddings):
-        squared = check_finite(block, "passage", range(len(embeddings)), first)
-        # Rounding a unit vector to float16 changes its squared length by about 2⁻¹⁰ at most.
-        wrong = np.flatnonzero((np.abs(squared - 1) > 1e-3) & (squared > 0))
-        if len(wrong):
-            length = math.sqrt(squared[wrong[0]])
-            raise ValueError(
-                f"embedding in row {first + wrong[0]} has length {length:.4g}, expected 1"
-                " (normalise them)"
-            )
-
-
 def _add(index: faiss.Index, embeddings: np.ndarray) -> None:
     with progress.bar("adding to the index", total=len(embeddings), unit="passages") as bar:
         for _, block in blocks(embeddings):
@@ -217,39 +169,17 @@ def search_index(
     *,
     fill: bool = True,
 ) -> Run:
-    """Return the ``depth`` best passages of each query by an index.
+    """Return the ``depth`` best passages of each query by an index from `build_index`.
 
     ``k_factor`` · ``depth`` passages found by code are reranked by their exact inner product with
-    the query; the scores equal those of `exact_search`. A query whose lists hold fewer passages
-    than wanted is searched again in twice as many lists, until it is filled.
+    the query; the scores equal those of `exact_search`. With ``fill``, a query whose lists hold
+    fewer passages than wanted is searched again in twice as many lists, until it is filled; there
+    is a UserWarning if that takes more than all.
 
-    Args:
-        index: from `build_index`.
-        settings: of the index; ``nprobe``, ``ef_search`` and ``k_factor`` are used.
-        query_embeddings: (len(qids), D).
-        qids: the query of each row.
-        ids: the docid of each vector in the index.
-        depth: hits wanted.
-        embeddings: of the index's passages.
-        fill: whether queries with too few hits are searched again.
-
-    Warns:
-        UserWarning: a query could not be filled even from all lists.
-
-    Raises:
-        ValueError: ``depth`` below 1, another number of docids or embeddings than of vectors, hits
-            with the same docid, other dimensions than the index's, or a query embedding that is not
-            finite.
+    ``embeddings`` and ``ids`` are of the index's vectors, in their order; the other arguments and
+    errors are those of `exact_search`.
     """
-    check_depth(depth)
-    queries = checked_queries(query_embeddings, qids)
-    if len(ids) != index.ntotal:
-        raise ValueError(f"the index has {index.ntotal} vectors, but {len(ids)} docids were given")
-    if queries.shape[1] != index.d:
-        raise ValueError(
-            f"query embeddings have {queries.shape[1]} dimensions, the index {index.d}"
-        )
-    check_passages(embeddings, ids, queries)
+    queries = checked_queries(query_embeddings, qids, embeddings, ids, depth)
     wanted = min(depth, index.ntotal)
     asked = index.ntotal if settings.flat else min(index.ntotal, settings.k_factor * wanted)
     found: Run = {}
