@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from adaptive_margins.book.claim_statistics import (
@@ -79,14 +79,3 @@ def student_has_maximum(of: Evidence) -> str:
 
 FORCED = ("training_stops_early", "several_models")
 """Conditions about what the design forces; the others are about what the runs lack."""
-CONDITIONS: dict[str, Callable[..., str]] = {
-    f.__name__: f
-    for f in (
-        maximum_seen,
-        rows_have_maximum,
-        training_stops_early,
-        several_models,
-        teacher_supplied,
-        student_has_maximum,
-    )
-}

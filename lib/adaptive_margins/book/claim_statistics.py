@@ -11,7 +11,7 @@ configuration has several seeds, each draw also draws among its seeds. What has 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 from zlib import crc32
@@ -28,6 +28,8 @@ from adaptive_margins.paper.store import StoredRun
 DRAWS = 1000
 Interval = tuple[float, float, float]
 """Value, and the ends of its 95 % confidence interval."""
+Curves = Mapping[str, Any]
+"""A figure, and which of its curves: the arguments of `_curves`."""
 STUDENT = "MarginMSE, TAS-B, hard"
 """The row trained as the reproduced TAS-B run that the paper's Table 4 tests against."""
 _CURVE = ["encoder", "in_batch", "batch_size", "triples"]
@@ -211,21 +213,26 @@ def _chosen(table: pd.DataFrame) -> np.ndarray:
     return np.concatenate([[draws[1:].mean()], draws[1:]]) if len(draws) > 1 else draws
 
 
-# --- Figure 3 -------------------------------------------------------------------------------------
+# --- Figures 3 to 5 -------------------------------------------------------------------------------
+
+
+def _both(of: Evidence, frame: str, measure: int = 0) -> tuple[pd.DataFrame, ...]:
+    """Scores of a frame, and those to choose by."""
+    return tuple(of.scores(frame, measure, other=other) for other in (False, True))
 
 
 def tuning_gain(of: Evidence) -> np.ndarray:
     """Score with the best ε minus score with ε = 1, mean over encoders and settings."""
-    score, choose = of.scores("figure3"), of.scores("figure3", other=True)
-    return _chosen(best((score, choose), "target")[0] - pick(score, target=1.0))
+    tables = _both(of, "figure3")
+    return _chosen(best(tables, "target")[0] - pick(tables[0], target=1.0))
 
 
 def gain_of_own_target(of: Evidence) -> np.ndarray:
     """Score with each encoder's best ε minus score with the ε that is best for all encoders."""
-    score, choose = of.scores("figure3"), of.scores("figure3", other=True)
-    single = best((score, choose), "target")[0].groupby(level="in_batch").mean()
-    means = [x.groupby(level=["in_batch", "target"]).mean() for x in (score, choose)]
-    if score.index.get_level_values("encoder").nunique() < 2:
+    tables = _both(of, "figure3")
+    single = best(tables, "target")[0].groupby(level="in_batch").mean()
+    means = [x.groupby(level=["in_batch", "target"]).mean() for x in tables]
+    if tables[0].index.get_level_values("encoder").nunique() < 2:
         return np.array([np.nan])
     return _chosen(single - best(means, "target")[0])
 
@@ -234,32 +241,33 @@ def gain_of_own_measure(of: Evidence) -> np.ndarray:
     """Recall-oriented score with the ε chosen by it minus that with the ε chosen by the first
     measure.
     """
-    score, choose = of.scores("figure3", -1), of.scores("figure3", -1, other=True)
-    if score.empty:
+    tables = _both(of, "figure3", -1)
+    if tables[0].empty:
         return np.array([np.nan])
     ranking = of.scores("figure3", 0, other=True)
-    return _chosen(best((score, choose), "target")[0] - best((score, ranking), "target")[0])
+    return _chosen(best(tables, "target")[0] - best((tables[0], ranking), "target")[0])
 
 
 def static_in_batch(of: Evidence, measure: int) -> np.ndarray:
     """Score of the best ε with in-batch negatives minus that without, mean over encoders."""
-    score, choose = (of.scores("figure3", measure, other=other) for other in (False, True))
-    found = best((score, choose), "target")[0]
+    found = best(_both(of, "figure3", measure), "target")[0]
     return _chosen(pick(found, in_batch=True) - pick(found, in_batch=False))
 
 
-# --- Figures 4 and 5 ------------------------------------------------------------------------------
-
-
 def _curves(of: Evidence, figure: str, measure: int = 0, **which: Any) -> tuple[pd.DataFrame, ...]:
-    """Curves of a figure, and those to choose by. A batch size is "small" or "large"."""
-    tables = [of.scores(figure, measure, other=other) for other in (False, True)]
-    sizes = tables[0].index.get_level_values("batch_size")
+    """Curves by encoder and triples, and those to choose by.
+
+    ``which`` has ``in_batch`` or ``batch_size``: "small", "large", or "figure4" for Figure 4's.
+    """
+    tables = _both(of, figure, measure)
     if "batch_size" in which:
-        if sizes.nunique() < 2:
-            return tables[0].iloc[:0], tables[1].iloc[:0]
-        which["batch_size"] = sizes.min() if which["batch_size"] == "small" else sizes.max()
-    return tuple(pick(table, **which) for table in tables)
+        sizes = sorted(set(tables[0].index.get_level_values("batch_size")))
+        named = {"small": sizes[0], "large": sizes[-1]} if len(sizes) > 1 else {}
+        if "figure4" in of.frames:
+            named["figure4"] = of.frames["figure4"]["batch_size"].iloc[0]
+        which["batch_size"] = named.get(which["batch_size"])
+    others = [level for level in ("in_batch", "batch_size") if level not in which]
+    return tuple(pick(table, **which).droplevel(others) for table in tables)
 
 
 def maximum_at(of: Evidence, figure: str, **which: Any) -> pd.DataFrame:
@@ -271,61 +279,29 @@ def maximum_at(of: Evidence, figure: str, **which: Any) -> pd.DataFrame:
     return best((score, score), "triples")[1] / last
 
 
-def share_at_maximum(of: Evidence, figure: str, **which: Any) -> np.ndarray:
-    """Share of the triples after which the first measure is highest, mean over encoders."""
-    return _mean(maximum_at(of, figure, **which))
+def share_at_maximum(of: Evidence, a: Curves, b: Curves | None = None) -> np.ndarray:
+    """Share of the triples after which the curves ``a`` are highest, minus that of ``b``; mean over
+    encoders.
+    """
+    share = maximum_at(of, **a)
+    return _mean(share if b is None else _minus(share, maximum_at(of, **b)))
+
+
+def highest(of: Evidence, a: Curves, b: Curves, measure: int = 0) -> np.ndarray:
+    """Highest score of the curves ``a`` minus that of ``b``, mean over encoders."""
+    tables = (best(_curves(of, measure=measure, **which), "triples")[0] for which in (a, b))
+    return _chosen(_minus(*tables))
+
+
+def _minus(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
+    return a if a.empty else b if b.empty else a - b
 
 
 def fall_after_maximum(of: Evidence, figure: str, **which: Any) -> np.ndarray:
     """Highest score minus last score of a curve, mean over encoders."""
-    score, choose = _curves(of, figure, **which)
-    last = pick(score, triples=max(score.index.get_level_values("triples"), default=0))
-    return _chosen(best((score, choose), "triples")[0] - last)
-
-
-def adaptive_in_batch(of: Evidence, measure: int) -> np.ndarray:
-    """Highest score of adaptive targets with in-batch negatives minus that without."""
-    found = best(_curves(of, "figure4", measure), "triples")[0]
-    return _chosen(pick(found, in_batch=True) - pick(found, in_batch=False))
-
-
-def later_in_batch(of: Evidence) -> np.ndarray:
-    """Share of the triples at the maximum with in-batch negatives minus that without."""
-    at = maximum_at(of, "figure4")
-    return _mean(pick(at, in_batch=True) - pick(at, in_batch=False))
-
-
-def _like_figure4(of: Evidence, table: pd.DataFrame) -> pd.DataFrame:
-    """Of Figure 5's rows those with Figure 4's batch size, by encoder."""
-    size = of.frames["figure4"]["batch_size"].iloc[0]
-    return pick(table, batch_size=size, in_batch=False)
-
-
-def sooner_than_adaptive(of: Evidence) -> np.ndarray:
-    """Share of the triples at the maximum of distributed targets minus that of adaptive ones."""
-    distributed = _like_figure4(of, maximum_at(of, "figure5"))
-    return _mean(distributed - _like_figure4(of, maximum_at(of, "figure4")))
-
-
-def sooner_with_small_batches(of: Evidence) -> np.ndarray:
-    """Share of the triples at the maximum with small batches minus that with large ones."""
-    small, large = (maximum_at(of, "figure5", batch_size=size) for size in ("small", "large"))
-    return _mean(small - large)
-
-
-def distributed_over_adaptive(of: Evidence, in_batch: bool) -> np.ndarray:
-    """Highest score of distributed targets minus that of adaptive ones, mean over encoders."""
-    distributed = _like_figure4(of, best(_curves(of, "figure5"), "triples")[0])
-    adaptive = best(_curves(of, "figure4", in_batch=in_batch), "triples")[0]
-    return _chosen(distributed - adaptive.reset_index("batch_size", drop=True))
-
-
-def large_over_small(of: Evidence) -> np.ndarray:
-    """Highest score with large batches minus that with small ones, mean over encoders."""
-    small, large = (
-        best(_curves(of, "figure5", batch_size=size), "triples")[0] for size in ("small", "large")
-    )
-    return _chosen(large - small)
+    tables = _curves(of, figure, **which)
+    last = pick(tables[0], triples=max(tables[0].index.get_level_values("triples"), default=0))
+    return _chosen(best(tables, "triples")[0] - last)
 
 
 # --- Figure 6 and Table 2 -------------------------------------------------------------------------
@@ -366,7 +342,7 @@ def order_by_target(of: Evidence, column: str) -> np.ndarray:
 
 def lead(of: Evidence, variant: str, measure: int) -> np.ndarray:
     """Score of a variant minus that of the best other one of the same encoder, mean over all."""
-    tables = [of.scores("table3", measure, other=other) for other in (False, True)]
+    tables = _both(of, "table3", measure)
     others = [x[x.index.get_level_values("variant") != variant] for x in tables]
     return _chosen(pick(tables[0], variant=variant) - best(others, "variant")[0])
 
@@ -425,32 +401,3 @@ def to_students(of: Evidence) -> pd.DataFrame:
     """Comparisons with students of a teacher in the first measure."""
     frame = of.frames["equivalence"]
     return frame[frame["taught"] & (frame["measure"] == frame["measure"].iloc[0])]
-
-
-STATISTICS: dict[str, Callable[..., np.ndarray | pd.Series | Interval]] = {
-    f.__name__: f
-    for f in (
-        tuning_gain,
-        gain_of_own_target,
-        gain_of_own_measure,
-        static_in_batch,
-        share_at_maximum,
-        fall_after_maximum,
-        adaptive_in_batch,
-        later_in_batch,
-        sooner_than_adaptive,
-        sooner_with_small_batches,
-        distributed_over_adaptive,
-        large_over_small,
-        final_mean,
-        final_skew,
-        spread_of_means,
-        order_by_target,
-        lead,
-        difference,
-        difference_of_gains,
-        static_over,
-        to_teacher,
-        after_share,
-    )
-}

@@ -25,8 +25,8 @@ import yaml
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
-from adaptive_margins.book.claim_conditions import CONDITIONS, FORCED
-from adaptive_margins.book.claim_statistics import STATISTICS, Evidence, interval, published_frames
+from adaptive_margins.book import claim_conditions, claim_statistics
+from adaptive_margins.book.claim_statistics import Evidence, interval, published_frames
 from adaptive_margins.book.figures import GREY, WIDTH, drawing
 from adaptive_margins.book.published import load
 from adaptive_margins.book.style import signed
@@ -84,7 +84,7 @@ class Claim:
     paper: str = ""
     format: str = "difference"
     supported: tuple[float | None, float | None] = (None, None)
-    reason: str = ""
+    reason: str = "the claim is about the sign."
     needs: dict[str, dict[str, Any]] = field(default_factory=dict)
     untestable: str = ""
     asks: dict[str, str] = field(default_factory=dict)
@@ -229,8 +229,8 @@ def _row(claim: Claim, here: Evidence, printed: Evidence) -> dict[str, Any]:
     value = low = high = float("nan")
     forced, why = bool(claim.untestable), claim.untestable
     for name, arguments in claim.needs.items():
-        if not why and (why := CONDITIONS[name](here, **arguments)):
-            forced = name in FORCED
+        if not why and (why := getattr(claim_conditions, name)(here, **arguments)):
+            forced = name in claim_conditions.FORCED
     format_ = FORMATS[claim.format]
     if claim.statistic:
         value, low, high = estimate(claim, here)
@@ -278,4 +278,4 @@ def _in_words(supported: tuple[float | None, float | None], format_: Callable[[f
 
 def estimate(claim: Claim, evidence: Evidence) -> tuple[float, float, float]:
     """The statistic of a claim and its 95 % confidence interval (NaN where there is none)."""
-    return interval(STATISTICS[claim.statistic](evidence, **claim.arguments))
+    return interval(getattr(claim_statistics, claim.statistic)(evidence, **claim.arguments))

@@ -18,6 +18,7 @@ import pandas as pd
 import yaml
 
 from adaptive_margins.book import claims, describe, edition, figures, released_code
+from adaptive_margins.book.claim_statistics import variants
 from adaptive_margins.book.render import render
 from adaptive_margins.book.style import measure_label
 from adaptive_margins.paper import Reproduction
@@ -98,10 +99,8 @@ def cover(profile: Profile, table4: Path | None) -> str:
         return render("cover.md", profile=profile, scores=None)
     frame = pd.read_csv(table4, keep_default_na=False, na_values=[""])
     frame = frame[~frame["source"].str.startswith(("published", "supplied"))]
-    sampling = (", " + frame["sampling"]).where(~frame["sampling"].isin(["Rand.", "—"]), "")
-    in_batch = sampling + frame["in_batch"].map({"✓": ", in-batch"}).fillna("")
     frame = frame.assign(
-        Loss=frame["loss"] + in_batch.where(frame["loss"] != "Distributed", ""),
+        Loss=variants(frame).str.replace(" in-batch", ", in-batch"),
         column=frame["measure"].map(measure_label) + ", " + frame["set"],
         cell=frame["value"].map("{:.3f}".format),
     )

@@ -8,7 +8,6 @@ import re
 import subprocess
 import tarfile
 from collections.abc import Mapping
-from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
 from shutil import rmtree, which
@@ -16,6 +15,7 @@ from urllib.parse import unquote, urlparse
 
 import nbformat
 import yaml
+from bs4 import BeautifulSoup
 
 from adaptive_margins import __version__
 from adaptive_margins.book.build import Site
@@ -39,68 +39,39 @@ LEFTOVERS = re.compile(
 )
 """What a page shows if something went wrong: errors, empty values, unresolved references."""
 
+_LINKS = "a[href], link[href], img[src], script[src], iframe[src]"
+
 INSTALL = (
     "apt install --no-install-recommends latexmk texlive-latex-recommended texlive-latex-extra"
     " texlive-fonts-recommended texlive-xetex fonts-freefont-otf tex-gyre librsvg2-bin"
 )
-_LINKS = {"a": "href", "link": "href", "img": "src", "script": "src", "iframe": "src"}
-_EMPTY = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
-_NOT_READ = {"script", "style", "pre", "code"}
-
-
-class Page(HTMLParser):
-    """Links, anchors and text of an HTML page, code apart."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.links: list[str] = []
-        self.ids: set[str] = set()
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(path.read_text("utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note the link and the anchor of a tag."""
-        values = dict(attrs)
-        self.ids |= {value for value in (values.get("id"), values.get("name")) if value}
-        if link := values.get(_LINKS.get(tag, "")):
-            self.links.append(link)
-        if tag not in _EMPTY:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        """Close a tag, and those within it that were left open."""
-        while tag in self._open and self._open.pop() != tag:
-            pass
-
-    def handle_data(self, data: str) -> None:
-        """Note text that is read."""
-        if not _NOT_READ & set(self._open):
-            self.text += data
 
 
 def problems(site: Path) -> list[str]:
     """Links that lead nowhere and `LEFTOVERS` on the pages of a built book, each with its page, and
     a weight above 10 MB without the PDF.
     """
-    pages = {path.resolve(): Page(path) for path in sorted(site.glob("*.html"))}
+    pages = {
+        path.resolve(): BeautifulSoup(path.read_text("utf-8"), "html.parser")
+        for path in sorted(site.glob("*.html"))
+    }
+    ids = {p: {t.get(k) for k in ("id", "name") for t in page(True)} for p, page in pages.items()}
     weight = sum(
         file.stat().st_size for file in site.rglob("*") if file.is_file() and file.suffix != ".pdf"
     )
     found = [f"{weight / 1e6:.1f} MB, expected at most 10; see: du -a"] * (weight > 10e6)
     for path, page in pages.items():
-        found += [f"{path.name}: {match[0]!r}" for match in LEFTOVERS.finditer(page.text)]
-        for link in page.links:
+        links = [str(tag.get("href", tag.get("src"))) for tag in page.select(_LINKS)]
+        for code in page(["script", "style", "pre", "code"]):
+            code.extract()
+        found += [f"{path.name}: {match[0]!r}" for match in LEFTOVERS.finditer(page.get_text())]
+        for link in links:
             url = urlparse(link)
             if url.scheme or url.netloc or path.name == "404.html":  # whose links are absolute
                 continue
             target = (site / unquote(url.path)).resolve() if url.path else path
-            known = target.is_file() and (
-                not url.fragment
-                or target not in pages
-                or unquote(url.fragment) in pages[target].ids
-            )
-            if not known:
+            anchors = ids.get(target, {unquote(url.fragment)})
+            if not target.is_file() or (url.fragment and unquote(url.fragment) not in anchors):
                 found.append(f"{path.name}: link to {link}, which is not there")
     return found
 
