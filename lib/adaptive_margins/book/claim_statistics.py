@@ -266,7 +266,7 @@ def _curves(of: Evidence, figure: str, measure: int = 0, **which: Any) -> tuple[
         if "figure4" in of.frames:
             named["figure4"] = of.frames["figure4"]["batch_size"].iloc[0]
         which["batch_size"] = named.get(which["batch_size"])
-    others = [level for level in ("in_batch", "batch_size") if level not in which]
+    others: list[Any] = [level for level in ("in_batch", "batch_size") if level not in which]
     return tuple(pick(table, **which).droplevel(others) for table in tables)
 
 
