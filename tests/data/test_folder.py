@@ -163,7 +163,7 @@ def test_a_query_of_the_test_set_is_not_trained_on(tmp_path: Path) -> None:
     ]
     shared = {**BEIR, "qrels/train.tsv": HEADER + "q2\td3\t1\nq1\td3\t1\n"}
     (found,) = problems(write(tmp_path / "c", shared))
-    assert found == "qrels/test.tsv:2: query 'q1' is judged in train.tsv, too; sets must not share queries"  # fmt: skip
+    assert found == "qrels/train.tsv:3: query 'q1' is judged in test.tsv, too; sets must not share queries"  # fmt: skip
     same_ids = {**TREC, "queries_train.tsv": "q1\tanother\n", "qrels_train.txt": "q1 0 d1 1\n"}
     assert "queries_train.tsv:1: id 'q1' occurs already in queries.tsv:1" in problems(
         write(tmp_path / "d", same_ids)
@@ -213,7 +213,7 @@ def test_what_is_no_run_is_left_out_with_a_warning(tmp_path: Path) -> None:
         assert read_runs(tmp_path) == {"mine": {"q1": {"d1": 2.0}}}
     gone, install, other = (str(warning.message) for warning in caught)
     assert f"{tmp_path}/gone.run: is a link to nowhere.run, which does not exist" in gone
-    assert f"{tmp_path}/install.run: " in install and "a script" in install
+    assert f"{tmp_path}/install.run:1: 6 columns expected" in install
     assert f"{tmp_path}/other.trec:1: " in other and "judgements" in other
 
 
@@ -269,9 +269,9 @@ def test_ids_come_through_exactly(tmp_path: Path) -> None:
     ("change", "hint"),
     [
         ({"qrels.txt": "q1 0 cafe\u0301 1\n"},
-         r"'cafe\u0301' and the known 'caf\xe9' differ in Unicode normalisation (NFC) only"),
-        ({"qrels.txt": "q1 0 CAFÉ 1\nq1 0 zzz 1\n"}, r"'CAF\xc9' and the known 'caf\xe9' differ in case only"),
-        ({"qrels.txt": "Q1 0 café 1\n"}, "'Q1' and the known 'q1' differ in case only"),
+         r"'cafe\u0301' is similar to the known 'caf\xe9'"),
+        ({"qrels.txt": "q1 0 CAFÉ 1\nq1 0 zzz 1\n"}, r"'CAF\xc9' is similar to the known 'caf\xe9'"),
+        ({"qrels.txt": "Q1 0 café 1\n"}, "'Q1' is similar to the known 'q1'"),
     ],
 )  # fmt: skip
 def test_unknown_ids_that_look_like_known_ones_are_shown_escaped(
@@ -339,9 +339,9 @@ D = '{"_id": "d1", "text": "x"}\n'
     [
         ({"corpus.jsonl": D + '{"_id": "d2", "text": \n'}, "corpus.jsonl:2: not valid JSON"),
         ({"corpus.jsonl": D + "[" * 100_000 + "\n"}, "corpus.jsonl:2: not valid JSON"),
-        ({"corpus.jsonl": "[\n" + D}, "corpus.jsonl:1: JSON lines expected, found JSON over several lines"),
+        ({"corpus.jsonl": "[\n" + D}, "corpus.jsonl:1: JSON lines expected, found an array"),
         ({"corpus.jsonl": "[" + D.strip() + "]\n"}, "corpus.jsonl:1: JSON lines expected, found an array"),
-        ({"corpus.jsonl": "{\n" + D[1:]}, "corpus.jsonl:1: JSON lines expected, found JSON over several lines"),
+        ({"corpus.jsonl": "{\n" + D[1:]}, "corpus.jsonl:1: JSON lines expected, found an object"),
         ({"corpus.jsonl": D + "\n" + D}, "corpus.jsonl:2: not valid JSON (a blank line"),
         ({"corpus.jsonl": D.replace("_id", "docid")}, "corpus.jsonl:1: '_id' is missing; found 'docid', 'text'"),
         ({"corpus.jsonl": D + D}, "corpus.jsonl:2: id 'd1' occurs already in line 1"),
@@ -367,13 +367,15 @@ def test_malformed_beir_is_named_with_its_line(tmp_path: Path, change: dict, exp
 
 def test_missing_files_of_beir(tmp_path: Path) -> None:
     files = {k: v for k, v in BEIR.items() if not k.startswith("qrels")}
-    (found,) = problems(write(tmp_path / "a", files))
-    assert found.startswith("qrels: none of train.tsv, dev.tsv, test.tsv to judge")
+    expected = ["qrels/test.tsv: file not found; it should judge queries.jsonl"]
+    assert problems(write(tmp_path / "a", files)) == expected
     files["qrels/valid.tsv"] = BEIR["qrels/test.tsv"]
-    (found,) = problems(write(tmp_path / "valid", files))
-    assert "found valid.tsv" in found
+    with pytest.warns(UserWarning, match=r"valid\.tsv is not read"):
+        assert problems(write(tmp_path / "valid", files)) == expected
     files = {k: v for k, v in BEIR.items() if k != "queries.jsonl"}
-    assert problems(write(tmp_path / "b", files)) == ["queries.jsonl: file not found"]
+    assert problems(write(tmp_path / "b", files)) == [
+        f"qrels/{name}.tsv: there is no queries.jsonl, which it judges" for name in ("test", "train", "dev")
+    ]  # fmt: skip
     extra = write(tmp_path / "c", {**BEIR, "qrels/more.tsv": ""})
     with pytest.warns(UserWarning, match=r"more\.tsv is not read"):
         read_folder(extra)

@@ -7,7 +7,6 @@ import gzip
 import io
 import itertools
 import lzma
-import pickle
 import warnings
 import zipfile
 from pathlib import Path
@@ -87,14 +86,16 @@ def test_a_line_is_at_most_a_mebibyte(tmp_path):
 
 @pytest.mark.parametrize(
     ("encoding", "found"),
-    [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE"),
-     ("utf-32", "UTF-32"), ("utf-32-le", "UTF-32LE"), ("utf-32-be", "UTF-32BE")],
+    [("utf-16", "iconv -f UTF-16 -t UTF-8 x.txt"), ("utf-32", "iconv -f UTF-32 -t UTF-8 x.txt"),
+     ("utf-16-le", "UTF-16 or UTF-32"), ("utf-32-be", "UTF-16 or UTF-32")],
 )  # fmt: skip
-def test_other_encodings_are_named_with_the_way_out(tmp_path, encoding, found):
+def test_other_encodings_are_named(tmp_path, encoding, found):
     for data in (TEXT.encode(encoding), gzip.compress(("q1 0 d1 1\n" * 900).encode(encoding))):
-        assert f"iconv -f {found} -t UTF-8 x.txt" in told(tmp_path / "x.txt", data)
+        assert found in told(tmp_path / "x.txt", data)
     for mark, name in ((b"\xfe\xff", "UTF-16 "), (b"\0\0\xfe\xff", "UTF-32 ")):
-        assert f"iconv -f {name}" in told(tmp_path / "x.txt", mark + TEXT.encode(found[:6] + "BE"))
+        assert f"iconv -f {name}" in told(
+            tmp_path / "x.txt", mark + TEXT.encode(f"{name.strip()}BE")
+        )
 
 
 def test_lines_that_are_not_utf8_are_counted(tmp_path):
@@ -129,13 +130,9 @@ def stream(rows: pa.Table, buffer: io.BytesIO) -> None:
         (table(pa.parquet.write_table), "Parquet"),
         (table(pa.feather.write_feather), "Arrow"),
         (table(stream), "Arrow"),
-        (pickle.dumps({"a": 1}), "pickle"),
-        (b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        ", "macOS"),
-        (b"\x7fELF\x02\x01\x01\x00", "a program"),
-        (b"#!/bin/sh\necho 1\n", "a script"),
+        (b"\x7fELF\x02\x01\x01\x00", "binary"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         (b"<!doctype html>\n<html>\n", "web page"),
-        (bytes(range(256)) * 9, "binary"),
     ],
 )  # fmt: skip
 def test_what_is_no_text_is_named_in_one_line(tmp_path, data, found):
@@ -175,24 +172,24 @@ def test_columns_say_how_many_were_expected_and_name_json(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("unknown", "known", "said"),
+    ("unknown", "known"),
     [
-        ("cafe\u0301", "caf\xe9", r"'cafe\u0301' and the known 'caf\xe9' differ in Unicode normalisation"),
-        ("\uff24\uff11", "D1", r"'\uff24\uff11' and the known 'D1' differ in Unicode normalisation"),
-        ("D1", "d1", "case"),
-        ("STRASSE", "straße", "case"),
-        ("<d1>", "d1", "characters around"),
-        ("d1\u200b", "d1", "characters around"),
-        ("10", "MED-10", "prefix"),
-        ("doc:10", "10", "prefix"),
-        ("12.0", "12", "number"),
-        ("doc007", "doc7", "number"),
-        ("0", "000", "number"),
+        ("cafe\u0301", "caf\xe9"),
+        ("\uff24\uff11", "D1"),
+        ("D1", "d1"),
+        ("STRASSE", "straße"),
+        ("<d1>", "d1"),
+        ("d1\u200b", "d1"),
+        ("10", "MED-10"),
+        ("doc:10", "10"),
+        ("12.0", "12"),
+        ("doc007", "doc7"),
+        ("0", "000"),
     ],
-)  # fmt: skip
-def test_ids_that_look_alike_are_shown_escaped(unknown, known, said):
-    assert said in alike(["zzz", unknown], ["y", known])
-    assert ascii(unknown) in alike([unknown], [known])
+)
+def test_ids_that_look_alike_are_shown_escaped(unknown, known):
+    said = f"{unknown!a} is similar to the known {known!a}"
+    assert said == alike(["zzz", unknown], ["y", known]) == alike([unknown], [known])
 
 
 def test_ids_that_do_not_look_alike_are_not_told():
@@ -200,4 +197,4 @@ def test_ids_that_do_not_look_alike_are_not_told():
     assert alike(["145.0", "2-10"], ["0", "10", "45"]) == ""
     assert alike([], ["a"]) == alike(["a"], []) == ""
     many = (f"d{i}" for i in itertools.count())  # only the first are compared
-    assert "case" in alike(["D7"], many)
+    assert alike(["D7"], many) == "'D7' is similar to the known 'd7'"

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from adaptive_margins.data.text import DataError, Problems, read_columns
-from adaptive_margins.data.trec import MAX_GRADE, Judgements, Qrels, qrels_text, read_judgements
+from adaptive_margins.data.trec import Qrels, known_judgements, qrels_text, read_judgements
 from adaptive_margins.files import atomic_folder
 from adaptive_margins.markup import active
 
@@ -47,7 +47,10 @@ class Texts:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __contains__(self, identifier: str) -> bool:
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids)
+
+    def __contains__(self, identifier: object) -> bool:
         return identifier in self._rows
 
     def row(self, identifier: str) -> int:
@@ -77,7 +80,7 @@ class Collection:
 
     Raises:
         DataError: queries and qrels have different sets, qrels or triples name an unknown query or
-            passage, or a grade is not an integer within ±`MAX_GRADE`.
+            passage, or a grade is not an integer within ±`trec.MAX_GRADE`.
     """
 
     name: str
@@ -98,22 +101,18 @@ class Collection:
             if not re.fullmatch(r"[\w-]{1,100}", name):  # it is part of file names
                 raise DataError(f"a set name must be letters, digits, _ and -, not {name!r}")
             where, queries = Path(f"qrels of {name!r}"), self.queries[name]
-            for qid, judged in qrels.items():
+            for qid in qrels:
                 if qid not in queries:
-                    problems.unknown(where, 0, "query", qid, queries.ids)
-                for docid, grade in judged.items():
-                    if docid not in self.passages:
-                        problems.unknown(where, 0, "passage", docid, self.passages.ids)
-                    if type(grade) is not int or abs(grade) > MAX_GRADE:
-                        expected = f"an integer within ±{MAX_GRADE:,}, not {grade!r}"
-                        problems.add(where, 0, f"grade of {qid!r}, {docid!r} must be {expected}")
+                    problems.unknown(where, 0, "query", qid, queries)
+            rows = ((0, qid, docid, g) for qid, row in qrels.items() for docid, g in row.items())
+            known_judgements(where, rows, problems, None, self.passages)
         train = self.queries.get("train", Texts([], []))
         for qid, *docids in self.triples:
             if qid not in train:
-                problems.unknown(Path("triples"), 0, "training query", qid, train.ids)
+                problems.unknown(Path("triples"), 0, "training query", qid, train)
             for docid in docids:
                 if docid not in self.passages:
-                    problems.unknown(Path("triples"), 0, "passage", docid, self.passages.ids)
+                    problems.unknown(Path("triples"), 0, "passage", docid, self.passages)
         problems.check()
 
     @cached_property
@@ -186,7 +185,7 @@ class Collection:
             queries[name] = read_texts(path, problems, empty=True)
             rows = read_judgements(folder / f"qrels.{name}.txt", problems, empty=True)
             qrels[name] = known_judgements(
-                folder / f"qrels.{name}.txt", rows, queries[name], passages, problems
+                folder / f"qrels.{name}.txt", rows, problems, queries[name], passages
             )
         if not queries:
             problems.add(folder, 0, "no file queries.SET.tsv")
@@ -294,34 +293,6 @@ def read_texts(
     return Texts(list(texts), list(texts.values()))
 
 
-def known_judgements(
-    path: Path,
-    rows: Judgements,
-    queries: Texts | None,
-    passages: Texts,
-    problems: Problems,
-    judged: dict[str, Path] | None = None,
-) -> Qrels:
-    """Return the judgements with known passages and (unless None) known queries.
-
-    ``judged``: query id → file, of all sets, which must not share queries; this file's are added.
-    """
-    judged = {} if judged is None else judged
-    qrels: Qrels = {}
-    for number, qid, docid, grade in rows:
-        other = judged.setdefault(qid, path)
-        if queries is not None and qid not in queries:
-            problems.unknown(path, number, "query", qid, queries.ids)
-        elif other != path:
-            what = f"query {qid!r} is judged in {other.name}, too; sets must not share queries"
-            problems.add(path, number, what)
-        elif docid not in passages:
-            problems.unknown(path, number, "passage", docid, passages.ids)
-        else:
-            qrels.setdefault(qid, {})[docid] = grade
-    return qrels
-
-
 def read_triples(
     path: Path,
     queries: Texts | None,
@@ -349,13 +320,13 @@ def read_triples(
             continue
         if queries is not None and qid not in queries:
             what = "training query" if judged is None else "query"
-            problems.unknown(path, number, what, qid, queries.ids)
+            problems.unknown(path, number, what, qid, queries)
         elif judged is not None and qid in judged:
             what = f"query {qid!r} is judged in {judged[qid].name}; training must not use it"
             problems.add(path, number, what)
         for docid in docids:
             if docid not in passages:
-                problems.unknown(path, number, "passage", docid, passages.ids)
+                problems.unknown(path, number, "passage", docid, passages)
         triples.append((qid, docids[0], docids[1]))
     return triples
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from adaptive_margins.data.collection import Collection, Texts, read_about, read_queries, tsv
 from adaptive_margins.data.ir_datasets import (
-    check_known,
     check_licence,
     files_behind,
     find_dataset,
@@ -251,7 +250,10 @@ def _candidates(key: str, identifier: str, queries: Texts, passages: Texts) -> R
     where = Path(f"{identifier} scoreddocs")
     for number, record in enumerate(read_records(key, identifier, "scoreddocs"), start=1):
         hits = run.setdefault(record.query_id, {})
-        check_known(where, number, record, queries, passages, problems)
+        if record.query_id not in queries:
+            problems.unknown(where, number, "query", record.query_id, queries)
+        if record.doc_id not in passages:
+            problems.unknown(where, number, "passage", record.doc_id, passages)
         if record.doc_id in hits:
             problems.add(where, number, f"{record.query_id!r} has {record.doc_id!r} twice")
         if not math.isfinite(record.score):

@@ -23,19 +23,17 @@ from adaptive_margins.data.collection import (
     Rows,
     Texts,
     Triple,
-    known_judgements,
     read_texts,
     read_triples,
 )
 from adaptive_margins.data.text import RECORDS, DataError, Problems, read_records
-from adaptive_margins.data.trec import MAX_GRADE, Qrels, read_judgements, visible
+from adaptive_margins.data.trec import MAX_GRADE, Qrels, known_judgements, read_judgements, visible
 from adaptive_margins.markup import active
 from adaptive_margins.progress import bar
 
 SETS = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
 """Name of a set → names of its files and splits."""
 _STANDARD = {called: name for name, names in SETS.items() for called in names}
-_ENDS = {"test": ("",), "train": ("_train",), "validation": ("_validation", "_dev")}
 _DATASET = ("dataset_dict.json", "state.json")  # of save_to_disk
 _QUERY_COLUMNS = ("query", "anchor", "question")
 _TEXT_COLUMNS = re.compile(r"positive|negative(_\d+)?")
@@ -64,21 +62,13 @@ Passages (corpus.jsonl or collection.tsv) are enough. A text file may be gzipped
 
 
 def read_folder(folder: Path) -> Collection:
-    """Read a collection; its files determine its layout.
+    """Read a collection; its files determine its layout, one of `EXPECTED`.
 
-    - **BEIR**: ``corpus.jsonl`` (``_id``, ``text``, perhaps ``title``; a passage is title, space,
-      text), ``queries.jsonl`` (``_id``, ``text``) and ``qrels/train.tsv``, ``dev.tsv``,
-      ``test.tsv`` (or ``qrels.tsv``) under the header ``query-id corpus-id score``. A set's queries
-      are those that its qrels judge. ``triples.tsv`` is as below. Any of the files but that one may
-      be Parquet with these columns, ``NAME.parquet``; qrels may also be JSON lines.
-    - **TREC**: ``collection.tsv`` (docid, passage), ``queries.tsv`` (query id, query) and
-      ``qrels.txt`` (query id, 0, docid, grade) are the passages and the test set.
-      ``queries_SET.tsv`` and ``qrels_SET.txt`` are further sets, SET being ``train`` or
-      ``validation`` (or ``dev``). ``triples.tsv`` has a training query's id, and the docids of a
-      positive and a negative. Without ``queries_SET.tsv``, the set's queries are those of
-      ``queries.tsv`` that its qrels (or triples) name, and are not in the test set. Without
-      ``qrels_train.txt``, the positives of the triples have grade 1.
-    - Rows of texts (a Hugging Face dataset, ``train.jsonl``, ``train.parquet``): `read_dataset`.
+    - BEIR: a passage is title, space, text. A set's queries are those that its qrels judge.
+    - TREC: without ``queries_SET.tsv``, the set's queries are those of ``queries.tsv`` that its
+      qrels (or triples) name, and are not in the test set.
+    - Both: without qrels of "train", the positives of ``triples.tsv`` have grade 1.
+    - Rows of texts: `read_dataset`.
     - What `Collection.save` wrote; sets that are neither "train" nor "validation" are joined as
       "test".
 
@@ -87,10 +77,7 @@ def read_folder(folder: Path) -> Collection:
 
     Raises:
         DataError: the folder has none of these layouts, or two; or names the first line of each
-            kind of fault in a file: columns or keys that are missing, ids that repeat or have white
-            space, empty queries, judgements of unknown queries or passages, grades that are not
-            integers, a pair judged twice, a query in two sets, bad UTF-8, a line longer than
-            `text.MAX_LINE`.
+            kind of fault in a file (`Problems`).
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -111,94 +98,70 @@ def read_folder(folder: Path) -> Collection:
     if _variants(folder, *_DATASET, *rows):
         return read_dataset(folder)
     if not beir and not trec:
-        raise DataError(
-            f"{folder} has no collection (found: {_holds(folder)}). Expected:\n{EXPECTED}"
-        )
-    return (_read_beir if beir else _read_trec)(folder, Problems())
-
-
-def _holds(folder: Path) -> str:
-    """Names of the first files in a folder, for an error."""
-    names = [path.name for path in visible(folder)] if folder.is_dir() else []
-    return ", ".join(names[:10]) + (" …" if len(names) > 10 else "") if names else "nothing"
+        names = [entry.name for entry in visible(folder)]
+        found = ", ".join(names[:10]) + " …" * (len(names) > 10) or "nothing"
+        raise DataError(f"{folder} has no collection (found: {found}). Expected:\n{EXPECTED}")
+    return _read_files(folder, bool(beir))
 
 
 # ---- layouts -------------------------------------------------------------------------------------
 
 
-def _read_beir(folder: Path, problems: Problems) -> Collection:
-    path = cast(Path, _only(folder, "corpus.jsonl", "corpus.parquet", problems=problems))
+def _names(beir: bool, part: str) -> tuple[list[str], list[str]]:
+    """The names that the files of a set's queries and judgements may have."""
+    if beir:
+        places = [*(f"qrels/{called}" for called in SETS[part]), *["qrels"] * (part == "test")]
+        judging = [f"{place}.{end}" for place in places for end in ("tsv", "jsonl", "parquet")]
+        return ["queries.jsonl", "queries.parquet"], judging
+    ends = [""] if part == "test" else [f"_{called}" for called in SETS[part]]
+    return [f"queries{end}.tsv" for end in ends], [f"qrels{end}.txt" for end in ends]
+
+
+def _read_files(folder: Path, beir: bool) -> Collection:
+    """Read BEIR's layout or TREC's: passages, and the queries and judgements of each set."""
+    problems = Problems()
+    corpus = ("corpus.jsonl", "corpus.parquet") if beir else ("collection.tsv",)
+    path = cast(Path, _only(folder, *corpus, problems=problems))
     titles: dict[str, str] = {}
-    passages = read_texts(path, problems, _beir_passages(path, problems, titles), blank=True)
-    if not len(passages):  # what else is wrong follows from it
-        problems.check()
-    queries_path = _only(folder, "queries.jsonl", "queries.parquet", problems=problems)
-    asked = Texts([], [])
-    if queries_path:
-        rows = ((n, i, text) for n, (i, _, text) in _json_rows(queries_path, problems))
-        asked = read_texts(queries_path, problems, rows)
-    judged: dict[str, Path] = {}
-    queries: dict[str, Texts] = {}
-    qrels: dict[str, Qrels] = {}
-    for name, called in SETS.items():
-        places = [*(f"qrels/{c}" for c in called), *(["qrels"] if name == "test" else [])]
-        names = (f"{place}.{end}" for place in places for end in ("tsv", "jsonl", "parquet"))
-        if found := _only(folder, *names, problems=problems):
-            judgements = read_judgements(found, problems)
-            # Without any queries, that they are missing is the only problem.
-            known = asked if queries_path else None
-            qrels[name] = known_judgements(found, judgements, known, passages, problems, judged)
-            queries[name] = _some(asked, qrels[name])
-    triples: list[Triple] = []
-    if triples_path := _only(folder, "triples.tsv", problems=problems):
-        listed = {"test": asked} if queries_path else {}
-        triples = _train_on(triples_path, listed, queries, qrels, passages, judged, problems)
-    if qrels and not queries_path:
-        problems.add(folder / "queries.jsonl", 0, "file not found")
-    if queries_path and not qrels:
-        what = (
-            "none of train.tsv, dev.tsv, test.tsv to judge queries.jsonl, found"
-            f" {_holds(folder / 'qrels')} (without queries.jsonl, only the passages are read)"
-        )
-        problems.add(folder / "qrels", 0, what)
-    for extra in visible(folder / "qrels") if (folder / "qrels").is_dir() else ():
-        if ".tsv" in extra.name and extra.name.split(".")[0] not in _STANDARD:
-            warnings.warn(f"{extra} is not read; known are train, dev and test", stacklevel=3)
-    collection = _finish(folder, "BEIR", path, passages, queries, qrels, triples, problems)
-    return dataclasses.replace(collection, titles=titles)
-
-
-def _read_trec(folder: Path, problems: Problems) -> Collection:
-    path = cast(Path, _only(folder, "collection.tsv", problems=problems))
-    passages = read_texts(path, problems, blank=True)
+    records = _beir_rows(path, problems, titles) if beir else None
+    passages = read_texts(path, problems, records, blank=True)
     if not len(passages):  # what else is wrong follows from it
         problems.check()
     lines: Lines = {}  # of the query ids of all sets together
     judged: dict[str, Path] = {}
-    listed: dict[str, Texts] = {}  # set → queries of its queries file
+    listed: dict[str, Texts] = {}  # set → queries of its file; BEIR's file is that of "test"
     queries: dict[str, Texts] = {}
     qrels: dict[str, Qrels] = {}
-    for name, ends in _ENDS.items():
-        if queries_path := _only(folder, *(f"queries{end}.tsv" for end in ends), problems=problems):
-            listed[name] = read_texts(queries_path, problems, lines=lines)
+    for name in ("test", "train", "validation"):
+        asking, judging = _names(beir, name)
+        one_file = beir and name != "test"
+        if not one_file and (found := _only(folder, *asking, problems=problems)):
+            records = _beir_rows(found, problems) if beir else None
+            listed[name] = read_texts(found, problems, records, lines=lines)
         asked = listed.get(name, listed.get("test"))
-        if judging := _only(folder, *(f"qrels{end}.txt" for end in ends), problems=problems):
+        if found := _only(folder, *judging, problems=problems):
             if asked is None:
-                problems.add(judging, 0, f"there is no queries{ends[0]}.tsv, which it judges")
-            rows = read_judgements(judging, problems)
-            qrels[name] = known_judgements(judging, rows, asked, passages, problems, judged)
-            queries[name] = listed[name] if name in listed else _some(asked, qrels[name])
+                problems.add(found, 0, f"there is no {asking[0]}, which it judges")
+            rows = read_judgements(found, problems)
+            qrels[name] = known_judgements(found, rows, problems, asked, passages, judged)
+            own = name in listed and not beir
+            queries[name] = listed[name] if own else _some(asked, qrels[name])
     triples: list[Triple] = []
-    if triples_path := _only(folder, "triples.tsv", problems=problems):
-        triples = _train_on(triples_path, listed, queries, qrels, passages, judged, problems)
+    if found := _only(folder, "triples.tsv", problems=problems):
+        triples = _train_on(found, listed, queries, qrels, passages, judged, problems)
     shared = {qid for name in queries.keys() - listed.keys() for qid in queries[name].ids}
     if "test" in queries and shared:
         queries["test"] = _some(queries["test"], set(queries["test"].ids) - shared)
     for name in sorted(listed.keys() - queries.keys()):
         if name != "test" or not shared:
-            what = f"file not found; it should judge queries{_ENDS[name][0]}.tsv"
-            problems.add(folder / f"qrels{_ENDS[name][0]}.txt", 0, what)
-    return _finish(folder, "TREC", path, passages, queries, qrels, triples, problems)
+            asking, judging = _names(beir, name)
+            problems.add(folder / judging[0], 0, f"file not found; it should judge {asking[0]}")
+    for extra in visible(folder / "qrels") if (folder / "qrels").is_dir() else ():
+        if beir and ".tsv" in extra.name and extra.name.split(".")[0] not in _STANDARD:
+            warnings.warn(f"{extra} is not read; known are train, dev and test", stacklevel=3)
+    layout = "BEIR" if beir else "TREC"
+    collection = _finish(folder, layout, path, passages, queries, qrels, triples, problems)
+    return dataclasses.replace(collection, titles=titles)
 
 
 def _train_on(
@@ -379,7 +342,8 @@ def _finish(
     warn(passages, queries, str(corpus))
     if fault := active(name := folder.resolve().name):
         raise DataError(f"{folder}: {fault}; rename the folder")
-    queries = {set_name: queries[set_name] for set_name in SETS if set_name in queries}
+    queries = {part: queries[part] for part in SETS if part in queries}
+    qrels = {part: qrels[part] for part in queries}
     return Collection(name, passages, queries, qrels, {"layout": layout}, triples)
 
 
@@ -435,21 +399,19 @@ def _some(texts: Texts | None, wanted: Container[str]) -> Texts:
     return Texts(list(kept), list(kept.values()))
 
 
-def _beir_passages(path: Path, problems: Problems, titles: dict[str, str]) -> Rows:
-    for number, (docid, title, text) in _json_rows(path, problems):
-        if title.strip():
-            titles[docid] = title
-        yield number, docid, " ".join(part for part in (title, text) if part.strip())
-
-
-def _json_rows(path: Path, problems: Problems) -> Iterator[tuple[int, tuple[str, str, str]]]:
-    """Line number, and ``_id``, ``title`` ("" if there is none) and ``text`` of a line."""
+def _beir_rows(path: Path, problems: Problems, titles: dict[str, str] | None = None) -> Rows:
+    """Read records; with ``titles``, to which they are added, a text is title, space, text."""
     for number, record in read_records(path, problems):
         fields = _fields(record)
         if isinstance(fields, str):
             problems.add(path, number, fields)
-        else:
-            yield number, fields
+            continue
+        identifier, title, text = fields
+        if titles is not None:
+            if title.strip():
+                titles[identifier] = title
+            text = " ".join(part for part in (title, text) if part.strip())
+        yield number, identifier, text
 
 
 def _fields(record: Mapping[str, Any]) -> tuple[str, str, str] | str:

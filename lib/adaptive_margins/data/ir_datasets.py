@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from adaptive_margins.data.collection import Collection, Rows, Texts, Triple, read_texts
 from adaptive_margins.data.folder import one_line, warn
 from adaptive_margins.data.text import DataError, Problems
-from adaptive_margins.data.trec import MAX_GRADE, Qrels
+from adaptive_margins.data.trec import Qrels, known_judgements
 from adaptive_margins.progress import bar
 
 ACCEPT_VARIABLE = "ADAPTIVE_MARGINS_ACCEPT_LICENCE"
@@ -152,32 +152,10 @@ def read_set(key: str, identifier: str, passages: Texts, problems: Problems) -> 
         else:
             problems.add(where, number, f"the text of {qid!r} is empty")
     queries = Texts(list(asked), list(asked.values()))
-    qrels: Qrels = {}
+    records = enumerate(read_records(key, identifier, "qrels"), start=1)
+    rows = ((number, r.query_id, r.doc_id, int(r.relevance)) for number, r in records)
     where = Path(f"{identifier} qrels")
-    for number, record in enumerate(read_records(key, identifier, "qrels"), start=1):
-        qid, docid, grade = record.query_id, record.doc_id, int(record.relevance)
-        if not check_known(where, number, record, queries, passages, problems):
-            continue
-        if docid in qrels.get(qid, {}):
-            problems.add(where, number, f"{qid!r} judges {docid!r} twice")
-        elif abs(grade) > MAX_GRADE:
-            problems.add(where, number, f"grade '{grade}' is beyond ±{MAX_GRADE:,}")
-        else:
-            qrels.setdefault(qid, {})[docid] = grade
-    return queries, qrels
-
-
-def check_known(
-    where: Path, number: int, record: Any, queries: Texts, passages: Texts, problems: Problems
-) -> bool:
-    """Whether a record's query and passage are known; unknown ones are noted in ``problems``."""
-    if record.query_id not in queries:
-        problems.unknown(where, number, "query", record.query_id, queries.ids)
-    elif record.doc_id not in passages:
-        problems.unknown(where, number, "passage", record.doc_id, passages.ids)
-    else:
-        return True
-    return False
+    return queries, known_judgements(where, rows, problems, queries, passages)
 
 
 def _known_triples(

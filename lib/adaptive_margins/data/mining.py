@@ -28,29 +28,17 @@ _RANDOM = 10  # most random passages of a query that has no other negative
 
 @dataclass(frozen=True)
 class FilterCounts:
-    """Candidates examined and dropped by `filter_negatives`, each counted for the first filter.
+    """Candidates examined and dropped by `filter_negatives`, each counted for the first filter."""
 
-    Attributes:
-        queries: queries with a positive that has a text.
-        candidates: their candidates.
-        judged: candidates that the query's qrels judge with any grade, the positives included.
-        without_text: candidates that are empty.
-        same_text: candidates whose text is a positive's, case and white space aside.
-        near_duplicate: candidates that share `SAME_PASSAGE` of their words with a positive.
-        too_similar: candidates that the encoder scores above `MARGIN` of the positive's score.
-        random: queries with no candidate left, whose negatives are random passages.
-        without_negative: queries for which no random passage passed the filters either.
-    """
-
-    queries: int = 0
-    candidates: int = 0
-    judged: int = 0
-    without_text: int = 0
-    same_text: int = 0
-    near_duplicate: int = 0
-    too_similar: int = 0
-    random: int = 0
-    without_negative: int = 0
+    queries: int = 0  # with a positive that has a text
+    candidates: int = 0  # of these queries
+    judged: int = 0  # candidates with any grade in the query's qrels, the positives included
+    without_text: int = 0  # candidates that are empty
+    same_text: int = 0  # candidates whose text is a positive's, case and white space aside
+    near_duplicate: int = 0  # candidates that share `SAME_PASSAGE` of their words with a positive
+    too_similar: int = 0  # candidates that the encoder scores above `MARGIN` of the positive's
+    random: int = 0  # queries with no candidate left, whose negatives are random passages
+    without_negative: int = 0  # queries for which no random passage passed the filters either
 
     def none_left(self) -> str:
         """Return why there is no negative for any query, for an error."""

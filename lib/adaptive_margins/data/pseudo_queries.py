@@ -13,7 +13,7 @@ import random
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -166,12 +166,13 @@ def _draw(passages: Texts, titles: Mapping[str, str], count: int, seed: int) -> 
             # A generator per passage: its draws do not depend on which other passages there are.
             rng = random.Random(f"{seed} {kind} {docid}")
             parts = _parts(passages.texts[row], titles.get(docid, ""))
-            if found := _MAKERS[kind](*parts, rng, repeated):
+            if found := _asked(kind, *parts, rng, repeated):
                 taken.add(row)
                 keeps_query = kind == "inverse cloze" and rng.random() >= CUT
                 yield _Drawn(kind, row, docid, *found, keeps_query)
 
-    drawn = list(itertools.islice(_in_turn([of_kind(kind) for kind in KINDS]), count))
+    turns = itertools.zip_longest(*map(of_kind, KINDS))
+    drawn = list(itertools.islice(filter(None, itertools.chain.from_iterable(turns)), count))
     if not drawn:
         raise DataError(
             f"none of {len(passages)} passages gives a pseudo-query ({', '.join(KINDS)}): a query"
@@ -180,17 +181,6 @@ def _draw(passages: Texts, titles: Mapping[str, str], count: int, seed: int) -> 
             f"{_without_spaces(passages)}"
         )
     return drawn
-
-
-def _in_turn(iterators: list[Iterator[_Drawn]]) -> Iterator[_Drawn]:
-    """Items of the iterators in turn (round robin) until all are exhausted."""
-    while iterators:
-        for iterator in list(iterators):
-            item = next(iterator, None)
-            if item is None:
-                iterators.remove(iterator)
-            else:
-                yield item
 
 
 def _without_spaces(passages: Texts) -> str:
@@ -225,47 +215,33 @@ def _parts(text: str, title: str) -> tuple[str, str]:
     return title, text
 
 
-def _title(title: str, body: str, rng: random.Random, repeated: set[int]) -> tuple[str, str] | None:
-    asks = _asks("title", title, len(words_of(body)), repeated)
-    return (_trimmed(title), body) if asks else None
-
-
-def _first_sentence(
-    title: str, body: str, rng: random.Random, repeated: set[int]
+def _asked(
+    kind: str, title: str, body: str, rng: random.Random, repeated: set[int]
 ) -> tuple[str, str] | None:
+    """The first usable query of a kind, and its passage without it."""
     first = next(sentences(body), "")
-    rest = body[len(first) :].strip()
-    asks = _asks("first sentence", first, len(words_of(rest)), repeated)
-    return (_trimmed(first), rest) if asks else None
+    of_kind = {"title": [(title, body)], "first sentence": [(first, body[len(first) :].strip())]}
+    for query, rest in of_kind.get(kind) or _inverse_cloze(body, rng, repeated):
+        if _asks(kind, query, len(words_of(rest)), repeated):
+            return query.strip(" .,:;–—*•-"), rest
+    return None
 
 
-def _inverse_cloze(
-    title: str, body: str, rng: random.Random, repeated: set[int]
-) -> tuple[str, str] | None:
+def _inverse_cloze(body: str, rng: random.Random, repeated: set[int]) -> Iterator[tuple[str, str]]:
+    """Sentences in random order, and the text without each."""
     parts = list(sentences(body))
     choices = list(range(len(parts)))
     if len(parts) == 1 and not _MARK.search(body):
         words = body.split()
         if hash(_form(body)) in repeated or len(words) < (length := rng.randint(*_SPAN)):
-            return None
+            return
         at = rng.randrange(len(words) - length + 1)
         cut = words[:at], words[at : at + length], words[at + length :]
         parts, choices = [" ".join(part) for part in cut], [1]
     else:
         rng.shuffle(choices)
-    counts = [len(words_of(part)) for part in parts]
-    total = sum(counts)
     for i in choices:
-        if _asks("inverse cloze", parts[i], total - counts[i], repeated):
-            return _trimmed(parts[i]), " ".join(filter(None, parts[:i] + parts[i + 1 :]))
-    return None
-
-
-_MAKERS: dict[str, Callable[[str, str, random.Random, set[int]], tuple[str, str] | None]] = {
-    "title": _title,
-    "first sentence": _first_sentence,
-    "inverse cloze": _inverse_cloze,
-}
+        yield parts[i], " ".join(filter(None, parts[:i] + parts[i + 1 :]))
 
 
 def _asks(kind: str, query: str, left: int, repeated: set[int]) -> bool:
@@ -280,10 +256,6 @@ def _asks(kind: str, query: str, left: int, repeated: set[int]) -> bool:
         and left >= MIN_TEXT_WORDS
         and hash(form) not in repeated
     )
-
-
-def _trimmed(query: str) -> str:
-    return query.strip(" .,:;–—*•-")
 
 
 # ---- sentences -----------------------------------------------------------------------------------

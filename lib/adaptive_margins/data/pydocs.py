@@ -56,6 +56,7 @@ def build_pydocs(
     max_passages: int | None,
     max_words: int,
     shorten: Callable[[Literal["query", "passage"], list[str]], list[str]] | None = None,
+    shares: tuple[int, int] | None = None,
 ) -> Collection:
     """Build the collection from installed packages; the same versions give the same bytes.
 
@@ -68,6 +69,7 @@ def build_pydocs(
         max_words: passages are truncated after this many words.
         shorten: truncates texts to what an encoder reads. All systems get the truncated passages;
             a docstring whose query would be truncated is left out.
+        shares: ``validation`` and ``test`` are at most the number of queries divided by these.
 
     Near-identical passages are merged, and so are queries of the same content words in the same
     order; all passages of a merged query answer it (grade 3). Near-identical queries may differ in
@@ -94,13 +96,9 @@ def build_pydocs(
         passages = shorten("passage", [doc.passage for doc in docs])
         docs = [replace(d, passage=text) for d, text in zip(docs, passages, strict=True)]
     texts = _judge(docs)
-
-    def position(text: str) -> str:  # an order that depends on neither package nor module
-        return hashlib.sha256(f"{seed} {text}".encode()).hexdigest()
-
     passages, queries = texts.passages, texts.queries
-    parts = _parts(texts)
-    parts.sort(key=lambda part: min(position(passages[p]) for p in part.passages))
+    position = functools.partial(_position, seed)
+    parts = sorted(_parts(texts), key=lambda x: min(position(passages[p]) for p in x.passages))
     if max_passages is not None:
         total = np.cumsum([len(part.passages) for part in parts])
         parts = parts[: int(np.searchsorted(total, max_passages, side="right"))]
@@ -109,6 +107,9 @@ def build_pydocs(
     docids = {p: f"d{number:05d}" for number, p in enumerate(kept, start=1)}
     qids = {q: f"q{number:05d}" for number, q in enumerate(asked, start=1)}
 
+    if shares is not None:
+        sizes = zip((validation, test), shares, strict=True)
+        validation, test = (min(most, max(1, len(asked) // share)) for most, share in sizes)
     split = _split(parts, {"validation": validation, "test1": test, "test2": test})
     if not split["train"] or len(split["test2"]) < test:
         raise ValueError(
@@ -129,6 +130,11 @@ def build_pydocs(
         qrels=qrels,
         sources=source_versions(names),
     )
+
+
+def _position(seed: int, text: str) -> str:
+    """An order that depends on neither package nor module."""
+    return hashlib.sha256(f"{seed} {text}".encode()).hexdigest()
 
 
 class _Judged(NamedTuple):

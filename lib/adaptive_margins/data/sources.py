@@ -71,27 +71,18 @@ def _pydocs(source: str) -> Collection:
     if named and not packages:
         raise DataError(f'{source!r} names no package; expected e.g. "pydocs:numpy,scipy"')
 
-    def build(validation: int, test: int) -> Collection:
-        return pydocs.build_pydocs(
+    say("building the collection from installed packages")
+    validation, test = PYDOCS_SIZES
+    try:
+        collection = pydocs.build_pydocs(
             packages or settings.packages,
             seed=settings.seed,
             validation=validation,
             test=test,
             max_passages=None if packages else settings.max_passages,
             max_words=settings.max_words,
+            shares=PYDOCS_SHARES,
         )
-
-    say("building the collection from installed packages")
-    try:
-        try:
-            collection = build(*PYDOCS_SIZES)
-        except ValueError:  # too few queries, or an error for any sizes
-            collection = build(1, 1)
-        count = sum(len(texts) for texts in collection.queries.values())
-        shares = zip(PYDOCS_SIZES, PYDOCS_SHARES, strict=True)
-        wanted = [min(most, max(1, count // share)) for most, share in shares]
-        if tuple(wanted) != PYDOCS_SIZES:
-            collection = build(*wanted)
     except ValueError as error:
         raise DataError(f"{source}: {error}") from error
     return standard_sets(collection, source)

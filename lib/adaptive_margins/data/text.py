@@ -11,7 +11,7 @@ import re
 import unicodedata
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -42,18 +42,8 @@ _KINDS = [
     (rb"\xfd7zXZ", "a file compressed with xz; unpack it: xz -d {path}"),
     (rb"\x28\xb5\x2f\xfd", "a file compressed with zstd; unpack it: zstd -d {path}"),
     (rb"BZh[1-9]1AY&SY", "a file compressed with bzip2; unpack it: bunzip2 {path}"),
-    (rb"\x04\x22\x4d\x18", "a file compressed with lz4; unpack it: lz4 -d {path}"),
-    (rb"7z\xbc\xaf", "a 7z archive; unpack it: 7z x {path}"),
     (rb"PAR1[^\t -~]", f"a Parquet file; {_TEXT}, for example with pandas.read_parquet"),
     (rb"ARROW1\0|\xff\xff\xff\xff", f"an Arrow file; {_TEXT}, for example with datasets"),
-    (rb"\x80[\x02-\x05]", f"a Python pickle; {_TEXT}"),
-    (rb"\x93NUMPY", f"a NumPy array; {_TEXT}"),
-    (rb"\x89HDF", f"an HDF5 file; {_TEXT}"),
-    (rb"SQLite format 3\0", f"an SQLite database; {_TEXT}"),
-    (rb"\x7fELF", "a program"),
-    (rb"#!", "a script"),
-    (rb"%PDF-", "a PDF"),
-    (rb"\x00\x05\x16[\x00\x07]", "metadata that macOS writes next to a file; name the file itself"),
     (rb"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it: git lfs pull"),
     (rb"(?i)\s*<(!doctype|html)", "a web page, not the file itself; download it again"),
 ]
@@ -171,7 +161,8 @@ def read_records(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str
             problems.add(path, 0, f"cannot be read as Parquet ({' '.join(str(error).split())})")
         return
     for number, line in read_lines(path, problems):
-        if number == 1 and (found := _other_json(line.strip())):
+        if number == 1 and ((array := line.lstrip()[:1] == "[") or line.strip() == "{"):
+            found = "an array; convert it: jq -c '.[]'" if array else "an object; convert: jq -c ."
             problems.add(path, 1, f"JSON lines expected, found {found} {path.name} > NEW")
             return
         try:
@@ -185,14 +176,6 @@ def read_records(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str
             yield number, record
         else:
             problems.add(path, number, 'expected {"_id": text, "text": text} or another object')
-
-
-def _other_json(first: str) -> str:
-    """What a file that is not JSON lines is, by its first line, and the way out; "" if it is."""
-    if first in ("[", "{"):
-        way = "jq -c '.[]'" if first == "[" else "jq -c ."
-        return f"JSON over several lines; convert it: {way}"
-    return "an array; convert it: jq -c '.[]'" if first.startswith("[") else ""
 
 
 def read_columns(
@@ -218,51 +201,36 @@ def read_columns(
 
 
 def alike(unknown: Iterable[str], known: Iterable[str]) -> str:
-    """Name an unknown id that is similar to a known one, and their difference; "" if none is.
-
-    They may differ in Unicode normalisation, case, surrounding characters, or a prefix.
-    """
-    left, there = dict.fromkeys(unknown), dict.fromkeys(itertools.islice(known, _COMPARED))
-    for what, form in _FORMS:
-        forms = {form(identifier): identifier for identifier in there}
-        for identifier in left:
-            other = forms.get(form(identifier), identifier)
-            if other != identifier and form(other):
-                return f"{identifier!a} and the known {other!a} differ in {what} only"
+    """Name an unknown id that is probably a known one, written in another way; "" if none is."""
+    there = dict.fromkeys(itertools.islice(known, _COMPARED))
+    forms = {form: identifier for identifier in there if (form := _form(identifier))}
     ends = {_end(identifier): identifier for identifier in there}
-    for identifier in left:
-        other = ends.get(identifier, _end(identifier))
-        end, longer = sorted([identifier, other], key=len)
-        named = re.search(r"[^\W\d_]", longer.removesuffix(end))  # of 1.0 and 0, "1." is no prefix
-        if named and other in there:
-            return f"{identifier!a} and the known {other!a} differ in a prefix only"
+    for identifier in dict.fromkeys(unknown):
+        other = forms.get(_form(identifier), "")
+        if not other:
+            other = ends.get(identifier, _end(identifier))
+            end, longer = sorted([identifier, other], key=len)
+            prefix = longer.removesuffix(end)  # of 1.0 and 0, "1." is none
+            other = other if re.search(r"[^\W\d_]", prefix) and other in there else ""
+        if other:
+            return f"{identifier!a} is similar to the known {other!a}"
     return ""
+
+
+def _form(identifier: str) -> str:
+    """An id without what conversions change.
+
+    That is case, Unicode normalisation, invisible and surrounding characters, and leading zeros and
+    a final .0 of a number.
+    """
+    text = unicodedata.normalize("NFKC", identifier).casefold()
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Cc"))
+    return re.sub(r"0*([0-9]+?)(\.0*)?$", r"\1", re.sub(r"^[\W_]+|[\W_]+$", "", text))
 
 
 def _end(identifier: str) -> str:
     """The letters and digits at the end."""
     return re.split(r"[\W_]", identifier)[-1]
-
-
-def _surrounded(identifier: str) -> str:
-    """Without invisible characters, and surrounding ones that are neither letters nor digits."""
-    visible = "".join(c for c in identifier if unicodedata.category(c) not in ("Cf", "Cc"))
-    return re.sub(r"^[\W_]+|[\W_]+$", "", visible)
-
-
-def _number(identifier: str) -> str:
-    """Without leading zeros and a final .0, which conversion to numbers removes or adds."""
-    found = re.fullmatch(r"(.*?)0*([0-9]+?)(\.0*)?", identifier)
-    return f"{found[1]}{found[2]}" if found else identifier
-
-
-_FORMS: list[tuple[str, Callable[[str], str]]] = [
-    ("Unicode normalisation (NFC)", lambda i: unicodedata.normalize("NFC", i)),
-    ("Unicode normalisation (NFKC)", lambda i: unicodedata.normalize("NFKC", i)),
-    ("case", lambda i: unicodedata.normalize("NFKC", i).casefold()),
-    ("the characters around them", _surrounded),
-    ("how a number is written", _number),
-]
 
 
 def _head(file: BinaryIO) -> bytes:
@@ -273,33 +241,16 @@ def _head(file: BinaryIO) -> bytes:
 
 def _not_text(head: bytes, path: Path) -> str:
     """The kind of a file that is not UTF-8 text, by its first bytes, and the way out; else ""."""
-    encoding = next((name for mark, name in _MARKS if head.startswith(mark)), "")
-    nuls = head.count(0)
-    if not encoding:
-        for pattern, what in _KINDS:
-            if re.match(pattern, head):
-                return f"UTF-8 text expected, found {what.format(path=path.name)}"
-        # At least half of the bytes of ASCII text are 0 in these encodings.
-        if nuls > len(head) * 0.6:
-            encoding = "UTF-32LE" if head[:1] != b"\0" else "UTF-32BE"
-        elif head[1::2].count(0) > len(head) * 0.3:
-            encoding = "UTF-16LE"
-        elif head[0::2].count(0) > len(head) * 0.3:
-            encoding = "UTF-16BE"
-    if encoding:
-        how = f"iconv -f {encoding} -t UTF-8 {path.name} > NEW"
-        return f"UTF-8 expected, found {encoding}; convert the file: {how}"
-    if nuls > len(head) * 0.02 or (nuls and not _is_utf8(head)):
-        return "UTF-8 text expected, found a binary file"
+    for mark, encoding in _MARKS:
+        if head.startswith(mark):
+            how = f"iconv -f {encoding} -t UTF-8 {path.name} > NEW"
+            return f"UTF-8 expected, found {encoding}; convert the file: {how}"
+    for pattern, what in _KINDS:
+        if re.match(pattern, head):
+            return f"UTF-8 text expected, found {what.format(path=path.name)}"
+    if head.count(0) > len(head) * 0.02:
+        return "UTF-8 text expected, found a binary file, or UTF-16 or UTF-32 without their mark"
     return ""
-
-
-def _is_utf8(head: bytes) -> bool:
-    try:
-        head.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return error.end >= len(head)  # a truncated character
-    return True
 
 
 def _decoded(

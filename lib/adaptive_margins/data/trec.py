@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from array import array
+from collections.abc import Collection as Ids
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -290,10 +291,42 @@ def read_qrels(path: Path, *, trusted: bool = False) -> Qrels:
             beyond `MAX_GRADE`, a passage judged twice for a query.
     """
     problems = Problems()
-    qrels: Qrels = {}
-    for _, qid, docid, grade in read_judgements(Path(path), problems, empty=trusted):
-        qrels.setdefault(qid, {})[docid] = grade
+    rows = read_judgements(Path(path), problems, empty=trusted)
+    qrels = known_judgements(Path(path), rows, problems)
     problems.check()
+    return qrels
+
+
+def known_judgements(
+    path: Path,
+    rows: Judgements,
+    problems: Problems,
+    queries: Ids | None = None,
+    passages: Ids | None = None,
+    judged: dict[str, Path] | None = None,
+) -> Qrels:
+    """Return judgements of known queries and passages (None: of any); faults are noted.
+
+    ``judged``: query id → file, of all sets, which must not share queries; this file's are added.
+    """
+    judged = {} if judged is None else judged
+    qrels: Qrels = {}
+    for number, qid, docid, grade in rows:
+        other = judged.setdefault(qid, path)
+        if queries is not None and qid not in queries:
+            problems.unknown(path, number, "query", qid, queries)
+        elif other != path:
+            what = f"query {qid!r} is judged in {other.name}, too; sets must not share queries"
+            problems.add(path, number, what)
+        elif passages is not None and docid not in passages:
+            problems.unknown(path, number, "passage", docid, passages)
+        elif docid in qrels.get(qid, ()):
+            problems.add(path, number, f"{qid!r} judges {docid!r} twice")
+        elif type(grade) is not int or abs(grade) > MAX_GRADE:
+            expected = f"an integer within ±{MAX_GRADE:,}, not {grade!r}"
+            problems.add(path, number, f"grade of {docid!r} must be {expected}")
+        else:
+            qrels.setdefault(qid, {})[docid] = grade
     return qrels
 
 
@@ -305,7 +338,6 @@ def read_judgements(path: Path, problems: Problems, *, empty: bool = False) -> J
     """
     beir, count = path.name.endswith(RECORDS), 0
     lines = _record_lines(path, problems) if beir else read_lines(path, problems, empty=empty)
-    seen: dict[tuple[str, str], str] = {}
     for number, line in lines:
         cells = line.split()
         if number == 1 and cells == _BEIR_HEADER:
@@ -318,15 +350,13 @@ def read_judgements(path: Path, problems: Problems, *, empty: bool = False) -> J
                 return  # another kind of file: all lines would be faults
             continue
         qid, docid, text = cells[0], cells[-2], cells[-1]
-        if fault := _wrong_grade(text):
-            problems.add(path, number, fault + _header(number, text))
-        elif (qid, docid) in seen:
-            subtopics = not beir and seen[qid, docid] != cells[1]
-            hint = " (diversity judgements, by subtopic?)" if subtopics else ""
-            problems.add(path, number, f"{qid!r} judges {docid!r} twice{hint}")
+        if _INTEGER.fullmatch(text):
+            yield number, qid, docid, int(text[:99])  # Python refuses thousands of digits
         else:
-            seen[qid, docid] = cells[1]
-            yield number, qid, docid, int(text)
+            way = _header(number, text)
+            if re.fullmatch(r"[+-]?[0-9]+\.0+", text):
+                way = "; convert: sed -E 's/\\.0+\\s*$//' FILE > NEW"
+            problems.add(path, number, f"grade {text!r} is not an integer{way}")
     if beir and not count and not empty:
         problems.add(path, 0, "no judgement found")
 
@@ -338,16 +368,6 @@ def _record_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
         qid, docid, grade = (record.get(one, record.get(other, "")) for one, other in names)
         whole = isinstance(grade, float) and grade.is_integer()
         yield number, f"{qid}\t{docid}\t{int(grade) if whole else grade}"
-
-
-def _wrong_grade(text: str) -> str:
-    if not _INTEGER.fullmatch(text):
-        whole = re.fullmatch(r"[+-]?[0-9]+\.0+", text)
-        way = "; convert: sed -E 's/\\.0+\\s*$//' FILE > NEW" if whole else ""
-        return f"grade {text!r} is not an integer{way}"
-    if len(text.lstrip("+-0")) > 4 or abs(int(text)) > MAX_GRADE:
-        return f"grade {text!r} is beyond ±{MAX_GRADE:,}"
-    return ""
 
 
 def _no_judgement(line: str, cells: list[str], beir: bool) -> str:

@@ -94,25 +94,15 @@ def mine_triples(
 
 @dataclass(frozen=True)
 class Checked:
-    """Triples examined and left out by `check_triples`, each counted for the first reason.
+    """Triples examined and left out by `check_triples`, each counted for the first reason."""
 
-    Attributes:
-        checked: triples examined.
-        without_text: the query, the positive or the negative is empty.
-        same_passage: the positive is the negative.
-        negative_relevant: the negative is judged relevant to the query.
-        positive_not_relevant: the positive is judged not relevant to the query.
-        same_text: the negative has the positive's text, case and white space aside.
-        repeated: the triple occurred before.
-    """
-
-    checked: int = 0
-    without_text: int = 0
-    same_passage: int = 0
-    negative_relevant: int = 0
-    positive_not_relevant: int = 0
-    same_text: int = 0
-    repeated: int = 0
+    checked: int = 0  # triples examined
+    without_text: int = 0  # the query, the positive or the negative is empty
+    same_passage: int = 0  # the positive is the negative
+    negative_relevant: int = 0  # the negative is judged relevant to the query
+    positive_not_relevant: int = 0  # the positive is judged not relevant to the query
+    same_text: int = 0  # the negative has the positive's text, case and white space aside
+    repeated: int = 0  # the triple occurred before
 
     @property
     def reasons(self) -> str:
