@@ -22,7 +22,7 @@ PACKAGE = Path(adaptive_margins.__file__).parent
 ORDER = [
     "errors", "markup", "distributed", "losses", "cached_loss", "device", "processes", "ray_tasks", "profiles", "progress", "files", "text_tables", "data", "encoder",
     "retrieval", "evaluation", "runs", "teachers", "topics", "checkpoints", "training_step", "training", "paper", "book", "corpus",
-    "terminal", "cli_corpus", "cli_compare", "cli_mine", "cli",
+    "terminal", "cli_corpus", "cli",
 ]  # fmt: skip
 DATA = [
     "words", "text", "trec", "collection", "stored", "triples", "mining", "pseudo_queries", "docstrings", "pydocs",

@@ -1,4 +1,4 @@
-"""The command ``adaptive-margins``: entry point, and the commands for the paper's experiments."""
+"""The command ``adaptive-margins``: entry point; the paper's experiments; compare and mine."""
 
 from __future__ import annotations
 
@@ -9,16 +9,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from typer import Option
+from typer import Argument, Option
 
-from adaptive_margins import cli_compare, cli_corpus, cli_mine, terminal
+from adaptive_margins import cli_corpus, terminal
+from adaptive_margins.cli_corpus import (
+    MOST_SEED,
+    Device,
+    Json,
+    Miner,
+    Model,
+    PerQuery,
+    Source,
+    Verbose,
+    command,
+    measure_names,
+)
 from adaptive_margins.distributed import processes
+from adaptive_margins.encoder.options import EncoderOptions
 from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.processes import end_when_asked
 from adaptive_margins.progress import printable
+from adaptive_margins.terminal import encoder_options, expanded, new_file, old_path, show, working
 
 if TYPE_CHECKING:
     from adaptive_margins.paper import Reproduction
+
+_STYLES = {"text": "plain", "markdown": "github", "latex": "latex_booktabs"}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,7 +42,7 @@ app = typer.Typer(
     help="Rerun, check and use adaptive relevance margins.",
 )
 Profile = Annotated[
-    str, Option(parser=terminal.expanded, help="A profile's name, or the path of a YAML file.")
+    str, Option(parser=expanded, help="A profile's name, or the path of a YAML file.")
 ]
 
 
@@ -57,7 +73,7 @@ def plan(
     """List a profile's runs: done, missing or stale, and why; times, disk and downloads."""
     reproduction = _open(profile)
     found = reproduction.plan()
-    terminal.show(found.values(), as_json, found.text(every=every))
+    show(found.values(), as_json, found.text(every=every))
     if check and (damaged := reproduction.store.damaged()):
         lines = [*map(printable, damaged), "`reproduce` computes them again."]
         print(*lines, sep="\n", file=sys.stderr if as_json else sys.stdout)
@@ -95,9 +111,7 @@ def reproduce(
     ] = None,
     store: Annotated[
         str | None,
-        Option(
-            parser=terminal.expanded, help="Share runs in a folder or bucket (s3://BUCKET/runs)."
-        ),
+        Option(parser=expanded, help="Share runs in a folder or bucket (s3://BUCKET/runs)."),
     ] = None,
     ray: Annotated[
         str | None,
@@ -130,7 +144,7 @@ def reproduce(
     if source:
         from adaptive_margins.paper.shared_runs import take
 
-        take(reproduction, source if "://" in source else terminal.expanded(source))
+        take(reproduction, source if "://" in source else expanded(source))
     if run:
         for run_id in run:
             print(printable(str(reproduction.run_one(run_id).path)))
@@ -161,10 +175,9 @@ def check_gpu(
         Literal["cuda", "cpu"], Option(help="cpu: try the check in miniature, without a GPU.")
     ] = "cuda",
     output: Annotated[
-        Path | None,
-        Option(parser=terminal.new_file, help="The JSON (default: _build/gpu-check.json)."),
+        Path | None, Option(parser=new_file, help="The JSON (default: _build/gpu-check.json).")
     ] = None,
-    as_json: cli_corpus.Json = False,
+    as_json: Json = False,
 ) -> None:
     """Check a CUDA GPU: does it compute correctly, how fast, how long would the profiles take?
 
@@ -181,9 +194,101 @@ def check_gpu(
     raise typer.Exit(subprocess.run(command, check=False).returncode)
 
 
+# ---- rankings and negatives of any system ----
+
+
+@command
+def compare(
+    runs: Annotated[
+        list[Path], Argument(metavar="RUN", parser=old_path, help="TREC runs, two or more.")
+    ],
+    qrels: Annotated[
+        Path, Option(parser=old_path, help="Judgements: TREC's four columns, or BEIR's three.")
+    ],
+    measure: Annotated[str, Option(help="A measure in ir_measures' notation.")] = "nDCG@10",
+    margin: Annotated[float, Option(help="Bound of equivalence (TOST).")] = 0.05,
+    plot: Annotated[
+        Path | None, Option(parser=new_file, help="Draw differences per query: .png, .svg, .pdf.")
+    ] = None,
+    complete: Annotated[
+        bool, Option("--complete", help="The runs have all hits that could be found.")
+    ] = False,
+    baseline: Annotated[
+        Path | None, Option(metavar="RUN", parser=old_path, help="Compare only with this run.")
+    ] = None,
+    form: Annotated[
+        Literal["text", "markdown", "latex"], Option("--format", help="Format of tables.")
+    ] = "text",
+    per_query: PerQuery = False,
+    as_json: Json = False,
+) -> None:
+    """Compare runs pair by pair: equivalent, better, worse or undecided.
+
+    By a paired t test and TOST (two one-sided tests, within ±margin) over all
+    judged queries, corrected for the number of pairs (Bonferroni; with a
+    baseline Holm). A judged query without hits counts 0.
+    """
+    with working():
+        names = measure_names(measure, "--measure")
+        if len(names) > 1:
+            raise typer.BadParameter(f"expected 1 measure, got {measure!r}", param_hint="--measure")
+        from adaptive_margins.corpus.compare import compare_files
+        from adaptive_margins.evaluation.comparison import comparison_text
+
+        result = compare_files(
+            qrels, runs, names[0], margin, complete=complete, plot=plot, baseline=baseline
+        )
+    if not per_query:
+        del result["per_query"]
+    show(result, as_json, comparison_text(result, _STYLES[form]), plot)
+
+
+@command
+@encoder_options
+def mine(
+    path: Source,
+    output: Annotated[
+        Path,
+        Option(
+            parser=old_path,
+            help="NAME.tsv: ids, as triples.tsv; NAME.jsonl, NAME.parquet: texts and ids; a new"
+            " folder: the collection with the triples.",
+        ),
+    ],
+    options: EncoderOptions,
+    retriever: Annotated[Miner, Option(help="Ranks the candidates.")] = "bm25",
+    model: Model = "minilm",
+    negatives: Annotated[int, Option(min=1, help="Negatives of each positive.")] = 1,
+    depth: Annotated[int, Option(min=1, help="Candidates per query.")] = 100,
+    cross_encoder: Annotated[
+        str | None,
+        Option(parser=expanded, help="Scores for the filter: a folder, or ORG/NAME@REVISION."),
+    ] = None,
+    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Seeds split and negatives.")] = 1,
+    device: Device = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Mine hard negatives, for `train` or another trainer.
+
+    Candidates that are probably relevant are dropped, as by `train`. The output
+    has triples, or with several --negatives n-tuples; NAME.scores.tsv next to it
+    has ranks and scores.
+    """
+    with working(verbose, f"{model} {cross_encoder or ''}"):
+        from adaptive_margins.corpus.mine import mine_negatives
+        from adaptive_margins.text_tables import aligned
+
+        asked = retriever, model, negatives, depth, cross_encoder, seed, device, options
+        found = mine_negatives(path, output, *asked)
+    counts = {**found["filtered"], "too_few": found["too_few"], "rows": found["rows"]}
+    rows = aligned([[name.replace("_", " "), f"{count:,}"] for name, count in counts.items()])
+    last = f"{found['output']}; ranks and scores of negatives: {found['scores']}"
+    parts = [found["split"], "\n".join(rows), last]
+    show(found, as_json, "\n\n".join(part for part in parts if part))
+
+
 app.add_typer(cli_corpus.commands)
-app.add_typer(cli_compare.commands)
-app.add_typer(cli_mine.commands)
 
 
 def main() -> None:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 commands = typer.Typer()
 
-_PANEL = "Your corpus"
 _EXAMPLES = """\
 train my_corpus --output my_encoder
 train my_corpus --output my_encoder --json > report.json
@@ -53,24 +52,23 @@ search my_index --queries queries.tsv --run-out my.run
 collection my_corpus
 collection my_corpus --output my_corpus.html
 collection beir/scifact --json
+compare --qrels qrels.txt bm25.run mine.run
+compare --qrels qrels.txt --baseline a.run b.run c.run.gz
+compare --qrels qrels.txt a.run b.run --format latex
+compare --qrels qrels.txt a.run b.run --plot a_and_b.svg
+mine my_corpus --output my_corpus/triples.tsv
+mine my_corpus --output tuples.parquet --negatives 5
+mine pydocs --output mined --cross-encoder my_reranker
 """
 
 
-def command(
-    commands: typer.Typer, examples: str
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a function as a command, with those of the ``examples`` that name it below its help."""
-
-    def add(function: Callable[..., None]) -> Callable[..., None]:
-        name = function.__name__
-        lines = [line for line in examples.splitlines() if line.startswith(f"{name} ")]
-        shown = "\n".join(f"  adaptive-margins {line}" for line in lines)
-        return commands.command(rich_help_panel=_PANEL, epilog=f"\b\nExamples:\n{shown}")(function)
-
-    return add
-
-
-_command = command(commands, _EXAMPLES)
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Add a function as a command, with its examples below its help."""
+    name = function.__name__
+    lines = [line for line in _EXAMPLES.splitlines() if line.startswith(f"{name} ")]
+    shown = "\n".join(f"  adaptive-margins {line}" for line in lines)
+    epilog = f"\b\nExamples:\n{shown}"
+    return commands.command(rich_help_panel="Your corpus", epilog=epilog)(function)
 
 
 Mode = Literal["full", "rerank", "hybrid"]
@@ -103,7 +101,7 @@ PerQuery = Annotated[bool, Option("--per-query", help="With --json: each query's
 # ---- train and evaluate -----------------------------------------------------------------------
 
 
-@_command
+@command
 @encoder_options
 def train(
     path: Source,
@@ -206,7 +204,7 @@ def _systems_text(found: Mapping[str, Any], title: str) -> list[str]:
     return ["\n".join(aligned(rows)) for rows in (means, pairs)]
 
 
-@_command
+@command
 @encoder_options
 def evaluate(
     path: Source,
@@ -305,7 +303,7 @@ def _target(text: str) -> Any:
 # ---- index and search -------------------------------------------------------------------------
 
 
-@_command
+@command
 @encoder_options
 def index(
     path: Source,
@@ -329,7 +327,7 @@ def index(
     An interrupted call is resumed.
     """
     with working(verbose, model):
-        from adaptive_margins.corpus.selection import stored_weight
+        from adaptive_margins.corpus.validation import stored_weight
         from adaptive_margins.data.sources import open_collection
         from adaptive_margins.encoder.load import default_device, open_encoder
         from adaptive_margins.files import folder_bytes
@@ -368,7 +366,7 @@ def index(
     show(result, as_json, text)
 
 
-@_command
+@command
 def search(
     folder: Annotated[Path, Argument(metavar="DIR", parser=old_path, help="What `index` wrote.")],
     query: Annotated[str | None, Argument(metavar="QUERY", help="One query.")] = None,
@@ -449,7 +447,7 @@ def _hits_text(queries: Texts, hits: Sequence[Mapping[str, Any]], *, titles: boo
 # ---- collection -------------------------------------------------------------------------------
 
 
-@_command
+@command
 def collection(
     path: Source,
     output: Annotated[

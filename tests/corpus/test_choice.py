@@ -20,8 +20,7 @@ from adaptive_margins.corpus import finetune as finetuning
 from adaptive_margins.corpus.choice import about_choice, choice_table
 from adaptive_margins.corpus.evaluate import evaluate_encoder
 from adaptive_margins.corpus.finetune import finetune
-from adaptive_margins.corpus.finetuned import number, verdict
-from adaptive_margins.corpus.forgetting import not_worse, second_collection
+from adaptive_margins.corpus.finetuned import not_worse, number, second_collection, verdict
 from adaptive_margins.corpus.settings import ALL
 from adaptive_margins.data.text import DataError
 from adaptive_margins.evaluation.measures import Evaluation

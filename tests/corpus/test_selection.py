@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from adaptive_margins.corpus import selection
-from adaptive_margins.corpus.selection import best_merge, choose_weight, learned, merged
+from adaptive_margins.corpus import validation
+from adaptive_margins.corpus.validation import best_merge, choose_weight, learned, merged
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
 from adaptive_margins.retrieval.dense import hybrid
@@ -83,7 +83,7 @@ def test_the_weight_is_the_encoders_or_learned_on_another_set_or_none(tmp_path, 
     found = choose_weight("minilm", collection, "test", rank)
     assert asked == [QUERIES] and found["how"] == "the best for 20 queries of train"
     assert found["weight"] > 0.5
-    monkeypatch.setattr(selection, "MOST_VALIDATION", 7)
+    monkeypatch.setattr(validation, "MOST_VALIDATION", 7)
     assert choose_weight("minilm", collection, "test", rank)["queries"] == asked[-1] == 7
     assert choose_weight("minilm", collection, "train", rank)["weight"] is None
     for report, weight in (

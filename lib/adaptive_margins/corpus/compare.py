@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +63,11 @@ def compare_files(
     first = names[0] if baseline else ""
     found = compare_runs(judged, rankings, measure, margin, complete=marked, baseline=first)
     if plot:
-        _draw(found, plot)
+        import matplotlib
+
+        from adaptive_margins.book.per_query import per_query_figure
+
+        matplotlib.use("agg")
+        with atomic_file(plot) as partial:
+            per_query_figure(found).savefig(partial, format=plot.suffix[1:])
     return {**found, "plot": str(plot) if plot else None}
-
-
-def _draw(found: Mapping[str, Any], path: Path) -> None:
-    import matplotlib
-
-    from adaptive_margins.book.per_query import per_query_figure
-
-    matplotlib.use("agg")
-    with atomic_file(path) as partial:
-        per_query_figure(found).savefig(partial, format=path.suffix[1:])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adaptive_margins.corpus.finetuned import Finetuned, about_collection, comparisons
-from adaptive_margins.corpus.selection import choose_weight
+from adaptive_margins.corpus.validation import choose_weight
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.splits import fold_queries, split_queries
@@ -31,17 +31,11 @@ CANDIDATES = 100
 
 @dataclass(frozen=True)
 class CorpusEvaluation:
-    """A scored ranking.
+    """A scored ranking."""
 
-    Attributes:
-        evaluation: measure → mean, and measure → query id → value, over all judged queries.
-        run: query id → docid → cosine similarity, or fused score (`hybrid`).
-        report: what ``adaptive-margins evaluate --json`` prints, without the values of each query.
-    """
-
-    evaluation: Evaluation
-    run: Run
-    report: dict[str, Any]
+    evaluation: Evaluation  # measure → mean, and → query id → value, over all judged queries
+    run: Run  # query id → docid → cosine similarity, or fused score (`hybrid`)
+    report: dict[str, Any]  # what ``evaluate --json`` prints, without the values of each query
 
 
 def evaluate_encoder(
@@ -97,7 +91,7 @@ def evaluate_encoder(
     encoder = open_encoder(model, options or EncoderOptions(), device=device or default_device())
     retriever = DenseRetriever(encoder, collection.passages, cache=cache_folder(cache))
     if not exclude_self:
-        _warn_of_self(queries, collection.passages)
+        warn_of_self(queries, collection.passages, "; --exclude-self leaves them out, as BEIR does")
     fused: dict[str, Any] = {}
     if mode == "full":
         run = retriever.search(queries, depth or CANDIDATES, exclude_self=exclude_self)
@@ -256,11 +250,12 @@ def _hybrid(
     }
 
 
-def _warn_of_self(queries: Texts, passages: Texts) -> None:
+def warn_of_self(queries: Texts, passages: Texts, way: str = "") -> None:
+    """Warn if queries are passages, too, and name the ``way`` out."""
     if count := count_self(queries, passages):
         warnings.warn(
             f"{count:,} of {len(queries):,} queries are themselves passages, with the same id, and"
-            " are ranked like others; --exclude-self leaves them out, as BEIR does",
+            f" are ranked like others{way}",
             stacklevel=3,
         )
 

@@ -24,8 +24,9 @@ from adaptive_margins.book.figures import GREY, LOSSES, PALE, WIDTH, drawing
 from adaptive_margins.book.per_query import per_query_figure
 from adaptive_margins.book.style import measure_label, score
 from adaptive_margins.book.tables import shorten
+from adaptive_margins.corpus import finetuned
 from adaptive_margins.corpus.finetune import finetune
-from adaptive_margins.corpus.finetuned import RUNS, Finetuned, compared
+from adaptive_margins.corpus.finetuned import RUNS, Finetuned
 from adaptive_margins.corpus.settings import FinetuneError, Settings, Target, loss_name
 from adaptive_margins.corpus.validation import SELECTION
 from adaptive_margins.data.collection import Collection
@@ -34,6 +35,7 @@ from adaptive_margins.data.stored import seeded_order
 from adaptive_margins.data.trec import top
 from adaptive_margins.data.triples import mine_triples
 from adaptive_margins.encoder.load import default_device, encoder_identity, open_encoder
+from adaptive_margins.evaluation.measures import evaluate
 from adaptive_margins.losses import margin_loss, margins_and_targets
 from adaptive_margins.retrieval.dense import DenseRetriever
 
@@ -81,43 +83,30 @@ def train_or_load(
         DataError, EncoderError, TrainingError: as `finetune`.
     """
     folder = Path(output).expanduser()
+    call: dict[str, Any] = {"model": model, "target": target, "seed": seed, "triples": triples}
     if (folder / "training.json").is_file():
         done = Finetuned.load(folder)
-        _check_same(done, collection, model, target, seed, triples)
+        _check_same(done, collection, **call)
         print(f"{output} holds the finished training of these parameters: it is loaded.")
         display(learning_curve(done.curve, done.report))
         return done
     live = display(Markdown("Training …"), display_id=True)
     with redirect_stderr(sys.stdout):  # JupyterLab shows stderr in red, as if something had failed
-        done = finetune(
-            source,
-            folder,
-            model=model,
-            target=target,
-            seed=seed,
-            triples=triples,
-            on_check=lambda curve: live.update(learning_curve(curve)),
-        )
+        show_curve = lambda curve: live.update(learning_curve(curve))  # noqa: E731
+        done = finetune(source, folder, **call, on_check=show_curve)
     live.update(learning_curve(done.curve, done.report))
     return done
 
 
-def _check_same(
-    done: Finetuned,
-    collection: Collection,
-    model: str,
-    target: Target,
-    seed: int,
-    triples: int | None,
-) -> None:
+def _check_same(done: Finetuned, collection: Collection, **call: Any) -> None:
     """Raise FinetuneError unless the same call trained ``done``, wherever its files are."""
     report, used = done.report, done.report["settings"]
-    wanted = triples or Settings.for_device(used["device"]).triples
+    wanted = call["triples"] or Settings.for_device(used["device"]).triples
     pairs = {
-        "target": ("all" if "choice" in report else report["target"], target),
-        "seed": (report["seed"], seed),
+        "target": ("all" if "choice" in report else report["target"], call["target"]),
+        "seed": (report["seed"], call["seed"]),
         "number of triples": (used["triples"], wanted),
-        "encoder": (report["encoder"]["identity"], encoder_identity(model)),
+        "encoder": (report["encoder"]["identity"], encoder_identity(call["model"])),
         "collection": (report["collection"]["fingerprint"], collection.fingerprint),
         "source of negatives": (report["triples"]["negatives"] == "encoder", False),
     }
@@ -178,19 +167,16 @@ def losses_figure(done: Finetuned) -> Figure:
 def comparisons(done: Finetuned) -> pd.DataFrame:
     """Return the pairs that the report compares, in every measure.
 
-    Columns: a, b, and those of `finetuned.compared`, with the confidence interval as low and high.
-    Without a test its numbers are NaN, and the verdict is that of the report or "too few queries".
+    Columns: a, b, and those of `compared`, with the confidence interval as low and high, which are
+    NaN without a test.
     """
-    rows = []
-    for measure in done.report["measures"]["start"]:
-        values = done.per_query(measure).set_index("qid")
-        runs = {}
-        for name in RUNS:
-            runs[name] = {str(qid): float(value) for qid, value in values[name].items()}
-        for pair, reported in done.report["comparisons"].items():
+    rows, report, qrels = [], done.report, done.qrels
+    measures = list(report["measures"]["start"])
+    scored = {name: evaluate(qrels, done.run(name), measures) for name in RUNS}
+    for measure in measures:
+        tested = finetuned.comparisons(scored, measure, report["relevant_queries"], report["bm25"])
+        for pair, found in tested.items():
             a, b = pair.split(" vs ")
-            untested = reported["verdict"] if reported["ci"] is None else ""
-            found = compared(runs[a], runs[b], measure, untested)
             low, high = found.pop("ci") or (np.nan, np.nan)
             rows.append({"a": a, "b": b, **found, "low": low, "high": high})
     numbers = ["difference", "low", "high", "p_t", "p_tost", "margin"]
@@ -235,9 +221,7 @@ def other(done: Finetuned) -> str:
 
 def changes(done: Finetuned) -> pd.DataFrame:
     """Return `Finetuned.per_query` of the first measure, with difference = trained − `other`."""
-    table = done.per_query(next(iter(done.report["measures"]["start"])))
-    table["difference"] = table["trained"] - table[other(done)]
-    return table.sort_values("difference", kind="stable", ignore_index=True)
+    return done.per_query(next(iter(done.report["measures"]["start"])), other(done))
 
 
 def changes_figure(table: pd.DataFrame, pairs: pd.DataFrame) -> Figure:

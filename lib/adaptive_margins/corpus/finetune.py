@@ -32,11 +32,12 @@ from adaptive_margins.corpus.finetuned import (
     Finetuned,
     about_collection,
     comparisons,
+    not_worse,
     number,
+    second_collection,
     verdict,
     write_results,
 )
-from adaptive_margins.corpus.forgetting import not_worse, second_collection
 from adaptive_margins.corpus.prepare import (
     TRIPLE_COST,
     Prepared,
@@ -47,7 +48,6 @@ from adaptive_margins.corpus.prepare import (
     open_parts,
     prepare,
 )
-from adaptive_margins.corpus.selection import ALPHAS, best_merge, learned
 from adaptive_margins.corpus.settings import (
     FinetuneError,
     Job,
@@ -56,17 +56,11 @@ from adaptive_margins.corpus.settings import (
     Target,
     loss_name,
 )
-from adaptive_margins.corpus.validation import DEPTH, SELECTION, Validation, gain
+from adaptive_margins.corpus.validation import ALPHAS, DEPTH, SELECTION, best_merge, gain, learned
 from adaptive_margins.data.stored import COLUMNS
 from adaptive_margins.data.trec import Run, truncated
 from adaptive_margins.distributed import is_first, shared, wait
-from adaptive_margins.encoder.load import (
-    default_device,
-    encoder_identity,
-    open_encoder,
-    options_of,
-    save_encoder,
-)
+from adaptive_margins.encoder.load import encoder_identity, open_encoder, options_of, save_encoder
 from adaptive_margins.encoder.options import EncoderOptions
 from adaptive_margins.encoder.speed import default_chunks, tokens_within
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
@@ -137,25 +131,7 @@ def finetune(
         DataError, EncoderError, TrainingError: the collection, the encoder, or a step of training
             is at fault.
     """
-    device = device or default_device()
-    job = Job(
-        source=source,
-        output=Path(output).expanduser().absolute(),
-        model=model,
-        target=target,
-        seed=seed,
-        measures=list(measures),
-        negatives=negatives,
-        device=device,
-        triples=triples,
-        report_to=tuple(report_to),
-        on_check=on_check,
-        settings=settings or Settings.for_device(device),
-        options=options or EncoderOptions(),
-        folds=folds,
-        also=also,
-        cache=cache,
-    ).checked()
+    job = Job.of(**locals())
     if is_first():
         with working_folder(job.output) as work:
             _finetune(job, work)
@@ -201,10 +177,7 @@ def _finetune(job: Job, work: Path, fold: SplitCollection | None = None, left: i
     qrels = data.collection.qrels["test"]
     evaluations = {name: evaluate(qrels, runs[name], job.measures) for name in RUNS}
     report: dict[str, Any] = {
-        "model_dir": str(job.output),
-        "collection": _about_collection(job, data),
-        "encoder": _about_encoder(job, identity, encoder),
-        "options": options_of(encoder),
+        **_about_inputs(job, data, identity, encoder),
         **_about_training(job, config, prepared, result, merge),
         "hybrid": fusion,
         "relevant_queries": usable,
@@ -402,61 +375,54 @@ def _rank(
 # ---- report -----------------------------------------------------------------------------------
 
 
-def _about_collection(job: Job, data: SplitCollection) -> dict[str, Any]:
-    return {
-        **about_collection(data.collection, str(job.source)),
-        "sets": {name: len(qrels) for name, qrels in data.collection.qrels.items()},
-        "split": data.split,
-        "pseudo": data.pseudo,
-    }
-
-
-def _about_encoder(job: Job, identity: str, encoder: Any) -> dict[str, Any]:
+def _about_inputs(job: Job, data: SplitCollection, identity: str, encoder: Any) -> dict[str, Any]:
     size = sum(parameter.numel() for parameter in encoder.parameters())
-    return {"name": job.model, "identity": identity, "parameters": size}
+    return {
+        "model_dir": str(job.output),
+        "collection": {
+            **about_collection(data.collection, str(job.source)),
+            "sets": {name: len(qrels) for name, qrels in data.collection.qrels.items()},
+            "split": data.split,
+            "pseudo": data.pseudo,
+        },
+        "encoder": {"name": job.model, "identity": identity, "parameters": size},
+        "options": options_of(encoder),
+    }
 
 
 def _about_training(
     job: Job, config: TrainingRun, prepared: Prepared, result: TrainingResult, merge: dict[str, Any]
 ) -> dict[str, Any]:
+    difference, error = gain(result.checks, result.best_step)
     return {
         "target": _target(config),
         "seed": job.seed,
         "triples": {"used": result.triples, "chosen": prepared.count, **prepared.facts},
         "truncated": {**prepared.truncated, "limit": config.query_length},
-        "settings": _about_settings(job, config),
+        "settings": {
+            **dataclasses.asdict(job.settings),
+            "triples": job.triples or job.settings.triples,
+            "batch_size": config.batch_size,
+            "steps": config.steps,
+            "check_every": config.evaluate_every,
+            "query_length": config.query_length,
+            "passage_length": config.passage_length,
+            "device": job.device,
+            "depth": job.depth,
+        },
         "bm25": prepared.bm25,
         "kept": "trained" if merge["alpha"] else "start",
         "best_step": result.best_step,
         "stop_step": result.stop_step,
-        "validation": _about_validation(prepared.validation, result),
+        "validation": {
+            "queries": len(prepared.validation.queries),
+            "passages": len(prepared.validation.passages),
+            "start": {SELECTION: float(result.curve[SELECTION].iloc[0])},
+            "best": dict(result.kept.mean),
+            "difference": difference,
+            "standard_error": None if math.isnan(error) else error,
+        },
         "merge": merge,
-    }
-
-
-def _about_settings(job: Job, config: TrainingRun) -> dict[str, Any]:
-    return {
-        **dataclasses.asdict(job.settings),
-        "triples": job.triples or job.settings.triples,
-        "batch_size": config.batch_size,
-        "steps": config.steps,
-        "check_every": config.evaluate_every,
-        "query_length": config.query_length,
-        "passage_length": config.passage_length,
-        "device": job.device,
-        "depth": job.depth,
-    }
-
-
-def _about_validation(validation: Validation, result: TrainingResult) -> dict[str, Any]:
-    difference, error = gain(result.checks, result.best_step)
-    return {
-        "queries": len(validation.queries),
-        "passages": len(validation.passages),
-        "start": {SELECTION: float(result.curve[SELECTION].iloc[0])},
-        "best": dict(result.kept.mean),
-        "difference": difference,
-        "standard_error": None if math.isnan(error) else error,
     }
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import pandas as pd
 
 from adaptive_margins.corpus.model_card import model_card
-from adaptive_margins.corpus.settings import FinetuneError, loss_name
-from adaptive_margins.corpus.validation import SELECTION
+from adaptive_margins.corpus.settings import FinetuneError, Job, loss_name
+from adaptive_margins.corpus.validation import SELECTION, Validation, with_positive
 from adaptive_margins.data.collection import Collection, Texts, read_queries
+from adaptive_margins.data.sources import open_collection
+from adaptive_margins.data.text import DataError
 from adaptive_margins.data.trec import (
     Qrels,
     Run,
@@ -25,7 +27,12 @@ from adaptive_margins.data.trec import (
 )
 from adaptive_margins.evaluation.comparison import compared
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
-from adaptive_margins.evaluation.significance import FEWEST, Comparison, more_queries
+from adaptive_margins.evaluation.significance import (
+    FEWEST,
+    Comparison,
+    more_queries,
+    paired_interval,
+)
 from adaptive_margins.training import TrainingResult
 
 RUNS = ("start", "trained", "bm25", "hybrid")
@@ -76,11 +83,11 @@ class Finetuned:
         """The ranking of all passages for the test queries by one of `RUNS`."""
         return read_run(self.folder / "runs" / f"{name}.test.run.gz", trusted=True)
 
-    def per_query(self, measure: str = SELECTION) -> pd.DataFrame:
+    def per_query(self, measure: str = SELECTION, other: str = "start") -> pd.DataFrame:
         """Return the values of a measure: a row per test query with judgements.
 
-        Columns: qid, query, one for each of `RUNS`, and difference = trained − start, by which the
-        rows are sorted, the largest loss first.
+        Columns: qid, query, one for each of `RUNS`, and difference = trained − ``other``, by which
+        the rows are sorted, the largest loss first.
 
         Raises:
             ValueError: the measure is unknown.
@@ -90,7 +97,7 @@ class Finetuned:
         for name in RUNS:
             values = evaluate(qrels, self.run(name), [measure]).per_query[measure]
             table[name] = table["qid"].map(values)
-        table["difference"] = table["trained"] - table["start"]
+        table["difference"] = table["trained"] - table[other]
         return table.sort_values("difference", kind="stable", ignore_index=True)
 
 
@@ -127,6 +134,45 @@ def about_collection(collection: Collection, source: str) -> dict[str, Any]:
         "fingerprint": collection.fingerprint,
         "passages": len(collection.passages),
     }
+
+
+# ---- what is forgotten -------------------------------------------------------------------------
+
+
+def second_collection(job: Job) -> tuple[Validation, dict[str, Any]]:
+    """Open the collection that shows what is forgotten; its evaluation, of all passages, and facts.
+
+    Its queries are those of "test", or else of "validation" or "train".
+
+    Raises:
+        DataError: as `open_collection`; or no query has a relevant passage.
+    """
+    source = str(job.also)
+    collection = open_collection(source)
+    for name in ("test", "validation", "train"):
+        if qrels := with_positive(collection.qrels.get(name, {})):
+            queries, passages = {"validation": collection.queries[name]}, collection.passages
+            part = Collection(source, passages, queries, {"validation": qrels})
+            evaluate = Validation(part, [], len(passages), job.settings.precision, job.seed)
+            return evaluate, {**about_collection(collection, source), "set": name}
+    raise DataError(
+        f"{source}: no query has a relevant passage, but what is forgotten is measured with queries"
+    )
+
+
+def not_worse(trained: Evaluation, start: Evaluation) -> dict[str, Any]:
+    """Compare; the verdict is "not worse", "worse", "undecided" or "too few queries".
+
+    "not worse" is one half of TOST: by a one-sided t test at .05 the mean difference is above
+    −margin, as is the confidence interval of 90 %. A smaller loss than that may be significant.
+    """
+    a, b = (evaluation.per_query[SELECTION] for evaluation in (trained, start))
+    found = compared(a, b, SELECTION)
+    if found["ci"] is not None:
+        within = paired_interval(a, b, confidence=0.9)[1] > -found["margin"] and any(b.values())
+        other = "worse" if found["verdict"] == "worse" else "undecided"
+        found["verdict"] = "not worse" if within else other
+    return {"start": start.mean[SELECTION], "trained": trained.mean[SELECTION], **found}
 
 
 # ---- the outcome ------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from adaptive_margins.corpus.evaluate import held_out
+from adaptive_margins.corpus.evaluate import held_out, warn_of_self
 from adaptive_margins.corpus.settings import FinetuneError, Job, Settings
 from adaptive_margins.corpus.validation import Validation, with_positive
 from adaptive_margins.data.collection import Collection, Texts, Triple
@@ -34,7 +35,6 @@ from adaptive_margins.progress import say
 from adaptive_margins.retrieval.bm25 import BM25, without_hits
 from adaptive_margins.retrieval.dense import FUSED, DenseRetriever
 from adaptive_margins.retrieval.embedding_cache import cache_folder
-from adaptive_margins.retrieval.exact import count_self
 from adaptive_margins.runs import TrainingRun
 
 TRIPLE_COST = 6
@@ -43,17 +43,11 @@ TRIPLE_COST = 6
 
 @dataclass(frozen=True)
 class SplitCollection:
-    """A collection with the query sets train, validation and test.
-
-    Attributes:
-        collection: the collection.
-        split: a sentence on how its queries were split; "" if they were not.
-        pseudo: number and kinds of its pseudo-queries; None if its queries are real.
-    """
+    """A collection with the query sets train, validation and test."""
 
     collection: Collection
-    split: str
-    pseudo: dict[str, Any] | None
+    split: str  # a sentence on how its queries were split; "" if they were not
+    pseudo: dict[str, Any] | None  # number and kinds of pseudo-queries; None if queries are real
 
 
 def open_split(source: str | Collection, triples: int | None, seed: int) -> SplitCollection:
@@ -111,16 +105,10 @@ def open_parts(job: Job) -> list[SplitCollection]:
 def given_triples(
     collection: Collection, settings: Settings, asked: int | None, seed: int
 ) -> tuple[list[Triple], dict[str, Any]]:
-    """Choose among the triples of a collection by seed; all of them several times if they are few.
+    """Choose among a collection's triples by seed, all several times if they are few; facts.
 
-    Triples that contradict the judgements or have no difference to learn are left out, with a
-    warning.
-
-    Returns:
-        The triples, and what the report states of them.
-
-    Raises:
-        FinetuneError: none is left.
+    Those that contradict the judgements or have no difference to learn are left out, with a
+    warning; FinetuneError if none is left.
     """
     available, wanted = collection.triples, asked or settings.triples
     drawn = (available[row] for row in seeded_order(len(available), seed))
@@ -147,26 +135,15 @@ def given_triples(
     return chosen, facts
 
 
-def mined_triples(
-    collection: Collection,
-    miner: BM25 | DenseRetriever,
-    zero_shot: DenseRetriever,
-    settings: Settings,
-    asked: int | None,
-    seed: int,
+def _mined_triples(
+    job: Job, collection: Collection, miner: BM25 | DenseRetriever, zero_shot: DenseRetriever
 ) -> tuple[list[Triple], dict[str, Any]]:
-    """Mine negatives from the best passages of BM25 or of the encoder, without likely positives.
-
-    Returns:
-        The triples, and what the report states of them.
-
-    Raises:
-        FinetuneError: no query has a negative.
-    """
+    """Mine negatives from the miner's best passages, without likely positives; facts of them."""
     passages, queries = collection.passages, collection.queries["train"]
+    settings, seed = job.settings, job.seed
     qrels = with_positive(collection.qrels["train"])
     pairs = sum(grade > 0 for judged in qrels.values() for grade in judged.values())
-    count = asked or min(settings.triples, settings.passes * pairs)
+    count = job.triples or min(settings.triples, settings.passes * pairs)
     qids = sorted(qrels)
     if len(qids) > count:  # of the others no triple would be drawn
         qids = [qids[row] for row in seeded_order(len(qids), seed)[:count]]
@@ -182,7 +159,7 @@ def mined_triples(
     positives = {qid: sum(grade > 0 for grade in judged.values()) for qid, judged in qrels.items()}
     facts = {
         "available": sum(len(hits) * positives[qid] for qid, hits in candidates.items()),
-        "negatives": "bm25" if isinstance(miner, BM25) else "encoder",
+        "negatives": job.negatives,
         "guarded": dataclasses.asdict(counts),
     }
     return triples, facts
@@ -207,14 +184,13 @@ def numbered(
 
     The first row has rows of the queries' texts, the others of the passages' texts.
     """
-    queries = {qid: row for row, qid in enumerate(dict.fromkeys(q for q, _, _ in triples))}
-    docids = dict.fromkeys(docid for _, *pair in triples for docid in pair)
-    passages = {docid: row for row, docid in enumerate(docids)}
-    rows = np.array([(queries[q], passages[p], passages[n]) for q, p, n in triples], np.int32)
+    ids = np.array(triples, object)
+    queries, qids = pd.factorize(ids[:, 0])
+    pairs, docids = pd.factorize(ids[:, 1:].ravel())
     return (
-        rows.T,
-        [prompts[0] + collection.queries["train"][qid] for qid in queries],
-        [prompts[1] + collection.passages[docid] for docid in passages],
+        np.vstack([queries, pairs.reshape(-1, 2).T]).astype(np.int32),
+        [prompts[0] + collection.queries["train"][qid] for qid in qids],
+        [prompts[1] + collection.passages[docid] for docid in docids],
     )
 
 
@@ -246,41 +222,24 @@ def check_test_set(data: SplitCollection, measures: Sequence[str]) -> int:
     queries, qrels = collection.queries["test"], collection.qrels["test"]
     usable, *_ = [len(relevant(qrels, measure)) for measure in measures]
     evaluate(qrels, {}, measures)
-    if count := count_self(queries, collection.passages):
-        warnings.warn(
-            f"{count:,} of the {len(queries):,} test queries are themselves passages, with the same"
-            " id, and are ranked like others",
-            stacklevel=2,
-        )
+    warn_of_self(queries, collection.passages)
     return usable
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Inputs of training and report that need BM25 or the zero-shot encoder.
+    """Inputs of training and report that need BM25 or the zero-shot encoder."""
 
-    Attributes:
-        runs: "start" and "bm25" → ranking of the test queries.
-        validating: "dense" (the zero-shot encoder) and "bm25" → that of the validation queries.
-        bm25: queries, those without hits, and passages split into bigrams.
-        rows: (3, n) triples, as rows of the texts.
-        queries, passages: the texts as tokens.
-        facts: of the triples, for the report.
-        validation: evaluates the encoder in training.
-        truncated: `DenseRetriever.truncation`.
-        lengths: tokens of a query and of a passage, at most.
-    """
-
-    runs: dict[str, Run]
-    validating: dict[str, Run]
-    bm25: dict[str, int]
-    rows: np.ndarray
+    runs: dict[str, Run]  # "start" and "bm25" → ranking of the test queries
+    validating: dict[str, Run]  # "dense" (zero-shot) and "bm25" → that of the validation queries
+    bm25: dict[str, int]  # queries, those without hits, and passages split into bigrams
+    rows: np.ndarray  # (3, n) triples, as rows of the texts
     queries: Tokens
     passages: Tokens
-    facts: dict[str, Any]
-    validation: Validation
-    truncated: dict[str, Any]
-    lengths: tuple[int, int]
+    facts: dict[str, Any]  # of the triples, for the report
+    validation: Validation  # evaluates the encoder in training
+    truncated: dict[str, Any]  # `DenseRetriever.truncation`
+    lengths: tuple[int, int]  # tokens of a query and of a passage, at most
 
     @property
     def count(self) -> int:
@@ -355,11 +314,11 @@ def prepare(job: Job, work: Path, data: SplitCollection, encoder: Any, stages: S
 def _triples(
     job: Job, data: SplitCollection, miner: BM25 | DenseRetriever, zero_shot: DenseRetriever
 ) -> tuple[list[Triple], dict[str, Any]]:
-    collection, settings = data.collection, job.settings
+    collection = data.collection
     if len(collection.triples):
-        chosen, facts = given_triples(collection, settings, job.triples, job.seed)
+        chosen, facts = given_triples(collection, job.settings, job.triples, job.seed)
     else:
-        chosen, facts = mined_triples(collection, miner, zero_shot, settings, job.triples, job.seed)
+        chosen, facts = _mined_triples(job, collection, miner, zero_shot)
     if len(chosen) < 2:
         raise FinetuneError(
             f"{job.source} gives {len(chosen)} triples to train on; at least 2 are needed"

@@ -94,8 +94,27 @@ class Job:
     also: str | None
     cache: bool
 
-    def checked(self) -> Job:
-        """The job with complete names of measures; ArgumentError for what cannot be."""
+    @classmethod
+    def of(
+        cls,
+        output: Path,
+        device: str | None,
+        settings: Settings | None,
+        options: EncoderOptions | None,
+        **given: Any,
+    ) -> Job:
+        """The job of a call, with defaults; ArgumentError for what cannot be."""
+        device = device or default_device()
+        return cls(
+            output=Path(output).expanduser().absolute(),
+            device=device,
+            settings=settings or Settings.for_device(device),
+            options=options or EncoderOptions(),
+            **given,
+        )._checked()
+
+    def _checked(self) -> Job:
+        """The job with complete names of measures."""
         if not 0 <= self.seed < 2**32:  # numpy takes no other
             raise ArgumentError("seed", f"seed is {self.seed}; expected 0 to {2**32 - 1:,}")
         try:
@@ -125,7 +144,7 @@ class Job:
             expected = f"cannot report to {min(unknown)!r}; expected any of {', '.join(REPORTERS)}"
             raise ArgumentError("report_to", expected)
         check_reporters(self.report_to)
-        return dataclasses.replace(self, measures=measures)
+        return dataclasses.replace(self, measures=measures, report_to=tuple(self.report_to))
 
     @property
     def targets(self) -> tuple[Target, ...]:
