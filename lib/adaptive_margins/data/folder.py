@@ -117,9 +117,20 @@ def _names(beir: bool, part: str) -> tuple[list[str], list[str]]:
     return [f"queries{end}.tsv" for end in ends], [f"qrels{end}.txt" for end in ends]
 
 
+@dataclasses.dataclass
+class _Read:
+    """What was read of a collection so far, and its faults."""
+
+    problems: Problems = dataclasses.field(default_factory=Problems)
+    queries: dict[str, Texts] = dataclasses.field(default_factory=dict)
+    qrels: dict[str, Qrels] = dataclasses.field(default_factory=dict)
+    triples: list[Triple] = dataclasses.field(default_factory=list)
+
+
 def _read_files(folder: Path, beir: bool) -> Collection:
     """Read BEIR's layout or TREC's: passages, and the queries and judgements of each set."""
-    problems = Problems()
+    read = _Read()
+    problems, queries, qrels = read.problems, read.queries, read.qrels
     corpus = ("corpus.jsonl", "corpus.parquet") if beir else ("collection.tsv",)
     path = cast(Path, _only(folder, *corpus, problems=problems))
     titles: dict[str, str] = {}
@@ -130,8 +141,6 @@ def _read_files(folder: Path, beir: bool) -> Collection:
     lines: Lines = {}  # of the query ids of all sets together
     judged: dict[str, Path] = {}
     listed: dict[str, Texts] = {}  # set → queries of its file; BEIR's file is that of "test"
-    queries: dict[str, Texts] = {}
-    qrels: dict[str, Qrels] = {}
     for name in ("test", "train", "validation"):
         asking, judging = _names(beir, name)
         one_file = beir and name != "test"
@@ -146,9 +155,8 @@ def _read_files(folder: Path, beir: bool) -> Collection:
             qrels[name] = known_judgements(found, rows, problems, asked, passages, judged)
             own = name in listed and not beir
             queries[name] = listed[name] if own else _some(asked, qrels[name])
-    triples: list[Triple] = []
     if found := _only(folder, "triples.tsv", problems=problems):
-        triples = _train_on(found, listed, queries, qrels, passages, judged, problems)
+        _train_on(found, listed, passages, judged, read)
     shared = {qid for name in queries.keys() - listed.keys() for qid in queries[name].ids}
     if "test" in queries and shared:
         queries["test"] = _some(queries["test"], set(queries["test"].ids) - shared)
@@ -160,32 +168,28 @@ def _read_files(folder: Path, beir: bool) -> Collection:
         if beir and ".tsv" in extra.name and extra.name.split(".")[0] not in _STANDARD:
             warnings.warn(f"{extra} is not read; known are train, dev and test", stacklevel=3)
     layout = "BEIR" if beir else "TREC"
-    collection = _finish(folder, layout, path, passages, queries, qrels, triples, problems)
-    return dataclasses.replace(collection, titles=titles)
+    return dataclasses.replace(_finish(folder, layout, path, passages, read), titles=titles)
 
 
 def _train_on(
     path: Path,
     listed: Mapping[str, Texts],
-    queries: dict[str, Texts],
-    qrels: dict[str, Qrels],
     passages: Texts,
     judged: Mapping[str, Path],
-    problems: Problems,
-) -> list[Triple]:
+    read: _Read,
+) -> None:
     """Read ``triples.tsv``; derive training queries and judgements from it if there are none."""
-    known = queries.get("train", listed.get("train"))
+    known = read.queries.get("train", listed.get("train"))
     asked = listed.get("test") if known is None else known
     if asked is None:
-        problems.add(path, 0, "there is no queries_train.tsv, which it refers to")
+        read.problems.add(path, 0, "there is no queries_train.tsv, which it refers to")
     others = judged if known is None else None
-    triples = read_triples(path, asked, passages, problems, judged=others)
+    read.triples = read_triples(path, asked, passages, read.problems, judged=others)
     positives: Qrels = {}
-    for qid, positive, _ in triples:
+    for qid, positive, _ in read.triples:
         positives.setdefault(qid, {})[positive] = 1
-    queries.setdefault("train", _some(asked, positives) if known is None else known)
-    qrels.setdefault("train", positives)
-    return triples
+    read.queries.setdefault("train", _some(asked, positives) if known is None else known)
+    read.qrels.setdefault("train", positives)
 
 
 def read_dataset(path: Path) -> Collection:
@@ -203,11 +207,9 @@ def read_dataset(path: Path) -> Collection:
             empty; or the files cannot be read.
     """
     path = Path(path)
-    problems = Problems()
+    read = _Read()
+    problems, queries, qrels = read.problems, read.queries, read.qrels
     docids: dict[str, str] = {}
-    queries: dict[str, Texts] = {}
-    qrels: dict[str, Qrels] = {}
-    triples: list[Triple] = []
     layout, splits = _splits(path, problems)
     order = [*_STANDARD, *sorted(splits)]
     for split in sorted(splits, key=order.index):
@@ -232,10 +234,10 @@ def read_dataset(path: Path) -> Collection:
                 judged[qid] = dict(Counter(judged.get(qid)) | Counter(positives))
             if name == "train":
                 negatives = [docid for docid, grade in found if grade <= 0]
-                triples += itertools.product([qid], positives, negatives)
+                read.triples += itertools.product([qid], positives, negatives)
         queries[name], qrels[name] = Texts(list(qids.values()), list(qids)), judged
     passages = Texts(list(docids.values()), list(docids))
-    return _finish(path, layout, path, passages, queries, qrels, triples, problems)
+    return _finish(path, layout, path, passages, read)
 
 
 def _splits(path: Path, problems: Problems) -> tuple[str, dict[str, tuple[Path, Any]]]:
@@ -326,25 +328,16 @@ def standard_sets(collection: Collection, where: str) -> Collection:
     return dataclasses.replace(collection, queries=queries, qrels=qrels)
 
 
-def _finish(
-    folder: Path,
-    layout: str,
-    corpus: Path,
-    passages: Texts,
-    queries: dict[str, Texts],
-    qrels: dict[str, Qrels],
-    triples: list[Triple],
-    problems: Problems,
-) -> Collection:
-    problems.check()
+def _finish(folder: Path, layout: str, corpus: Path, passages: Texts, read: _Read) -> Collection:
+    read.problems.check()
     if not len(passages):
         raise DataError(f"{corpus} has no passage")
-    warn(passages, queries, str(corpus))
+    warn(passages, read.queries, str(corpus))
     if fault := active(name := folder.resolve().name):
         raise DataError(f"{folder}: {fault}; rename the folder")
-    queries = {part: queries[part] for part in SETS if part in queries}
-    qrels = {part: qrels[part] for part in queries}
-    return Collection(name, passages, queries, qrels, {"layout": layout}, triples)
+    queries = {part: read.queries[part] for part in SETS if part in read.queries}
+    qrels = {part: read.qrels[part] for part in queries}
+    return Collection(name, passages, queries, qrels, {"layout": layout}, read.triples)
 
 
 def warn(passages: Texts, queries: Mapping[str, Texts], where: str, unit: str = "line") -> None:

@@ -218,30 +218,39 @@ def _parts(text: str, title: str) -> tuple[str, str]:
 def _asked(
     kind: str, title: str, body: str, rng: random.Random, repeated: set[int]
 ) -> tuple[str, str] | None:
-    """The first usable query of a kind, and its passage without it."""
-    first = next(sentences(body), "")
-    of_kind = {"title": [(title, body)], "first sentence": [(first, body[len(first) :].strip())]}
-    for query, rest in of_kind.get(kind) or _inverse_cloze(body, rng, repeated):
-        if _asks(kind, query, len(words_of(rest)), repeated):
-            return query.strip(" .,:;–—*•-"), rest
-    return None
+    """The query of a kind, and its passage without it; None if there is no usable one."""
+    if kind == "inverse cloze":
+        return _inverse_cloze(body, rng, repeated)
+    query, rest = title, body
+    if kind == "first sentence":
+        query = next(sentences(body), "")
+        rest = body[len(query) :].strip()
+    asks = _asks(kind, query, len(words_of(rest)), repeated)
+    return (_trimmed(query), rest) if asks else None
 
 
-def _inverse_cloze(body: str, rng: random.Random, repeated: set[int]) -> Iterator[tuple[str, str]]:
-    """Sentences in random order, and the text without each."""
+def _inverse_cloze(body: str, rng: random.Random, repeated: set[int]) -> tuple[str, str] | None:
     parts = list(sentences(body))
     choices = list(range(len(parts)))
     if len(parts) == 1 and not _MARK.search(body):
         words = body.split()
         if hash(_form(body)) in repeated or len(words) < (length := rng.randint(*_SPAN)):
-            return
+            return None
         at = rng.randrange(len(words) - length + 1)
         cut = words[:at], words[at : at + length], words[at + length :]
         parts, choices = [" ".join(part) for part in cut], [1]
     else:
         rng.shuffle(choices)
+    counts = [len(words_of(part)) for part in parts]
+    total = sum(counts)
     for i in choices:
-        yield parts[i], " ".join(filter(None, parts[:i] + parts[i + 1 :]))
+        if _asks("inverse cloze", parts[i], total - counts[i], repeated):
+            return _trimmed(parts[i]), " ".join(filter(None, parts[:i] + parts[i + 1 :]))
+    return None
+
+
+def _trimmed(query: str) -> str:
+    return query.strip(" .,:;–—*•-")
 
 
 def _asks(kind: str, query: str, left: int, repeated: set[int]) -> bool:

@@ -205,7 +205,7 @@ def alike(unknown: Iterable[str], known: Iterable[str]) -> str:
     there = dict.fromkeys(itertools.islice(known, _COMPARED))
     forms = {form: identifier for identifier in there if (form := _form(identifier))}
     ends = {_end(identifier): identifier for identifier in there}
-    for identifier in dict.fromkeys(unknown):
+    for identifier in (i for i in dict.fromkeys(unknown) if i not in there):
         other = forms.get(_form(identifier), "")
         if not other:
             other = ends.get(identifier, _end(identifier))
