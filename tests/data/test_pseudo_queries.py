@@ -41,14 +41,6 @@ def test_sentences(text: str, expected: list[str]) -> None:
     assert list(sentences(text)) == expected
 
 
-def test_sentences_lose_nothing() -> None:
-    rng = random.Random(2)
-    pieces = ["word", "Word", ".", "!", "?", "...", "e.g.", "3.", "0", "(a)", '"', "J."]
-    for _ in range(300):
-        text = " ".join(rng.choices(pieces, k=rng.randint(0, 15)))
-        assert "".join("".join(sentences(text)).split()) == "".join(text.split())
-
-
 def fact(number: int) -> str:
     """A sentence that no other number has."""
     return f"Compound{number} dissolves in solvent{number} at temperature{number}."
@@ -251,13 +243,11 @@ def test_too_few_passages_for_three_sets_is_an_error() -> None:
 
 
 def test_what_is_said_about_them_has_their_numbers() -> None:
-    text = about(build())
-    assert "60 pseudo-queries" in text
+    collection = build()
+    text = about(collection)
     numbers = {kind: int(text.split(f"{kind}: ")[1].split(",")[0].split(")")[0]) for kind in KINDS}
-    assert sum(numbers.values()) == 60
-    counted = [qid.partition(":")[0] for queries in build().queries.values() for qid in queries.ids]
-    assert numbers == {kind: counted.count(kind.replace(" ", "-")) for kind in KINDS}
-    assert "weaker than real queries" in text
+    qids = [qid.partition(":")[0] for texts in collection.queries.values() for qid in texts.ids]
+    assert numbers == {kind: qids.count(kind.replace(" ", "-")) for kind in KINDS}
 
 
 def naive_sentences(text: str) -> list[str]:
@@ -289,11 +279,13 @@ def test_sentences_are_those_of_the_definition() -> None:
     pieces = ["A", "b", "e.g", "U.S", "3", "word", "²", ".", "!", "…", ". ", ".) ", '."', "  ", "\n", "(",
               "Fig", "。", " ", " "]  # fmt: skip
     several = 0
-    for _ in range(5000):
+    for _ in range(2000):
         text = "".join(rng.choices(pieces, k=rng.randrange(40)))
-        assert list(sentences(text)) == naive_sentences(text)
-        several += len(naive_sentences(text)) > 1
-    assert several > 1000
+        expected = naive_sentences(text)
+        assert list(sentences(text)) == expected
+        assert "".join("".join(expected).split()) == "".join(text.split())  # nothing is lost
+        several += len(expected) > 1
+    assert several > 400
 
 
 @pytest.mark.parametrize(
@@ -311,9 +303,9 @@ def test_the_time_grows_with_the_length_and_not_with_its_square(form: str) -> No
         assert drawn(texts, count=40)
         return time.process_time() - since
 
-    long = min(seconds(320_000) for _ in range(2))
-    assert long < 8
-    assert long < 10 * max(0.05, min(seconds(80_000) for _ in range(2)))  # 4 times, not 16
+    long, short = seconds(160_000), seconds(40_000)
+    assert long < 4
+    assert long < 10 * max(0.05, short)  # 4 times, not 16
 
 
 def test_text_without_spaces_is_named_as_the_reason() -> None:
