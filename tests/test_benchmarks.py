@@ -81,17 +81,23 @@ def test_flops_are_those_that_torch_counts(encoder):
     assert two == 2 * one
 
 
-def test_all_contestants_make_the_same_step(encoder):
-    batch = material.triples(3)
-    run.same_loss(encoder, batch, run.CONTESTANTS)
-    seconds, loss = run.CONTESTANTS["ours"](encoder, batch)
-    assert seconds > 0
+def test_all_contestants_make_the_same_step(encoder, monkeypatch):
+    """The one that is timed has all triples, and is the last."""
+    batch, sizes = material.triples(6), []
+    for loss in (training.RecordedLoss, MarginLoss):
+
+        def spy(self, features, labels=None, forward=loss.forward):
+            rows = labels.shape[1] if torch.is_tensor(labels) else None
+            sizes.append(rows or len(next(iter(features))["input_ids"]))
+            return forward(self, features, labels)
+
+        monkeypatch.setattr(loss, "forward", spy)
     before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    run.CONTESTANTS["ours"](encoder, batch)
-    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
-    wrong = {**run.CONTESTANTS, "wrong": lambda *_: (seconds, loss + 2e-5)}
+    wrong = {**run.CONTESTANTS, "wrong": lambda *_: (1.0, run.CONTESTANTS["ours"](encoder, batch)[1] + 2e-5)}  # fmt: skip
     with pytest.raises(AssertionError, match=r"wrong: loss .* ours"):
         run.same_loss(encoder, batch, wrong)
+    assert sizes == (len(run.CONTESTANTS) + 1) * [schemes.WARM, 6]
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
 
 def test_the_padded_contestant_pads_to_the_limits(encoder):
@@ -118,24 +124,6 @@ def test_merging_is_switched_on_and_off(encoder, monkeypatch):
         sizes.clear()
         schemes.sentence_transformers(merged)(encoder, material.triples(4))
         assert sizes == 2 * expected  # a step before the one that is timed
-
-
-def test_the_step_that_is_timed_has_all_triples_and_is_the_last(encoder):
-    batch = material.triples(6)
-    for name, step in run.CONTESTANTS.items():
-        sizes = []
-        with pytest.MonkeyPatch.context() as patch:
-            loss = training.RecordedLoss if "Sentence" not in name else MarginLoss
-            forward = loss.forward
-
-            def spy(self, features, labels=None, forward=forward, sizes=sizes):
-                rows = labels.shape[1] if torch.is_tensor(labels) else None
-                sizes.append(rows or len(next(iter(features))["input_ids"]))
-                return forward(self, features, labels)
-
-            patch.setattr(loss, "forward", spy)
-            step(encoder, batch)
-        assert sizes == [schemes.WARM, 6], name
 
 
 def test_a_ratio_above_one_is_in_our_favour():
@@ -165,19 +153,6 @@ def test_rows_replace_their_like_and_leave_the_others(tmp_path):
     timing.keep(path, [c])
     assert [(r["name"], r["ours"]) for r in json.loads(path.read_text())] == [("b", 2), ("a", 3)]
     assert [p.name for p in tmp_path.iterdir()] == ["latest.json"]
-
-
-def test_reranking_and_encoding_compare_equal_work(encoder, monkeypatch):
-    monkeypatch.setattr(run, "minilm", lambda _: encoder)
-    rows = run.reranking(2, queries=3, depth=4) + run.encoding(lambda _: encoder, "tiny", 8, 2)
-    assert {"name", "ours", "peer", "ratio", "spread", "unit", "setting"} <= rows[0].keys()
-    assert all(r["ours"] > 0 and r["peer"] > 0 for r in rows)
-
-
-def test_growth_of_the_index_in_small():
-    rows = run.index_growth((200, 400), dim=8)
-    assert [r["name"] for r in rows] == ["building an index", "searching it", "searching exactly"]
-    assert all(r["sizes"] == [200, 400] and min(r["values"]) > 0 for r in rows)
 
 
 def test_the_books_pages_are_written_from_the_measurements():
