@@ -1,12 +1,16 @@
-"""What the figures and tables of the paper show, as long data frames with the ids of their runs."""
+"""What the figures and tables of the paper show, as long data frames with the ids of their runs.
+
+Those that have an `Opened` as their first argument are methods of `reproduction.Reproduction`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -19,6 +23,7 @@ from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.evaluation.significance import compare, paired_interval
 from adaptive_margins.losses import margin_loss
 from adaptive_margins.paper.experiments import DISTILLED, VARIANTS, Experiments, teacher_runs
+from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.runner import Runner
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.profiles.config import Profile
@@ -27,7 +32,7 @@ from adaptive_margins.runs import TrainingRun
 TAS_B = "wang-zuccon-tas-b"
 """The external run that the paper's Table 4 tests against; a key of ``book/printed/table4.csv``."""
 
-SOFTMAX = "Softmax (MNRL)"
+SOFTMAX, TUNED = "Softmax (MNRL)", "Static (tuned)"
 
 _EMBEDDING = {
     "cls": "[CLS]",
@@ -37,40 +42,37 @@ _EMBEDDING = {
 }
 
 
-def _names(text: str) -> list[str]:
-    return text.split()
-
-
-_FIGURE3 = _names(
+_FIGURE3 = (
     "encoder in_batch target seed measure value low high start maximum collapsed run_id"
     " start_run_id"
 )
-_CURVE = _names(
-    "encoder in_batch batch_size seed step triples measure value low high maximum run_id"
-)
-_GAINS = _names(
-    "encoder loss in_batch batch_size measure start best difference low high step run_id"
-)
-_TARGETS = _names("encoder batch_size part step mean min max window span run_id")
-_ABOUT3 = _names("encoder target epsilon in_batch seconds sweep_seconds triples run_id run_ids")
-_ABOUT4 = _names(
-    "block loss sampling in_batch source seconds teacher_seconds triples run_id run_ids"
-)
+_CURVE = "encoder in_batch batch_size seed step triples measure value low high maximum run_id"
+_GAINS = "encoder loss in_batch batch_size measure start best difference low high step run_id"
+_TARGETS = "encoder batch_size part step mean min max window span run_id"
 _TESTED = "set measure value best difference low high"
-_TABLE3 = _names(
+_TABLE3 = (
     f"encoder target epsilon in_batch {_TESTED} p p_adjusted comparisons equivalent seconds"
     " sweep_seconds triples run_id reference_run_id run_ids"
 )
-_TABLE4 = _names(
+_TABLE4 = (
     f"block loss sampling in_batch source {_TESTED} p_adjusted comparisons equivalent refused"
     " missing seconds teacher_seconds triples run_id reference_run_id run_ids"
 )
 
 
+class Opened(Protocol):
+    """What figures and tables need of a `reproduction.Reproduction`."""
+
+    profile: Profile
+    inputs: Inputs
+    runner: Runner
+    experiments: Experiments
+
+
 # --- figures ------------------------------------------------------------------------------------
 
 
-def figure3(experiments: Experiments, runner: Runner, encoder: str | None = None) -> pd.DataFrame:
+def figure3(opened: Opened, encoder: str | None = None) -> pd.DataFrame:
     """Static targets: a row per ε, seed and measure, on the validation set after the last step.
 
     Only ``encoder`` is trained if one is named, else all of the profile.
@@ -83,11 +85,11 @@ def figure3(experiments: Experiments, runner: Runner, encoder: str | None = None
     below a trivial baseline is called failed by Mosbach et al. (ICLR 2021), too; the baseline is
     the zero-shot encoder here.
     """
-    shown = [c for c in experiments.figure3_runs() if encoder in (None, c.encoder)]
-    names = [encoder] if encoder is not None else list(experiments.profile.encoders)
-    starts = {name: _zero_shot(experiments, runner, name) for name in names}
+    shown = [c for c in opened.experiments.figure3_runs() if encoder in (None, c.encoder)]
+    names = [encoder] if encoder is not None else list(opened.profile.encoders)
+    starts = {name: _zero_shot(opened, name) for name in names}
     rows = []
-    for run in runner.ensure(shown):
+    for run in opened.runner.ensure(shown):
         c = run.config
         start = starts[c.encoder]
         after, before = (r.evaluation("rerank", c.validation) for r in (run, start))
@@ -98,9 +100,9 @@ def figure3(experiments: Experiments, runner: Runner, encoder: str | None = None
             ends = _ends(after.per_query[measure], before.per_query[measure])
             facts = (*ends, before.mean[measure], False, collapsed)
             rows.append((*key, *facts, run.run_id, start.run_id))
-    frame = pd.DataFrame(rows, columns=_FIGURE3)
+    frame = pd.DataFrame(rows, columns=_FIGURE3.split())
     highest = _is_first_maximum(frame, ["encoder", "in_batch", "seed", "measure"])
-    frame["maximum"] = highest & (frame["seed"] == experiments.profile.seed)
+    frame["maximum"] = highest & (frame["seed"] == opened.profile.seed)
     return frame
 
 
@@ -111,10 +113,20 @@ def _ends(after: Mapping[str, float], before: Mapping[str, float]) -> tuple[floa
     return start + low, start + high
 
 
-def curves(runner: Runner, configs: Sequence[TrainingRun]) -> pd.DataFrame:
-    """Figures 4 and 5: learning curves on the validation set, with the confidence intervals of
-    `figure3` where the gain is that over step 0.
+def figure4(opened: Opened) -> pd.DataFrame:
+    """Adaptive targets: learning curves on the validation set.
+
+    ``low`` and ``high`` are as in `figure3`, with the gain over step 0.
     """
+    return _curves(opened.runner, opened.experiments.figure4_runs())
+
+
+def figure5(opened: Opened) -> pd.DataFrame:
+    """Distributed targets: learning curves by batch size, as in `figure4`."""
+    return _curves(opened.runner, opened.experiments.figure5_runs())
+
+
+def _curves(runner: Runner, configs: Sequence[TrainingRun]) -> pd.DataFrame:
     frames = []
     for run in runner.ensure(configs):
         c = run.config
@@ -129,33 +141,35 @@ def curves(runner: Runner, configs: Sequence[TrainingRun]) -> pd.DataFrame:
         frames.append(long.assign(**facts, run_id=run.run_id))
     frame = pd.concat(frames, ignore_index=True)
     frame["maximum"] = _is_first_maximum(frame, ["run_id", "measure"])
-    return frame[_CURVE]
+    return frame[_CURVE.split()]
 
 
-def gains(experiments: Experiments, runner: Runner, configs: Sequence[TrainingRun]) -> pd.DataFrame:
-    """The selected step against step 0 on validation, with its 95 % confidence interval."""
-    rows = []
-    for run in runner.ensure(configs):
+def gains(opened: Opened, configs: Sequence[TrainingRun] | None = None) -> pd.DataFrame:
+    """The selected step against step 0 on validation, with its 95 % confidence interval.
+
+    Of the runs of Figures 4 and 5, or of ``configs``.
+    """
+    e, rows = opened.experiments, []
+    for run in opened.runner.ensure(configs or [*e.figure4_runs(), *e.figure5_runs()]):
         c = run.config
-        start = _zero_shot(experiments, runner, c.encoder).evaluation("rerank", c.validation)
+        start = _zero_shot(opened, c.encoder).evaluation("rerank", c.validation)
         kept = run.evaluation("rerank", c.validation)
         for measure in c.rerank_measures:
             setting = (c.encoder, c.target, c.in_batch, c.batch_size, measure)
             means = (start.mean[measure], kept.mean[measure])
             interval = paired_interval(kept.per_query[measure], start.per_query[measure])
             rows.append((*setting, *means, *interval, run.result["kept_step"], run.run_id))
-    return pd.DataFrame(rows, columns=_GAINS)
+    return pd.DataFrame(rows, columns=_GAINS.split())
 
 
-def figure6(experiments: Experiments, runner: Runner) -> pd.DataFrame:
+def figure6(opened: Opened) -> pd.DataFrame:
     """Raw φ(d⁺, d⁻) over training, smoothed, with the largest batch size: all steps, or the first
     and last ``span`` where there are more.
     """
-    profile = experiments.profile
-    window, span = profile.target_plot.window, profile.target_plot.span
-    size = max(profile.distributed.batch_sizes)
-    frames = []
-    for run in runner.ensure([c for c in experiments.figure5_runs() if c.batch_size == size]):
+    window, span = opened.profile.target_plot.window, opened.profile.target_plot.span
+    size = max(opened.profile.distributed.batch_sizes)
+    configs, frames = opened.experiments.figure5_runs(), []
+    for run in opened.runner.ensure([c for c in configs if c.batch_size == size]):
         smooth = run.targets[["mean", "min", "max"]].rolling(window, min_periods=1).mean()
         smooth.insert(0, "step", run.targets["step"])
         parts = {"all": smooth}
@@ -164,18 +178,18 @@ def figure6(experiments: Experiments, runner: Runner) -> pd.DataFrame:
         for part, rows in parts.items():
             rows = rows.assign(encoder=run.config.encoder, batch_size=size, part=part)
             frames.append(rows.assign(window=window, span=len(rows), run_id=run.run_id))
-    return pd.concat(frames, ignore_index=True)[_TARGETS]
+    return pd.concat(frames, ignore_index=True)[_TARGETS.split()]
 
 
 # --- tables -------------------------------------------------------------------------------------
 
 
-def table1(experiments: Experiments, runner: Runner) -> pd.DataFrame:
+def table1(opened: Opened) -> pd.DataFrame:
     """Encoders: parameters, embedding, dimensions."""
     rows = []
-    for name, settings in experiments.profile.encoders.items():
-        run = _zero_shot(experiments, runner, name)
-        loaded = runner.inputs.encoder(name)
+    for name, settings in opened.profile.encoders.items():
+        run = _zero_shot(opened, name)
+        loaded = opened.inputs.encoder(name)
         trained = [p for p in loaded.model.parameters() if p.requires_grad]
         rows.append(
             {
@@ -191,17 +205,16 @@ def table1(experiments: Experiments, runner: Runner) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def table2(experiments: Experiments, runner: Runner) -> pd.DataFrame:
+def table2(opened: Opened) -> pd.DataFrame:
     """A query under the fine-tuned reference encoder: its highest, middle and lowest target.
 
     Of the first training batch, the query whose targets T[i, :] are spread widest. ρ = φ(q_i, ·),
     t = T[i, j]. ``loss_table`` is what the paper's Table 2 shows, (ρ(d⁺) − ρ(d⁻_j) − t)²;
     ``loss_equation`` is Equation 3 squared.
     """
-    reference = experiments.profile.reference_encoder
-    runner.ensure([c for c in experiments.figure3_runs() if c.encoder == reference])
-    run = runner.ensure([experiments.variant_run(reference, "distributed", False)])[0]
-    batch, q, p, n = _first_batch(run, runner)
+    reference, e = opened.profile.reference_encoder, opened.experiments
+    run = opened.runner.ensure([e.variant_run(reference, "distributed", False)])[0]
+    batch, q, p, n = _first_batch(run, opened)
     _, targets = margin_loss(q, p, n, target="distributed", return_targets=True)
     i = int((targets.max(1).values - targets.min(1).values).argmax())
     t = targets[i]
@@ -210,7 +223,8 @@ def table2(experiments: Experiments, runner: Runner) -> pd.DataFrame:
         "d-mid": int((t - t.mean()).abs().argmin()),
         "d-min": int(t.argmin()),
     }
-    texts, passages = runner.inputs.collection.queries["train"], runner.inputs.collection.passages
+    collection = opened.inputs.collection
+    texts, passages = collection.queries["train"], collection.passages
     rho_positive, rho = float(q[i] @ p[i]), (n @ q[i]).tolist()
     qid, positive, _ = batch[i]
     rows: list[dict[str, Any]] = [
@@ -231,12 +245,12 @@ def table2(experiments: Experiments, runner: Runner) -> pd.DataFrame:
 
 
 def _first_batch(
-    run: StoredRun[TrainingRun], runner: Runner
+    run: StoredRun[TrainingRun], opened: Opened
 ) -> tuple[list[tuple[str, str, str]], torch.Tensor, torch.Tensor, torch.Tensor]:
     """The first batch of a run, and its three columns embedded by the stored model."""
-    config, collection = run.config, runner.inputs.collection
-    model = run.model(runner.profile.device)
-    order = seeded_order(len(runner.inputs.triples), config.seed)[: config.batch_size]
+    config, collection = run.config, opened.inputs.collection
+    model = run.model(opened.profile.device)
+    order = seeded_order(len(opened.inputs.triples), config.seed)[: config.batch_size]
     batch = [collection.triples[int(i)] for i in order]
     columns = [
         ([collection.queries["train"][qid] for qid, _, _ in batch], config.query_length),
@@ -249,42 +263,52 @@ def _first_batch(
     return batch, q, p, n
 
 
-def table3(experiments: Experiments, runner: Runner) -> pd.DataFrame:
+def table3(opened: Opened) -> pd.DataFrame:
     """All encoders × targets × in-batch, ranked in full; TOST against the best of the encoder.
 
     Values, seconds and triples are means over the seeds of a row; ``run_id`` is the run of the
     first seed, and ``run_ids`` those of all, separated by spaces.
     """
-    profile = experiments.profile
-    sweeps = runner.ensure(experiments.figure3_runs())
-    stored = iter(runner.ensure(experiments.table3_runs()))
+    profile = opened.profile
+    opened.runner.ensure(opened.experiments.figure3_runs())
+    stored = iter(opened.runner.ensure(opened.experiments.table3_runs()))
     rows = []
     for encoder in profile.encoders:
         seeds = profile.row_seeds(encoder)
         runs = {variant: [next(stored) for _ in seeds] for variant in VARIANTS}
         group = [_ranked(row, profile) for row in runs.values()]
         for ((target, in_batch), row), ranked in zip(runs.items(), group, strict=True):
-            sweep = 0.0
-            if target == "static":
-                sweep = _sweep_seconds(sweeps, experiments, encoder, in_batch)
-            epsilon = row[0].config.target if target == "static" else float("nan")
-            seconds = (_mean(row, "train_seconds") + sweep, sweep)
-            ids = (_mean(row, "triples"), ranked.run_id, " ".join(ranked.run_ids))
-            about = _about(_ABOUT3, (encoder, target, epsilon, in_batch, *seconds, *ids))
+            is_static = target == "static"
+            sweep = _sweep_seconds(opened, encoder, in_batch) if is_static else 0.0
+            epsilon = row[0].config.target if is_static else math.nan
+            about = {"encoder": encoder, "target": target, "epsilon": epsilon, "in_batch": in_batch}
+            about |= _cost(row, sweep)
             rows += [about | test for test in _tested(ranked, group, None, profile)]
-    return pd.DataFrame(rows)[_TABLE3]
+    return pd.DataFrame(rows)[_TABLE3.split()]
 
 
-def _sweep_seconds(
-    sweeps: Sequence[StoredRun[TrainingRun]], experiments: Experiments, encoder: str, in_batch: bool
-) -> float:
-    """Training time of the runs that the ε of a static row is chosen from."""
-    targets = experiments.profile.static.targets
-    ids = {experiments.static_run(encoder, t, in_batch).run_id for t in targets}
-    return float(sum(run.result["train_seconds"] for run in sweeps if run.run_id in ids))
+def _sweep_seconds(opened: Opened, encoder: str, in_batch: bool) -> float:
+    """Training time of the runs that the ε of a static row is chosen from, if it is not given."""
+    static = opened.profile.static
+    targets = () if encoder in static.tuned else static.targets
+    configs = [opened.experiments.static_run(encoder, t, in_batch) for t in targets]
+    return float(sum(run.result["train_seconds"] for run in opened.runner.ensure(configs)))
 
 
-def table4(experiments: Experiments, runner: Runner) -> pd.DataFrame:
+def _cost(runs: Sequence[StoredRun[Any]], sweep: float) -> dict[str, Any]:
+    """Seconds and triples of a row, means over its runs, and the ids of these."""
+    teacher = float(runs[0].result.get("teacher", {}).get("seconds", 0.0))
+    return {
+        "seconds": _mean(runs, "train_seconds") + teacher + sweep,
+        "sweep_seconds": sweep,
+        "teacher_seconds": teacher,
+        "triples": _mean(runs, "triples"),
+        "run_id": runs[0].run_id,
+        "run_ids": " ".join(run.run_id for run in runs),
+    }
+
+
+def table4(opened: Opened) -> pd.DataFrame:
     """The reference encoder's rows next to baselines and external runs.
 
     TOST against the external TAS-B run, as in the paper, if there is one, else against the row of
@@ -292,19 +316,22 @@ def table4(experiments: Experiments, runner: Runner) -> pd.DataFrame:
     ``seconds`` are of training, of tuned rows also of the sweep, and of MarginMSE rows also of the
     teacher's fine-tuning and scoring (``teacher_seconds``).
     """
-    profile = experiments.profile
+    profile = opened.profile
     entries: list[tuple[dict[str, Any], _Ranked]] = []
-    for about, runs, sweep in _table4_runs(experiments, runner):
-        ranked = _ranked(runs, profile)
-        teacher = float(runs[0].result.get("teacher", {}).get("seconds", 0.0))
-        seconds = (_mean(runs, "train_seconds") + teacher + sweep, teacher)
-        values = (*about, *seconds, _mean(runs, "triples"), ranked.run_id, " ".join(ranked.run_ids))
-        entries.append((_about(_ABOUT4, values), ranked))
+    names = ("block", "loss", "sampling", "in_batch", "source")
+    for *about, runs in _table4_rows(opened):
+        sweep = 0.0
+        if about[1] == TUNED:
+            sweep = _sweep_seconds(opened, profile.reference_encoder, about[3] == "✓")
+        row = dict(zip(names, about, strict=True)) | _cost(runs, sweep)
+        entries.append((row, _ranked(runs, profile)))
     named = {(row["loss"], row["sampling"], row["in_batch"]): ranked for row, ranked in entries}
     own = named.get(("MarginMSE", "TAS-B, hard", "✗"), named[SOFTMAX, "Rand.", "✓"])
-    for name, files in external_runs(runner).items():
-        values = ("supplied runs", name, "—", "—", f"supplied: {name}", *[math.nan] * 3, "", "")
-        entries.append((_about(_ABOUT4, values), _ranked_external(name, files, runner)))
+    for name, files in external_runs(opened.runner).items():
+        values = ("supplied runs", name, "—", "—", f"supplied: {name}")
+        row = dict.fromkeys(("seconds", "teacher_seconds", "triples"), math.nan)
+        row |= dict.fromkeys(("run_id", "run_ids"), "") | dict(zip(names, values, strict=True))
+        entries.append((row, _ranked_external(name, files, opened)))
     references = {ranked.run_id: ranked for _, ranked in entries}
     reference = references.get(f"supplied: {TAS_B}", own)
     rows = []
@@ -312,57 +339,37 @@ def table4(experiments: Experiments, runner: Runner) -> pd.DataFrame:
         group = [r for other, r in entries if other["block"] == row["block"]]
         tested = _tested(ranked, group, reference, profile, len(entries) - 1)
         rows += [row | test for test in tested]
-    return pd.DataFrame(rows)[_TABLE4]
+    return pd.DataFrame(rows)[_TABLE4.split()]
 
 
-def _table4_runs(
-    experiments: Experiments, runner: Runner
-) -> Iterator[tuple[tuple[str, ...], list[StoredRun[Any]], float]]:
-    """Block, loss, sampling, in-batch and source of each row of Table 4, its runs by seed, and the
-    seconds of its sweep over ε.
-    """
-    e = experiments.profile.reference_encoder
-    seeds = experiments.profile.row_seeds(e)
-    sweeps = runner.ensure(experiments.figure3_runs())
+def _table4_rows(opened: Opened) -> Iterator[tuple[Any, ...]]:
+    """Block, loss, sampling, in-batch, source and runs, one for each seed, of each row."""
+    e, profile, ensure = opened.experiments, opened.profile, opened.runner.ensure
+    encoder, seeds = profile.reference_encoder, profile.row_seeds(profile.reference_encoder)
+    ensure(e.figure3_runs())
     tuned_no, tuned_yes, adaptive_no, adaptive_yes, distributed = (
-        runner.ensure([experiments.variant_run(e, *v, seed) for seed in seeds]) for v in VARIANTS
+        ensure([e.variant_run(encoder, *v, seed) for seed in seeds]) for v in VARIANTS
     )
-    others = runner.ensure(experiments.table4_runs())
-    default, softmax = others[: len(seeds)], others[len(seeds) :]
-    bm25 = runner.ensure([experiments.bm25_run()])
-    listed: list[tuple[Any, ...]] = [
-        ("self-distillation", "Adaptive", "Rand.", "✗", adaptive_no),
-        ("self-distillation", "Adaptive", "Rand.", "✓", adaptive_yes),
-        ("self-distillation", "Distributed", "Rand.", "✓", distributed),
-        *_distilled(experiments, runner),
-        ("no distillation", "BM25", "—", "—", bm25),
-        ("no distillation", "Static (tuned)", "Rand.", "✗", tuned_no),
-        ("no distillation", "Static (tuned)", "Rand.", "✓", tuned_yes),
-        ("no distillation", "Static (ε = 1)", "Rand.", "✗", default),
-        ("not in the paper", SOFTMAX, "Rand.", "✓", softmax),
-    ]
-    labels = {e: "Zero-shot encoder"}
-    for name, settings in experiments.profile.untrained.items():
-        kind = "as published" if settings.pooling == "own" else "zero-shot"
-        labels[name] = f"{settings.label or name}, {kind}"
-    for name, label in labels.items():
-        run = _zero_shot(experiments, runner, name)
-        listed.append(("not in the paper", label, "—", "—", [run]))
-    for block, loss, sampling, in_batch, runs, *of in listed:
-        source = block if block == "not in the paper" else "ours"
-        swept = loss == "Static (tuned)"
-        sweep = _sweep_seconds(sweeps, experiments, e, in_batch == "✓") if swept else 0.0
-        yield (block, loss, sampling, in_batch, *(of or [source])), runs, sweep
-
-
-def _distilled(experiments: Experiments, runner: Runner) -> Iterator[tuple[Any, ...]]:
-    """The MarginMSE rows of Table 4, with the source whose configuration they have."""
-    stored = iter(runner.ensure(teacher_runs(experiments)))
-    seeds = experiments.profile.row_seeds(experiments.profile.reference_encoder)
+    yield "self-distillation", "Adaptive", "Rand.", "✗", "ours", adaptive_no
+    yield "self-distillation", "Adaptive", "Rand.", "✓", "ours", adaptive_yes
+    yield "self-distillation", "Distributed", "Rand.", "✓", "ours", distributed
+    distilled, block = iter(ensure(teacher_runs(e))), "teacher distillation"
     for label, source in DISTILLED.values():
-        for in_batch in ("✗", "✓") if experiments.profile.teacher else ():
-            runs = [next(stored) for _ in seeds]
-            yield "teacher distillation", "MarginMSE", label, in_batch, runs, f"as {source}"
+        for in_batch in ("✗", "✓") if profile.teacher else ():
+            runs = [next(distilled) for _ in seeds]
+            yield block, "MarginMSE", label, in_batch, f"as {source}", runs
+    others = ensure(e.table4_runs())
+    yield "no distillation", "BM25", "—", "—", "ours", ensure([e.bm25_run()])
+    yield "no distillation", TUNED, "Rand.", "✗", "ours", tuned_no
+    yield "no distillation", TUNED, "Rand.", "✓", "ours", tuned_yes
+    yield "no distillation", "Static (ε = 1)", "Rand.", "✗", "ours", others[: len(seeds)]
+    block = "not in the paper"
+    yield block, SOFTMAX, "Rand.", "✓", block, others[len(seeds) :]
+    yield block, "Zero-shot encoder", "—", "—", block, [_zero_shot(opened, encoder)]
+    for name, settings in profile.untrained.items():
+        kind = "as published" if settings.pooling == "own" else "zero-shot"
+        label = f"{settings.label or name}, {kind}"
+        yield block, label, "—", "—", block, [_zero_shot(opened, name)]
 
 
 # --- tests --------------------------------------------------------------------------------------
@@ -387,10 +394,6 @@ class _Ranked:
         found = [e.mean.get(measure, math.nan) for e in self.evaluations.get(query_set, ())]
         return sum(found) / len(found) if found else math.nan
 
-    def per_query(self, query_set: str, measure: str) -> list[dict[str, float]]:
-        """Query id → score, for each seed."""
-        return [e.per_query[measure] for e in self.evaluations[query_set]]
-
 
 def _ranked(runs: Sequence[StoredRun[Any]], profile: Profile) -> _Ranked:
     evaluations = {name: [r.evaluation("full", name) for r in runs] for name in profile.sets.tests}
@@ -410,8 +413,8 @@ def external_runs(runner: Runner) -> dict[str, dict[str, Run]]:
     return read_external_runs(folder, sets)
 
 
-def _ranked_external(name: str, runs: Mapping[str, Run], runner: Runner) -> _Ranked:
-    collection, measures = runner.inputs.collection, runner.profile.measures.full
+def _ranked_external(name: str, runs: Mapping[str, Run], opened: Opened) -> _Ranked:
+    collection, measures = opened.inputs.collection, opened.profile.measures.full
     scored = {
         key: score(run, collection.qrels[key], measures, passages=len(collection.passages))
         for key, run in runs.items()
@@ -438,14 +441,14 @@ def _tested(
     count = comparisons or len(group) - 1
     for name in profile.sets.tests:
         for measure in profile.measures.full:
-            scores = pd.Series({r.run_id: r.mean(name, measure) for r in group})
-            best = scores.idxmax() if scores.notna().any() else group[0].run_id
-            against = reference or next(r for r in group if r.run_id == best)
+            means = [r.mean(name, measure) for r in group]
+            best = group[int(np.nan_to_num(means, nan=-math.inf).argmax())]
+            against = reference or best
             yield {
                 "set": name,
                 "measure": measure,
                 "value": ranked.mean(name, measure),
-                "best": ranked.run_id == best,
+                "best": ranked.run_id == best.run_id,
                 "comparisons": count,
                 "reference_run_id": against.run_id,
                 "refused": ranked.refused.get(name, {}).get(measure, ""),
@@ -460,7 +463,7 @@ def _tost(a: _Ranked, b: _Ranked, query_set: str, measure: str, count: int) -> d
     without = any(math.isnan(r.mean(query_set, measure)) for r in (a, b))
     if a.run_id == b.run_id or without:
         return {**numbers, "equivalent": False}
-    x, y = (r.per_query(query_set, measure) for r in (a, b))
+    x, y = ([e.per_query[measure] for e in r.evaluations[query_set]] for r in (a, b))
     found = compare(x, y, comparisons=count)
     _, low, high = paired_interval(x, y, confidence=1 - 2 * 0.05 / count)
     return {
@@ -473,12 +476,8 @@ def _tost(a: _Ranked, b: _Ranked, query_set: str, measure: str, count: int) -> d
     }
 
 
-def _about(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip(names, values, strict=True))
-
-
-def _zero_shot(experiments: Experiments, runner: Runner, encoder: str) -> StoredRun[Any]:
-    return runner.ensure([experiments.zero_shot_run(encoder)])[0]
+def _zero_shot(opened: Opened, encoder: str) -> StoredRun[Any]:
+    return opened.runner.ensure([opened.experiments.zero_shot_run(encoder)])[0]
 
 
 def _is_first_maximum(frame: pd.DataFrame, by: list[str]) -> pd.Series:

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from adaptive_margins.distributed import is_first, wait
 from adaptive_margins.files import home as default_home
+from adaptive_margins.paper import frames
 from adaptive_margins.paper.experiments import Experiments, find_run, fixed_runs
-from adaptive_margins.paper.frames import (
-    curves,
-    figure3,
-    figure6,
-    gains,
-    table1,
-    table2,
-    table3,
-    table4,
-)
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.plan import Plan, make_plan
 from adaptive_margins.paper.runner import Runner
@@ -133,43 +121,9 @@ class Reproduction:
         """BM25's order of the candidates, and its ranking of all passages."""
         return self.runner.ensure([self.experiments.bm25_run()])[0]
 
-    def table1(self) -> pd.DataFrame:
-        """Encoders: parameters, embedding, dimensions."""
-        return table1(self.experiments, self.runner)
-
-    def figure3(self, encoder: str | None = None) -> pd.DataFrame:
-        """Static targets: a row per ε, seed and measure, of all encoders or of one."""
-        return figure3(self.experiments, self.runner, encoder)
-
-    def figure4(self) -> pd.DataFrame:
-        """Adaptive targets: learning curves."""
-        return curves(self.runner, self.experiments.figure4_runs())
-
-    def figure5(self) -> pd.DataFrame:
-        """Distributed targets: learning curves by batch size."""
-        return curves(self.runner, self.experiments.figure5_runs())
-
-    def figure6(self) -> pd.DataFrame:
-        """Distribution of raw φ(d⁺, d⁻) over training."""
-        return figure6(self.experiments, self.runner)
-
-    def table2(self) -> pd.DataFrame:
-        """A query with its highest, middle and lowest target."""
-        return table2(self.experiments, self.runner)
-
-    def table3(self) -> pd.DataFrame:
-        """All targets, ranked in full, with tests of equivalence."""
-        return table3(self.experiments, self.runner)
-
-    def table4(self) -> pd.DataFrame:
-        """The reference encoder next to baselines and external runs."""
-        return table4(self.experiments, self.runner)
-
-    def gains(self, configs: Sequence[TrainingRun] | None = None) -> pd.DataFrame:
-        """The selected step against step 0 for Figures 4 and 5, or for ``configs``."""
-        e = self.experiments
-        configs = configs or [*e.figure4_runs(), *e.figure5_runs()]
-        return gains(e, self.runner, configs)
+    figure3, figure4, figure5 = frames.figure3, frames.figure4, frames.figure5
+    figure6, gains = frames.figure6, frames.gains
+    table1, table2, table3, table4 = frames.table1, frames.table2, frames.table3, frames.table4
 
 
 def open_profile(
