@@ -38,6 +38,11 @@ class Line:
     in_batch: bool
     runs: tuple[StoredRun[TrainingRun], ...]
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """The line's columns in frames."""
+        return {"encoder": self.encoder, "loss": self.loss, "in_batch": self.in_batch}
+
     @cached_property
     def triples(self) -> list[int]:
         """Triples after which any seed was evaluated."""
@@ -51,13 +56,13 @@ class Line:
         for run in self.runs:
             curve, by = run.curve, run.curve[run.config.selection]
             best = curve["step"].iloc[[int(by[: i + 1].argmax()) for i in range(len(by))]]
-            rows = _scores(run, measure).loc[best].set_index(curve["triples"].to_numpy())
+            rows = run.validated(measure).loc[best].set_index(curve["triples"].to_numpy())
             found.append(rows.reindex(self.triples, method="ffill"))
         return found
 
     def selected(self, measure: str) -> list[dict[str, float]]:
         """For each seed query → score of the selected checkpoint."""
-        return [_by_query(_scores(r, measure), r.result["kept_step"]) for r in self.runs]
+        return [_by_query(r.validated(measure), r.result["kept_step"]) for r in self.runs]
 
 
 def rises(runs: Sequence[StoredRun[TrainingRun]], measure: str) -> bool:
@@ -65,12 +70,6 @@ def rises(runs: Sequence[StoredRun[TrainingRun]], measure: str) -> bool:
     curves = [run.curve.set_index("triples")[measure] for run in runs]
     mean = pd.concat(curves, axis=1).sort_index().mean(axis=1)
     return bool(mean.idxmax() == mean.index[-1])
-
-
-def _scores(run: StoredRun[TrainingRun], measure: str) -> pd.DataFrame:
-    """Scores on the validation set, a row per step, a column per query."""
-    checks = run.checks[run.checks["measure"] == measure]
-    return checks.pivot(index="step", columns="qid", values="value")
 
 
 def _by_query(scores: pd.DataFrame, row: int) -> dict[str, float]:
@@ -102,16 +101,11 @@ def convergence(found: Sequence[Line]) -> pd.DataFrame:
     """
     frames = []
     for line in found:
-        facts: dict[str, Any] = {
-            "encoder": line.encoder,
-            "loss": line.loss,
-            "in_batch": line.in_batch,
-        }
         for run in line.runs:
             names = list(run.config.rerank_measures)
             long = run.curve.melt(["step", "triples"], names, "measure", "value")
             long["selected"] = long.pop("step") == run.result["kept_step"]
-            frames.append(long.assign(**facts, seed=run.config.seed, run_id=run.run_id))
+            frames.append(long.assign(**line.about, seed=run.config.seed, run_id=run.run_id))
     columns = "encoder loss in_batch seed triples measure value selected run_id"
     return pd.concat(frames, ignore_index=True)[columns.split()]
 
@@ -143,8 +137,8 @@ def _selected_score(line: Line) -> float:
 
 
 def _compared(line: Line, reference: Line, measure: str, count: int) -> list[dict[str, Any]]:
-    about = {"encoder": line.encoder, "loss": line.loss, "in_batch": line.in_batch}
-    about |= {"reference": reference.loss + ", in-batch" * reference.in_batch, "measure": measure}
+    named = reference.loss + ", in-batch" * reference.in_batch
+    about = line.about | {"reference": named, "measure": measure}
     about |= {"taught": reference.runs[0].config.teacher is not None, "comparisons": count}
     about["reference_triples"] = fmean(run.result["triples"] for run in reference.runs)
     for name, one in (("", line), ("reference_", reference)):

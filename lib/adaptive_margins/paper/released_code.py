@@ -10,8 +10,7 @@ row.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,21 +41,6 @@ chosen.
 POOLINGS = {"cls+linear": "[CLS] + Linear", "cls": "[CLS]", "mean": "mean"}
 
 
-def parse_seeds(seeds: str | int) -> tuple[int, ...]:
-    """``"1,2,3"`` as numbers. Raises ValueError unless they are distinct whole numbers from 0 on,
-    at least one.
-    """
-    try:
-        numbers = tuple(int(part) for part in str(seeds).split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
-        raise ValueError(
-            f'seeds is {seeds!r}; expected different whole numbers from 0 on, such as "1,2,3"'
-        )
-    return numbers
-
-
 class Differences:
     """The comparisons of a reproduction's reference encoder.
 
@@ -68,31 +52,25 @@ class Differences:
     def __init__(self, reproduction: Reproduction, seeds: str | int | None = None) -> None:
         self.reproduction = reproduction
         self.profile = reproduction.profile
-        self.seeds = self.profile.differences.seeds if seeds is None else parse_seeds(seeds)
+        named = self.profile.differences.seeds if seeds is None else str(seeds).split(",")
+        self.seeds = tuple(dict.fromkeys(map(int, named)))
         self.encoder = self.profile.reference_encoder
         self.test, self.validation = self.profile.sets.tests[0], self.profile.sets.validation
         self.selection = self.profile.measures.selection
+        encoders = dict(self.profile.encoders)
+        for pooling in POOLINGS:  # the reference encoder under every one, named by `_pooled`
+            changes = {"pooling": pooling, "label": ""}
+            reference = encoders[self.encoder].model_copy(update=changes)
+            encoders.setdefault(self._pooled(pooling), reference)
+        pooled = self.profile.model_copy(update={"encoders": encoders})
+        self.poolings = Reproduction(pooled, reproduction.home)
+        self._ensure = self.poolings.runner.ensure
 
     # ---- runs ------------------------------------------------------------------------------------
-
-    @functools.cached_property
-    def poolings(self) -> Reproduction:
-        """The reproduction with the reference encoder under every pooling, named by `_pooled`."""
-        reference = self.profile.encoders[self.encoder]
-        pooled = {
-            self._pooled(p): reference.model_copy(update={"pooling": p, "label": ""})
-            for p in POOLINGS
-            if p != reference.pooling
-        }
-        profile = self.profile.model_copy(update={"encoders": {**self.profile.encoders, **pooled}})
-        return Reproduction(profile, self.reproduction.home)
 
     def _pooled(self, pooling: str) -> str:
         default = self.profile.encoders[self.encoder].pooling
         return self.encoder if pooling == default else f"{self.encoder}-{pooling}"
-
-    def _ensure(self, configs: Iterable[RunConfig]) -> list[StoredRun[Any]]:
-        return self.poolings.runner.ensure(configs)
 
     def _tune(self) -> None:
         """Compute the runs that ε is tuned on, which the configurations of static rows need."""
@@ -126,32 +104,23 @@ class Differences:
         plain = [("distributed", False), ("static", False)]
 
         def pairs(
-            variants: Iterable[tuple[str, bool]],
-            words: tuple[str, str],
-            setting: str,
-            values: tuple[Any, Any],
+            variants: Any, words: tuple[str, str], setting: str, *values: Any
         ) -> list[Comparison]:
-            found = []
-            for variant in variants:
-                a, b = (self.variant(*variant, **{setting: value}) for value in values)
-                found.append(Comparison(_describe(a[0]), *words, a, b))
-            return found
+            both = [[self.variant(*v, **{setting: value}) for value in values] for v in variants]
+            return [Comparison(_describe(a[0]), *words, a, b) for a, b in both]
 
         rows = ("margin of query i in row i", "margin of query i in column i")
         targets = ("target as a constant (not stated)", "gradient through the target")
+        checkpoints = ("best checkpoint", "last checkpoint")
         blocks = {
-            "orientation": pairs(in_batch, rows, "orientation", ("paper", "released")),
-            "stop_gradient": pairs(adaptive, targets, "stop_gradient", (True, False)),
-            "checkpoint": pairs(
-                plain, ("best checkpoint", "last checkpoint"), "keep", ("best", "last")
-            ),
+            "orientation": pairs(in_batch, rows, "orientation", "paper", "released"),
+            "stop_gradient": pairs(adaptive, targets, "stop_gradient", True, False),
+            "checkpoint": pairs(plain, checkpoints, "keep", "best", "last"),
             "pooling": self._pooled_comparisons(),
         }
         if self.validation != self.test:
-            stopped = pairs(plain, self._chosen, "validation", (self.test, self.validation))
-            blocks["choice"] = [
-                dataclasses.replace(c, what=f"checkpoint, {c.what}") for c in stopped
-            ]
+            stopped = pairs(plain, self._chosen, "validation", self.test, self.validation)
+            blocks["choice"] = [c._replace(what=f"checkpoint, {c.what}") for c in stopped]
         return blocks
 
     @property
@@ -159,33 +128,27 @@ class Differences:
         return f"chosen on {self.test}, a test set", f"chosen on {self.validation}"
 
     def _pooled_comparisons(self) -> list[Comparison]:
-        experiments = self.poolings.experiments
-        start: dict[str, list[Any]] = {}
-        trained: dict[str, list[Any]] = {}
-        for pooling in POOLINGS:
+        e, (first, *rest) = self.poolings.experiments, POOLINGS
+
+        def runs(pooling: str, trained: bool) -> Sequence[RunConfig]:
             name = self._pooled(pooling)
-            start[pooling] = [experiments.zero_shot_run(name)]
-            trained[pooling] = (
-                self.variant("distributed", False)
-                if name == self.encoder
-                else [
-                    experiments.comparison_run(
-                        name, target="distributed", in_batch=False, seed=seed
-                    )
-                    for seed in self.seeds
-                ]
-            )
-        first, *rest = POOLINGS
+            if not trained:
+                return [e.zero_shot_run(name)]
+            if name == self.encoder:
+                return self.variant("distributed", False)
+            loss: dict[str, Any] = {"target": "distributed", "in_batch": False}
+            return [e.comparison_run(name, seed=seed, **loss) for seed in self.seeds]
+
         return [
             Comparison(
-                f"{POOLINGS[p]}, {when} training",
+                f"{POOLINGS[p]}, {'after' if trained else 'before'} training",
                 POOLINGS[first],
                 POOLINGS[p],
-                runs[first],
-                runs[p],
+                runs(first, trained),
+                runs(p, trained),
             )
             for p in rest
-            for when, runs in (("before", start), ("after", trained))
+            for trained in (False, True)
         ]
 
     def _systems(self) -> list[RunConfig]:
@@ -235,19 +198,14 @@ class Differences:
         """
         if self.validation == self.test:
             return pd.DataFrame(columns=COMPARED)
-        grid = {t: self._ensure(configs) for t, configs in self.grid().items()}
+        grid = [self._ensure(configs) for configs in self.grid().values()]  # by ascending ε
 
-        def best(number: int, name: str) -> RunConfig:
-            def mean(t: float) -> float:
-                run = grid[t][number]
-                return run.evaluation("rerank", name).mean[self.selection]
+        def best(runs: Sequence[StoredRun[TrainingRun]], name: str) -> TrainingRun:
+            means = [run.evaluation("rerank", name).mean[self.selection] for run in runs]
+            return runs[int(np.argmax(means))].config
 
-            config: RunConfig = grid[max(grid, key=lambda t: (mean(t), -t))][number].config
-            return config
-
-        sides = [
-            [best(n, name) for n in range(len(self.seeds))] for name in (self.test, self.validation)
-        ]
+        by_seed = list(zip(*grid, strict=True))
+        sides = [[best(runs, name) for runs in by_seed] for name in (self.test, self.validation)]
         of_target = Comparison("ε of static targets", *self._chosen, *sides)
         return self._ranked("choice", [of_target], reranked=(self.selection,))
 
@@ -346,7 +304,7 @@ class Differences:
                     )
         for what, configs in self._stopped().items():
             for run in self._ensure(configs):
-                c, means = run.config, _checks(run, self.selection).mean(axis=1)
+                c, means = run.config, run.validated(self.selection).mean(axis=1)
                 rows += [
                     (what, step, c.seed, c.validation, self.selection, value, run.run_id)
                     for step, value in means.items()
@@ -383,35 +341,22 @@ class Differences:
             per_query = [evaluation.per_query[self.selection] for evaluation in found]
             scores["ε"].append(np.array([[values[q] for q in qids] for values in per_query]))
         for what, configs in self._stopped().items():
-            checks = [_checks(run, self.selection) for run in self._ensure(configs)]
+            checks = [run.validated(self.selection) for run in self._ensure(configs)]
             scores[what] = [values[qids].to_numpy() for values in checks]
         about = {"set": self.test, "measure": self.selection}
         rows = []
         for what, matrices in scores.items():
             for seed, matrix in zip(self.seeds, matrices, strict=True):
                 drawn = optimism(matrix, size=size, draws=draws)
-                low, high = np.percentile(drawn.values, [2.5, 97.5])
-                net_low, net_high = np.percentile(drawn.net, [2.5, 97.5])
-                rows.append(
-                    {
-                        "what": what,
-                        **about,
-                        "seed": seed,
-                        "settings": len(matrix),
-                        "chosen": len(set(drawn.chosen)),
-                        "size": size,
-                        "rest": len(qids) - size,
-                        "draws": draws,
-                        "drawn": drawn.drawn.mean(),
-                        "others": drawn.others.mean(),
-                        "optimism": drawn.values.mean(),
-                        "low": low,
-                        "high": high,
-                        "net": drawn.net.mean(),
-                        "net_low": net_low,
-                        "net_high": net_high,
-                    }
-                )
+                counts = {"settings": len(matrix), "chosen": len(set(drawn["chosen"]))}
+                counts |= {"size": size, "rest": len(qids) - size, "draws": draws}
+                row = {"what": what, **about, "seed": seed, **counts}
+                row |= {name: drawn[name].mean() for name in ("drawn", "others")}
+                for name, prefix in (("optimism", ""), ("net", "net_")):
+                    row[name] = drawn[name].mean()
+                    ends = np.percentile(drawn[name], [2.5, 97.5])
+                    row[f"{prefix}low"], row[f"{prefix}high"] = ends
+                rows.append(row)
         return pd.DataFrame(rows)
 
     def _ranked(
@@ -450,12 +395,6 @@ def _probed(run: Run, exact: Run, qrels: Qrels, config: TrainingRun) -> dict[str
         f"Filled@{depth}": {q: float(len(run[q]) == len(exact[q])) for q in exact},
         f"Exact@{depth}": shared,
     }
-
-
-def _checks(run: StoredRun[Any], measure: str) -> pd.DataFrame:
-    """Values during training: a row a step, a column a query."""
-    checks = run.checks
-    return checks[checks["measure"] == measure].pivot(index="step", columns="qid", values="value")
 
 
 def _describe(config: TrainingRun) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,8 +29,7 @@ SUMMARY = [
 PerQuery = Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """Two settings, as the configurations of their runs, seed by seed."""
 
     what: str
@@ -46,45 +44,24 @@ def compare(
 ) -> dict[str, Any]:
     """Compare two settings, each with several runs, over the mean of the runs for each query.
 
-    The test is about other queries, not other seeds.
-
-    Args:
-        paper: query id → value, for each run of one side.
-        code: the same for the other side.
-        comparisons: tests in the block (Bonferroni).
-
-    Returns:
-        ``difference`` (mean of code − paper), ``low`` and ``high`` (its 95 % confidence interval,
-        for this comparison alone), ``p`` and ``p_adjusted`` (TOST, ±.05), ``comparisons`` and
-        ``verdict`` (of the code's side, as in `significance.compare`).
-
-    Raises:
-        ValueError: there are no runs, the queries differ, or as `significance.compare`.
+    The test is about other queries, not other seeds. ``difference`` is the mean of code − paper,
+    ``low`` and ``high`` its 95 % confidence interval for this comparison alone, ``p`` that of TOST
+    (±.05), adjusted for the ``comparisons`` in the block (Bonferroni); ``verdict`` is of the code's
+    side.
     """
-    found = significance.compare(mean_over(code), mean_over(paper), comparisons=comparisons)
-    adjusted = min(1.0, found.p_tost * comparisons)
+    found = significance.compare(_mean_over(code), _mean_over(paper), comparisons=comparisons)
     return {
         "difference": found.difference,
         "low": found.ci[0],
         "high": found.ci[1],
         "p": found.p_tost,
-        "p_adjusted": adjusted,
+        "p_adjusted": min(1.0, found.p_tost * comparisons),
         "comparisons": comparisons,
         "verdict": found.verdict,
     }
 
 
-def mean_over(runs: Sequence[PerQuery]) -> dict[str, float]:
-    """Each query's mean over ``runs``. Raises ValueError if there are none, or their queries
-    differ.
-    """
-    if not runs:
-        raise ValueError("there are no runs to average over")
-    for number, run in enumerate(runs[1:], start=2):
-        if different := sorted(run.keys() ^ runs[0].keys()):
-            raise ValueError(
-                f"run {number} and run 1 differ in {len(different)} queries, e.g. {different[:3]}"
-            )
+def _mean_over(runs: Sequence[PerQuery]) -> dict[str, float]:
     return {qid: float(np.mean([run[qid] for run in runs])) for qid in runs[0]}
 
 
@@ -125,13 +102,10 @@ def rows_of(
     measure.
     """
     test = compare([s[2] for s in sides], [s[3] for s in sides], comparisons=comparisons)
+    about = (block, pair.what, pair.paper, pair.code, *case)
     return [
         {
-            "block": block,
-            "what": pair.what,
-            "paper": pair.paper,
-            "code": pair.code,
-            **dict(zip(("kind", "set", "measure"), case, strict=True)),
+            **dict(zip(_CASE, about, strict=True)),
             "seed": getattr(other.config, "seed", 0),
             "epsilon_paper": _epsilon(reference),
             "epsilon_code": _epsilon(other),
@@ -165,38 +139,7 @@ def pool_qrels(qrels: Qrels, pool: Run) -> Qrels:
     }
 
 
-@dataclass(frozen=True)
-class Optimism:
-    """What choosing the best of several settings by some of the queries does to its score.
-
-    Attributes:
-        chosen: (draws,) row of the setting with the best mean on the drawn queries (first of
-            equals).
-        drawn: (draws,) its mean on the drawn queries, by which it was chosen.
-        others: (draws,) its mean on all other queries.
-        unchosen: (draws,) drawn minus others, averaged over all settings: the effect of the split
-            without a choice.
-    """
-
-    chosen: np.ndarray
-    drawn: np.ndarray
-    others: np.ndarray
-    unchosen: np.ndarray
-
-    @property
-    def values(self) -> np.ndarray:
-        """Optimism of each draw: drawn minus others."""
-        return self.drawn - self.others
-
-    @property
-    def net(self) -> np.ndarray:
-        """The part that is due to the choice: equal on average (the mean of ``unchosen`` is 0),
-        less scattered.
-        """
-        return self.values - self.unchosen
-
-
-def optimism(scores: np.ndarray, *, size: int, draws: int, seed: int = 1) -> Optimism:
+def optimism(scores: np.ndarray, *, size: int, draws: int, seed: int = 1) -> dict[str, np.ndarray]:
     """The optimism of choosing the best of C settings by ``size`` of N queries.
 
     For a draw S of queries, without replacement, let ĉ(S) = argmax_c mean_{q∈S} x_c(q). The draw's
@@ -209,32 +152,28 @@ def optimism(scores: np.ndarray, *, size: int, draws: int, seed: int = 1) -> Opt
     Args:
         scores: (C, N) value of each setting for each query.
         size: queries to choose by, 1 to N − 1.
-        draws: how often; at least 1.
+        draws: how often.
         seed: of the draws; the same seed, N and ``size`` draw the same queries.
 
-    Raises:
-        ValueError: a shape, size or number of draws that is not one of the above, or a score that
-            is not finite.
+    Returns:
+        Arrays (draws,): "chosen", the row of ĉ(S), the first of equals; "drawn" and "others", its
+        mean on S and on all other queries; "optimism", their difference; and "net", the part of it
+        that is due to the choice: without the mean difference of all settings, which is 0 on
+        average, it is less scattered.
     """
-    scores = np.asarray(scores, np.float64)
-    if scores.ndim != 2 or not len(scores) or not np.isfinite(scores).all():
-        raise ValueError(
-            f"scores must be finite, of shape (settings, queries), not {scores.shape} with "
-            f"{int((~np.isfinite(scores)).sum())} that are not finite"
-        )
-    n = scores.shape[1]
-    if not 1 <= size < n:
-        raise ValueError(f"size must be from 1 to {n - 1} for {n} queries, not {size}")
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, not {draws}")
     rng = np.random.default_rng(seed)
     inside, outside = np.empty((draws, len(scores))), np.empty((draws, len(scores)))
     for draw in range(draws):
-        order = rng.permutation(n)
+        order = rng.permutation(scores.shape[1])
         inside[draw] = scores[:, order[:size]].mean(axis=1)
         outside[draw] = scores[:, order[size:]].mean(axis=1)
     chosen = inside.argmax(axis=1)
-    rows = np.arange(draws)
-    return Optimism(
-        chosen, inside[rows, chosen], outside[rows, chosen], (inside - outside).mean(axis=1)
-    )
+    drawn, others = (means[np.arange(draws), chosen] for means in (inside, outside))
+    net = drawn - others - (inside - outside).mean(axis=1)
+    return {
+        "chosen": chosen,
+        "drawn": drawn,
+        "others": others,
+        "optimism": drawn - others,
+        "net": net,
+    }

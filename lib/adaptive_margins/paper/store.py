@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,16 +58,11 @@ def package_versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
 
     By default of the packages that numbers may depend on; these are stored with every run.
     """
-    found = {name: _version(name) for name in packages}
-    return {name: version for name, version in found.items() if version is not None}
-
-
-@functools.cache
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    found = {}
+    for name in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 @dataclass(frozen=True)
@@ -125,6 +120,11 @@ class StoredRun(Generic[R_co]):
     def checks(self) -> pd.DataFrame:
         """The curve in long form: one row per evaluation, query and measure."""
         return self._read("checks.parquet", pd.read_parquet)
+
+    def validated(self, measure: str) -> pd.DataFrame:
+        """The curve of a measure by query: a row per step, a column per query."""
+        checks = self.checks[self.checks["measure"] == measure]
+        return checks.pivot(index="step", columns="qid", values="value")
 
     @cached_property
     def targets(self) -> pd.DataFrame:
@@ -280,7 +280,15 @@ class Store:
         Raises:
             StoreError: it cannot be written.
         """
-        result = {**_scored(evaluations), **_trained(training), **(extra or {})}
+        result: dict[str, Any] = {
+            mode: {name: {"mean": e.mean, "per_query": e.per_query} for name, e in sets.items()}
+            for mode, sets in evaluations.items()
+        }
+        names = ("train_seconds", "eval_seconds", "best_step", "kept_step", "stop_step", "triples")
+        for name in (*names, "peak_bytes"):  # 0 where nothing was trained
+            result[name] = getattr(training, name) if training else 0
+        result |= {"versions": package_versions(), "machine": machine(), "finished": now()}
+        result |= extra or {}
         path = self.path(config)
         try:
             with atomic_folder(path) as folder:
@@ -303,17 +311,3 @@ class Store:
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{path} could not be written: {error}; nothing is left") from error
         return StoredRun(path)
-
-
-def _scored(evaluations: Mapping[str, Mapping[str, Evaluation]]) -> dict[str, Any]:
-    return {
-        mode: {name: {"mean": e.mean, "per_query": e.per_query} for name, e in sets.items()}
-        for mode, sets in evaluations.items()
-    }
-
-
-def _trained(training: TrainingResult | None) -> dict[str, Any]:
-    """The numbers of a training, 0 where nothing was trained, and what computed them when."""
-    names = ("train_seconds", "eval_seconds", "best_step", "kept_step", "stop_step", "triples")
-    values = {name: getattr(training, name) if training else 0 for name in (*names, "peak_bytes")}
-    return {**values, "versions": package_versions(), "machine": machine(), "finished": now()}
