@@ -22,14 +22,7 @@ from adaptive_margins.encoder.frozen import LoadedEncoder
 from adaptive_margins.encoder.load import save_encoder, state_hash
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
 from adaptive_margins.files import HOME_VARIABLE, check_output, locked
-from adaptive_margins.paper.backends import (
-    Submit,
-    at_once,
-    compute,
-    in_processes,
-    on_ray,
-    visible_gpus,
-)
+from adaptive_margins.paper import backends
 from adaptive_margins.paper.experiments import Experiments
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.shared_store import LeasedError, open_store
@@ -60,8 +53,6 @@ if TYPE_CHECKING:
 
     from adaptive_margins.training import TrainingResult
 
-Evaluations = dict[str, dict[str, Evaluation]]
-"""Mode → query set → measures."""
 Rankings = dict[str, dict[str, Run]]
 """Mode → query set → ranking."""
 
@@ -91,7 +82,7 @@ class Runner:
         self.profile = inputs.profile
         self.teacher = teacher_of(inputs)
         self._ray = ray_options(place[1], place[0]) if place[1] else ("", {})
-        self._backend: tuple[Submit, int] | None = None
+        self._backend: tuple[backends.Submit, int] | None = None
         self._check: Callable[[], None] = lambda: None
 
     # ---- many runs -----------------------------------------------------------------------------
@@ -124,7 +115,7 @@ class Runner:
         on_cuda = self.profile.device.startswith("cuda")
         needs = {"num_cpus": 1, "num_gpus": int(on_cuda), **needs}
         slots = 2**31 if address else 1 if processes() > 1 else self.profile.workers
-        gpus = visible_gpus() if on_cuda and slots > 1 and not address else []
+        gpus = backends.visible_gpus() if on_cuda and slots > 1 and not address else []
         make = functools.partial(
             _worker,
             self.profile,
@@ -133,11 +124,11 @@ class Runner:
             owner=self.owner,
             one_gpu=bool(needs["num_gpus"] if address else gpus),
         )
-        backend: Any = nullcontext(functools.partial(at_once, self.execute))
+        backend: Any = nullcontext(functools.partial(backends.at_once, self.execute))
         if address:
-            backend = on_ray(address, make, needs, lambda: self.memory)
+            backend = backends.on_ray(address, make, needs, lambda: self.memory)
         elif slots > 1:
-            backend = in_processes(slots, make, gpus)
+            backend = backends.in_processes(slots, make, gpus)
         with backend as submit:
             self._backend = submit, slots
             try:
@@ -162,11 +153,15 @@ class Runner:
 
     def _compute(self, missing: Iterable[RunConfig]) -> None:
         # Zero-shot runs first: training runs read step 0 from them. Then long runs, so that the
-        # workers end at about the same time.
-        ordered = sorted(missing, key=lambda c: (isinstance(c, TrainingRun), -_work(c)))
+        # workers end at about the same time: full rankings, and then those with many triples.
+        def order(config: RunConfig) -> tuple[bool, bool, int]:
+            triples = getattr(config, "triples", 0)
+            return isinstance(config, TrainingRun), not config.test_sets, -triples
+
+        ordered = sorted(missing, key=order)
         assert self._backend is not None
         with bar("runs", total=len(ordered), unit="runs") as progress:
-            for config in compute(*self._backend, ordered):
+            for config in backends.compute(*self._backend, ordered):
                 result = self.store.get(config).result
                 seconds = result["train_seconds"] + result["eval_seconds"]
                 progress.update(1)
@@ -207,26 +202,20 @@ class Runner:
             wait()
         return self.store.get(config)
 
-    def _bm25(self, config: BM25Run) -> None:
-        runs: Rankings = {
-            "rerank": {name: self.inputs.top_candidates(name) for name in config.rerank_sets},
-            "full": {name: self.inputs.bm25_ranking(name) for name in config.test_sets},
-        }
-        measures = {"rerank": config.rerank_measures, "full": config.full_measures}
-        evaluations = {
-            mode: {name: self._evaluate(run, name, measures[mode]) for name, run in sets.items()}
-            for mode, sets in runs.items()
-        }
-        self.store.put(config, None, evaluations, runs)
-
     def _compute_one(self, config: Any, work: Path) -> None:
         """Train if the run is one, in all processes; evaluate, rank and store in the first."""
+        runs: Rankings = {"rerank": {}}
         if isinstance(config, BM25Run):
-            return self._bm25(config)
+            runs["rerank"] = {name: self.inputs.top_candidates(name) for name in config.rerank_sets}
+            runs["full"] = {name: self.inputs.bm25_ranking(name) for name in config.test_sets}
+            self.store.put(config, None, self._evaluated(runs, config), runs)
+            return
         encoder = self.inputs.encoder(config.encoder)
         model = encoder.fresh()
-        validate = functools.partial(self._rerank, encoder, config=config)
+        validate = functools.partial(self._validated, encoder, config=config)
         result = None
+        save = None
+        extra: dict[str, Any] = {}
         if isinstance(config, TransferRun):
             state = StoredRun(self.inputs.home / "runs" / config.source).weights(config.checkpoint)
             if unknown := model.load_state_dict(state, strict=False).unexpected_keys:
@@ -236,24 +225,20 @@ class Runner:
                 )
         if isinstance(config, TrainingRun):
             result = self._train(config, encoder, model, validate, work)
-            selected = result.kept
             if not is_first():
                 return
-        else:
-            selected = validate(model)
+        selected = result.kept if result else validate(model)
         # The selected evaluation has no ranking if it was read from a checkpoint or the store.
         reranked = selected if isinstance(selected, _Reranked) else validate(model)
-        evaluations: Evaluations = {"rerank": {config.validation: selected}}
-        runs: Rankings = {"rerank": {config.validation: reranked.ranking}}
-        extra: dict[str, Any] = {}
         if config.test_sets:
-            full, rankings, extra = self._rank_tests(encoder, model, config, work)
-            # If the validation set is a test set too, its scores are those of the learning curve.
-            evaluations = {m: {**sets, **evaluations.get(m, {})} for m, sets in full.items()}
-            runs = {m: {**sets, **runs.get(m, {})} for m, sets in rankings.items()}
+            runs, extra["index"] = self._rank_tests(encoder, model, config, work)
+        evaluations = self._evaluated(runs, config)
+        runs.pop("exact", None)
+        # If the validation set is a test set too, its scores are those of the learning curve.
+        evaluations["rerank"][config.validation] = selected
+        runs["rerank"][config.validation] = reranked.ranking
         if isinstance(config, TrainingRun) and config.teacher is not None and self.teacher:
             extra["teacher"] = self.teacher.about
-        save = None
         if isinstance(config, TrainingRun) and config.save_model:
             save = functools.partial(save_encoder, encoder.whole_with(model))
         self.store.put(config, result, evaluations, runs, extra=extra, save_model=save)
@@ -307,55 +292,78 @@ class Runner:
         self._check()
         return evaluate(self.inputs.collection.qrels[query_set], run, list(measures))
 
-    def _rerank(self, encoder: LoadedEncoder, model: Any, config: EncoderRun) -> _Reranked:
+    def _evaluated(self, runs: Rankings, config: RunConfig) -> dict[str, dict[str, Evaluation]]:
+        measures = {"rerank": config.rerank_measures}
+        return {
+            mode: {
+                name: self._evaluate(run, name, measures.get(mode, config.full_measures))
+                for name, run in sets.items()
+            }
+            for mode, sets in runs.items()
+        }
+
+    def _validated(self, encoder: LoadedEncoder, model: Any, config: EncoderRun) -> _Reranked:
         """Rerank the candidates of the validation queries with ``model``."""
-        inputs, name = self.inputs, config.validation
-        rows, ids = inputs.candidate_rows(name), inputs.collection.passages.ids
-        run = rerank(
-            inputs.top_candidates(name),
-            self._embed_queries(encoder, model, config, name),
-            inputs.collection.queries[name].ids,
-            embed(
-                model,
-                encoder.passages,
-                rows,
-                batch_tokens=self.profile.ranking.batch_tokens,
-                precision=config.precision,
-                normalize=self._normalized(config),
-            ),
-            [ids[int(row)] for row in rows],
-            normalize=self._normalized(config),
-        )
+        name = config.validation
+        queries = self._embed_queries(encoder, model, config, name)
+        rows = self.inputs.candidate_rows(name)
+        passages = embed(model, encoder.passages, rows, **self._embedding(config))
+        run = self._reranked(config, name, queries, passages)
         found = self._evaluate(run, name, config.rerank_measures)
         return _Reranked(found.mean, found.per_query, run)
 
-    def _normalized(self, config: EncoderRun) -> bool:
-        if isinstance(config, TrainingRun):
-            return config.similarity == "cosine"
-        return self.inputs.settings(config.encoder).similarity == "cosine"
+    def _reranked(
+        self, config: EncoderRun, query_set: str, queries: np.ndarray, passages: np.ndarray
+    ) -> Run:
+        """The candidates of a set, reranked by the embeddings of its queries and of them."""
+        collection, ids = self.inputs.collection, self.inputs.collection.passages.ids
+        return rerank(
+            self.inputs.top_candidates(query_set),
+            queries,
+            collection.queries[query_set].ids,
+            passages,
+            [ids[int(row)] for row in self.inputs.candidate_rows(query_set)],
+            normalize=self._embedding(config)["normalize"],
+        )
+
+    def _embedding(self, config: EncoderRun) -> dict[str, Any]:
+        """How a run's texts are embedded: with length 1 if they are compared by the cosine."""
+        declared = self.inputs.settings(config.encoder).similarity
+        return {
+            "batch_tokens": self.profile.ranking.batch_tokens,
+            "precision": config.precision,
+            "normalize": getattr(config, "similarity", declared) == "cosine",
+        }
 
     def _embed_queries(
         self, encoder: LoadedEncoder, model: Any, config: EncoderRun, query_set: str
     ) -> np.ndarray:
-        return embed(
-            encoder.query_model or model,
-            encoder.queries,
-            self.inputs.query_rows(query_set),
-            batch_tokens=self.profile.ranking.batch_tokens,
-            precision=config.precision,
-            normalize=self._normalized(config),
-        )
+        rows = self.inputs.query_rows(query_set)
+        model = encoder.query_model or model
+        return embed(model, encoder.queries, rows, **self._embedding(config))
 
     def _rank_tests(
         self, encoder: LoadedEncoder, model: Any, config: EncoderRun, work: Path
-    ) -> tuple[Evaluations, Rankings, dict[str, Any]]:
-        """Embed all passages; rerank the test sets, search a FAISS index, and search exactly."""
+    ) -> tuple[Rankings, dict[str, Any]]:
+        """Embed all passages; rerank the test sets, search a FAISS index, and search exactly.
+
+        A run that was killed while it embedded goes on with the next shard; these are named by a
+        hash of the weights, and those of others are never mixed in.
+        """
+        ranking, options, depth = self.profile.ranking, self._embedding(config), config.full_depth
         since = time.perf_counter()
-        passages = self._embed_passages(encoder, model, config, work)
+        passages = embed_shards(
+            model,
+            encoder.passages,
+            work / f"passages-{state_hash(model)}",
+            shard=ranking.shard,
+            dtype=ranking.dtype,
+            devices=ranking.devices or (self.profile.device,),
+            **options,
+        )
         embedded = time.perf_counter()
-        settings = choose_index(*passages.shape, depth=config.full_depth)
-        index = None
-        if self._normalized(config):
+        settings, index = choose_index(*passages.shape, depth=depth), None
+        if options["normalize"]:
             threads = 1 if settings.quick else os.cpu_count() or 1  # one: it is reproducible
             seed = config.seed if isinstance(config, TrainingRun) else 0
             index = build_index(passages, settings, seed=seed, threads=threads)
@@ -363,73 +371,25 @@ class Runner:
             note = "the dot product is searched exactly"
             settings = IndexSettings("Flat", passages.shape[1], note=note)
         built = time.perf_counter()
-        measures = {
-            "rerank": config.rerank_measures,
-            "full": config.full_measures,
-            "exact": config.full_measures,
-        }
-        evaluations: Evaluations = {mode: {} for mode in measures}
-        runs: Rankings = {"rerank": {}, "full": {}}
-        recall = {}
+        runs: Rankings = {"rerank": {}, "full": {}, "exact": {}}
+        recall, ids = {}, self.inputs.collection.passages.ids
         for name in config.test_sets:
             queries = self._embed_queries(encoder, model, config, name)
-            ranked = self._ranked(name, queries, passages, index, settings, config.full_depth)
-            for mode, run in ranked.items():
-                evaluations[mode][name] = self._evaluate(run, name, measures[mode])
-            runs["rerank"][name], runs["full"][name] = ranked["rerank"], ranked["full"]
-            recall[name] = approximation_recall(ranked["full"], ranked["exact"], config.full_depth)
-        facts = {
+            candidates = passages[self.inputs.candidate_rows(name)]
+            runs["rerank"][name] = self._reranked(config, name, queries, candidates)
+            qids = self.inputs.collection.queries[name].ids
+            full = exact = exact_search(queries, passages, qids, ids, depth)
+            if index is not None:
+                full = search_index(index, settings, queries, qids, ids, depth, passages)
+            runs["full"][name], runs["exact"][name] = full, exact
+            recall[name] = approximation_recall(full, exact, depth)
+        return runs, {
             **dataclasses.asdict(settings),
             "embed_seconds": embedded - since,
             "build_seconds": built - embedded,
             "search_seconds": time.perf_counter() - built,
             "recall_of_exact": recall,
         }
-        return evaluations, runs, {"index": facts}
-
-    def _embed_passages(
-        self, encoder: LoadedEncoder, model: Any, config: EncoderRun, work: Path
-    ) -> np.ndarray:
-        """All passages, in shards named by a hash of the weights.
-
-        A run that was killed here is resumed with the next shard; shards of other weights are
-        never mixed in.
-        """
-        ranking = self.profile.ranking
-        return embed_shards(
-            model,
-            encoder.passages,
-            work / f"passages-{state_hash(model)}",
-            shard=ranking.shard,
-            dtype=ranking.dtype,
-            devices=ranking.devices or (self.profile.device,),
-            precision=config.precision,
-            batch_tokens=ranking.batch_tokens,
-            normalize=self._normalized(config),
-        )
-
-    def _ranked(
-        self,
-        query_set: str,
-        queries: Any,
-        passages: np.ndarray,
-        index: Any,
-        settings: IndexSettings,
-        depth: int,
-    ) -> dict[str, Run]:
-        """A query set's rankings: reranked candidates, FAISS search, exact search.
-
-        Without an index, for embeddings of other lengths than 1, the search is exact.
-        """
-        inputs, ids = self.inputs, self.inputs.collection.passages.ids
-        qids, rows = inputs.collection.queries[query_set].ids, inputs.candidate_rows(query_set)
-        candidates, docids = inputs.top_candidates(query_set), [ids[int(row)] for row in rows]
-        unit = index is not None
-        reranked = rerank(candidates, queries, qids, passages[rows], docids, normalize=unit)
-        full = exact = exact_search(queries, passages, qids, ids, depth)
-        if unit:
-            full = search_index(index, settings, queries, qids, ids, depth, passages)
-        return {"rerank": reranked, "full": full, "exact": exact}
 
 
 def describe(config: RunConfig, with_target: bool = True) -> str:
@@ -454,11 +414,6 @@ def describe(config: RunConfig, with_target: bool = True) -> str:
         "full ranking": bool(config.test_sets),
     }
     return ", ".join(part for part, applies in parts.items() if applies)
-
-
-def _work(config: RunConfig) -> int:
-    """How long a run takes, compared with others: full rankings are longest, then many triples."""
-    return 1_000_000_000 * bool(config.test_sets) + getattr(config, "triples", 0)
 
 
 def _worker(
