@@ -52,8 +52,6 @@ def margin_mse(
     negative: Tensor,
     positive_scores: Tensor,
     negative_scores: Tensor,
-    *,
-    in_batch: bool = False,
     similarity: str = "dot",
 ) -> Tensor:
     """Mean squared error between the margins of student and teacher (Hofstätter et al. 2020).
@@ -66,26 +64,12 @@ def margin_mse(
         query, positive, negative: (B, D) embeddings of any norm.
         positive_scores: (B,) scores of any range.
         negative_scores: (B,); in-batch (B, B), row i the query.
-        in_batch: compare every query with all negatives of the batch.
         similarity: "dot" (as published) or "cosine".
 
     Returns:
         A scalar tensor, float32, or float64 if the queries are, also under autocast.
-
-    Raises:
-        ValueError: a similarity or a shape that is not one of the above.
     """
-    if similarity not in ("dot", "cosine"):
-        raise ValueError(f"similarity is {similarity!r}; expected 'dot' or 'cosine'")
-    size = len(query)
-    for name, value, shape in (
-        ("positive", positive, query.shape),
-        ("negative", negative, query.shape),
-        ("positive_scores", positive_scores, (size,)),
-        ("negative_scores", negative_scores, (size, size) if in_batch else (size,)),
-    ):
-        if value.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {tuple(shape)}")
+    in_batch = negative_scores.ndim == 2
     dtype = torch.promote_types(torch.float32, query.dtype)
     with torch.autocast(query.device.type, enabled=False):
         q, p, n = (vectors.to(dtype) for vectors in (query, positive, negative))
@@ -93,11 +77,8 @@ def margin_mse(
             q, p, n = (normalize(vectors, dim=1) for vectors in (q, p, n))
         to_negative = q @ n.T if in_batch else (q * n).sum(1)
         beyond = (q * p).sum(1) - positive_scores.to(dtype)
-        return (
-            ((beyond[:, None] if in_batch else beyond) - to_negative + negative_scores)
-            .square()
-            .mean()
-        )
+        beyond = beyond[:, None] if in_batch else beyond
+        return (beyond - to_negative + negative_scores).square().mean()
 
 
 def dual_margin_mse(
@@ -121,10 +102,10 @@ def dual_margin_mse(
     query, positive, negative = texts
     own = to_positives.diagonal()
     across = [
-        margin_mse(query, positive, other, own, scores, in_batch=True, similarity=similarity)
+        margin_mse(query, positive, other, own, scores, similarity)
         for other, scores in ((negative, to_negatives), (positive, to_positives))
     ]
-    pairs = margin_mse(*texts, *pair_scores, similarity=similarity)
+    pairs = margin_mse(*texts, *pair_scores, similarity)
     return pairs + IN_BATCH_WEIGHT * (across[0] + across[1]) / 2
 
 
@@ -278,7 +259,7 @@ def fine_tune(
 
 def score_pairs(
     model: Any,
-    pairs: Callable[[int, int], list[tuple[str, str]]],
+    pair: Callable[[int], tuple[str, str]],
     count: int,
     folder: Path,
     *,
@@ -286,7 +267,7 @@ def score_pairs(
 ) -> tuple[np.ndarray, float]:
     """Scores of ``count`` pairs, (count,) float32, and the seconds that they took.
 
-    ``pairs(start, stop)`` gives (query, passage) texts. ``folder`` gets a file for each ``shard``
+    ``pair(i)`` gives (query, passage) texts. ``folder`` gets a file for each ``shard``
     pairs, so that a killed call is resumed with the first that is missing.
 
     Raises:
@@ -298,7 +279,8 @@ def score_pairs(
             stop, file = min(count, start + shard), folder / f"{start}.npz"
             if not file.is_file():
                 since = time.perf_counter()
-                found = model.predict(pairs(start, stop), batch_size=64, show_progress_bar=False)
+                some = [pair(i) for i in range(start, stop)]
+                found = model.predict(some, batch_size=64, show_progress_bar=False)
                 if wrong := int((~np.isfinite(found)).sum()):
                     raise TeacherError(
                         f"{wrong} of {stop - start} scores of the teacher: not finite"

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from adaptive_margins.data import converted, pydocs, stored
-from adaptive_margins.data.collection import Collection, Texts
-from adaptive_margins.data.trec import Run, read_run, truncated, write_run
+from adaptive_margins.data.collection import Collection, Texts, Triple
+from adaptive_margins.data.trec import Qrels, Run, read_run, truncated, write_run
 from adaptive_margins.data.triples import sample_triples
 from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.encoder.frozen import LoadedEncoder, for_training
 from adaptive_margins.encoder.load import encoder_identity, open_encoder, prompts, weights_folder
 from adaptive_margins.encoder.tokens import Tokens, shorten, stored_tokens
-from adaptive_margins.files import digest, file_sha256, write_text
+from adaptive_margins.files import digest, file_sha256, read_object, write_text
 from adaptive_margins.profiles.config import IrDatasetsSettings, Profile, PyDocsSettings
 from adaptive_margins.profiles.encoders import EncoderSettings
 from adaptive_margins.progress import say
@@ -70,10 +70,7 @@ class Inputs:
     @property
     def _built(self) -> Path | None:
         """The collection's folder if it has been built, or fetched and converted; else None."""
-        if not self._pointer.is_file():
-            return None
-        fingerprint = json.loads(self._pointer.read_text())["fingerprint"]
-        folder = self.home / "collections" / fingerprint
+        folder = self.home / "collections" / str(read_object(self._pointer).get("fingerprint"))
         return folder if folder.is_dir() else None
 
     @property
@@ -94,9 +91,14 @@ class Inputs:
         elif built is not None:
             return Collection.load(built)
         else:
-            collection = _build_pydocs(self.profile)
-            if not (folder / collection.fingerprint).is_dir():
-                collection.save(folder / collection.fingerprint)
+            say("building the collection from installed packages")
+            values = settings.model_dump(exclude={"kind"})
+            collection = pydocs.build_pydocs(**values, shorten=shortener(self.profile))
+            qrels, bm25 = collection.qrels["train"], BM25(collection.passages)
+            count = _longest_budget(self.profile)
+            triples = sampled_triples(self.profile, collection, qrels, bm25, count)
+            collection = dataclasses.replace(collection, triples=triples)
+            collection.save(folder / collection.fingerprint)
         write_text(self._pointer, json.dumps({"fingerprint": collection.fingerprint}) + "\n")
         return collection
 
@@ -289,28 +291,15 @@ def shortener(profile: Profile) -> Callable[[Literal["query", "passage"], list[s
     return lambda kind, texts: shorten(encoder, texts, min(limit, getattr(profile.lengths, kind)))
 
 
-def _build_pydocs(profile: Profile) -> Collection:
+def sampled_triples(
+    profile: Profile, collection: Collection, qrels: Qrels, bm25: BM25, count: int
+) -> list[Triple]:
+    """Triples of the queries in ``qrels``, whose negatives are from BM25's ranking."""
     settings, ranks = profile.collection, profile.candidates.negative_ranks
     assert isinstance(settings, PyDocsSettings) and ranks is not None
-    say("building the collection from installed packages")
-    collection = pydocs.build_pydocs(
-        settings.packages,
-        seed=settings.seed,
-        validation=settings.validation,
-        test=settings.test,
-        max_passages=settings.max_passages,
-        max_words=settings.max_words,
-        shorten=shortener(profile),
-    )
-    triples = sample_triples(
-        collection.qrels["train"],
-        BM25(collection.passages).search(collection.queries["train"], ranks[1]),
-        count=_longest_budget(profile),
-        ranks=ranks,
-        seed=settings.seed,
-        min_grade=pydocs.OWN,
-    )
-    return dataclasses.replace(collection, triples=triples)
+    queries = Texts(list(qrels), [collection.queries["train"][qid] for qid in qrels])
+    found, seed = bm25.search(queries, ranks[1]), settings.seed
+    return sample_triples(qrels, found, count=count, ranks=ranks, seed=seed, min_grade=pydocs.OWN)
 
 
 def _longest_budget(profile: Profile) -> int:
@@ -319,9 +308,7 @@ def _longest_budget(profile: Profile) -> int:
     return max(profile.static.triples, *(curve.triples or 0 for curve in curves))
 
 
-@functools.cache
-def _weights(settings: EncoderSettings) -> str:
-    return encoder_identity(settings)
+_weights = functools.cache(encoder_identity)
 
 
 @functools.cache

@@ -12,11 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from adaptive_margins.data import pydocs
-from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.stored import COLUMNS
 from adaptive_margins.data.trec import Run
-from adaptive_margins.data.triples import sample_triples
 from adaptive_margins.encoder.checks import read_array
 from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.load import encoder_identity, quiet
@@ -30,8 +27,7 @@ from adaptive_margins.files import (
     read_object,
     write_text,
 )
-from adaptive_margins.paper.inputs import IN_BATCH_TEACHER, Inputs
-from adaptive_margins.profiles.config import PyDocsSettings
+from adaptive_margins.paper.inputs import IN_BATCH_TEACHER, Inputs, sampled_triples
 from adaptive_margins.progress import say
 from adaptive_margins.runs import CODE_VERSION, TrainingRun
 from adaptive_margins.teachers import (
@@ -115,7 +111,14 @@ class Teacher:
         rows = np.column_stack([np.asarray(known[column]) for column in COLUMNS])
         if self.settings.negatives is None:
             return rows
-        return np.concatenate([rows, _further(self.inputs, self.settings.negatives)])
+        inputs, c = self.inputs, self.inputs.collection
+        unseen = dict.fromkeys(c.triples)
+        asked = {qid: c.qrels["train"][qid] for qid, _, _ in unseen}
+        count = self.settings.negatives * len(asked)
+        sampled = sampled_triples(inputs.profile, c, asked, inputs.bm25, count)
+        new = [triple for triple in dict.fromkeys(sampled) if triple not in unseen]
+        further = [(inputs.queries.row(q), *map(c.passages.row, both)) for q, *both in new]
+        return np.concatenate([rows, np.array(further, np.int32).reshape(-1, 3)])
 
     @functools.cached_property
     def scores(self) -> np.ndarray:
@@ -194,16 +197,15 @@ class Teacher:
         pairs = self.triples[:, :1].astype(np.int64) * width + self.triples[:, 1:]
         distinct, place = np.unique(pairs, return_inverse=True)
 
-        def texts(start: int, stop: int) -> list[tuple[str, str]]:
-            return [
-                (queries[i // width], passages[i % width]) for i in distinct[start:stop].tolist()
-            ]
+        def pair(i: int) -> tuple[str, str]:
+            query, passage = divmod(int(distinct[i]), width)
+            return queries[query], passages[passage]
 
         say(f"teacher: scoring {len(distinct):,} pairs")
         if model is None:
             found, scoring = self._by_late_interaction(distinct // width, distinct % width)
         else:
-            found, scoring = score_pairs(model, texts, len(distinct), self.folder / "pairs")
+            found, scoring = score_pairs(model, pair, len(distinct), self.folder / "pairs")
         _save(self.folder / "scores.npy", found[place].reshape(-1, 2))
         return {
             "seconds": seconds + scoring,
@@ -253,13 +255,11 @@ class Teacher:
         queries, passages = inputs.collection.queries[name], inputs.collection.passages
         candidates = inputs.top_candidates(name)
         keys = [(qid, docid) for qid, hits in candidates.items() for docid in hits]
-
-        def texts(start: int, stop: int) -> list[tuple[str, str]]:
-            return [(queries[qid], passages[docid]) for qid, docid in keys[start:stop]]
-
         runs: dict[str, Run] = {"in-batch": {}}
         if model is not None:
-            found, _ = score_pairs(model, texts, len(keys), self.folder / "validation")
+            pairs = [(queries[qid], passages[docid]) for qid, docid in keys]
+            folder = self.folder / "validation"
+            found, _ = score_pairs(model, pairs.__getitem__, len(pairs), folder)
             runs["cross-encoder"] = {}
             for (qid, docid), value in zip(keys, found.tolist(), strict=True):
                 runs["cross-encoder"].setdefault(qid, {})[docid] = value
@@ -280,24 +280,3 @@ def teacher_of(inputs: Inputs) -> Teacher | None:
 def _save(path: Path, array: np.ndarray) -> None:
     with atomic_file(path) as partial, partial.open("wb") as file:
         np.save(file, array)
-
-
-def _further(inputs: Inputs, per_query: int) -> np.ndarray:
-    """(n, 3) rows: ``per_query`` sampled triples of each training query, without known ones."""
-    settings, c = inputs.profile.collection, inputs.collection
-    ranks = inputs.profile.candidates.negative_ranks
-    assert isinstance(settings, PyDocsSettings) and ranks is not None
-    known = dict.fromkeys(c.triples)
-    asked = {qid: c.qrels["train"][qid] for qid, _, _ in known}
-    queries = Texts(list(asked), [c.queries["train"][qid] for qid in asked])
-    sampled = sample_triples(
-        asked,
-        inputs.bm25.search(queries, ranks[1]),
-        count=per_query * len(asked),
-        ranks=ranks,
-        seed=settings.seed,
-        min_grade=pydocs.OWN,
-    )
-    new = [triple for triple in dict.fromkeys(sampled) if triple not in known]
-    rows = [(inputs.queries.row(q), *map(c.passages.row, both)) for q, *both in new]
-    return np.array(rows, np.int32).reshape(-1, 3)
