@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.store import Store, StoreError
 from adaptive_margins.paper.teacher import teacher_of
-from adaptive_margins.profiles.config import CurveSettings, StaticSettings
+from adaptive_margins.profiles.config import ROWS, CurveSettings, StaticSettings
 from adaptive_margins.runs import BM25Run, RunConfig, TrainingRun, ZeroShotRun
 
-VARIANTS = (
-    ("static", False),
-    ("static", True),
-    ("adaptive", False),
-    ("adaptive", True),
-    ("distributed", False),
-)
+VARIANTS = tuple((row.removesuffix(" in-batch"), row.endswith("in-batch")) for row in ROWS)
 """The five rows per encoder of Table 3: target and in-batch negatives."""
-
 
 DISTILLED = {
     "random": ("Rand.", "Hofstätter et al., Wang and Zuccon"),
@@ -61,13 +55,10 @@ class Experiments:
         rate = values.pop("learning_rate", None) or t.learning_rate
         if isinstance(rate, str):
             rate = float(rate.removesuffix("/B")) / size
+        same = {"orientation", "weight_decay", "optimizer", "dropout", "chunks"}
         defaults = {
-            "orientation": t.orientation,
-            "weight_decay": t.weight_decay,
+            **t.model_dump(include=same),
             "decay": 1.0,
-            "optimizer": t.optimizer,
-            "dropout": t.dropout,
-            "chunks": t.chunks,
             "seed": p.seed,
             "evaluate_every": 0,
             "patience": 0,
@@ -82,8 +73,7 @@ class Experiments:
     ) -> TrainingRun:
         """Section 5.1: a point of Figure 3."""
         s = self.profile.static
-        values = {**_overrides(s), **({} if seed is None else {"seed": seed})}
-        values |= {"batch_size": s.batch_size, "triples": s.triples}
+        values = {**_overrides(s, seed), "batch_size": s.batch_size, "triples": s.triples}
         return self.training_run(encoder, target=target, in_batch=in_batch, **values)
 
     def curve_run(
@@ -103,12 +93,8 @@ class Experiments:
     def comparison_run(self, encoder: str, **values: Any) -> TrainingRun:
         """Section 5.4: with decay and early stopping, and ranked in full."""
         s = self.profile.comparison
-        own = {
-            "patience": s.patience,
-            "stop_early": s.stop_early,
-            "keep": s.keep,
-            "validation": s.validation or self.profile.sets.validation,
-        }
+        own = s.model_dump(include={"patience", "stop_early", "keep"})
+        own["validation"] = s.validation or self.profile.sets.validation
         common = {**self._curve(s, s.batch_sizes[0]), **_overrides(s), **self.full_ranking()}
         return self.training_run(encoder, **{**own, **common, **values})
 
@@ -171,26 +157,16 @@ class Experiments:
         """Adaptive targets with and without in-batch negatives."""
         if self.profile.tables_only:
             return _rows(self, VARIANTS[2:4])
-        size = self.profile.adaptive.batch_sizes[0]
-        return self.shown_by(
-            [
-                self.curve_run(e, "adaptive", in_batch, size)
-                for e in self.profile.encoders
-                for in_batch in (False, True)
-            ]
-        )
+        size, encoders = self.profile.adaptive.batch_sizes[0], self.profile.encoders
+        settings = product(encoders, (False, True))
+        return self.shown_by([self.curve_run(e, "adaptive", b, size) for e, b in settings])
 
     def figure5_runs(self) -> list[TrainingRun]:
         """Distributed targets by batch size."""
         if self.profile.tables_only:
             return _rows(self, VARIANTS[4:])
-        return self.shown_by(
-            [
-                self.curve_run(e, "distributed", False, size)
-                for e in self.profile.encoders
-                for size in self.profile.distributed.batch_sizes
-            ]
-        )
+        settings = product(self.profile.encoders, self.profile.distributed.batch_sizes)
+        return self.shown_by([self.curve_run(e, "distributed", False, n) for e, n in settings])
 
     def table3_runs(self) -> list[TrainingRun]:
         """Five rows per encoder, each with its seeds.
@@ -202,14 +178,12 @@ class Experiments:
     def table4_runs(self) -> list[TrainingRun]:
         """The rows of Table 4 that Table 3 has not: ε = 1 and the softmax loss."""
         e = self.profile.reference_encoder
-        return [
-            self.comparison_run(e, seed=seed, **loss)
-            for loss in (
-                {"target": 1.0, "in_batch": False},
-                {"loss": "softmax", "target": None, "in_batch": True},
-            )
-            for seed in self.profile.row_seeds(e)
-        ]
+        losses: tuple[dict[str, Any], ...] = (
+            {"target": 1.0, "in_batch": False},
+            {"loss": "softmax", "target": None, "in_batch": True},
+        )
+        settings = product(losses, self.profile.row_seeds(e))
+        return [self.comparison_run(e, seed=seed, **loss) for loss, seed in settings]
 
     # ---- values --------------------------------------------------------------------------------
 
@@ -238,9 +212,7 @@ class Experiments:
             **self._common(),
             "encoder": encoder,
             "weights": self.inputs.weights(encoder),
-            "pooling": settings.pooling,
-            "layers": settings.layers,
-            "trained_layers": settings.trained_layers,
+            **settings.model_dump(include={"pooling", "layers", "trained_layers"}),
             "query_length": p.lengths.query,
             "passage_length": p.lengths.passage,
             "precision": p.training.precision,
@@ -265,9 +237,7 @@ def teacher_runs(experiments: Experiments) -> list[TrainingRun]:
     loss["similarity"] = teacher.settings.similarity
     return [
         experiments.comparison_run(e, seed=seed, sampling=sampling, in_batch=in_batch, **loss)
-        for sampling in DISTILLED
-        for in_batch in (False, True)
-        for seed in profile.row_seeds(e)
+        for sampling, in_batch, seed in product(DISTILLED, (False, True), profile.row_seeds(e))
     ]
 
 
@@ -288,12 +258,9 @@ def baseline_runs(experiments: Experiments) -> list[BM25Run | ZeroShotRun]:
 
 def _rows(experiments: Experiments, variants: Sequence[tuple[str, bool]]) -> list[TrainingRun]:
     """Rows of Table 3 with their seeds; all but the first two variants need no runs of Figure 3."""
-    return [
-        experiments.variant_run(e, *v, seed)
-        for e in experiments.profile.encoders
-        for v in variants
-        for seed in experiments.profile.row_seeds(e)
-    ]
+    encoders, seeds = experiments.profile.encoders, experiments.profile.row_seeds
+    settings = ((e, *v, seed) for e in encoders for v in variants for seed in seeds(e))
+    return [experiments.variant_run(*setting) for setting in settings]
 
 
 def static_rows(experiments: Experiments) -> dict[tuple[str, bool], list[TrainingRun]]:
@@ -334,7 +301,10 @@ def find_run(experiments: Experiments, run_id: str) -> RunConfig | None:
     return found[0]
 
 
-def _overrides(experiment: StaticSettings | CurveSettings) -> dict[str, Any]:
+def _overrides(
+    experiment: StaticSettings | CurveSettings, seed: int | None = None
+) -> dict[str, Any]:
     """The values an experiment has instead of the profile's."""
-    values = {"learning_rate": experiment.learning_rate, "seed": experiment.seed}
+    seed = experiment.seed if seed is None else seed
+    values = {"learning_rate": experiment.learning_rate, "seed": seed}
     return {key: value for key, value in values.items() if value is not None}

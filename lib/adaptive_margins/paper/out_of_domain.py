@@ -86,7 +86,8 @@ class OutOfDomain:
         s, is_package = self.settings, source in self.settings.packages
         versions = {"ir-datasets": importlib.metadata.version("ir-datasets")}
         key = [pydocs.source_versions([source]) if is_package else versions, pydocs.RULES, source]
-        key += [s.queries, s.passages, self.profile.lengths.model_dump(), self._reference]
+        reference = self.reproduction.inputs.weights(self.profile.reference_encoder)
+        key += [s.queries, s.passages, self.profile.lengths.model_dump(), reference]
         pointer = self.home / "cache" / "collections" / f"{digest(key)}.json"
         built = self.home / "collections" / str(read_object(pointer).get("fingerprint"))
         if built.is_dir():
@@ -98,10 +99,6 @@ class OutOfDomain:
     def _saved(self, collection: Collection) -> Collection:
         collection.save(self.home / "collections" / collection.fingerprint)
         return collection
-
-    @property
-    def _reference(self) -> str:
-        return self.reproduction.inputs.weights(self.profile.reference_encoder)
 
     @cached_property
     def _shorten(self) -> Callable[[Literal["query", "passage"], list[str]], list[str]]:
@@ -277,9 +274,7 @@ class OutOfDomain:
             ids = frame.groupby("source")["run_id"].nunique()  # one a collection, or two
             distinct = int((ids > frame["domain"].nunique()).sum())
             counts = {"runs": len(ids), "distinct": distinct}
-            tested = _tested(selected, last) | (
-                {} if counts["distinct"] else {"verdict": "no test"}
-            )
+            tested = _tested(selected, last) | ({} if distinct else {"verdict": "no test"})
             rows.append({**dict(zip(keys, key, strict=True)), **counts, **tested})
         return pd.DataFrame(rows)
 
@@ -311,12 +306,9 @@ def _with_text(ids: Sequence[str], texts: Sequence[str]) -> Texts:
 
 
 def _tested(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, Any]:
-    found = compare(*([part.to_dict() for part in _by_seed(frame)] for frame in (a, b)))
+    """The test over the mean scores of each query of each collection, for each seed."""
+    means = (frame.groupby(["seed", "domain", "qid"])["value"].mean() for frame in (a, b))
+    sides: Any = ([x.droplevel(0).to_dict() for _, x in m.groupby("seed")] for m in means)
+    found = compare(*sides)
     low, high = found.ci
     return {"difference": found.difference, "low": low, "high": high, "verdict": found.verdict}
-
-
-def _by_seed(frame: pd.DataFrame) -> Iterator[Any]:
-    """For each seed, the mean score of each query of each collection."""
-    for _, means in frame.groupby(["seed", "domain", "qid"])["value"].mean().groupby("seed"):
-        yield means.droplevel("seed")

@@ -14,11 +14,12 @@ import time
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 from adaptive_margins.data import converted
 from adaptive_margins.data.stored import COLUMNS
@@ -39,9 +40,6 @@ from adaptive_margins.profiles.encoders import EncoderSettings
 from adaptive_margins.progress import clock
 from adaptive_margins.runs import BM25Run, EncoderRun, RunConfig, TrainingRun
 from adaptive_margins.text_tables import aligned, size
-
-if TYPE_CHECKING:
-    from adaptive_margins.training_step import TripleCollator
 
 _STEPS = 3  # of a calibration; the first one warms up
 _PASSAGES = 256  # encoded in a calibration
@@ -156,11 +154,9 @@ def make_plan(inputs: Inputs, store: Store) -> Plan:
     planned = planned_runs(Experiments(inputs, store))
     previous = _Previous(store, {config.run_id for config in planned})
     rows = []
-    taught = False
     missing = set(store.missing(planned))
     for config in planned:
         done = config not in missing
-        taught |= not done and isinstance(config, TrainingRun) and config.teacher is not None
         state, why = previous.state(config, inputs, done)
         rows.append(
             {
@@ -176,6 +172,7 @@ def make_plan(inputs: Inputs, store: Store) -> Plan:
         )
     frame = pd.DataFrame(rows)
     teacher = teacher_of(inputs)
+    taught = any(getattr(config, "teacher", None) for config in missing)
     teaching = teacher.expected_seconds() if teacher and taught else 0.0
     encoders = [] if frame["done"].all() else [*profile.encoders, *profile.untrained]
     return Plan(
@@ -335,13 +332,11 @@ class _Estimates:
 
 def _calibrated(inputs: Inputs, encoder: str) -> _Speed:
     """Measure an encoder; on a CPU in one thread, as workers compute."""
-    if inputs.settings(encoder).trained_layers is not None:
-        inputs.encoder(encoder)  # its frozen layers are computed with all threads
+    model, collate, columns, sample = _material(inputs, encoder)  # frozen layers: all threads
     threads = torch.get_num_threads()
     if inputs.profile.device == "cpu":
         torch.set_num_threads(1)
     try:
-        model, collate, columns, sample = _material(inputs, encoder)
         times = [0.0]
         if encoder in inputs.profile.encoders:
             steps = np.array_split(columns, _STEPS, axis=1)
@@ -356,7 +351,7 @@ def _calibrated(inputs: Inputs, encoder: str) -> _Speed:
         torch.set_num_threads(threads)
 
 
-def _material(inputs: Inputs, encoder: str) -> tuple[Any, TripleCollator, np.ndarray, np.ndarray]:
+def _material(inputs: Inputs, encoder: str) -> tuple[Any, Any, np.ndarray, np.ndarray]:
     """A model, its collator, (3, n) rows of triples, and rows of passages to encode."""
     from adaptive_margins.training_step import TripleCollator
 
@@ -376,15 +371,11 @@ def _material(inputs: Inputs, encoder: str) -> tuple[Any, TripleCollator, np.nda
         passages = tokenize(model, [*chosen, *texts[:_PASSAGES]], p.lengths.passage)
         columns = np.arange(n) + np.array([[0], [0], [n]])
         sample = np.arange(2 * n, len(passages))
-    return (
-        model,
-        TripleCollator(queries, passages, p.training.chunks, batcher(model)),
-        columns,
-        sample,
-    )
+    collate = TripleCollator(queries, passages, p.training.chunks, batcher(model))
+    return model, collate, columns, sample
 
 
-def _step_seconds(model: Any, collate: TripleCollator, rows: np.ndarray) -> float:
+def _step_seconds(model: Any, collate: Any, rows: np.ndarray) -> float:
     """Seconds per triple of a step; the optimiser's part is small."""
     since = time.perf_counter()
     batch = collate([dict(zip(COLUMNS, row, strict=True)) for row in rows.T])
@@ -414,13 +405,5 @@ def _has_weights(settings: EncoderSettings) -> bool:
         return False
     if weights_folder(settings) is not None:
         return True
-    from transformers.utils import cached_file
-
-    found = cached_file(
-        settings.base,
-        "model.safetensors",
-        revision=settings.revision,
-        local_files_only=True,
-        _raise_exceptions_for_missing_entries=False,
-    )
-    return found is not None
+    name, revision = "model.safetensors", settings.revision
+    return isinstance(try_to_load_from_cache(settings.base, name, revision=revision), str)
