@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,13 +32,6 @@ def newest_checkpoint(folder: Path) -> Path | None:
             say(f"{error}; it is removed, and an earlier checkpoint is tried", always=True)
         shutil.rmtree(checkpoint)
     return None
-
-
-def to_disk(files: Iterable[Path]) -> None:
-    """Wait until files are on the disk."""
-    for file in files:
-        with file.open("r+b") as written:
-            os.fsync(written.fileno())
 
 
 @dataclass

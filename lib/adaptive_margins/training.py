@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from torch.utils.data import BatchSampler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
-from adaptive_margins.checkpoints import COMPLETE, Progress, newest_checkpoint, to_disk
+from adaptive_margins.checkpoints import COMPLETE, Progress, newest_checkpoint
 from adaptive_margins.data.stored import seeded_order
 from adaptive_margins.distributed import is_first, processes, shared, wait
 from adaptive_margins.encoder.load import quiet
@@ -251,11 +252,10 @@ class _Trainer(SentenceTransformerTrainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().cpu() for k, v in trainable(self.model).items()}
-        for name, tensors in (("model", state), ("best", self.callback.best_state)):
-            if tensors:
-                contiguous = {k: v.contiguous() for k, v in tensors.items()}
-                save_file(contiguous, folder / f"{name}.safetensors")
+        states = {"model": _copied(self.model), "best": self.callback.best_state}
+        for name, state in states.items():
+            if state:
+                save_file(state, folder / f"{name}.safetensors")
         self.callback.progress.save(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -264,7 +264,9 @@ class _Trainer(SentenceTransformerTrainer):
             super()._save_checkpoint(model, trial)
             wait()  # for the others' random states
             if is_first():
-                to_disk(folder.iterdir())  # all of it, before the marker
+                for path in folder.iterdir():  # all of it is on the disk before the marker is
+                    with path.open("r+b") as file:
+                        os.fsync(file.fileno())
                 write_checksums(folder, COMPLETE)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: the last
             if is_first():  # another's may be that the first has marked it, and gone
@@ -286,7 +288,8 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().cpu().clone() for name, p in trainable(model).items()}
+    order = torch.contiguous_format  # as safetensors has it
+    return {k: p.detach().cpu().clone(memory_format=order) for k, p in trainable(model).items()}
 
 
 def train(

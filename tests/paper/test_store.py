@@ -44,7 +44,7 @@ def training_result() -> TrainingResult:
     return TrainingResult(
         curve=curve, checks=checks, targets=targets, kept=EVALUATION, kept_step=2, best_step=2, stop_step=2, triples=8,
         train_seconds=1.5, eval_seconds=0.5, peak_bytes=123456789,
-        states={"selected": {"w": torch.ones(2)}, "last": {"w": torch.arange(6.0).view(2, 3).T}},
+        states={"selected": {"w": torch.ones(2)}, "last": {"w": torch.arange(6.0).view(2, 3)}},
     )  # fmt: skip
 
 

@@ -300,8 +300,7 @@ class Store:
                     training.checks.to_parquet(folder / "checks.parquet", index=False)
                     training.targets.to_parquet(folder / "targets.parquet", index=False)
                     for name, state in training.states.items() if config.test_sets else ():
-                        contiguous = {k: t.contiguous() for k, t in state.items()}
-                        save_file(contiguous, folder / f"{name}.safetensors")
+                        save_file(state, folder / f"{name}.safetensors")
                 for mode, sets in runs.items():
                     for name, run in sets.items():
                         write_run(run, folder / f"{mode}.{name}.run.gz", config.run_id)

@@ -238,17 +238,13 @@ class ComparisonSettings(CurveSettings):
     seeds: dict[str, Annotated[tuple[Seed, ...], Field(min_length=1)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
-    def _budgets_are_of_rows(self) -> ComparisonSettings:
+    def _values_fit(self) -> ComparisonSettings:
         for row, triples in self.budgets.items():
             if row not in ROWS:
                 raise ValueError(f"budgets names {row!r}; the rows are {', '.join(ROWS)}")
             if triples < self.batch_sizes[0]:
                 size = self.batch_sizes[0]
                 raise ValueError(f"budgets: {triples} triples do not fill a batch of {size}")
-        return self
-
-    @model_validator(mode="after")
-    def _last_is_where_training_stops(self) -> ComparisonSettings:
         if self.keep == "last" and not self.stop_early:
             raise ValueError("keep: last needs stop_early: true, the last checkpoint is there")
         return self
