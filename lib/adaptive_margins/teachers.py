@@ -105,7 +105,7 @@ def dual_margin_mse(
         margin_mse(query, positive, other, own, scores, similarity)
         for other, scores in ((negative, to_negatives), (positive, to_positives))
     ]
-    pairs = margin_mse(*texts, *pair_scores, similarity)
+    pairs = margin_mse(*texts, *pair_scores, similarity=similarity)
     return pairs + IN_BATCH_WEIGHT * (across[0] + across[1]) / 2
 
 

@@ -114,7 +114,7 @@ class RecordedLoss(nn.Module):
         texts, similarity = (query, positive, negative), self.config.similarity
         scores = gathered(scores.T).T
         if not self.config.in_batch:
-            return margin_mse(*texts, *scores, similarity)
+            return margin_mse(*texts, *scores, similarity=similarity)
         assert self.in_batch is not None
         size = len(query)
         if processes() > 1:  # of one, they are on the host already
