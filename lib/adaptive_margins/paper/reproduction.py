@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import adaptive_margins.paper.frames as frames
 from adaptive_margins.distributed import is_first, wait
 from adaptive_margins.files import home as default_home
-from adaptive_margins.paper import frames
 from adaptive_margins.paper.experiments import Experiments, find_run, fixed_runs
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.plan import Plan, make_plan

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import numpy as np
 
+import adaptive_margins.paper.backends as backends
 from adaptive_margins.data.trec import Run
 from adaptive_margins.distributed import is_first, processes, shared, wait
 from adaptive_margins.encoder.embed import embed, embed_shards
@@ -22,7 +23,6 @@ from adaptive_margins.encoder.frozen import LoadedEncoder
 from adaptive_margins.encoder.load import save_encoder, state_hash
 from adaptive_margins.evaluation.measures import Evaluation, evaluate
 from adaptive_margins.files import HOME_VARIABLE, check_output, locked
-from adaptive_margins.paper import backends
 from adaptive_margins.paper.experiments import Experiments
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.shared_store import LeasedError, open_store
