@@ -52,6 +52,7 @@ def margin_mse(
     negative: Tensor,
     positive_scores: Tensor,
     negative_scores: Tensor,
+    *,
     similarity: str = "dot",
 ) -> Tensor:
     """Mean squared error between the margins of student and teacher (Hofstätter et al. 2020).
@@ -102,7 +103,7 @@ def dual_margin_mse(
     query, positive, negative = texts
     own = to_positives.diagonal()
     across = [
-        margin_mse(query, positive, other, own, scores, similarity)
+        margin_mse(query, positive, other, own, scores, similarity=similarity)
         for other, scores in ((negative, to_negatives), (positive, to_positives))
     ]
     pairs = margin_mse(*texts, *pair_scores, similarity=similarity)
