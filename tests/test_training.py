@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import math
 import multiprocessing
 import os
@@ -35,7 +36,6 @@ from adaptive_margins.encoder.frozen import hidden_states, upper_layers
 from adaptive_margins.encoder.load import open_encoder
 from adaptive_margins.encoder.speed import batcher
 from adaptive_margins.encoder.tokens import Tokens
-from adaptive_margins.errors import ArgumentError
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.losses import margin_loss
 from adaptive_margins.paper.reproduction import Reproduction
@@ -712,7 +712,7 @@ def test_an_unknown_reporter(material, tmp_path):
     script = Script()
     for name in ("all", "none", "", "TensorBoard"):
         expected = f"cannot report to '{name}'; expected any of tensorboard, wandb, mlflow, trackio"
-        with pytest.raises(ArgumentError, match=expected):
+        with pytest.raises(TrainingError, match=expected):
             run(material, tmp_path, script, report_to=["tensorboard", name])
     assert not script.seen
     assert not list(tmp_path.iterdir())
@@ -918,8 +918,9 @@ def test_a_damaged_checkpoint_is_not_resumed_from(uninterrupted, tmp_path, capsy
     for number, (name, resumed_from) in enumerate([
         ("checkpoint-6/model.safetensors", "checkpoint-4"),
         ("checkpoint-6/COMPLETE", "checkpoint-4"),
-        ("checkpoint-6/records.json", "checkpoint-4"),
+        ("progress/6.json", "checkpoint-4"),
         ("checkpoint-6/optimizer.pt", "checkpoint-4"),
+        ("progress/4.json", None),  # both checkpoints need it
     ]):  # fmt: skip
         folder = shutil.copytree(tmp_path / "run", tmp_path / str(number))
         flip(folder / name, 30)
@@ -972,6 +973,23 @@ def test_only_the_rankings_of_the_best_and_the_last_evaluation_stay_in_memory(
     assert isinstance(result.kept, Reranked)
     gc.collect()
     assert set(alive) == {result.kept.ranking}
+
+
+def test_a_checkpoint_writes_only_what_is_new(material, tmp_path):
+    """Progress files are not rewritten; a checkpoint has a checksum more than the one before it."""
+    _, result = run(material, tmp_path, measured, evaluate_every=1, checkpoint_every=1, triples=40)
+    parts = [
+        json.loads((tmp_path / "progress" / f"{step}.json").read_text()) for step in range(1, 10)
+    ]
+    assert [len(p["similarities"]) for p in parts] == [1] * 9
+    assert [[e["step"] for e in p["evaluations"]] for p in parts] == [
+        [0, 1],
+        *([n] for n in range(2, 10)),
+    ]
+    written = [row for p in parts for row in p["similarities"]]
+    np.testing.assert_array_equal(written, result.targets[["mean", "min", "max"]].to_numpy()[:9])
+    sizes = {(c / "progress.json").stat().st_size for c in tmp_path.glob("checkpoint-*")}
+    assert max(sizes) < 400 + 100 * len(parts)
 
 
 class Bomb:

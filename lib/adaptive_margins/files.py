@@ -203,12 +203,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_checksums(folder: Path, name: str = CHECKSUMS) -> None:
-    """Write the SHA-256 of each file in a folder and below it, but for hidden ones."""
+def write_checksums(folder: Path, name: str = CHECKSUMS, **known: str) -> None:
+    """Write the SHA-256 of each file in a folder and below it, but for hidden ones.
+
+    ``known`` adds checksums, by their files' paths from the folder.
+    """
     paths = (file.relative_to(folder).as_posix() for file in folder.rglob("[!.]*"))
     found = {path: file_sha256(folder / path) for path in paths if (folder / path).is_file()}
     found.pop(name, None)  # an older one
-    write_text(folder / name, checksum_lines(found))
+    write_text(folder / name, checksum_lines(found | known))
 
 
 def checksum_lines(found: Mapping[str, str]) -> str:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,13 +26,12 @@ from torch.utils.data import BatchSampler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
-from adaptive_margins.checkpoints import COMPLETE, Progress, newest_checkpoint
+from adaptive_margins.checkpoints import COMPLETE, Progress, newest_checkpoint, to_disk
 from adaptive_margins.data.stored import seeded_order
 from adaptive_margins.distributed import is_first, processes, shared, wait
 from adaptive_margins.encoder.load import quiet
 from adaptive_margins.encoder.speed import batcher
 from adaptive_margins.encoder.tokens import Tokens
-from adaptive_margins.errors import ArgumentError
 from adaptive_margins.errors import TrainingError as TrainingError
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.files import write_checksums
@@ -87,35 +85,34 @@ class TrainingResult:
     states: dict[str, dict[str, Tensor]]
 
 
-@dataclass(eq=False, repr=False)
-class _Callback(TrainerCallback, SentenceEvaluator):
-    """Evaluation, the best checkpoint (step 0 included), early stopping, and two timers.
+class _Callback(TrainerCallback):
+    """Evaluation, the best checkpoint (step 0 included), early stopping, and two timers."""
 
-    The trainer calls it as its evaluator in the first process, and its events in all of them.
-    """
-
-    config: TrainingRun
-    model: nn.Module
-    loss: RecordedLoss
-    evaluator: Callable[[Any], Evaluation]
-    checkpoint_every: int
-    on_check: Callable[[pd.DataFrame], None] | None
-    failure: Callable[[int, str], TrainingError]  # of a step
-    log: Callable[[dict[str, float]], None] | None = None  # to the reporters, if any
-    progress: Progress = field(default_factory=Progress)
-    best_state: dict[str, Tensor] = field(default_factory=dict)
-    best: Evaluation | None = None
-    last: Evaluation | None = None
-    evaluated: Evaluation | None = None  # in the first process, until it is recorded
-
-    def __post_init__(self) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        config: TrainingRun,
+        model: nn.Module,
+        evaluator: Callable[[Any], Evaluation],
+        folder: Path,
+        checkpoint_every: int,
+        on_check: Callable[[pd.DataFrame], None] | None,
+        in_batch: InBatchTeacher | None,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.loss = RecordedLoss(model, config, in_batch)
+        self.evaluator = evaluator
+        self.checkpoint_every = checkpoint_every
+        self.on_check = on_check
+        self.log: Callable[[dict[str, float]], None] | None = None  # to the reporters, if any
+        self.progress = Progress(folder / "progress")
+        self.best_state: dict[str, Tensor] = {}
+        self.best: Evaluation | None = None
+        self.last: Evaluation | None = None
+        self.failure: Callable[[int, str], TrainingError]  # of a step
+        self.evaluated: Evaluation | None = None  # in the first process, until it is recorded
         self._process = psutil.Process()
         self._since = time.perf_counter()
-
-    def __call__(self, model: Any, *_: Any, **__: Any) -> dict[str, float]:
-        self.evaluated = self.evaluator(model)
-        return dict(self.evaluated.mean)
 
     def timer(self, name: Literal["train_seconds", "eval_seconds"] | None) -> None:
         """Add the time since the last call to a timer; None, as for checkpoints, to neither."""
@@ -219,6 +216,20 @@ def _told(evaluation: Evaluation | None) -> Evaluation:
     return evaluation or Evaluation(*measures)
 
 
+class _Evaluator(SentenceEvaluator):
+    """The trainer's view of the evaluation; it calls this in the first process."""
+
+    def __init__(self, callback: _Callback) -> None:
+        super().__init__()
+        self.callback = callback
+
+    def __call__(
+        self, model: Any, output_path: str | None = None, epoch: float = -1, steps: int = -1
+    ) -> dict[str, float]:
+        self.callback.evaluated = self.callback.evaluator(model)
+        return dict(self.callback.evaluated.mean)
+
+
 class _Trainer(SentenceTransformerTrainer):
     """Sentence Transformers' trainer with decay per step and small checkpoints.
 
@@ -256,7 +267,7 @@ class _Trainer(SentenceTransformerTrainer):
         for name, state in states.items():
             if state:
                 save_file(state, folder / f"{name}.safetensors")
-        self.callback.progress.save(folder)
+        self.callback.progress.save(folder, self.state.global_step)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -264,10 +275,8 @@ class _Trainer(SentenceTransformerTrainer):
             super()._save_checkpoint(model, trial)
             wait()  # for the others' random states
             if is_first():
-                for path in folder.iterdir():  # all of it is on the disk before the marker is
-                    with path.open("r+b") as file:
-                        os.fsync(file.fileno())
-                write_checksums(folder, COMPLETE)
+                to_disk(folder.iterdir())  # all of it, before the marker
+                write_checksums(folder, COMPLETE, **self.callback.progress.checksums)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save: the last
             if is_first():  # another's may be that the first has marked it, and gone
                 shutil.rmtree(folder, ignore_errors=True)
@@ -342,18 +351,13 @@ def train(
     Raises:
         TrainingError: there are fewer triples than one pass needs, MarginMSE has no scores, loss or
             parameters are not finite, memory is too small, or a reporter cannot be used.
-        ArgumentError: an unknown reporter.
     """
     reporters = _reporters(report_to, folder)
     order = seeded_order(len(triples), config.seed) if order is None else order
     check_triples(config, triples, order, in_batch)
-    loss = RecordedLoss(model, config, in_batch)
-    failure = functools.partial(not_finite, config, triples, order, names)
-    callback = _Callback(config, model, loss, evaluator, checkpoint_every, on_check, failure)
-    checkpoint = shared(newest_checkpoint(folder) if is_first() else None)
-    if checkpoint:
-        callback.progress.load(checkpoint)
-    else:
+    callback = _Callback(config, model, evaluator, folder, checkpoint_every, on_check, in_batch)
+    checkpoint = _resumed(callback.progress, folder)
+    if checkpoint is None:
         callback.timer(None)
         callback.record(0, _told((initial or evaluator(model)) if is_first() else None))
         callback.timer("eval_seconds")
@@ -366,17 +370,29 @@ def train(
         model=model,
         args=arguments,
         train_dataset=triples,
-        loss=loss,
-        evaluator=callback,
+        loss=callback.loss,
+        evaluator=_Evaluator(callback),
         data_collator=TripleCollator(queries, passages, config.chunks, batcher(model), most),
         callbacks=[*reporters, callback],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.callback = callback
     callback.log = trainer.log if reporters else None
+    callback.failure = functools.partial(not_finite, config, triples, order, names)
     with quiet(), training(config, checkpoint), settled_heap(device):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return _result(callback, callback.progress.stopped_step or trainer.state.global_step)
+
+
+def _resumed(progress: Progress, folder: Path) -> Path | None:
+    """The checkpoint to go on from, if there is one; its progress is loaded."""
+    checkpoint = shared(newest_checkpoint(folder) if is_first() else None)
+    if is_first():
+        progress.load(checkpoint)  # removes what was written after the checkpoint
+    wait()
+    if not is_first():
+        progress.load(checkpoint)
+    return checkpoint
 
 
 def _arguments(
@@ -451,17 +467,18 @@ def _result(callback: _Callback, stop_step: int) -> TrainingResult:
 
 
 def check_reporters(names: Sequence[str]) -> None:
-    """ArgumentError for a name not of `REPORTERS`, TrainingError if its package is missing."""
+    """TrainingError for a name that is none of `REPORTERS`, or whose package is not installed."""
     for name in names:
         if name not in REPORTERS:
-            expected = f"cannot report to {name!r}; expected any of {', '.join(REPORTERS)}"
-            raise ArgumentError("report_to", expected)
+            raise TrainingError(
+                f"cannot report to {name!r}; expected any of {', '.join(REPORTERS)}"
+            )
         if importlib.util.find_spec(name) is None:
             raise TrainingError(f"to report to {name!r} its package is needed: pip install {name}")
 
 
 def _reporters(names: Sequence[str], folder: Path) -> list[TrainerCallback]:
-    """The trainer's integrations; TrainingError for one that cannot be used."""
+    """The trainer's integrations; TrainingError for one that is unknown or cannot be used."""
     check_reporters(names)
     reporters = []
     for name in dict.fromkeys(names):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +28,6 @@ from adaptive_margins.runs import TrainingRun
 from adaptive_margins.teachers import SCORES, InBatchTeacher, dual_margin_mse, margin_mse
 
 
-@dataclass(frozen=True)
 class TripleCollator:
     """Rows of tokenised texts → features of a step: its distinct texts, sorted by length, in parts.
 
@@ -40,12 +37,18 @@ class TripleCollator:
     ``chunks`` parts.
     """
 
-    valid_label_columns: ClassVar[tuple[str, ...]] = ()
-    queries: Tokens
-    passages: Tokens
-    chunks: int
-    batch: Callable[[Tokens, np.ndarray], dict[str, Tensor]]
-    most: int = 2**40
+    valid_label_columns: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        queries: Tokens,
+        passages: Tokens,
+        chunks: int,
+        batch: Callable[[Tokens, np.ndarray], dict[str, Tensor]],
+        most: int = 2**40,
+    ) -> None:
+        self.queries, self.passages, self.chunks, self.batch = queries, passages, chunks, batch
+        self.most = most
 
     def __call__(self, rows: list[dict[str, int]]) -> dict[str, Any]:
         """One dict per triple: the rows of its query and of its passages, and a teacher's scores.
@@ -86,8 +89,6 @@ class RecordedLoss(nn.Module):
         self.config = config
         self.in_batch = in_batch
         self.recorded: list[Tensor] = []
-        options = {"target", "in_batch", "orientation", "error", "stop_gradient"}
-        self.margin: Any = functools.partial(margin_loss, **config.model_dump(include=options))
         self.softmax = MultipleNegativesRankingLoss(model) if config.loss == "softmax" else None
 
     def forward(self, chunks: Sequence[dict[str, Tensor]], rows: Any) -> Tensor:
@@ -98,15 +99,29 @@ class RecordedLoss(nn.Module):
         query, positive, negative = map(gathered, embeddings)  # the batch of all processes
         if self.config.loss == "margin-mse":
             loss = self._distilled(query, positive, negative, *teacher)
-        elif self.softmax is not None:
-            loss = self.softmax.compute_loss_from_embeddings([query, positive, negative], None)
         else:
-            loss = self.margin(query, positive, negative)
+            loss = self._loss(query, positive, negative)
         with torch.no_grad():
             similarity = normalize(positive.float(), dim=-1) @ normalize(negative.float(), dim=-1).T
             values = [loss.float(), similarity.mean(), similarity.min(), similarity.max()]
             self.recorded.append(torch.stack(values))
         return loss
+
+    def _loss(self, query: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+        if self.softmax is not None:
+            return self.softmax.compute_loss_from_embeddings([query, positive, negative], None)
+        c = self.config
+        assert c.target is not None
+        return margin_loss(
+            query,
+            positive,
+            negative,
+            target=c.target,
+            in_batch=c.in_batch,
+            orientation=c.orientation,
+            error=c.error,
+            stop_gradient=c.stop_gradient,
+        )
 
     def _distilled(
         self, query: Tensor, positive: Tensor, negative: Tensor, scores: Tensor, triples: np.ndarray
