@@ -25,7 +25,7 @@ from myst_parser.parsers.docutils_ import Parser
 from papermill.translators import PythonTranslator
 
 import report_frames as frames
-from adaptive_margins.book import describe, published, tables
+from adaptive_margins.book import describe, tables
 from adaptive_margins.book.render import html_page, plain
 from adaptive_margins.book.site import REPOSITORY_VARIABLE, SITE_VARIABLE, configure
 from adaptive_margins.corpus.explore import show
@@ -125,7 +125,9 @@ def test_what_others_give_is_read_without_a_pickle(no_pickle, encoder, tmp_path)
     for folder in (trec, tmp_path / "pairs", tmp_path / "saved"):
         assert read_folder(folder).queries
     assert read_run(trec / "a.run") and read_qrels(trec / "qrels.txt")
-    assert "the graph of a node 1" in describe.collection_page(collection)
+    assert "the graph of a node 1" in describe.collection_page(
+        collection, describe.collection_facts(collection)
+    )
 
     run = stored(tmp_path / "runs")
     shutil.copytree(encoder, run.path / "model")
@@ -332,7 +334,8 @@ def test_the_data_sheet_shows_texts_and_runs_none(flag):
     collection = hostile(flag)
     scored = {"test": {qid: dict(judged) for qid, judged in collection.qrels["test"].items()}}
     runs = {collection.name: {"set": None, "queries": 0, "depth": 0, "unknown": 0, "nDCG@10": None}}
-    sheet = describe.datasheet(collection, {}, {}, scored=scored, relevant=1, book=False, runs=runs)
+    facts = describe.collection_facts(collection) | {"runs": runs}
+    sheet = describe.datasheet(collection, facts, {}, {}, scored=scored, relevant=1, book=False)
     found = nodes_of(sheet)
     assert not found & {"math", "math_block", "image", "49", "problematic", "system_message"}
     assert {"math", "image", "49"} <= nodes_of("\n\n".join([TEXTS[5], TEXTS[6], TEXTS[9]]))
@@ -347,11 +350,11 @@ def test_a_browser_runs_nothing_of_a_collection(flag, tmp_path):
     table2 = frames.table2().assign(text=TEXTS[:5], qid=TEXTS[1])
     frame = pd.DataFrame({"text": collection.passages.texts}, index=list(collection.passages.ids))
     parts = [
-        describe.collection_page(collection),
+        describe.collection_page(collection, describe.collection_facts(collection)),
         html_page(TEXTS[0], f"# {plain(TEXTS[0])}\n\n{plain(TEXTS[4])}"),
         show(frame.reset_index(drop=True).rename(columns={"text": TEXTS[1]}), TEXTS[0]).to_html(),
         frame.rename(columns={"text": TEXTS[1]})._repr_html_(),
-        str(tables.table2(table2, published.load(), heading=TEXTS[0])),
+        str(tables.table2(table2, heading=TEXTS[0])),
     ]  # fmt: skip
     frame_tags = "".join(
         f"<iframe srcdoc='{escape(part)}'></iframe>" for part in [*parts, TEXTS[1]]

@@ -1,5 +1,5 @@
 /* Figure 2 with points to drag (book/method.md). The numbers are those of adaptive_margins.losses.margins_and_targets, with
-   which a test compares them. Without this script the page has the drawing of book/schematics.py. */
+   which a test compares them. Without this script the page has the drawing of book/loss_figures.py. */
 
 const dot = (a, b) => a.reduce((sum, x, i) => sum + x * b[i], 0);
 const cosine = (a, b) => dot(a, b) / (Math.sqrt(dot(a, a) * dot(b, b)) || 1);

@@ -470,7 +470,7 @@ def collection(
         runs = read_runs(Path(path)) if Path(path).is_dir() else {}
         facts = describe.collection_facts(opened, runs)
         if output:
-            write_text(output, describe.collection_page(opened, runs=facts["runs"]))
+            write_text(output, describe.collection_page(opened, facts))
     text = describe.facts_text(facts)
     page = str(output) if output else None
     show({**facts, "page": page}, as_json, f"{text}\n\nPage: {page}" if page else text, output)

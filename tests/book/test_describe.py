@@ -71,8 +71,8 @@ def markdown_rows(text: str) -> dict[str, list[str]]:
     return found
 
 
-def shown(collection: Collection, **options: Any) -> BeautifulSoup:
-    page = collection_page(collection, **options)
+def shown(collection: Collection, runs: Any = None) -> BeautifulSoup:
+    page = collection_page(collection, collection_facts(collection, runs))
     assert page.startswith("<!DOCTYPE html>") and page.endswith("</html>\n")
     # Nothing from elsewhere, nothing that runs, nothing that Markdown or docutils stumbled over.
     soup = BeautifulSoup(page, "html.parser")
@@ -101,7 +101,7 @@ def cells(soup: BeautifulSoup, column: str) -> dict[str, dict[str, str]]:
 
 
 def test_numbers_of_the_books_data_sheet() -> None:
-    text = datasheet(PYDOCS, CANDIDATES, SCORES)
+    text = datasheet(PYDOCS, collection_facts(PYDOCS), CANDIDATES, SCORES)
     assert text.startswith("# The collection: PyDocs\n")
     assert f"`{PYDOCS.fingerprint}`" in text and "{cite:t}`gebru2021`" in text
     assert "4 passages and 3 queries." in text and "3 triples of 2 queries" in text
@@ -118,7 +118,7 @@ def test_numbers_of_the_books_data_sheet() -> None:
     assert [x.replace("\\", "") for x in rows["numpy"]] == ["2.4.6", licence]
     assert rows["no-such-distribution"] == ["1.0", "not recorded"]
     other = dataclasses.replace(PYDOCS, name="MS MARCO", triples=[])
-    text = datasheet(other, {}, {}, official=True)
+    text = datasheet(other, collection_facts(other), {}, {}, official=True)
     assert "There are none." in text and "docstring" not in text
 
 
@@ -135,7 +135,9 @@ def test_the_data_sheet_of_a_profile() -> None:
         bm25=lambda: SimpleNamespace(result=stored),
     )
     scores = {"test1": {"nDCG@10": 0.12345, "R(rel=2)@20": 0.5}}
-    assert describe.profile_datasheet(opened) == datasheet(PYDOCS, CANDIDATES, scores)  # type: ignore[arg-type]
+    assert describe.profile_datasheet(opened) == datasheet(
+        PYDOCS, collection_facts(PYDOCS), CANDIDATES, scores
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("warm_start")
@@ -150,7 +152,7 @@ def test_it_builds_strictly_and_shows_the_texts_as_they_are(tmp_path: Path) -> N
         " 'deflist', 'dollarmath', 'html_image', 'linkify', 'replacements', 'smartquotes',"
         " 'substitution', 'tasklist']\n"
     )
-    text = datasheet(PYDOCS, CANDIDATES, SCORES)
+    text = datasheet(PYDOCS, collection_facts(PYDOCS), CANDIDATES, SCORES)
     (source / "index.md").write_text(text + "\n```{bibliography}\n:all:\n```\n")
     command = [sys.executable, warm.__file__, "-m", "sphinx", "-nWq", "--keep-going", "-b", "html"]
     built = subprocess.run([*command, source, tmp_path / "out"], capture_output=True, text=True)
@@ -260,7 +262,7 @@ def test_runs_that_came_with_it() -> None:
         HOSTILE: {"set": "test", "queries": 2, "depth": 3, "unknown": 1, "nDCG@10": expected},
         "other": {"set": None, "queries": 0, "depth": 1, "unknown": 0, "nDCG@10": None},
     }
-    listed = cells(shown(small(), runs=facts["runs"]), "Unknown hits")
+    listed = cells(shown(small(), runs), "Unknown hits")
     assert [listed[HOSTILE][c] for c in ("nDCG@10", "Set")] == [f"{expected:.4f}", "test"]
     assert listed["other"]["nDCG@10"] == "—" and f"{expected:.4f}" in facts_text(facts)
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from adaptive_margins.book import schematics
+from adaptive_margins.book import loss_figures
 from adaptive_margins.losses import margin_loss, margins_and_targets
 
 
 def test_the_figure_draws_on_white_and_texts_do_not_overlap():
     file = io.BytesIO()
-    figure = schematics.targets()
+    figure = loss_figures.targets()
     figure.savefig(file, format="png", dpi=100)
     file.seek(0)
     pixels = imread(file)
@@ -36,7 +36,7 @@ def test_the_figure_draws_on_white_and_texts_do_not_overlap():
 
 def loss_of_one_query(drawn, negatives, target):
     """The terms of Eqs. 1 to 3 of one query, by hand, so that no zero vector is needed."""
-    q, d_pos = drawn.query, drawn.positive
+    q, d_pos = np.array([0, 1]), drawn.places[0]
     unit = negatives / np.linalg.norm(negatives, axis=1, keepdims=True)
     scaled = (1 + unit @ d_pos) / 2
     margins = q @ d_pos - unit @ q
@@ -47,28 +47,28 @@ def loss_of_one_query(drawn, negatives, target):
 
 @pytest.mark.parametrize("target", [0.5, "adaptive", "distributed"])
 def test_arrows_follow_finite_differences_of_the_loss(target):
-    drawn = schematics.scene(target)
+    drawn = loss_figures.scene(target)
     step = 1e-6
-    slope = np.zeros_like(drawn.negatives)
+    slope = np.zeros_like(drawn.places[1:])
     for index in np.ndindex(slope.shape):
         ends = []
         for sign in (1, -1):
-            moved = drawn.negatives.copy()
+            moved = drawn.places[1:].copy()
             moved[index] += sign * step
             ends.append(loss_of_one_query(drawn, moved, target))
         slope[index] = (ends[0] - ends[1]) / (2 * step)
-    # The mean over B or B² divides all arrows of a panel alike.
-    terms = len(slope) ** (2 if target == "distributed" else 1)
-    np.testing.assert_allclose(drawn.shifts * terms, -slope, atol=1e-7)
+    # The mean over B² divides all arrows of a panel alike.
+    np.testing.assert_allclose(drawn.shifts[1:] * len(slope) ** 2, -slope, atol=1e-7)
     assert (np.abs(slope).max(axis=1) > 1e-3).all()  # every arrow has a direction
 
 
 def test_levels_are_where_the_loss_is_zero():
     # On its level a negative meets a static target, which does not move with it.
-    drawn = schematics.scene(0.5)
+    drawn = loss_figures.scene(0.5)
     height = drawn.levels[:1]
     there = np.stack([np.sqrt(1 - height**2), height], axis=1)
-    parts = (torch.tensor(part) for part in (drawn.query[None], drawn.positive[None], there))
+    query = np.array([[0.0, 1.0]])
+    parts = (torch.tensor(part) for part in (query, drawn.places[:1], there))
     assert margin_loss(*parts, target=0.5).item() == pytest.approx(0, abs=1e-12)
 
 
@@ -106,9 +106,8 @@ def test_the_script_draws_what_the_figure_draws():
     radians = np.deg2rad(angles[2:])
     tangents = np.stack([-np.sin(radians), np.cos(radians)], axis=1)
     for (terms, slopes), target in zip(in_node(code, angles=angles, targets=targets), targets, strict=True):  # fmt: skip
-        drawn = schematics.scene(target)
+        drawn = loss_figures.scene(target)
         levels = terms["similarity"] - np.array(terms["wanted"])
         np.testing.assert_allclose(levels, drawn.levels, atol=1e-12)
-        along = (drawn.shifts * tangents).sum(axis=1)
-        ratio = len(slopes) if target == "distributed" else 1  # the mean over B² instead of B
-        np.testing.assert_allclose(-np.array(slopes), along * ratio, atol=1e-6)
+        along = (drawn.shifts[1:] * tangents).sum(axis=1)
+        np.testing.assert_allclose(-np.array(slopes), along * len(slopes), atol=1e-6)

@@ -20,6 +20,7 @@ from scipy import stats
 
 from adaptive_margins import paper
 from adaptive_margins.book import released_code as report
+from adaptive_margins.book.edition import read
 from adaptive_margins.evaluation.measures import evaluate
 from adaptive_margins.paper import released_code as differences
 from adaptive_margins.paper.released_code import Differences
@@ -368,8 +369,6 @@ def test_the_figure_has_each_row_with_its_verdict(frames):
     singles = [line for line in axis.get_lines() if line.get_marker() == "o" and len(line.get_xdata()) == 2]  # fmt: skip
     assert sorted(singles[0].get_xdata()) == pytest.approx([-0.04, 0.02])
     assert len(report.forest(frames["pooling"]).axes) == 2
-    with pytest.raises(ValueError, match="verdict"):
-        report.forest(frame.drop(columns="verdict"))
 
 
 def test_order_of_systems():
@@ -387,9 +386,9 @@ def test_summary_is_json_and_the_same_from_the_csv_files(frames, tmp_path):
     assert json.loads(text) == summary
     for name, frame in frames.items():
         frame.to_csv(tmp_path / f"{name}.csv", index=False)
-    assert report.summary(report.read_frames(tmp_path), machine, "2026-01-31", "smoke") == summary
+    assert report.summary(read("smoke", tmp_path), machine, "2026-01-31", "smoke") == summary
     incomplete = {name: frame for name, frame in frames.items() if name != "optimism"}
-    with pytest.raises(ValueError, match="frames of optimism are missing"):
+    with pytest.raises(KeyError, match="optimism"):
         report.summary(incomplete, machine, "2026-01-31", "smoke")
 
 

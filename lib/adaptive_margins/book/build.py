@@ -26,7 +26,7 @@ from typing import Any
 
 import pandas as pd
 
-from adaptive_margins.book import edition, pages, schematics
+from adaptive_margins.book import edition, loss_figures, pages
 from adaptive_margins.book import site as web
 from adaptive_margins.book.execute import (
     NotebookError,
@@ -283,7 +283,7 @@ class Site:
             write_text(self.pages / name, text)
         images = self.pages / "images"
         images.mkdir(exist_ok=True)
-        schematics.targets().savefig(images / "targets.png", dpi=200)
+        loss_figures.targets().savefig(images / "targets.png", dpi=200)
         current = {self.pages / path for r in receipts.values() for path in r.get("outputs", ())}
         current |= {self.pages / name for name in [*texts, *(n.name for n in notebooks)]}
         found = [*(self.pages / "data").glob("*"), *self.pages.glob("[0-9][0-9]_*")]

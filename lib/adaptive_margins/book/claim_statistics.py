@@ -112,7 +112,7 @@ class Evidence:
         names = list(dict.fromkeys(frame["measure"]))
         frame = frame[frame["measure"] == names[measure]]
         if "source" in frame:
-            frame = frame[~frame["source"].str.startswith(("published", "supplied"))]
+            frame = frame[~frame["source"].str.startswith("supplied")]
         if name.startswith("table"):
             frame = frame.assign(variant=variants(frame))
         if measure and len(names) == 1:
@@ -294,7 +294,7 @@ def highest(of: Evidence, a: Curves, b: Curves, measure: int = 0) -> np.ndarray:
 
 
 def _minus(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
-    return a if a.empty else b if b.empty else a - b
+    return a - b if len(a) and len(b) else a.iloc[:0]
 
 
 def fall_after_maximum(of: Evidence, figure: str, **which: Any) -> np.ndarray:

@@ -10,6 +10,7 @@ short, or lack a row.
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Callable, Mapping
@@ -51,18 +52,6 @@ CHAPTERS = {
     "5.5": "06_baselines",
 }
 """Section of the paper → the notebook with its claims."""
-COLUMNS = [
-    "claim",
-    "section",
-    "shows",
-    "statistic",
-    "paper",
-    "here",
-    "low",
-    "high",
-    "outcome",
-    "why",
-]
 FORMATS: dict[str, Callable[[float], str]] = {
     "difference": signed,
     "share": lambda value: f"{value:.0%}".replace("-", "−"),
@@ -83,7 +72,7 @@ class Claim:
     arguments: dict[str, Any] = field(default_factory=dict)
     paper: str = ""
     format: str = "difference"
-    supported: tuple[float | None, float | None] = (None, None)
+    supported: tuple[float, float] = (-math.inf, math.inf)
     reason: str = "the claim is about the sign."
     needs: dict[str, dict[str, Any]] = field(default_factory=dict)
     untestable: str = ""
@@ -104,10 +93,11 @@ def _rule(claim: str) -> Claim:
 def table(
     section: str, frames: Mapping[str, pd.DataFrame], reproduction: Reproduction
 ) -> pd.DataFrame:
-    """The claims of a section, each with its outcome in this run: the columns `COLUMNS`.
+    """The claims of a section, a row each, with its outcome in this run.
 
-    ``here`` is NaN and the outcome "cannot be seen here" where the run lacks the rows; ``low`` and
-    ``high`` are NaN where there is no interval.
+    Columns: claim, section, shows, statistic, paper, here, low, high, outcome, why. ``here`` is NaN
+    and the outcome "cannot be seen here" where the run lacks the rows; ``low`` and ``high`` are NaN
+    where there is no interval.
 
     Args:
         section: number of the paper's section, a key of `CHAPTERS`.
@@ -120,7 +110,7 @@ def table(
     """
     evidence, printed = Evidence(frames, reproduction), Evidence(published_frames(load()))
     rows = [_row(claim, evidence, printed) for claim in rules() if claim.section == section]
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows)
 
 
 def show(claims: pd.DataFrame) -> Styler:
@@ -151,9 +141,8 @@ def figure(claims: pd.DataFrame, *, narrow: bool = False) -> Figure | None:
         figure, axis = plt.subplots(figsize=size, layout="constrained")
         span = np.nanmax(np.abs(rows[["low", "high"]].to_numpy())) * 1.15
         for y, row in enumerate(rows.to_dict("records")):
-            low, high = _rule(row["claim"]).supported
-            ends = (-span if low is None else low, span if high is None else high)
-            axis.fill_betweenx([y - half, y + half], *ends, color="#e3efe9", linewidth=0)
+            least, most = np.clip(_rule(row["claim"]).supported, -span, span)
+            axis.fill_betweenx([y - half, y + half], least, most, color="#e3efe9", linewidth=0)
             if narrow:
                 above = {"fontsize": 8, "va": "bottom", "linespacing": 1}
                 above["bbox"] = {"facecolor": "white", "linewidth": 0, "pad": 0}
@@ -185,7 +174,7 @@ def _here(row: Mapping[Any, Any]) -> str:
 def overview(editions: Mapping[str, pd.DataFrame]) -> list[dict[str, str]]:
     """The rows of the table on the first page: a claim each, as text.
 
-    ``editions`` are the claims (`COLUMNS`) of one profile or several, by its name; the first one
+    ``editions`` are the claims (`table`) of one profile or several, by its name; the first one
     decides. Keys: claim, paper, outcome, why, section, chapter, and the statistic of each profile.
     """
     first, *_ = editions.values()
@@ -256,21 +245,16 @@ def _row(claim: Claim, here: Evidence, printed: Evidence) -> dict[str, Any]:
     }
 
 
-def decide(low: float, high: float, supported: tuple[float | None, float | None]) -> str:
+def decide(low: float, high: float, supported: tuple[float, float]) -> str:
     """The outcome for the interval [low, high], NaN where there is none."""
-    least, most = (
-        bound if bound is not None else end
-        for bound, end in zip(supported, (-np.inf, np.inf), strict=True)
-    )
+    least, most = supported
     if low > least and high < most:
         return OUTCOMES[0]
     return OUTCOMES[1] if high < least or low > most else OUTCOMES[2]
 
 
-def _in_words(supported: tuple[float | None, float | None], format_: Callable[[float], str]) -> str:
-    least, most = (
-        None if bound is None else format_(bound) if bound else "0" for bound in supported
-    )
+def _in_words(supported: tuple[float, float], format_: Callable[[float], str]) -> str:
+    least, most = ("" if math.isinf(x) else format_(x) if x else "0" for x in supported)
     if least and most:
         return f"between {least} and {most}"
     return f"above {least}" if least else f"below {most}"

@@ -4,41 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 
-from adaptive_margins.book.published import Published
-from adaptive_margins.book.style import encoder_label, require
+from adaptive_margins.book.published import load
+from adaptive_margins.book.style import encoder_label
 
-SCORED = [
-    "in_batch",
-    "set",
-    "measure",
-    "value",
-    "best",
-    "difference",
-    "low",
-    "high",
-    "equivalent",
-    "triples",
-    "run_id",
-    "reference_run_id",
-]
-COMPARED = [
-    "key",
-    "name",
-    "in_batch",
-    "set",
-    "measure",
-    "ours",
-    "published",
-    "difference",
-    "verdict",
-    "printed",
-    "supplied",
-    "run_id",
-]
 TOLERANCE = 0.02
 """The largest difference, rounded to three decimals, that is called "within"."""
 SUPPLIED = "supplied: "
@@ -47,7 +19,6 @@ SUPPLIED = "supplied: "
 
 def comparison(
     data: pd.DataFrame,
-    published: Published,
     *,
     table: Literal[3, 4],
     models: Mapping[str, str] | None = None,
@@ -57,7 +28,6 @@ def comparison(
 
     Args:
         data: the frame of Table 3 or 4.
-        published: the paper's numbers.
         table: which of the two tables.
         models: this profile's encoder name → model as printed; others are written by
             `encoder_label`.
@@ -70,20 +40,16 @@ def comparison(
         supplied (the name of the run that ``published`` was computed from, or ""); run_id. No rows
         where nothing matches.
     """
-    if table not in (3, 4):
-        raise ValueError(f"only Tables 3 and 4 have scores to compare, not Table {table}")
-    first = ["encoder", "target"] if table == 3 else ["loss", "sampling", "source"]
-    require(data, [*first, *SCORED], f"comparison of Table {table}")
-    printed = printed_scores(published, table, data if supplied is None else supplied)
+    printed = printed_scores(table, data if supplied is None else supplied)
     ours = data[data["value"].notna()]
     if table == 3:
         same = ["model", "target", "in_batch"]
-        model = [encoder_label(encoder, models) for encoder in ours["encoder"]]
+        model = [(models or {}).get(e) or encoder_label(e) for e in ours["encoder"]]
         ours = ours.assign(model=model, in_batch=in_batch(ours))
         printed["name"] = printed["model"] + ", " + printed["target"]
     else:
         same = ["loss", "sampling", "in_batch", "of"]
-        ours = ours[~ours["source"].astype(str).str.startswith((SUPPLIED, "published"))]
+        ours = ours[~ours["source"].astype(str).str.startswith(SUPPLIED)]
         # Rows of MarginMSE name the sources whose configuration they have.
         of = ours["source"].where(ours["source"].str.startswith("as "), "").str.removeprefix("as ")
         sampling = ours["sampling"].str.split(",").str[0]
@@ -99,9 +65,7 @@ def comparison(
     difference = found["ours"] - theirs
     verdict = [_verdict(value) for value in difference]
     replaced = found["key"].where(found["computed"].notna(), "")
-    return found.assign(
-        published=theirs, difference=difference, verdict=verdict, supplied=replaced
-    )[COMPARED]
+    return found.assign(published=theirs, difference=difference, verdict=verdict, supplied=replaced)
 
 
 def _verdict(difference: float) -> str:
@@ -111,12 +75,12 @@ def _verdict(difference: float) -> str:
     return "higher" if difference > 0 else "lower"
 
 
-def printed_scores(published: Published, table: int, supplied: pd.DataFrame | None) -> pd.DataFrame:
+def printed_scores(table: int, supplied: pd.DataFrame | None) -> pd.DataFrame:
     """`Published.scores` with the scores of supplied runs of the same key (NaN without).
 
     They are ``plain`` (`level_free`), ``computed`` (the score) and ``tested`` (whether it has a †).
     """
-    scores = published.scores(table)
+    scores = load().scores(table)
     scores["plain"] = scores["measure"].map(level_free)
     if supplied is None or "source" not in supplied:
         return scores.assign(computed=float("nan"), tested=False)
@@ -127,18 +91,18 @@ def printed_scores(published: Published, table: int, supplied: pd.DataFrame | No
             "set": runs["set"],
             "plain": runs["measure"].map(level_free),
             "computed": runs["value"].astype(float),
-            "tested": runs["equivalent"].map(is_true) & (table == 4),
+            "tested": runs["equivalent"].astype(bool) & (table == 4),
         }
     )
     return scores.merge(runs, how="left", on=["key", "set", "plain"])
 
 
-def printed_beside(data: pd.DataFrame, published: Published, table: Literal[3, 4]) -> list[str]:
+def printed_beside(data: pd.DataFrame, table: Literal[3, 4]) -> list[str]:
     """What the paper prints for the row of each score, or the range over its encoders; "" for none.
 
     Query sets correspond by their order, nDCG and recall by their names whatever the cut-off.
     """
-    scores = published.scores(table)
+    scores = load().scores(table)
     sets = dict(zip(data["set"].unique(), scores["set"].unique(), strict=False))
     ticked = in_batch(data) if table == 3 else data["in_batch"]
     found = []
@@ -169,8 +133,3 @@ def in_batch(runs: pd.DataFrame) -> pd.Series:
     return (runs["in_batch"].astype(bool) | (runs["target"] == "distributed")).map(
         {True: "✓", False: "✗"}
     )
-
-
-def is_true(value: Any) -> bool:
-    """A flag that may have passed through a CSV file with gaps."""
-    return str(value).lower() in ("true", "1", "1.0")

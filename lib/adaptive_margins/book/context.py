@@ -232,12 +232,8 @@ def triple(collection: Collection, number: int = 0) -> pd.DataFrame:
     """A training triple: id and text of query, positive and negative; empty without triples."""
     if not len(collection.triples):
         return pd.DataFrame(columns=["id", "text"])
-    qid, positive, negative = collection.triples[number]
-    texts = [
-        collection.queries["train"][qid],
-        *(collection.passages[d] for d in (positive, negative)),
-    ]
-    ids = [qid, positive, negative]
+    ids = list(collection.triples[number])
+    texts = [collection.queries["train"][ids[0]], *(collection.passages[d] for d in ids[1:])]
     return pd.DataFrame({"id": ids, "text": texts}, index=["query", "positive", "negative"])
 
 

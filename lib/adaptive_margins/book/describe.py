@@ -10,12 +10,10 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from adaptive_margins.book.render import html_page, plain, render
 from adaptive_margins.book.style import measure_label
@@ -185,53 +183,24 @@ def runs_frame(runs: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     )
 
 
-class Citations:
-    """Citations of a page: roles of the book's bibliography, or texts and a list."""
-
-    def __init__(self, book: bool) -> None:
-        """``book``: whether the page has the book's bibliography."""
-        self.book, self.cited = book, set[str]()
-        text = (files(__package__) / "citations.yaml").read_text("utf-8")
-        self.known: dict[str, list[str]] = yaml.safe_load(text)
-
-    def cite(self, keys: str, kind: str = "t") -> str:
-        """The works in the text ("t"), or in brackets ("p")."""
-        if self.book:
-            return f"{{cite:{kind}}}`{keys}`"
-        self.cited |= set(keys.split(","))
-        works = [self.known[key] for key in keys.split(",")]
-        if kind == "t":
-            return ", ".join(f"{authors} ({year})" for authors, year, _ in works)
-        return f"({'; '.join(f'{authors}, {year}' for authors, year, _ in works)})"
-
-    def references(self) -> list[str]:
-        """What was cited so far and is in no bibliography."""
-        works = sorted(self.known[key] for key in self.cited)
-        return [f"{authors} ({year}). {rest}." for authors, year, rest in works]
-
-
 # --- the data sheet -------------------------------------------------------------------------------
 
 
 def profile_datasheet(reproduction: Reproduction) -> str:
     """The data sheet of a profile's collection, with its candidates and BM25's stored scores."""
     result, inputs = reproduction.bm25().result, reproduction.inputs
+    none: dict[str, Any] = {"mean": {}}
     scores = {
-        name: {
-            measure: value
-            for mode in ("rerank", "full")
-            for measure, value in result[mode].get(name, {}).get("mean", {}).items()
-        }
+        name: result["rerank"].get(name, none)["mean"] | result["full"].get(name, none)["mean"]
         for name in inputs.evaluated_sets
     }
     candidates = {name: inputs.top_candidates(name) for name in inputs.evaluated_sets}
     official = reproduction.profile.candidates.source == "official"
-    return datasheet(inputs.collection, candidates, scores, official=official)
+    facts = collection_facts(inputs.collection)
+    return datasheet(inputs.collection, facts, candidates, scores, official=official)
 
 
-def collection_page(
-    collection: Collection, *, runs: Mapping[str, Mapping[str, Any]] | None = None
-) -> str:
+def collection_page(collection: Collection, facts: Mapping[str, Any]) -> str:
     """The data sheet of any collection as an HTML page that loads nothing from elsewhere.
 
     BM25 searches `DEPTH` candidates for the judged queries of each set, at most `MOST_QUERIES`; for
@@ -240,21 +209,19 @@ def collection_page(
 
     Args:
         collection: it may have no queries, no triples, and passages without text.
-        runs: "runs" of `collection_facts`, to be listed.
+        facts: its `collection_facts`.
     """
     relevant = pydocs.NEAR if is_pydocs(collection) else 1
     measures = ["nDCG@10", f"Success(rel={relevant})@10", f"R(rel={relevant})@{DEPTH}"]
-    scored = _scored(collection)
-    bm25 = BM25(collection.passages) if scored else None
     candidates: dict[str, Run] = {}
-    scores: dict[str, dict[str, float]] = {}
+    if scored := _scored(collection):
+        bm25 = BM25(collection.passages)
     for name, qrels in scored.items():
-        assert bm25 is not None
         queries = Texts(list(qrels), [collection.queries[name][qid] for qid in qrels])
         candidates[name] = bm25.search(queries, DEPTH)
-        scores[name] = evaluate(qrels, candidates[name], measures).mean
-    options: dict[str, Any] = {"scored": scored, "relevant": relevant, "runs": runs}
-    text = datasheet(collection, candidates, scores, book=False, **options)
+    scores = {n: evaluate(q, candidates[n], measures).mean for n, q in scored.items()}
+    options: dict[str, Any] = {"scored": scored, "relevant": relevant, "book": False}
+    text = datasheet(collection, facts, candidates, scores, **options)
     return html_page(f"Data sheet of {collection.name}", text)
 
 
@@ -271,6 +238,7 @@ def _scored(collection: Collection) -> dict[str, Qrels]:
 
 def datasheet(
     collection: Collection,
+    facts: Mapping[str, Any],
     candidates: Mapping[str, Run],
     bm25: Mapping[str, Mapping[str, float]],
     *,
@@ -278,28 +246,23 @@ def datasheet(
     scored: Mapping[str, Qrels] | None = None,
     relevant: int = 2,
     book: bool = True,
-    runs: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """The data sheet in MyST Markdown.
 
     Args:
         collection: what is described.
+        facts: its `collection_facts`.
         candidates: set → the run that encoders rerank.
         bm25: set → measure in ir_measures' notation → BM25's value.
         official: whether the candidates come with the collection.
         scored: set → judgements of the queries that candidates and measures are of; by default all.
         relevant: the least grade of a relevant passage.
-        book: whether it is a page of the book, which has a bibliography; else references are
-            listed.
-        runs: "runs" of `collection_facts`.
+        book: whether it is a page of the book, which has a bibliography.
     """
     sets = sorted(collection.queries, key=lambda n: (_SETS.index(n) if n in _SETS else 9, n))
     scored = scored or collection.qrels
-    citations = Citations(book)
     return render(
         "datasheet.md",
-        cite=citations.cite,
-        references=citations.references,
         place="book" if book else "page",
         name=plain(collection.name),
         fingerprint=collection.fingerprint,
@@ -307,10 +270,10 @@ def datasheet(
         rules=pydocs,
         passages=len(collection.passages),
         queries=sum(len(texts) for texts in collection.queries.values()),
-        empty=sum(not passage.strip() for passage in collection.passages.texts),
-        bigrams=sum(map(without_spaces, collection.passages.texts)),
+        empty=facts["empty_passages"],
+        bigrams=facts["bigram_passages"],
         relevant=relevant,
-        sets=_sets(collection, sets, relevant),
+        sets=_sets(collection, facts["sets"], sets, relevant),
         lengths=_lengths(collection, sets),
         examples=_examples(collection),
         closest=_closest(collection, sets) if is_pydocs(collection) else [],
@@ -327,18 +290,16 @@ def datasheet(
             for name in sets
             if name in bm25 and len(scored[name]) < len(collection.qrels[name])
         ],
-        triples=_triples(collection),
+        triples=_triples(collection, facts),
         sources=_sources(collection),
-        runs=runs_frame(runs or {}),
+        runs=runs_frame(facts["runs"]),
     )
 
 
-def _sets(collection: Collection, sets: Sequence[str], relevant: int) -> pd.DataFrame:
-    counted = {
-        name: Counter(g for judged in collection.qrels[name].values() for g in judged.values())
-        for name in sets
-    }
-    grades = sorted({grade for counts in counted.values() for grade in counts}, reverse=True)
+def _sets(
+    collection: Collection, facts: Mapping[str, Any], sets: Sequence[str], relevant: int
+) -> pd.DataFrame:
+    grades = sorted({int(grade) for name in sets for grade in facts[name]["grades"]}, reverse=True)
     rows = []
     for name in sets:
         answers = [
@@ -348,9 +309,9 @@ def _sets(collection: Collection, sets: Sequence[str], relevant: int) -> pd.Data
         rows.append(
             {
                 "set": name,
-                "queries": len(collection.queries[name]),
-                "judgements": counted[name].total(),
-                **{f"grade {grade}": counted[name][grade] for grade in grades},
+                "queries": facts[name]["queries"],
+                "judgements": facts[name]["judgements"],
+                **{f"grade {grade}": facts[name]["grades"].get(str(grade), 0) for grade in grades},
                 f"passages of grade ≥ {relevant}": len(set().union(*answers)),
                 "queries with several": sum(len(found) > 1 for found in answers),
             }
@@ -437,13 +398,13 @@ def _bm25(
     return pd.DataFrame(rows)
 
 
-def _triples(collection: Collection) -> dict[str, Any]:
+def _triples(collection: Collection, facts: Mapping[str, Any]) -> dict[str, Any]:
     triples, train = collection.triples, collection.queries.get("train", ())
     found: dict[str, Any] = {"count": len(triples), "queries": len(train)}
     if not len(triples):
         return found
     if not is_pydocs(collection):
-        checked = check_sample(collection)
+        checked = Checked(**facts["triples_checked"])
         return {**found, "checked": checked.checked, "left_out": checked.reasons}
     qrels = collection.qrels.get("train", {})
     grades = Counter(qrels.get(qid, {}).get(positive) for qid, positive, _ in triples)
@@ -474,12 +435,9 @@ def _licence(distribution: str) -> str:
         metadata = importlib.metadata.metadata(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not recorded"
-    if "License-Expression" in metadata:
-        return metadata["License-Expression"]
-    classified = [
-        text.rpartition(" :: ")[2]
-        for text in metadata.get_all("Classifier") or []
-        if text.startswith("License :: ")
+    classifiers = metadata.get_all("Classifier", [])
+    found = metadata.get_all("License-Expression", []) or [
+        text.rpartition(" :: ")[2] for text in classifiers if text.startswith("License :: ")
     ]
-    stated = metadata["License"].strip().splitlines() if "License" in metadata else []
-    return ", ".join(classified) or (stated[0].strip() if stated else "not recorded")
+    stated = "".join(metadata.get_all("License", [])).strip().splitlines()
+    return ", ".join(found or stated[:1]).strip() or "not recorded"

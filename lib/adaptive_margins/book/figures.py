@@ -17,7 +17,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
@@ -25,12 +24,12 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, MaxNLocator, MultipleLocator, StrMethodFormatter
 
 from adaptive_margins.book.style import (
+    OKABE_ITO,
     SMALL,
     End,
     encoder_label,
     end_labels,
     measure_label,
-    require,
     score,
     style,
     value_labels,
@@ -39,13 +38,7 @@ from adaptive_margins.book.style import (
 WIDTH = 7.5  # inches; text of 9 points is then about 12 px high in a page column 700 px wide
 GREY, PALE = "#595959", "#8c8c8c"
 IN_BATCH = {False: "without in-batch negatives", True: "with in-batch negatives"}
-_DRAWN = ["seed", "measure", "value", "low", "high", "maximum", "run_id"]
-STATIC = ["encoder", "in_batch", "target", "start", "collapsed", *_DRAWN]
-CURVE = ["encoder", "in_batch", "batch_size", "triples", *_DRAWN]
-LINES = ["encoder", "loss", "in_batch", "seed", "triples", "measure", "value"]
-TARGETS = ["encoder", "batch_size", "part", "step", "mean", "min", "max", "window", "span"]
-_COLORS = color_sequences["okabe_ito"]
-LOSSES = [_COLORS[i] for i in (0, 5, 6, 3, 7, 1, 2)]
+LOSSES = [OKABE_ITO[i] for i in (0, 5, 6, 3, 7, 1, 2)]
 """Colours of losses, in the order of their appearance."""
 References = Mapping[str, float] | None
 """Measure → BM25's value, drawn as a dotted line."""
@@ -54,12 +47,11 @@ References = Mapping[str, float] | None
 def figure3(data: pd.DataFrame, *, references: References = None) -> Figure:
     """Score by static target ε, without and with in-batch negatives (Section 5.1).
 
-    ``data`` has one row a run and measure, with the columns `STATIC`: target is ε, start the
-    zero-shot value, low and high the confidence interval, maximum true in one row a curve. The line
-    with its band is that of the seed with the maximum; other seeds are small marks, collapsed runs
-    crosses. Raises ValueError on missing columns, and on a curve without exactly one maximum.
+    ``data`` is the frame of ``Reproduction.figure3``, one row a run and measure: target is ε, start
+    the zero-shot value, low and high the confidence interval, maximum true in one row a curve. The
+    line with its band is that of the seed with the maximum; other seeds are small marks, collapsed
+    runs crosses. Raises ValueError on a curve without exactly one maximum.
     """
-    require(data, STATIC, "figure3")
     columns = {side: title for side, title in IN_BATCH.items() if side in set(data["in_batch"])}
     figure = _panels(data, "target", "in_batch", columns, "static target ε", references)
     figure.axes[0].xaxis.set_major_locator(MultipleLocator(0.2))
@@ -69,13 +61,9 @@ def figure3(data: pd.DataFrame, *, references: References = None) -> Figure:
 def figure4(data: pd.DataFrame, *, references: References = None) -> Figure:
     """Learning curves with adaptive targets, without and with in-batch negatives (Section 5.2).
 
-    ``data`` has one row an evaluation and measure, with the columns `CURVE` and one batch size.
-    Raises ValueError as `figure3`, and on several batch sizes.
+    ``data`` is the frame of ``Reproduction.figure4``, one row an evaluation and measure, with one
+    batch size. Raises ValueError as `figure3`.
     """
-    require(data, CURVE, "figure4")
-    sizes = _unique(data["batch_size"])
-    if len(sizes) > 1:
-        raise ValueError(f"figure4 shows one batch size, got {sizes}")
     columns = {side: title for side, title in IN_BATCH.items() if side in set(data["in_batch"])}
     return _learning_curves(data, "in_batch", columns, references)
 
@@ -83,33 +71,23 @@ def figure4(data: pd.DataFrame, *, references: References = None) -> Figure:
 def figure5(data: pd.DataFrame, *, references: References = None) -> Figure:
     """Learning curves with distributed targets, a column a batch size (Section 5.3).
 
-    ``data`` has the columns `CURVE`; the rest as in `figure4`.
+    ``data`` is the frame of ``Reproduction.figure5``; the rest as in `figure4`.
     """
-    require(data, CURVE, "figure5")
-    columns = {size: f"batch size {size}" for size in sorted(_unique(data["batch_size"]))}
+    columns = {size: f"batch size {size}" for size in sorted(data["batch_size"].unique())}
     return _learning_curves(data, "batch_size", columns, references)
 
 
 def figure6(data: pd.DataFrame, *, published: float | None = None) -> Figure:
     """Mean, maximum and minimum of raw φ(d⁺, d⁻) over a batch, during training (Section 5.3).
 
-    ``data`` has one row a step and part, with the columns `TARGETS`: part is "all", or "first" and
-    "last"; mean, min and max in [-1, 1], smoothed; window (batches of the rolling mean) and span
-    (batches a part). Columns are encoders, rows batch sizes; first and last span stand side by side
-    on a broken axis. The axis on the right is the target T = (1 + φ) / 2. ``published`` is the mean
-    to which the paper's batches settle, a hollow mark at the end. Raises ValueError on missing
-    columns, an unknown part, several windows or spans.
+    ``data`` is the frame of ``Reproduction.figure6``, one row a step and part: part is "all", or
+    "first" and "last"; mean, min and max in [-1, 1], smoothed. Columns are encoders, rows batch
+    sizes; first and last span stand side by side on a broken axis. The axis on the right is the
+    target T = (1 + φ) / 2. ``published`` is the mean to which the paper's batches settle, a hollow
+    mark at the end.
     """
-    require(data, TARGETS, "figure6")
-    encoders, sizes = _unique(data["encoder"]), sorted(_unique(data["batch_size"]))
+    encoders, sizes = data["encoder"].unique(), sorted(data["batch_size"].unique())
     parts = [part for part in ("all", "first", "last") if part in set(data["part"])]
-    if len(parts) < data["part"].nunique() or (len(parts) > 1 and parts[0] == "all"):
-        found = _unique(data["part"])
-        raise ValueError(f"figure6: parts are 'all', or 'first' and 'last', got {found}")
-    windows, spans = _unique(data["window"]), _unique(data["span"])
-    if len(windows) > 1 or len(spans) > 1:
-        raise ValueError(f"figure6 shows one window and one span, got {windows} and {spans}")
-    label = "training step"
     with drawing():
         places, height = edges(len(sizes), left=0.75, right=0.75, panel=2.0, between=0.2)
         figure = plt.figure(figsize=(WIDTH, height))
@@ -129,15 +107,16 @@ def figure6(data: pd.DataFrame, *, published: float | None = None) -> Figure:
                 _mark(axis, column)
                 axis.tick_params(axis="x", length=0, labelbottom=row == len(sizes) - 1)
             if row == 0:
-                place = grid[row, column].get_position(figure)
-                middle, color = (place.x0 + place.x1) / 2, style(encoder).text
+                box = grid[row, column].get_position(figure)
+                middle, color = (box.x0 + box.x1) / 2, style(encoder).text
                 top = 1 - 0.06 / height
                 look = {"ha": "center", "va": "top", "color": color, "gid": f"column-{column}"}
                 figure.text(middle, top, encoder_label(encoder), **look)
         _room(figure.axes, 0.1)
         for axis in figure.axes[len(parts) * len(encoders) - 1 :: len(parts) * len(encoders)]:
             _target_axis(axis)
-        figure.supxlabel(label, x=0.5, y=0.06 / height, va="bottom", fontsize=9, gid="xlabel")
+        below: dict[str, Any] = {"va": "bottom", "fontsize": 9, "gid": "xlabel"}
+        figure.supxlabel("training step", x=0.5, y=0.06 / height, **below)
     return figure
 
 
@@ -145,17 +124,14 @@ def convergence(data: pd.DataFrame) -> Figure:
     """Learning curves of several losses: a column an encoder, a row without or with in-batch
     negatives.
 
-    ``data`` has one row an evaluation and seed, with the columns `LINES`, and one measure. Lines
-    are means over the seeds, bands span the lowest and the highest. A filled mark is a maximum, a
-    hollow one a maximum at the end. Raises ValueError on missing columns or several measures.
+    ``data`` is the frame of ``paper.convergence.convergence``, with one measure. Lines are means
+    over the seeds, bands span the lowest and the highest. A filled mark is a maximum, a hollow one
+    a maximum at the end.
     """
-    require(data, LINES, "convergence")
-    measures, encoders = _unique(data["measure"]), _unique(data["encoder"])
-    if len(measures) > 1:
-        raise ValueError(f"convergence shows one measure, got {measures}")
+    encoders = data["encoder"].unique()
     sides = {side: title for side, title in IN_BATCH.items() if side in set(data["in_batch"])}
     looks = dict(
-        zip(_unique(data["loss"]), cycle(zip("osD^vPX", LOSSES, strict=True)), strict=False)
+        zip(data["loss"].unique(), cycle(zip("osD^vPX", LOSSES, strict=True)), strict=False)
     )
     size = {"figsize": (WIDTH, 0.9 + 2.1 * len(sides)), "layout": "constrained"}
     with drawing():
@@ -170,7 +146,7 @@ def convergence(data: pd.DataFrame) -> Figure:
         for axis, encoder in zip(axes[0], encoders, strict=True):
             axis.set_title(encoder_label(encoder), color=style(encoder).text)
         for axis, title in zip(axes[:, 0], sides.values(), strict=True):
-            axis.set_ylabel(f"{measure_label(measures[0])}\n{title}")
+            axis.set_ylabel(f"{measure_label(data['measure'].iloc[0])}\n{title}")
         axes[0, 0].xaxis.set_major_locator(MaxNLocator(3, integer=True))
         axes[0, 0].xaxis.set_major_formatter(EngFormatter(sep=""))
         handles = [plt.Line2D([], [], color=c, marker=m, label=x) for x, (m, c) in looks.items()]
@@ -209,10 +185,6 @@ def svg(figure: Figure, name: str) -> str:
     return file.getvalue()
 
 
-def _unique(values: pd.Series) -> list[Any]:
-    return list(dict.fromkeys(values))
-
-
 def edges(
     rows: int, *, left: float, right: float, panel: float, between: float, top: float = 0.28
 ) -> tuple[dict[str, float], float]:
@@ -249,13 +221,9 @@ def _panels(
     references: References,
 ) -> Figure:
     """Measures in rows, the values of ``split`` in columns, one curve an encoder."""
-    measures, references = _unique(data["measure"]), references or {}
-    if set(references) - set(measures):
-        raise ValueError(
-            f"references has the measures {list(references)}, the frame has {measures}"
-        )
+    measures, references = data["measure"].unique(), references or {}
     with drawing():
-        lane = 0.24 + 0.078 * max(len(encoder_label(e)) for e in _unique(data["encoder"]))
+        lane = 0.24 + 0.078 * max(len(encoder_label(e)) for e in data["encoder"].unique())
         left, number = 0.7, len(columns)
         places, height = edges(len(measures), left=left, right=lane, panel=1.75, between=0.16)
         width = (WIDTH - left - lane * number) / number
@@ -422,14 +390,6 @@ def _broken(axis: Axes, steps: pd.Series, position: int, parts: int) -> None:
     axis.plot(breaks, [0] * len(breaks), " ", transform=axis.transAxes, gid="cut", **slash)
 
 
-def _target(phi: Any) -> Any:
-    return (1 + phi) / 2
-
-
-def _phi(target: Any) -> Any:
-    return 2 * target - 1
-
-
 def _target_axis(axis: Axes) -> None:
     """Names of the three lines of a panel, and T = (1 + φ) / 2 on its right."""
     white = [withStroke(linewidth=2, foreground="white")]
@@ -442,8 +402,9 @@ def _target_axis(axis: Axes) -> None:
             up, va = (-7, "top") if name == "min" else (7, "bottom")
             axis.annotate(name, end, (-2, up), va=va, **look)
     low, high = axis.get_ylim()
-    ticks = [_target(phi) for phi in axis.get_yticks() if low <= phi <= high]
-    right = axis.secondary_yaxis("right", functions=(_target, _phi))
+    ticks = [(1 + phi) / 2 for phi in axis.get_yticks() if low <= phi <= high]
+    functions = (lambda phi: (1 + phi) / 2), (lambda target: 2 * target - 1)
+    right = axis.secondary_yaxis("right", functions=functions)
     right.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
     right.set_ylabel("target T = (1 + φ) / 2")
     right.set_label("target")

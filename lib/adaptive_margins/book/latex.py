@@ -48,15 +48,11 @@ def table(cells: pd.DataFrame, caption: str) -> str:
 def latex(html: str) -> str:
     """A cell without what it opens to and its small print."""
     html = re.sub(r"<small>.*?</small>|<details>.*</details>", "", str(html), flags=re.DOTALL)
-    found: list[str] = []
-    opened: list[str] = []
+    found = []
     for part in re.split(r"(<[^>]+>)", html):
-        if part.startswith("</"):
-            found.append("}" if opened.pop() else "")
-        elif part.startswith("<"):
-            text = _TAGS.get(re.findall(r"\w+", part)[0], "")
-            opened.append(text)
-            found.append(text)
+        if tag := re.match(r"<(/?)(\w+)", part):
+            end, name = tag.groups()
+            found.append("" if name not in _TAGS else "}" if end else _TAGS[name])
         else:
             found.append("".join(_CHARACTERS.get(c, c) for c in unescape(part)))
     return "".join(found)

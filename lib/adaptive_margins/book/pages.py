@@ -63,7 +63,7 @@ def texts(home: Path, profile: Profile, receipts: Receipts, summary: Path) -> di
         "provenance.md": provenance(profile, receipts, runs),
     }
     if LONG in receipts:
-        frames, receipt = released_code.read_frames(folder / "data"), receipts[LONG]
+        frames, receipt = edition.read(profile.name, folder / "data"), receipts[LONG]
         about = receipt["machine"], receipt["finished"], profile.name
         written = released_code.summary(frames, *about)
         found[SUMMARY] = json.dumps(written, indent=1, ensure_ascii=False) + "\n"
@@ -98,7 +98,7 @@ def cover(profile: Profile, table4: Path | None) -> str:
     if table4 is None:
         return render("cover.md", profile=profile, scores=None)
     frame = pd.read_csv(table4, keep_default_na=False, na_values=[""])
-    frame = frame[~frame["source"].str.startswith(("published", "supplied"))]
+    frame = frame[~frame["source"].str.startswith("supplied")]
     frame = frame.assign(
         Loss=variants(frame).str.replace(" in-batch", ", in-batch"),
         column=frame["measure"].map(measure_label) + ", " + frame["set"],

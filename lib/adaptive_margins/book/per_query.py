@@ -7,16 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from matplotlib import color_sequences
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from adaptive_margins.book.figures import GREY, PALE, WIDTH, drawing, edges
-from adaptive_margins.book.style import End, end_labels
-
-_, _, _, _, _, BLUE, VERMILION, _ = color_sequences["okabe_ito"]
+from adaptive_margins.book.style import BLUE, VERMILION, End, end_labels
 
 
 def per_query_figure(found: Mapping[str, Any]) -> Figure:

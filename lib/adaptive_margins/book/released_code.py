@@ -9,15 +9,11 @@ committed `summary`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
 from importlib.resources import files
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import yaml
 from matplotlib.axes import Axes
@@ -26,8 +22,8 @@ from scipy.stats import kendalltau
 
 from adaptive_margins.book import figures, published
 from adaptive_margins.book.render import render
-from adaptive_margins.book.style import SMALL, measure_label, require, score, signed
-from adaptive_margins.paper.released_statistics import COMPARED, SUMMARY, summarise
+from adaptive_margins.book.style import SMALL, measure_label, score, signed
+from adaptive_margins.paper.released_statistics import SUMMARY, summarise
 
 BLOCKS = {
     "orientation": "Which query's margin stands in which row",
@@ -53,26 +49,10 @@ about it.
 """
 
 
-@dataclass(frozen=True)
-class Difference:
-    """An entry of ``differences.yaml``; its comments explain the fields."""
-
-    where: str
-    paper: str
-    code: str
-    status: str
-    executed: bool = False
-    block: str = ""
-    what: str = ""
-    matters: str = ""
-    file: str = ""
-
-
-@cache
-def load() -> tuple[Difference, ...]:
-    """The entries of ``differences.yaml``, in order."""
-    entries = yaml.safe_load((files(__package__) / "differences.yaml").read_text("utf-8"))["rows"]
-    return tuple(Difference(**entry) for entry in entries)
+def load() -> list[Any]:
+    """The entries of ``differences.yaml``; their fields are attributes, "" where one is missing."""
+    text = (files(__package__) / "differences.yaml").read_text("utf-8")
+    return list(pd.DataFrame(yaml.safe_load(text)["rows"]).fillna("").itertuples())
 
 
 # --- a block --------------------------------------------------------------------------------------
@@ -81,7 +61,7 @@ def load() -> tuple[Difference, ...]:
 def forest(data: pd.DataFrame) -> Figure:
     """Differences of a block in full ranking with their 95 % intervals, a column a test set.
 
-    ``data`` has the columns `COMPARED`. The band is ±.05, pale dots are single runs, shape and
+    ``data`` is a frame of `Differences`. The band is ±.05, pale dots are single runs, shape and
     colour are the verdict. Without rows the figure has a note that there is nothing to compare.
     """
     if data.empty:
@@ -89,7 +69,6 @@ def forest(data: pd.DataFrame) -> Figure:
             figure = plt.figure(figsize=(figures.WIDTH, 0.4))
             figure.text(0, 0.4, "nothing to compare in this profile")
         return figure
-    require(data, COMPARED, "forest")
     data = data[data["kind"] == "full"]
     data = data.assign(label=data["what"] + "\n" + data["measure"].map(measure_label))
     rows, sets = list(dict.fromkeys(data["label"])), list(dict.fromkeys(data["set"]))
@@ -216,43 +195,31 @@ def _effect(found: pd.DataFrame) -> str:
     return f"Code: {verdicts} of {len(found)}; difference {spread}."
 
 
-def read_frames(folder: Path) -> dict[str, pd.DataFrame]:
-    """The frames that the notebook wrote to ``folder`` as CSV. FileNotFoundError names a missing
-    one.
-    """
-    texts = {"run_id": str, "reference_run_id": str}
-    return {name: pd.read_csv(folder / f"{name}.csv", dtype=texts) for name in FRAMES}
-
-
 def summary(
     frames: Mapping[str, pd.DataFrame], machine: Mapping[str, Any], date: str, profile: str
 ) -> dict[str, Any]:
     """What the default book shows of the chapter, as JSON can hold it.
 
     Args:
-        frames: by the names in `FRAMES`; see `read_frames`.
+        frames: by the names in `FRAMES`.
         machine: what it ran on, as `device.machine` returns it.
         date: of the run, as text.
         profile: its name.
 
     Raises:
-        ValueError: a frame is missing.
+        KeyError: a frame is missing.
     """
-    if missing := [name for name in FRAMES if name not in frames]:
-        raise ValueError(f"frames of {', '.join(missing)} are missing, got {', '.join(frames)}")
     shown = {
         "compared": summarise(frames[name] for name in BLOCKS),
         "optimism": frames["optimism"],
         "order": order_of_systems(frames["ideal"]),
     }
-    rows = {name: [_plain(r) for r in frame.to_dict("records")] for name, frame in shown.items()}
+    rows = {name: frame.map(_short).to_dict("records") for name, frame in shown.items()}
     return {"profile": profile, "date": date, "machine": dict(machine), **rows}
 
 
-def _plain(row: Mapping[Any, Any]) -> dict[str, Any]:
-    """NumPy's numbers as Python's, rounded to six digits."""
-    values = {str(k): v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
-    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+def _short(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def summary_page(summary: Mapping[str, Any]) -> str:

@@ -24,10 +24,6 @@ class Shown(str):
         made.others = others
         return made
 
-    def before(self, html: str) -> Shown:
-        """The same, followed by more HTML."""
-        return Shown(self + html, **self.others)
-
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         return {"text/html": str(self), "text/plain": "(HTML)", **self.others}
 

@@ -1,6 +1,6 @@
 """Figures and tables as notebooks show them: with their runs, notes and downloads.
 
-HTML has a figure as SVG whose points lead to their runs; LaTeX gets a PNG, or a table in LaTeX.
+HTML has a figure as SVG whose points lead to their runs; LaTeX gets a PNG.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import base64
 import gzip
 import re
 import shlex
-from collections.abc import Iterable, Sequence
 from html import escape
 from io import BytesIO
 from typing import Any
@@ -21,7 +20,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from adaptive_margins.book import figures, tables
-from adaptive_margins.book.published import load
 from adaptive_margins.book.render import Shown, data_uri, render
 from adaptive_margins.book.style import encoder_label, measure_label, score
 from adaptive_margins.paper import Reproduction
@@ -127,37 +125,34 @@ def heading(reproduction: Reproduction) -> str:
 def table1(reproduction: Reproduction, data: pd.DataFrame) -> Shown:
     """Table 1 next to the published one."""
     opens = records(reproduction, data)
-    return tables.table1(data, load(), heading=heading(reproduction), opens=opens)
+    return Shown(tables.table1(data, heading=heading(reproduction), opens=opens))
 
 
 def table2(reproduction: Reproduction, data: pd.DataFrame) -> Shown:
     """Table 2 next to the published one."""
     opens = records(reproduction, data)
-    return tables.table2(data, load(), heading=heading(reproduction), opens=opens)
+    return Shown(tables.table2(data, heading=heading(reproduction), opens=opens))
 
 
 def table3(reproduction: Reproduction, data: pd.DataFrame) -> Shown:
     """Table 3, then its scores next to the published ones, where there are any to compare with."""
-    published, about = load(), heading(reproduction)
     models = {n: e.published for n, e in reproduction.profile.encoders.items() if e.published}
     supplied = reproduction.table4() if external_runs(reproduction.runner) else None
-    opens = records(reproduction, data)
-    shown = tables.table3(data, published, heading=about, opens=opens, supplied=supplied)
-    options: dict[str, Any] = {"heading": about, "models": models, "supplied": supplied}
-    return shown.before(tables.compared(data, published, table=3, **options))
+    about: dict[str, Any] = {"heading": heading(reproduction), "supplied": supplied}
+    html = tables.table3(data, opens=records(reproduction, data), **about)
+    return Shown(html + tables.compared(data, table=3, models=models, **about))
 
 
 def table4(reproduction: Reproduction, data: pd.DataFrame) -> Shown:
     """Table 4, then its scores next to the published ones, if the reference encoder is that of the
     paper.
     """
-    p, published = reproduction.profile, load()
+    p = reproduction.profile
     about = f"{heading(reproduction)}, encoder {encoder_label(p.reference_encoder)}"
-    opens = records(reproduction, data)
-    shown = tables.table4(data, published, heading=about, opens=opens)
-    if p.encoders[p.reference_encoder].published != "distilBERT":
-        return shown
-    return shown.before(tables.compared(data, published, table=4, heading=about))
+    html = tables.table4(data, heading=about, opens=records(reproduction, data))
+    if p.encoders[p.reference_encoder].published == "distilBERT":
+        html += tables.compared(data, table=4, heading=about)
+    return Shown(html)
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -176,7 +171,7 @@ def records(reproduction: Reproduction, data: pd.DataFrame) -> dict[str, str]:
         found[run_id] = render(
             "run.html",
             run_id=run_id,
-            commands=commands(reproduction, run_id, scored=True),
+            commands=commands(reproduction, run_id),
             config=values.strip(),
             files=[f"runs/{run_id}/full.{name}.run.gz" for name in sets],
             elsewhere=run.provenance,
@@ -187,25 +182,16 @@ def records(reproduction: Reproduction, data: pd.DataFrame) -> dict[str, str]:
     return found
 
 
-def commands(reproduction: Reproduction, run_id: str, *, scored: bool = False) -> list[str]:
-    """The shell command that computes a run; with ``scored`` also those that score its rankings."""
-    p = reproduction.profile
-    profile = p.name if p.name in available() else f"{p.name}.yaml"
-    sets = p.sets.tests if scored else ()
-    return shell(profile, run_id, reproduction.inputs.fingerprint, sets, p.measures.full)
-
-
-def shell(
-    profile: str, run_id: str, fingerprint: str, sets: Iterable[str], measures: Sequence[str]
-) -> list[str]:
+def commands(reproduction: Reproduction, run_id: str) -> list[str]:
     """Shell commands that compute a run, and that score its full rankings without this project.
 
-    Paths are relative to the folder that has ``collections/`` and ``runs/``; ``fingerprint`` is the
-    collection's. ``measures`` in ir_measures' notation.
+    Paths are relative to the folder that has ``collections/`` and ``runs/``.
     """
+    p, fingerprint = reproduction.profile, reproduction.inputs.fingerprint
+    profile = p.name if p.name in available() else f"{p.name}.yaml"
     lines = [["adaptive-margins", "reproduce", "--profile", profile, "--run", run_id]]
-    for name in sets:
+    for name in p.sets.tests:
         qrels = f"collections/{fingerprint}/qrels.{name}.txt"
         ranking = f"runs/{run_id}/full.{name}.run.gz"
-        lines.append(["ir_measures", qrels, ranking, " ".join(measures)])
+        lines.append(["ir_measures", qrels, ranking, " ".join(p.measures.full)])
     return [shlex.join(line) for line in lines]

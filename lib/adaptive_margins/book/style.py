@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 from zlib import crc32
 
 import numpy as np
-import pandas as pd
 from matplotlib import color_sequences
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
@@ -19,18 +18,11 @@ from scipy.optimize import isotonic_regression
 
 SMALL = 8.0  # points
 
-_BLACK, _ORANGE, _SKY, _GREEN, _YELLOW, _BLUE, _VERMILION, _PURPLE = (
-    to_hex(color) for color in color_sequences["okabe_ito"]
-)
-_COLORS = (_BLUE, _VERMILION, _GREEN, _PURPLE, _ORANGE, _SKY)  # black and yellow: see design
-_STYLES = {
-    "minilm-3": (_BLUE, "o"),
-    "minilm-4": (_VERMILION, "s"),
-    "minilm-5": (_GREEN, "^"),
-    "distilbert": (_PURPLE, "D"),
-    "roberta": (_ORANGE, "v"),
-    "mpnet": (_SKY, "P"),
-}
+OKABE_ITO = [to_hex(color) for color in color_sequences["okabe_ito"]]
+BLACK, ORANGE, SKY, GREEN, _, BLUE, VERMILION, PURPLE = OKABE_ITO
+_COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
+_KNOWN = ("minilm-3", "minilm-4", "minilm-5", "distilbert", "roberta", "mpnet")
+_STYLES = dict(zip(_KNOWN, zip(_COLORS, "os^DvP", strict=True), strict=True))
 _NAMES = {"minilm": "MiniLM", "distilbert": "distilBERT", "roberta": "RoBERTa", "mpnet": "MPNet"}
 
 
@@ -65,19 +57,8 @@ def style(encoder: str) -> Style:
     return Style(_COLORS[colour], markers[marker])
 
 
-def require(data: pd.DataFrame, columns: Iterable[str], name: str) -> None:
-    """Raise ValueError, naming what is missing, unless ``data`` has rows and all ``columns``."""
-    missing = [column for column in columns if column not in data]
-    if missing:
-        raise ValueError(f"{name}: columns {missing} are missing, got {list(data.columns)}")
-    if data.empty:
-        raise ValueError(f"{name}: the frame has no rows")
-
-
-def encoder_label(encoder: str, labels: Mapping[str, str] | None = None) -> str:
-    """How an encoder is written: minilm-4 is MiniLM-4; ``labels`` takes precedence."""
-    if labels and encoder in labels:
-        return labels[encoder]
+def encoder_label(encoder: str) -> str:
+    """How an encoder is written: minilm-4 is MiniLM-4."""
     family, dash, rest = encoder.partition("-")
     return _NAMES.get(family.lower(), family) + dash + rest
 

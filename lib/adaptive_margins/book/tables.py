@@ -17,21 +17,17 @@ from pandas.io.formats.style import Styler
 
 from adaptive_margins.book import latex
 from adaptive_margins.book.comparison import (
-    SCORED,
     SUPPLIED,
     comparison,
     in_batch,
-    is_true,
     printed_beside,
     printed_scores,
 )
-from adaptive_margins.book.published import Published
-from adaptive_margins.book.render import Shown, data_uri, render
-from adaptive_margins.book.style import encoder_label, measure_label, require
+from adaptive_margins.book.published import load
+from adaptive_margins.book.render import data_uri, render
+from adaptive_margins.book.style import encoder_label, measure_label
 from adaptive_margins.progress import clock, printable
 
-ENCODERS = ["encoder", "base", "parameters", "trained", "embedding", "dimensions", "run_id"]
-INSTANCE = ["role", "text", "rho", "target", "loss_table", "loss_equation", "run_id", "qid"]
 MARGIN, ALPHA = 0.05, 0.05
 NONE, DAGGER = "—", "<sup>†</sup>"
 MARKS = {
@@ -78,12 +74,11 @@ Opens = Mapping[str, str] | None
 """Run id → the HTML that its row opens to."""
 
 
-def table1(data: pd.DataFrame, published: Published, *, heading: str, opens: Opens = None) -> Shown:
-    """Table 1, the encoders; ``data`` has a row an encoder and the columns `ENCODERS`.
+def table1(data: pd.DataFrame, *, heading: str, opens: Opens = None) -> str:
+    """Table 1, the encoders; ``data`` is the frame of ``Reproduction.table1``, a row an encoder.
 
     ``heading`` ends the caption, here as in the other tables: what this run used.
     """
-    require(data, ENCODERS, "table1")
     cells = pd.DataFrame(
         {
             "Encoder, run": data["encoder"].map(encoder_label).map(escape) + _below(data, opens),
@@ -94,17 +89,15 @@ def table1(data: pd.DataFrame, published: Published, *, heading: str, opens: Ope
             "Dimensions": data["dimensions"].map("{:.0f}".format),
         }
     )
-    ours = _html(cells.set_index("Encoder, run"), 1, "ours", f"this run: {heading}", None, data)
-    return _page(1, published, ours, opens=bool(opens))
+    return _page(1, cells.set_index("Encoder, run"), data, heading, opens=bool(opens))
 
 
-def table2(data: pd.DataFrame, published: Published, *, heading: str, opens: Opens = None) -> Shown:
+def table2(data: pd.DataFrame, *, heading: str, opens: Opens = None) -> str:
     """Table 2, a training instance: relevance ρ, target t and loss of its negatives.
 
-    ``data`` has a row a text and the columns `INSTANCE`: roles are q, d+, d-max, d-mid, d-min; a
-    number that a role does not have is NaN.
+    ``data`` is the frame of ``Reproduction.table2``, a row a text: roles are q, d+, d-max, d-mid,
+    d-min; a number that a role does not have is NaN.
     """
-    require(data, INSTANCE, "table2")
     formula = f"({RHO}({ROLES['d+']}) − {RHO}(<i>d</i><sup>−</sup><sub>j</sub>) − {T})²"
     equation = f"{L2} by Equation 3<small>(margin<sub>i</sub> − {T})²</small>"
     cells = pd.DataFrame(
@@ -118,29 +111,23 @@ def table2(data: pd.DataFrame, published: Published, *, heading: str, opens: Ope
         }
     )
     titles = pd.DataFrame({"Text": data["text"].map(escape)})
-    ours = _html(cells.set_index(""), 2, "ours", f"this run: {heading}", titles, data)
     (run,) = _below(data[:1], opens)
-    return _page(2, published, ours, opens=bool(opens), run=run, qid=data["qid"].iloc[0])
+    facts: dict[str, Any] = {"opens": bool(opens), "run": run, "qid": data["qid"].iloc[0]}
+    return _page(2, cells.set_index(""), data, heading, titles, **facts)
 
 
 def table3(
-    data: pd.DataFrame,
-    published: Published,
-    *,
-    heading: str,
-    opens: Opens = None,
-    supplied: pd.DataFrame | None = None,
-) -> Shown:
+    data: pd.DataFrame, *, heading: str, opens: Opens = None, supplied: pd.DataFrame | None = None
+) -> str:
     """Table 3, every encoder and target in full ranking.
 
     ``data`` is the frame of ``Reproduction.table3``, a row a run, set and measure. † stands where
     ``equivalent`` is true and the run is not the reference. ``supplied``: the frame of Table 4,
     whose supplied runs replace printed numbers.
     """
-    require(data, ["encoder", "target", "epsilon", "seconds", "sweep_seconds", *SCORED], "table3")
     data = data.assign(
         row=data.groupby(["encoder", "target", "in_batch"], sort=False).ngroup(),
-        printed=printed_beside(data, published, 3),
+        printed=printed_beside(data, 3),
     )
     runs = data.drop_duplicates("row")
     static = runs["target"] == "static"
@@ -159,53 +146,47 @@ def table3(
     )
     sweeps = "of which the sweep over ε: " + runs["sweep_seconds"].map(clock)
     titles["", "Training time"] = sweeps.where(static, "").to_numpy()
-    ours = _html(cells, 3, "ours", f"this run: {heading}", titles, data)
-    return _page(3, published, ours, supplied, opens=bool(opens), **_test(data))
+    facts: dict[str, Any] = {"supplied": supplied, "opens": bool(opens), **_test(data)}
+    return _page(3, cells, data, heading, titles, **facts)
 
 
-def table4(data: pd.DataFrame, published: Published, *, heading: str, opens: Opens = None) -> Shown:
+def table4(data: pd.DataFrame, *, heading: str, opens: Opens = None) -> str:
     """Table 4, the losses next to baselines; its reference is underlined.
 
     ``data`` is the frame of ``Reproduction.table4``, a row a run, set and measure. A supplied run
     has the source "supplied: NAME", no run id, and for a value that was refused NaN and the reason
     in the column ``refused``; ``missing`` is the number of judged queries that it lacks. Where NAME
-    is the key of a published row, its scores replace the printed ones. Rows whose source begins
-    with "published" are left out.
+    is the key of a published row, its scores replace the printed ones.
     """
-    require(data, ["block", "loss", "sampling", "source", *SCORED], "table4")
     source = data["source"].astype(str)
     data = data.assign(run_id=data["run_id"].where(~source.str.startswith(SUPPLIED), source))
-    data = data[~source.str.startswith("published")]
     keys = ["block", "loss", "in_batch", "run_id"]
     rows = data.groupby(keys, sort=False).ngroup()
-    data = data.assign(row=rows, printed=printed_beside(data, published, 4))
+    data = data.assign(row=rows, printed=printed_beside(data, 4))
     runs = data.drop_duplicates("row")
     blocks = runs["block"].str[:1].str.upper() + runs["block"].str[1:]
     reference = runs[runs["run_id"] == runs["reference_run_id"]]
-    after = {"Triples": runs["triples"].map(triples)}
-    teacher = runs["teacher_seconds"].fillna(0) if "teacher_seconds" in runs else 0 * runs["low"]
-    if "seconds" in runs:
-        times = runs["seconds"].where(runs["seconds"] > 0).map(clock, na_action="ignore")
-        after = {
-            "Training time": times.fillna(NONE) + (teacher > 0).map({True: "*", False: ""})
-        } | after
+    teacher = runs["teacher_seconds"].fillna(0)
+    star = (teacher > 0).map({True: "*", False: ""})
+    times = runs["seconds"].where(runs["seconds"] > 0).map(clock, na_action="ignore")
     of = runs["source"].astype(str)
     of = ("<small>" + of.map(escape) + "</small>").where(of.str.startswith("as "), "")
     cells, titles = _run_rows(
         data,
         index={"": blocks.map(escape), "Loss, run": runs["loss"].map(escape) + _below(runs, opens)},
         before={"Sampling": runs["sampling"].map(escape) + of, "In-batch": runs["in_batch"]},
-        after=after,
+        after={"Training time": times.fillna(NONE) + star, "Triples": runs["triples"].map(triples)},
         underline=True,
     )
-    if "seconds" in runs:
-        of_teacher = "of which the teacher: " + teacher.map(clock)
-        titles["", "Training time"] = of_teacher.where(teacher > 0, "").to_numpy()
+    of_teacher = "of which the teacher: " + teacher.map(clock)
+    titles["", "Training time"] = of_teacher.where(teacher > 0, "").to_numpy()
     return _page(
         4,
-        published,
-        _html(cells, 4, "ours", f"this run: {heading}", titles, data),
+        cells,
         data,
+        heading,
+        titles,
+        supplied=data,
         opens=bool(opens),
         reference=", ".join(reference["loss"] + " (" + reference["in_batch"] + ")") or "none",
         teacher=blocks.str.startswith("Teacher").any(),
@@ -217,15 +198,13 @@ def table4(data: pd.DataFrame, published: Published, *, heading: str, opens: Ope
 # --- this run next to the published numbers -------------------------------------------------------
 
 
-def compared(
-    data: pd.DataFrame, published: Published, *, table: Literal[3, 4], heading: str, **options: Any
-) -> str:
+def compared(data: pd.DataFrame, *, table: Literal[3, 4], heading: str, **options: Any) -> str:
     """`comparison` (which takes the ``options``) as HTML; empty where nothing matches.
 
     ``heading`` names this run's collection with its fingerprint, so that a small one is not taken
     for the paper's.
     """
-    rows = comparison(data, published, table=table, **options)
+    rows = comparison(data, table=table, **options)
     if rows.empty:
         return ""
     names = ["Row of the paper", "In-batch", "Set", "Measure"]
@@ -245,7 +224,7 @@ def compared(
             "Verdict": rows["verdict"],
         }
     ).set_axis(pd.MultiIndex.from_arrays(columns, names=names))
-    what = f"this run beside {published.paper['short']}’s numbers: {heading}"
+    what = f"this run beside {load().paper['short']}’s numbers: {heading}"
     return render(
         "compared.html",
         table=_html(cells, table, "compared", what),
@@ -257,16 +236,16 @@ def compared(
 # --- printed tables and supplied runs -------------------------------------------------------------
 
 
-def _printed_table(published: Published, table: int, supplied: pd.DataFrame | None = None) -> Shown:
+def _printed_table(table: int, supplied: pd.DataFrame | None) -> str:
     """A table as printed, marks included; scores of supplied runs replace printed ones."""
-    frame = published.tables[table]
-    cells = frame.map(escape)
+    published = load()
+    cells = published.tables[table].map(escape)
     names = HEADINGS | ({"target": "Target", "loss": "Loss"} if table > 2 else {})
     index = INDEX[table]
     if table == 2:
         cells["role"] = cells["role"].map(ROLES)
     if table > 2:
-        replaced = printed_scores(published, table, supplied).dropna(subset="computed")
+        replaced = printed_scores(table, supplied).dropna(subset="computed")
         for row in replaced.to_dict("records"):
             score = _computed(row["computed"], row["printed"], row["key"]) + "†" * row["tested"]
             cells.loc[row["row"], f"{row['set']} {row['measure']}"] = score
@@ -340,13 +319,13 @@ def _score_cell(row: Mapping[Any, Any], underline: bool) -> tuple[str, str]:
     reference = row["run_id"] == row["reference_run_id"]
     if underline and reference:
         text = f"<u>{text}</u>"
-    if is_true(row["best"]):
+    if row["best"]:
         text = f"<strong>{text}</strong>"
     if not reference and pd.notna(row["low"]):
         ends = f"[{_score(row['low'])}, {_score(row['high'])}]"
-        text += DAGGER * is_true(row["equivalent"]) + f"<small>{ends}</small>"
+        text += DAGGER * bool(row["equivalent"]) + f"<small>{ends}</small>"
         title = f"difference {_score(row['difference'])} to run {row['reference_run_id']}"
-        if pd.notna(row.get("p_adjusted")):
+        if pd.notna(row["p_adjusted"]):
             title += f", p = {row['p_adjusted']:.2g} after Bonferroni"
     if row["printed"]:
         text += f'<small class="am-printed">{row["printed"]}</small>'
@@ -358,8 +337,7 @@ def _test(data: pd.DataFrame) -> dict[str, Any]:
     whether a row has several seeds.
     """
     tested = data[(data["run_id"] != data["reference_run_id"]) & data["value"].notna()]
-    compared = tested.groupby(["set", "measure"])["run_id"].nunique()
-    counts = sorted({int(count) for count in tested.get("comparisons", compared).dropna()})
+    counts = sorted({int(count) for count in tested["comparisons"].dropna()})
     levels = [f"{100 * (1 - 2 * ALPHA / count):.4g}%" for count in counts]
     seeds = any(len(ids) > 1 for ids in _seeds(data))
     return {"margin": MARGIN, "alpha": ALPHA, "counts": counts, "levels": levels, "seeds": seeds}
@@ -399,7 +377,7 @@ def _html(
     caption: str,
     titles: pd.DataFrame | None = None,
     data: pd.DataFrame | None = None,
-) -> Shown:
+) -> str:
     """A captioned table that scrolls in its box; the index of ``cells`` has the row headings.
 
     ``data`` is the frame that is offered as CSV, if any.
@@ -434,8 +412,8 @@ def _html(
     )
     html = styler.set_table_attributes('class="am-table"').to_html()
     box = f'class="am-scroll am-{kind}" role="region" tabindex="0" aria-label="{caption}"'
-    text = latex.table(cells, caption)
-    return Shown(f"<div {box}>\n{html}</div>\n{_downloads(table, kind, text, data)}", latex=text)
+    downloads = _downloads(table, kind, latex.table(cells, caption), data)
+    return f"<div {box}>\n{html}</div>\n{downloads}"
 
 
 def _downloads(table: int, kind: str, text: str, data: pd.DataFrame | None) -> str:
@@ -474,21 +452,23 @@ def _seeds(runs: pd.DataFrame) -> list[list[str]]:
 
 def _page(
     table: int,
-    published: Published,
-    ours: Shown,
+    cells: pd.DataFrame,
+    data: pd.DataFrame,
+    heading: str,
+    titles: pd.DataFrame | None = None,
+    *,
     supplied: pd.DataFrame | None = None,
     **values: Any,
-) -> Shown:
+) -> str:
     """This run's table, the published one, and their notes."""
-    printed = _printed_table(published, table, supplied)
-    html = render(
+    ours = _html(cells, table, "ours", f"this run: {heading}", titles, data)
+    printed = _printed_table(table, supplied)
+    return render(
         "tables.html",
         table=table,
         ours=ours,
         printed=printed,
         computed="am-computed" in printed,
-        notes=published.notes_on(table),
+        notes=load().notes_on(table),
         **values,
     )
-    both = f"{ours.others['latex']}\n{printed.others['latex']}"
-    return Shown(html, **{"text/latex": both})
