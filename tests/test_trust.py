@@ -187,7 +187,7 @@ def test_a_pickle_in_the_place_of_a_file_is_refused(flag, encoder, tmp_path):
     for read in (lambda: again.config, lambda: again.result, lambda: again.curve, lambda: again.run("full", "test1")):  # fmt: skip
         with pytest.raises(StoreError, match="cannot be read"):
             read()
-    with pytest.raises(DataError, match="a Python pickle"):
+    with pytest.raises(DataError, match="found a binary file"):
         read_folder(write_bytes(tmp_path / "corpus", NO_DATA, bomb))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from adaptive_margins.paper.convergence import (
     equivalence,
     lines,
 )
+from adaptive_margins.paper.store import StoredRun
 
 NDCG, HITS = "nDCG@10", "Success(rel=2)@5"
 IDS = itertools.count()
@@ -40,13 +42,15 @@ def run(means, *, teacher=None, seed=1, kept=None, noise=0.02, every=100):
     by = checks.pivot_table("value", "step", "measure").reset_index()
     curve = by.assign(triples=every * np.arange(len(means)))
     best = int(curve[NDCG].argmax()) if kept is None else kept
-    return SimpleNamespace(
+    found = SimpleNamespace(
         run_id=f"{number:016x}", curve=curve, checks=checks,
         result={"kept_step": 10 * best, "triples": every * (len(means) - 1)},
         config=SimpleNamespace(
             teacher=teacher, seed=seed, selection=NDCG, rerank_measures=(NDCG, HITS)
         ),
     )  # fmt: skip
+    found.validated = partial(StoredRun.validated, found)
+    return found
 
 
 def line(loss, *runs, in_batch=False):
