@@ -261,9 +261,8 @@ def prepare(job: Job, work: Path, data: SplitCollection, encoder: Any, stages: S
     collection, settings = data.collection, job.settings
     with stages("encoding", f"embedding the passages with {job.model}"):
         cache, precision = cache_folder(job.cache) or work / "embeddings", settings.precision
-        zero_shot = DenseRetriever(
-            encoder, collection.passages, precision=precision, cache=cache, warn=False
-        )
+        options: dict[str, Any] = {"precision": precision, "cache": cache, "warn": False}
+        zero_shot = DenseRetriever(encoder, collection.passages, **options)
         assert len(zero_shot.embeddings) == len(collection.passages)
     with stages("ranking", "ranking with BM25 and with the zero-shot encoder"):
         test, validating = (collection.queries[name] for name in ("test", "validation"))
@@ -276,8 +275,8 @@ def prepare(job: Job, work: Path, data: SplitCollection, encoder: Any, stages: S
             "without_hits": without_hits(judged),
             "bigram_passages": bm25.bigram_passages,
         }
-        ranked = {"bm25": bm25.search(validating, deep)}
-        ranked["dense"] = zero_shot.search(validating, deep)
+        rankers = {"bm25": bm25, "dense": zero_shot}
+        ranked = {name: ranker.search(validating, deep) for name, ranker in rankers.items()}
         counted = dict(zero_shot.truncated), dict(zero_shot.lost)
     with stages("triples", "choosing triples"):
         miner = bm25 if job.negatives == "bm25" else zero_shot
