@@ -275,8 +275,8 @@ def prepare(job: Job, work: Path, data: SplitCollection, encoder: Any, stages: S
             "without_hits": without_hits(judged),
             "bigram_passages": bm25.bigram_passages,
         }
-        rankers = {"bm25": bm25, "dense": zero_shot}
-        ranked = {name: ranker.search(validating, deep) for name, ranker in rankers.items()}
+        ranked = {"bm25": bm25.search(validating, deep)}
+        ranked["dense"] = zero_shot.search(validating, deep)
         counted = dict(zero_shot.truncated), dict(zero_shot.lost)
     with stages("triples", "choosing triples"):
         miner = bm25 if job.negatives == "bm25" else zero_shot
