@@ -161,15 +161,21 @@ def working_folder(path: Path) -> Iterator[Path]:
     check_output(path, folder=True)
     work = path.with_name(f"{path.name}.work")
     resumed = work.exists()
-    with locked(path, wait=False):
-        check_output(path, folder=True)  # another process may have written it just now
-        try:
-            yield work
-        except AdaptiveMarginsError as error:
-            if not resumed and not isinstance(error.__cause__, OSError):
-                shutil.rmtree(work, ignore_errors=True)
-            raise
-        shutil.rmtree(work, ignore_errors=True)
+    created = [folder for folder in path.parents if not folder.exists()]
+    try:
+        with locked(path, wait=False):
+            check_output(path, folder=True)  # another process may have written it just now
+            try:
+                yield work
+            except AdaptiveMarginsError as error:
+                if not resumed and not isinstance(error.__cause__, OSError):
+                    shutil.rmtree(work, ignore_errors=True)
+                raise
+            shutil.rmtree(work, ignore_errors=True)
+    finally:
+        for folder in created:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def home() -> Path:

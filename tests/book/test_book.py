@@ -50,6 +50,7 @@ def test_page(html, smoke_home, page):
     soup, folder = html(page), smoke_home / "_build" / "html"
     (title,) = article(soup).select("h1")
     assert len(title.get_text()) > 3
+    assert soup.title.get_text().strip().endswith("Adaptive Margins")
     shown = [a["href"] for a in soup.select("nav.bd-links a.reference.internal")]
     assert len(shown) >= len(PAGES) - 1
     assert not article(soup).select(".cell_output .stderr, .system-message")

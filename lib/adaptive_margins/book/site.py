@@ -68,7 +68,8 @@ def configure(text: str, date: str, values: Mapping[str, Any] | None = None) -> 
         config.pop("repository")
     html["extra_footer"] = footer(repository["url"], date)
     config["latex"] = {"latex_documents": {"targetname": f"{PDF}.tex"}}
-    options |= {"release": __version__, "today": date and f"Results of {date}"}
+    options |= {"project": config["title"], "release": __version__}
+    options["today"] = date and f"Results of {date}"
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 

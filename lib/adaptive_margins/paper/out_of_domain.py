@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -287,7 +288,7 @@ def word_overlap(one: Iterable[str], other: Iterable[str]) -> float:
     """
     counts = [Counter(word for text in texts for word in words_of(text)) for texts in (one, other)]
     p, q = ({word: n / c.total() for word, n in c.items()} for c in counts)
-    smaller = sum(min(p[word], q[word]) for word in p.keys() & q.keys())
+    smaller = math.fsum(min(p[word], q[word]) for word in p.keys() & q.keys())  # in any order
     return smaller / (2 - smaller)  # the shares of each sum to 1
 
 
