@@ -379,7 +379,7 @@ def test_work_is_kept_for_the_next_call_but_not_of_a_refusal(tmp_path):
             call(error)
         assert list(output.parent.iterdir()) == [work]
     call(None)
-    assert list(tmp_path.iterdir()) == []
+    assert list(output.parent.iterdir()) == []
     output.mkdir()
     (output / "mine").touch()
     with pytest.raises(WriteError, match="not an empty folder"):
