@@ -14,6 +14,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +27,7 @@ import nbformat
 import pandas as pd
 import torch
 from timing import stamp
-from trials import Rows, Work, full, interrupted, rotten, some
+from trials import Rows, Work, full, interrupted, rays, rotten, some, spawned
 
 from adaptive_margins.book.build import Site
 from adaptive_margins.data.converted import convert
@@ -33,7 +35,7 @@ from adaptive_margins.encoder.embed import embed_shards
 from adaptive_margins.encoder.load import open_encoder
 from adaptive_margins.files import file_sha256, read_object, write_text
 from adaptive_margins.paper.inputs import Inputs
-from adaptive_margins.paper.reproduction import Reproduction
+from adaptive_margins.paper.reproduction import RAY_VARIABLE, STORE_VARIABLE, Reproduction
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.profiles.config import IrDatasetsSettings
 from adaptive_margins.profiles.load import load_profile
@@ -41,7 +43,7 @@ from adaptive_margins.retrieval.dense import DenseRetriever
 from adaptive_margins.retrieval.dense_index import DenseIndex
 
 FOLDER = Path(__file__).resolve().parent
-PARTS = ("runs", "disk", "sweep", "encoding", "book", "files", "caches")
+PARTS = ("runs", "disk", "sweep", "ray", "encoding", "book", "files", "caches")
 TIMES = ("train_seconds", "eval_seconds", "peak_bytes", "index", "finished")
 
 
@@ -89,7 +91,37 @@ class Parts:
         rows = interrupted(work, signal.SIGKILL, self.trials // 2)
         rows += interrupted(work, signal.SIGTERM, max(1, self.trials // 20))
         work.name += ", one of which is killed"
-        return rows + interrupted(work, signal.SIGKILL, self.trials // 2, "worker")
+        said = "a worker process was killed"
+        return rows + interrupted(work, signal.SIGKILL, self.trials // 2, spawned, said)
+
+    def ray(self) -> Rows:
+        """Six runs on a cluster of Ray, which outlives their driver; leases of the dead expire first."""
+        ray, home = Path(sys.executable).with_name("ray"), self.folder / "ray"
+        shared = self.folder / "shared"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        options = "--num-cpus=2 --include-dashboard=false --disable-usage-stats --port="
+        start = f"start --head {options}{address.partition(':')[2]}"
+        subprocess.run([ray, *start.split()], check=True)
+        os.environ |= {STORE_VARIABLE: str(shared), RAY_VARIABLE: address}
+        try:
+            cluster = Reproduction(self.smoke.profile, home)
+            configs = cluster.experiments.figure3_runs()[:6]
+            places = [cluster.store.path(config) for config in configs]
+
+            def ensure() -> None:  # a driver of its own, with its own leases
+                Reproduction(self.smoke.profile, home).runner.ensure(configs)
+
+            results = lambda: [*map(run_result, places)]  # noqa: E731
+            also = shared / ".leases", home / "cache" / "work"
+            work = Work("a sweep: 6 runs on Ray", ensure, [*places, *also], results)
+            rows = interrupted(work, signal.SIGKILL, max(1, self.trials // 4))
+            work.name += ", one of whose workers is killed"
+            return rows + interrupted(work, signal.SIGKILL, self.trials // 2, rays)
+        finally:
+            del os.environ[STORE_VARIABLE], os.environ[RAY_VARIABLE]
+            subprocess.run([ray, "stop", "--force"], check=False)
 
     def encoding(self) -> Rows:
         """Embeddings in shards, and the index of a corpus."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 
@@ -81,9 +81,16 @@ def some(folder: Path) -> list[Path]:
 
 
 def interrupted(
-    work: Work, number: signal.Signals, trials: int, victim: Literal["driver", "worker"] = "driver"
+    work: Work,
+    number: signal.Signals,
+    trials: int,
+    workers: Callable[[Any], list[int]] | None = None,
+    said: str = "",
 ) -> Rows:
-    """Signals at random moments, to the process or to one of its workers; then the same call again."""
+    """Signals at random moments, to the process or to one of its ``workers``; then the same call again.
+
+    ``said`` is how the process ends whose worker was killed: an error, or "" if another does the work.
+    """
     (expected, seconds), draw = work.undisturbed(), random.Random(1)
     found = {"work": work.name, "fault": number.name, **COUNTS}
     for trial in range(trials):
@@ -93,7 +100,7 @@ def interrupted(
             process, receiving = work.begin()
             process.join(part * seconds)
             victims = [process.pid]
-            while victim == "worker" and process.is_alive() and not (victims := spawned(process)):
+            while workers and process.is_alive() and not (victims := workers(process)):
                 time.sleep(0.01)
             alive = process.is_alive()
             seconds *= 1.0 if alive else 0.8  # it was faster than the first time
@@ -106,19 +113,27 @@ def interrupted(
         found["trials"] += 1
         status = -number if number == signal.SIGKILL else TRY_AGAIN
         noticed = process.exitcode == status
-        if victim == "worker":  # the driver says so, and ends
-            noticed = "a worker process was killed" in receiving.recv()
+        if workers:
+            message = receiving.recv()
+            noticed = said in message if said else not message
         found["noticed"] += noticed and not orphans
         found["equal"] += not work.finish() and work.result() == expected
     return [found]
 
 
 def spawned(process: Any) -> list[int]:
-    """Ids of its worker processes."""
+    """Ids of its own worker processes."""
     children = psutil.Process(process.pid).children()
     with suppress(psutil.Error):
         return [child.pid for child in children if "--multiprocessing-fork" in child.cmdline()]
     return []
+
+
+def rays(_: Any) -> list[int]:
+    """Ids of the processes that execute tasks of Ray on this machine."""
+    processes = psutil.process_iter(["cmdline"])
+    titles = ((found.pid, (found.info["cmdline"] or [""])[0]) for found in processes)
+    return [pid for pid, title in titles if title.startswith("ray::") and "IDLE" not in title]
 
 
 def full(work: Work, disk: Path, sizes: list[int]) -> Rows:
