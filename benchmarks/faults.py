@@ -101,26 +101,26 @@ class Parts:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        options = "--num-cpus=2 --include-dashboard=false --disable-usage-stats --port="
+        options = "--node-ip-address=127.0.0.1 --num-cpus=2 --include-dashboard=false --disable-usage-stats --port="
         start = f"start --head {options}{address.partition(':')[2]}"
+        os.environ["RAY_AUTH_MODE"] = "disabled"  # it listens on this machine only
         subprocess.run([ray, *start.split()], check=True)
-        os.environ |= {STORE_VARIABLE: str(shared), RAY_VARIABLE: address}
+        shared_by = {STORE_VARIABLE: str(shared), RAY_VARIABLE: address}
+        configs = self.smoke.experiments.figure3_runs()[:6]
+        places = [shared / self.smoke.store.path(config).name for config in configs]
+
+        def ensure() -> None:  # a driver of its own, with its own leases
+            os.environ |= shared_by  # only here: threads of the store would not survive a fork
+            Reproduction(self.smoke.profile, home).runner.ensure(configs)
+
+        results = lambda: [*map(run_result, places)]  # noqa: E731
+        also = shared / ".leases", home / "cache" / "work"
+        work = Work("a sweep: 6 runs on Ray", ensure, [*places, *also], results)
         try:
-            cluster = Reproduction(self.smoke.profile, home)
-            configs = cluster.experiments.figure3_runs()[:6]
-            places = [cluster.store.path(config) for config in configs]
-
-            def ensure() -> None:  # a driver of its own, with its own leases
-                Reproduction(self.smoke.profile, home).runner.ensure(configs)
-
-            results = lambda: [*map(run_result, places)]  # noqa: E731
-            also = shared / ".leases", home / "cache" / "work"
-            work = Work("a sweep: 6 runs on Ray", ensure, [*places, *also], results)
             rows = interrupted(work, signal.SIGKILL, max(1, self.trials // 4))
             work.name += ", one of whose workers is killed"
             return rows + interrupted(work, signal.SIGKILL, self.trials // 2, rays)
         finally:
-            del os.environ[STORE_VARIABLE], os.environ[RAY_VARIABLE]
             subprocess.run([ray, "stop", "--force"], check=False)
 
     def encoding(self) -> Rows:
