@@ -133,7 +133,7 @@ def rays(_: Any) -> list[int]:
     """Ids of the processes that execute tasks of Ray on this machine."""
     processes = psutil.process_iter(["cmdline"])
     titles = ((found.pid, (found.info["cmdline"] or [""])[0]) for found in processes)
-    return [pid for pid, title in titles if title.startswith("ray::") and "IDLE" not in title]
+    return [pid for pid, title in titles if title.startswith("ray::_on_ray")]
 
 
 def full(work: Work, disk: Path, sizes: list[int]) -> Rows:
