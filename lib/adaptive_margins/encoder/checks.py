@@ -26,6 +26,8 @@ DEFAULT_LENGTH = 512
 MOST_LENGTH = 1 << 20
 """Largest limit that counts as one: tokenizers without a limit have a huge number."""
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_READ = (".safetensors", ".json", ".txt", ".model")
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 _QUANTISED = re.compile(r"F[468](_|$)|I[48]$")  # buffers of old checkpoints are BOOL, U8 and I64
 _NO_ENCODER = re.compile(
@@ -93,7 +95,15 @@ def read_array(path: Path, shape: tuple[int, int | None], dtype: Any) -> np.ndar
 
 
 def check_folder(place: Path) -> None:
-    """Raise EncoderError if a folder is an adapter."""
+    """Raise EncoderError if a folder is an adapter, or one of its files a Git LFS pointer."""
+    for path in sorted(place.glob("*")):
+        if path.suffix in _READ and path.is_file():
+            with path.open("rb") as file:
+                if file.read(len(_POINTER)) == _POINTER:
+                    raise EncoderError(
+                        f"{path} is a Git LFS pointer, not the file itself; run 'git lfs pull' in"
+                        " the repository, or download the file"
+                    )
     if (adapter := place / "adapter_config.json").is_file():
         base = read_json(adapter, dict).get("base_model_name_or_path")
         raise EncoderError(
@@ -143,7 +153,7 @@ def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise EncoderError(
             f"{path} ({path.stat().st_size:,} bytes) is not a complete safetensors file"
-            f" ({one_line(error)}); download it again, or run 'git lfs pull' in its repository"
+            f" ({one_line(error)}); download it again"
         ) from None
     return found
 

@@ -338,6 +338,7 @@ def _files(name: str, settings: EncoderSettings | None) -> tuple[Path, list[Path
         places = places[:1]
     weights = []
     for place in places:
+        checks.check_folder(place)
         paths = checks.weight_files(place)
         weights += paths
         pickles = sorted(p.name for p in place.glob("pytorch_model*.bin"))
