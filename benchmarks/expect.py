@@ -21,7 +21,7 @@ from adaptive_margins.files import write_text
 
 KEPT = (
     "target", "seed", "triples", "settings", "kept", "best_step", "stop_step", "validation", "merge", "hybrid", "measures",
-    "comparisons", "verdict", "seconds", "versions",
+    "comparisons", "verdict", "seconds", "versions", "choice",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from adaptive_margins.book.style import measure_label
+from adaptive_margins.corpus.choice import choice_table
 from adaptive_margins.files import write_text
 from adaptive_margins.progress import clock
 from adaptive_margins.retrieval.faiss_index import choose_index
@@ -242,8 +243,9 @@ def seconds(count: float) -> str:
     return f"{count:,.3f} s"
 
 
-def expect(rows: list[dict[str, Any]]) -> str:
-    """The page *What to expect*. ``rows``: a report of `finetune` for each training (expect.py)."""
+def expect(reports: list[dict[str, Any]]) -> str:
+    """The page *What to expect*. ``reports``: one of `finetune` for each training (expect.py)."""
+    rows = [row for row in reports if "choice" not in row]
     each = pd.DataFrame(map(training, rows))
     measured = [means for row in rows for means in scores(row)]
     frame = pd.DataFrame(measured)
@@ -252,7 +254,25 @@ def expect(rows: list[dict[str, Any]]) -> str:
     selected = grouped["selected"].agg(lambda x: f"{sum(x == 'yes')} of {len(x)}")
     parts = [EXPECT, f"## {len(rows)} trainings\n", summary(rows), fused(rows), BEFORE, SETTING]
     parts += [table(means.assign(**{"Trained one selected": selected}).reset_index())]
-    return COMMAND + "\n".join([*parts, EACH, table(each), machines(rows), AGAIN])
+    parts += [EACH, table(each)]
+    parts += [losses(row) for row in reports if "choice" in row]
+    return COMMAND + "\n".join([*parts, machines(reports), AGAIN])
+
+
+def losses(row: dict[str, Any]) -> str:
+    """A training with all losses."""
+    head, *lines = choice_table(row)
+    shown = table([dict(zip(head, line, strict=True)) for line in lines])
+    found, about = row["comparisons"]["trained vs start"], row["collection"]
+    low, high = found["ci"]
+    return (
+        f"## All losses on {about['name']}, seed {row['seed']}\n\n"
+        f"`--target all` trains with six losses on the same {row['triples']['chosen']:,} triples, and selects"
+        f" one by {about['sets']['validation']} validation queries:\n\n{shown}\n"
+        f"The gain of the selected encoder was {row['choice']['validation_gain']:+.3f} on the validation queries,"
+        f" after mixing (α = {row['merge']['alpha']:g}), and {found['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        f" on the test queries: {found['verdict']}.\n"
+    )
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
