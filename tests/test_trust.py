@@ -259,7 +259,7 @@ TEXTS = [
     f"</td></table></div><script>{FIRE}</script>",
     f"[click](javascript:{FIRE.replace(' ', '')}) <a href='javascript:{FIRE}'>click</a>",
     r"$\input{/etc/passwd}$ $$\href{javascript:alert(1)}{x}$$ \begin{align}\input{x}\end{align}",
-    "{{ 7*7 }} {% for x in [1] %}{{ 7*7 }}{% endfor %}",
+    "{{ 7777*7777 }} {% for x in [1] %}{{ 7777*7777 }}{% endfor %}",
     '{{ cycler.__init__.__globals__.os.system("touch FLAG") }}',
     "```{raw} html <script>fired()</script>``` :::{include} /etc/passwd::: {raw-html}`<b>`",
     "![x](/etc/passwd) [x](/etc/passwd) {download}`/etc/passwd`",
@@ -327,7 +327,9 @@ def nodes_of(markdown: str) -> set[str]:
         "_disable_config": True, "myst_enable_extensions": EXTENSIONS, "myst_substitutions": {"x": "1"}, "report_level": 5, "halt_level": 5,
     }  # fmt: skip
     tree = publish_doctree(markdown, parser=Parser(), settings_overrides=settings)
-    return {n.tagname for n in tree.findall()} | ({"49"} if "49" in tree.astext() else set())
+    return {n.tagname for n in tree.findall()} | (
+        {"60481729"} if "60481729" in tree.astext() else set()
+    )
 
 
 def test_the_data_sheet_shows_texts_and_runs_none(flag):
@@ -337,10 +339,10 @@ def test_the_data_sheet_shows_texts_and_runs_none(flag):
     facts = describe.collection_facts(collection) | {"runs": runs}
     sheet = describe.datasheet(collection, facts, {}, {}, scored=scored, relevant=1, book=False)
     found = nodes_of(sheet)
-    assert not found & {"math", "math_block", "image", "49", "problematic", "system_message"}
-    assert {"math", "image", "49"} <= nodes_of("\n\n".join([TEXTS[5], TEXTS[6], TEXTS[9]]))
+    assert not found & {"math", "math_block", "image", "60481729", "problematic", "system_message"}
+    assert {"math", "image", "60481729"} <= nodes_of("\n\n".join([TEXTS[5], TEXTS[6], TEXTS[9]]))
     for text in TEXTS:
-        assert not nodes_of(plain(text)) & {"raw", "math", "image", "reference", "49"}
+        assert not nodes_of(plain(text)) & {"raw", "math", "image", "reference", "60481729"}
     assert nodes_of(TEXTS[0]) & {"raw"}
 
 
