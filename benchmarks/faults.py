@@ -100,12 +100,8 @@ class Parts:
         shared = self.folder / "shared"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        options = "--node-ip-address=127.0.0.1 --num-cpus=2 --include-dashboard=false --disable-usage-stats --port="
-        start = f"start --head {options}{address.partition(':')[2]}"
-        os.environ["RAY_AUTH_MODE"] = "disabled"  # it listens on this machine only
-        subprocess.run([ray, *start.split()], check=True)
-        shared_by = {STORE_VARIABLE: str(shared), RAY_VARIABLE: address}
+            port = free.getsockname()[1]
+        shared_by = {STORE_VARIABLE: str(shared), RAY_VARIABLE: f"127.0.0.1:{port}"}
         configs = self.smoke.experiments.figure3_runs()[:6]
         places = [shared / self.smoke.store.path(config).name for config in configs]
 
@@ -116,6 +112,13 @@ class Parts:
         results = lambda: [*map(run_result, places)]  # noqa: E731
         also = shared / ".leases", home / "cache" / "work"
         work = Work("a sweep: 6 runs on Ray", ensure, [*places, *also], results)
+        options = (
+            f"--node-ip-address=127.0.0.1 --port={port} --num-cpus=2 --include-dashboard=false"
+        )
+        os.environ["RAY_AUTH_MODE"] = "disabled"  # it listens on this machine only
+        subprocess.run(
+            [ray, "start", "--head", "--disable-usage-stats", *options.split()], check=True
+        )
         try:
             rows = interrupted(work, signal.SIGKILL, max(1, self.trials // 4))
             work.name += ", one of whose workers is killed"

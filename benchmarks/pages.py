@@ -264,13 +264,12 @@ def losses(row: dict[str, Any]) -> str:
     head, *lines = choice_table(row)
     shown = table([dict(zip(head, line, strict=True)) for line in lines])
     found, about = row["comparisons"]["trained vs start"], row["collection"]
-    low, high = found["ci"]
     return (
         f"## All losses on {about['name']}, seed {row['seed']}\n\n"
         f"`--target all` trains with six losses on the same {row['triples']['chosen']:,} triples, and selects"
         f" one by {about['sets']['validation']} validation queries:\n\n{shown}\n"
         f"The gain of the selected encoder was {row['choice']['validation_gain']:+.3f} on the validation queries,"
-        f" after mixing (α = {row['merge']['alpha']:g}), and {found['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        f" after mixing (α = {row['merge']['alpha']:g}), and {interval(found)}"
         f" on the test queries: {found['verdict']}.\n"
     )
 
@@ -327,18 +326,22 @@ def scores(row: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def interval(found: dict[str, Any]) -> str:
+    """A difference of means and its confidence interval."""
+    low, high = found["ci"]
+    return f"{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
 def training(row: dict[str, Any]) -> dict[str, str]:
     """A row a training."""
     found, selected = row["comparisons"]["trained vs start"], row["kept"] == "trained"
-    low, high = found["ci"]
-    interval = f"{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}]"
     return {
         "Collection, encoder": name(row),
         "Seed": str(row["seed"]),
         "Triples": f"{row['triples']['used']:,}",
         "α": f"{row['merge']['alpha']:g}",
         "Weight": f"{row['hybrid']['weight']:g}",
-        "Difference": interval if selected else "original kept",
+        "Difference": interval(found) if selected else "original kept",
         "Against original": found["verdict"] if selected else "",
         "Against BM25": row["comparisons"]["trained vs bm25"]["verdict"],
         "Hybrid against BM25": row["comparisons"]["hybrid vs bm25"]["verdict"],

@@ -297,8 +297,8 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:
-    order = torch.contiguous_format  # as safetensors has it
-    return {k: p.detach().cpu().clone(memory_format=order) for k, p in trainable(model).items()}
+    options: dict[str, Any] = {"copy": True, "memory_format": torch.contiguous_format}
+    return {name: p.detach().to("cpu", **options) for name, p in trainable(model).items()}
 
 
 def train(

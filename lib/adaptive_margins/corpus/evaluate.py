@@ -237,12 +237,12 @@ def _hybrid(
         return {"dense": dense, "bm25": without_self(found, deeper) if exclude_self else found}
 
     fusion, runs = choose_weight(model, collection, name, rank), rank(collection.queries[name])
-    runs["hybrid"] = hybrid(runs["dense"], runs["bm25"], depth, fusion["weight"])
-    runs = {system: truncated(run, depth) for system, run in runs.items()}
+    fused = hybrid(runs["dense"], runs["bm25"], depth, fusion["weight"])
+    runs = {system: truncated(run, depth) for system, run in runs.items()} | {"hybrid": fused}
     found = {system: evaluate(qrels, run, measures) for system, run in runs.items()}
     empty = without_hits({qid: runs["bm25"][qid] for qid in qrels})
     facts = {"queries": len(qrels), "without_hits": empty}
-    return runs["hybrid"], {
+    return fused, {
         **fusion,
         "bm25": facts,
         "measures": {system: evaluation.mean for system, evaluation in found.items()},

@@ -368,8 +368,9 @@ def _rank(
         runs["trained"] = retriever.search(queries["test"], deep)
         validating = {**validating, "dense": retriever.search(queries["validation"], deep)}
     fusion = learned(validating, data.collection.qrels["validation"])
-    runs["hybrid"] = hybrid(runs["trained"], runs["bm25"], job.depth, fusion["weight"])
-    return {name: truncated(run, job.depth) for name, run in runs.items()}, fusion
+    fused = hybrid(runs["trained"], runs["bm25"], job.depth, fusion["weight"])
+    runs = {name: truncated(run, job.depth) for name, run in runs.items()}
+    return {**runs, "hybrid": fused}, fusion
 
 
 # ---- report -----------------------------------------------------------------------------------
