@@ -2,7 +2,7 @@
 
     python benchmarks/expect.py book/what_to_expect.json WORK NAME=SOURCE… --models "MiniLM=minilm" --seeds 1 2 3
 
-Finished trainings in WORK are read, not repeated. `pages.py` then writes the page.
+Finished trainings in WORK are read, not repeated, and other trainings in the output stay. `pages.py` then writes the page.
 """
 
 from __future__ import annotations
@@ -17,19 +17,27 @@ from timing import stamp
 
 from adaptive_margins.corpus.finetune import finetune
 from adaptive_margins.corpus.finetuned import Finetuned
-from adaptive_margins.files import write_text
+from adaptive_margins.files import read_object, write_text
 
 KEPT = (
     "target", "seed", "triples", "settings", "kept", "best_step", "stop_step", "validation", "merge", "hybrid", "measures",
-    "comparisons", "verdict", "seconds", "versions", "choice",
+    "comparisons", "verdict", "seconds", "versions", "choice", "machine", "date",
 )  # fmt: skip
 
 
 def trained(source: str, folder: Path, **given: Any) -> dict[str, Any]:
-    """The report of one training."""
+    """The report of one training, with its machine and date."""
+    about = folder.with_name(f"{folder.name}.json")
     if not (folder / "training.json").is_file():
+        write_text(about, json.dumps(stamp()))
         finetune(source, folder, **given)
-    return Finetuned.load(folder).report
+    return Finetuned.load(folder).report | read_object(about)
+
+
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What distinguishes the row of a training from others."""
+    loss = "all" if "choice" in row else row["target"]
+    return row["collection"]["name"], row["encoder"], loss, row["seed"]
 
 
 def main() -> None:
@@ -42,18 +50,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--targets", nargs="+", default=["distributed"])
     given = parser.parse_args()
-    rows = []
+    rows = json.loads(given.out.read_text("utf-8")) if given.out.is_file() else []
     choices = (given.models, given.sources, given.targets, given.seeds)
     for (encoder, model), (name, source), target, seed in product(*choices):
         folder = given.work / f"{name}-{encoder.replace(' ', '-')}-{target}-{seed}"
         report = trained(source, folder, model=model, seed=seed, target=target)
         about = {k: v for k, v in report["collection"].items() if k != "source"}
-        rows.append({
-            "collection": {**about, "name": name},
-            "encoder": encoder,
-            **{key: report[key] for key in KEPT if key in report},  # older ones lack some
-            **stamp(),
-        })  # fmt: skip
+        facts = {k: report[k] for k in KEPT if k in report}  # not all have each
+        row = {"collection": {**about, "name": name}, "encoder": encoder, **facts}
+        rows = [other for other in rows if key(other) != key(row)] + [row]
         write_text(given.out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -221,6 +221,9 @@ def main() -> None:
         parts = Parts(Path(folder), options.trials)
         for name in options.parts:
             rows = [row | stamp() for row in getattr(parts, name)()]
+            if not rows:
+                print(f"{name}: a disk cannot be mounted here; faults.json keeps its earlier rows")
+                continue
             print(pd.DataFrame(rows).drop(columns=["machine", "date"]).to_string(index=False))
             found = read_object(FOLDER / "faults.json") | {name: rows}
             write_text(FOLDER / "faults.json", json.dumps(found, indent=1) + "\n")

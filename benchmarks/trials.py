@@ -159,7 +159,7 @@ def full(work: Work, disk: Path, sizes: list[int]) -> Rows:
 
 
 def rotten(
-    name: str, files: list[Path], again: Callable[[], Any], before: Callable[[], Any] = int
+    name: str, files: list[Path], again: Callable[[], Any], before: Callable[[], Any] = lambda: None
 ) -> Rows:
     """Damage each file, after ``before``: is it named, and does ``again`` give what it gave?
 

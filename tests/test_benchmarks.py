@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import signal
+import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,9 @@ from adaptive_margins.losses import MarginLoss
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 with pytest.MonkeyPatch.context() as _patch:  # the scripts import each other by their names
     _patch.syspath_prepend(FOLDER)
-    material, pages, run, schemes, timing, trials = map(
-        importlib.import_module, ("material", "pages", "run", "schemes", "timing", "trials")
+    expect, material, pages, run, schemes, timing, trials = map(
+        importlib.import_module,
+        ("expect", "material", "pages", "run", "schemes", "timing", "trials"),
     )
 
 WORDS = "the shape of an array is returned unless np.ndarray.reshape raises ValueError: out-of-range".split()  # noqa: SIM905
@@ -215,6 +218,33 @@ def test_the_page_on_trainings_counts_and_averages():
         "1:05",
     ]
     assert each[2][5:7] == ["original kept", ""]
+
+
+def test_a_training_keeps_its_date_and_its_neighbours(tmp_path, monkeypatch):
+    """Those of an earlier call are read, not trained again, and not dated anew."""
+    trained = []
+
+    def finetune(source, folder, *, seed, **_):
+        trained.append(seed)
+        folder.mkdir()
+        (folder / "training.json").write_text("{}")
+
+    def load(folder):
+        seed = int(folder.name[-1])
+        report = {"collection": {"source": "zoo"}, "target": "distributed", "seed": seed}
+        return types.SimpleNamespace(report=report)
+
+    monkeypatch.setattr(expect, "finetune", finetune)
+    monkeypatch.setattr(expect, "Finetuned", types.SimpleNamespace(load=load))
+    out = tmp_path / "out.json"
+    for date, seeds in (("first", "1"), ("second", "12"), ("third", "3")):
+        monkeypatch.setattr(expect, "stamp", lambda date=date: {"machine": "A", "date": date})
+        command = ["expect.py", str(out), str(tmp_path / "work"), "Zoo=zoo", "--seeds", *seeds]
+        monkeypatch.setattr(sys, "argv", command)
+        expect.main()
+    rows = json.loads(out.read_text())
+    assert [(row["seed"], row["date"]) for row in rows] == [(1, "first"), (2, "second"), (3, "third")]  # fmt: skip
+    assert trained == [1, 2, 3]
 
 
 def test_faults_are_tried_and_counted(bert, tokens, tmp_path):
