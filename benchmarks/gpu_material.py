@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,8 +170,3 @@ def triples(sizes: Sizes, count: int, seed: int = 1) -> Triples:
     queries = np.minimum(rng.integers(5, 12, count), QUERY_LENGTH)
     passages = texts(passage_lengths(2 * count, seed))
     return Triples(texts(queries), passages[:count], passages[count:])
-
-
-def rows_of(parts: Mapping[str, Any], name: str) -> list[Row]:
-    """The lines of an earlier part."""
-    return parts.get(name, {}).get("rows", [])

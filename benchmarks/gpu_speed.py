@@ -7,6 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +15,7 @@ from unittest import mock
 import numpy as np
 import torch
 from gpu_correct import CHUNKS, free, one_line
-from gpu_material import KINDS, Context, Row, Rows, encoder, row, rows_of, triples
+from gpu_material import KINDS, Context, Row, Rows, encoder, row, triples
 from material import PASSAGE_LENGTH, flops
 from schemes import Setting, Step, ours, sentence_transformers, tokens_of
 from torch import Tensor
@@ -323,7 +324,7 @@ def hours(context: Context) -> Rows:
 
     largest = context.sizes.batches[0]
     rates: dict[tuple[str, str], float] = {}
-    for line in rows_of(context.parts, "throughput"):
+    for line in context.parts.get("throughput", {}).get("rows", []):
         if line["value"] and (
             line.get("way") == "embed"
             or (line.get("way"), line.get("batch_size")) == (PROFILE, largest)
@@ -331,20 +332,16 @@ def hours(context: Context) -> Rows:
             rates[line["encoder"], line["unit"]] = line["value"]
     for name in ("paper", "paper-night"):
         profile = load_profile(name)
-        overrides: dict[str, float] = {}
-        lacking = set()
-        for encoder_name in [*profile.encoders, *profile.untrained]:
-            for unit in ("triples/s", "passages/s"):
-                key = (
-                    f"encoders__{encoder_name}"
-                    if encoder_name in profile.encoders
-                    else f"untrained__{encoder_name}"
-                )
-                rate = rates.get((SHAPES[encoder_name], unit))
-                if rate is None:
-                    lacking.add(f"{SHAPES[encoder_name]} in {unit}")
-                else:
-                    overrides[f"{key}__stated__{unit.replace('/s', '_per_second')}"] = rate
+        keys = [f"encoders__{key}" for key in profile.encoders]
+        keys += [f"untrained__{key}" for key in profile.untrained]
+        overrides, lacking = dict[str, float](), set[str]()
+        for key, unit in product(keys, ("triples/s", "passages/s")):
+            shape = SHAPES[key.partition("__")[2]]
+            if (shape, unit) in rates:
+                value = f"{key}__stated__{unit.replace('/s', '_per_second')}"
+                overrides[value] = rates[shape, unit]
+            else:
+                lacking.add(f"{shape} in {unit}")
         if lacking:
             yield row(name, unit="hours", reason=f"no rate of {', '.join(sorted(lacking))}")
             continue
