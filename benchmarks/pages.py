@@ -19,7 +19,7 @@ from adaptive_margins.retrieval.faiss_index import choose_index
 
 FOLDER = Path(__file__).resolve().parent
 BOOK = FOLDER.parent / "book"
-COMMAND = "% Written by benchmarks/pages.py from benchmarks/*.json.\n\n"
+COMMAND = "% Written by benchmarks/pages.py.\n\n"
 SPEED = """\
 # Speed
 
@@ -38,11 +38,11 @@ EXPECT = """\
 # What to expect
 
 Fine-tuning helps on some corpora and not on others. These trainings of `adaptive-margins train` are on collections that this
-project does not ship. Nothing was tuned for them, but for one constant: that the 1,000 best passages of each ranking are fused
-and not the 100 best was decided on random splits of the queries of Vaswani, Cranfield and the German man pages.
+project does not ship. One constant was tuned on three of them, Vaswani, Cranfield and the German man pages: the 1,000 best
+passages of each ranking are fused, not the 100 best. Nothing else was.
 
 all-MiniLM-L6-v2 was trained by its authors on more than a billion pairs of English texts. Hundreds of queries in another
-language, or from a package's docstrings, improved it for such queries; the few dozen queries with judgements of the classic
+language, or from a package's docstrings, improved it for such queries; the few dozen training queries of the classic
 collections did not, or hardly.
 """
 EXTRAPOLATION = """\
@@ -56,21 +56,17 @@ column, without the logarithm of a graph's size. n passages of d dimensions, cod
 SETTING = """\
 Cranfield and Vaswani are classic test collections of abstracts with questions; the seed splits their queries. networkx is
 that package's docstrings (`examples/package_docs.py`) with pseudo-queries, so what its numbers mean for real queries is
-unknown. German man pages are Debian's (`examples/man_pages.py`): the line that says what a page is about has to find it.
+unknown. German man pages are Debian's (`examples/man_pages.py`): a page's summary line is the query that has to find it.
 
-Means over the seeds, full ranking of all passages. "Hybrid" fuses the encoder that is kept with BM25, with the weight that is
-best on the validation queries:
-"""
-BEFORE = """\
-An older version, which did not mix trained and original parameters, kept the original in 4 of the 6 trainings on Vaswani,
-Cranfield and networkx with the same seeds (measured 2026-11-22).
+Means over the seeds, full ranking of all passages. "Hybrid" fuses the selected encoder with BM25, with the weight that is best
+on the validation queries:
 """
 EACH = """\
 ## Each training
 
 Difference between trained and original encoder in nDCG@10 on the test queries, with its 95 % confidence interval. α is the
-trained parameters' share in the mixture with the original ones, "weight" that of the encoder next to BM25; both are chosen on
-validation. Verdicts: {doc}`your_corpus`. Times are those of one thread on a slow machine that had other work too.
+trained parameters' share in the mixture with the original ones, "weight" that of the encoder in the fusion with BM25; both are
+chosen on the validation queries. Verdicts: {doc}`your_corpus`. Times are those of one thread on a machine that others used, too.
 """
 AGAIN = """\
 {download}`what_to_expect.json` has every report, with p values. `adaptive-margins train SOURCE --output NEW --seed 1` repeats one, SOURCE
@@ -252,7 +248,7 @@ def expect(reports: list[dict[str, Any]]) -> str:
     grouped = frame.groupby(["Collection, encoder", "Measure", "Queries"], sort=False)
     means = grouped.mean(numeric_only=True).map("{:.3f}".format)
     selected = grouped["selected"].agg(lambda x: f"{sum(x == 'yes')} of {len(x)}")
-    parts = [EXPECT, f"## {len(rows)} trainings\n", summary(rows), fused(rows), BEFORE, SETTING]
+    parts = [EXPECT, f"## {len(rows)} trainings\n", summary(rows), fused(rows), SETTING]
     parts += [table(means.assign(**{"Trained one selected": selected}).reset_index())]
     parts += [EACH, table(each)]
     parts += [losses(row) for row in reports if "choice" in row]
