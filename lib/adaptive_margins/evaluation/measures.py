@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import ir_measures
@@ -52,14 +53,15 @@ def evaluate(qrels: Qrels, run: Run, measures: Sequence[str]) -> Evaluation:
         raise ValueError("no measure was given")
     parsed = {notation: _measure(notation) for notation in measures}
     # Tools differ in their handling of ids, ties and empty lists. So queries are numbered, hits are
-    # named by their ranks, and other judged passages by the next numbers.
+    # named by their ranks, and other judged passages by the next numbers. Scores are positive, as
+    # Compat takes 0 for passages that were not found.
     queries = {str(number): qid for number, qid in enumerate(qrels, start=1)}
     judged: Qrels = {}
     ranked: Run = {}
     for number, qid in queries.items():
         ids = {docid: str(r) for r, (docid, _) in enumerate(top(run.get(qid, {})), start=1)}
         if ids:
-            ranked[number] = {rank: -float(rank) for rank in ids.values()}
+            ranked[number] = {rank: 1.0 + len(ids) - int(rank) for rank in ids.values()}
         judged[number] = {
             ids.setdefault(docid, str(len(ids) + 1)): grade for docid, grade in qrels[qid].items()
         }
@@ -140,17 +142,22 @@ def named(measure: str) -> str:
 
 
 def _measure(notation: str) -> ir_measures.Measure:
-    """Parse and check a measure; ir_measures accepts some that later crash, such as nDCG@-3."""
+    """Parse a measure; MeasureError if it is unknown or crashes later, as nDCG@-3 does."""
     try:
-        measure = ir_measures.parse_measure(notation)
-        _check_parameters(measure)
-        ir_measures.evaluator([measure], {})
+        return _parsed(notation)
     except (NameError, SyntaxError, TypeError, ValueError) as error:
         meant = _meant(str(notation))
         way_out = f"did you mean {meant}?" if meant else f"examples of measures: {_EXAMPLES}"
         raise MeasureError(
             f"cannot compute the measure {notation!r} ({_reason(error)}); {way_out}"
         ) from error
+
+
+def _parsed(notation: str) -> ir_measures.Measure:
+    """Parse a measure, and check that a tool computes it with its parameters."""
+    measure = ir_measures.parse_measure(notation)
+    _check_parameters(measure)
+    ir_measures.evaluator([measure], {})
     return measure
 
 
@@ -193,13 +200,9 @@ def _meant(notation: str) -> str:
     found = re.fullmatch(r"([A-Za-z_-]+?)(?:_?cut|_?at)?[@._]?(\d*)", notation, re.ASCII)
     names = {name.casefold(): name for name in ir_measures.measures.registry}
     names |= {"hits": "Success", "hit": "Success", "hr": "Success", "prec": "P", "reciprank": "RR"}
-    name = names.get(re.sub(r"[\W_]", "", found[1]).casefold()) if found else None
-    for at in (found[2], "10") if found and name else ():
-        try:
-            parsed = ir_measures.parse_measure(f"{name}@{at}" if at else name)
-            _check_parameters(parsed)
-            ir_measures.evaluator([parsed], {})
-        except ValueError:
-            continue
-        return str(parsed)
+    if not found or not (name := names.get(re.sub(r"[\W_]", "", found[1]).casefold())):
+        return ""
+    for at in (found[2], "10"):
+        with suppress(ValueError):
+            return str(_parsed(f"{name}@{at}" if at else name))
     return ""
