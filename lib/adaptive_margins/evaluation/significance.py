@@ -27,7 +27,7 @@ FEWEST = 10
 """Queries with a relevant passage that a verdict needs."""
 RESAMPLES = 10_000
 POWER = 0.8
-_CONSTANT = 1e-12  # differences of measures that spread less are equal but for rounding
+_CONSTANT = 1e-12  # differences whose mean has a smaller standard error vary by rounding alone
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def compare(
         however_small: a significant difference below the margin is "better" or "worse" instead of
             "equivalent".
 
-    If all differences are equal, p_tost is 0 if they are smaller than the margin, else 1; p_t is 1
-    if they are zero, else 0. Two runs with the value 0 for every query are "undecided".
+    If the differences do not vary, p_tost is 0 if they are smaller than the margin, else 1; p_t is
+    1 if they are zero, else 0. Two runs with the value 0 for every query are "undecided".
 
     Raises:
         ValueError: the queries differ, are fewer than 2, or a value is not finite; both have
@@ -94,7 +94,7 @@ def compare(
     x, y = _paired(a, b)
     found = _estimate(x - y)
     difference = found.mean
-    if np.ptp(x - y) <= _CONSTANT:
+    if found.error <= _CONSTANT:
         something = bool(x.any() or y.any())
         p_t = 1.0 if abs(difference) <= _CONSTANT else 0.0
         p_tost = 0.0 if abs(difference) < margin - _CONSTANT and something else 1.0
