@@ -136,9 +136,14 @@ def test_no_verdict_from_fewer_than_ten_queries(collection, model):
     (pair,) = evaluator.comparisons.values()
     assert (pair["verdict"], pair["p_t"]) == ("too few queries", None)
     assert metrics["nDCG@10_difference"] == metrics["nDCG@10"] > 0
-    evaluator.baseline = {"nDCG@10": {"q0": 0.5}}
-    with pytest.raises(ArgumentError, match="its 1 queries are not the 20 judged ones"):
-        evaluator(model)
+    for baseline, message in (
+        ({"nDCG@10": {"q0": 0.5}}, "its 1 queries are not the 20 judged ones"),
+        ({"nDCG@10": {}}, "its 0 queries are not the 20 judged ones"),
+        ({"P@5": dict.fromkeys(judged, 0.0)}, "is not one of the measures"),
+    ):
+        evaluator.baseline = baseline
+        with pytest.raises(ArgumentError, match=message):
+            evaluator(model)
     one = Collection(
         "one", collection.passages, collection.queries, {"validation": {"q0": judged["q0"]}}
     )

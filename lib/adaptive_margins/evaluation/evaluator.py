@@ -51,8 +51,8 @@ class CollectionEvaluator(BaseEvaluator):
     Raises:
         ArgumentError, DataError, MeasureError: there are no judgements, ``groups`` are of other
             queries or named as a metric, or as `open_collection`, `evaluate` and `relevant`.
-        ArgumentError, EncoderError: when called, if the baseline is of other queries, or the
-            model's similarity is neither cosine nor dot product.
+        ArgumentError, EncoderError: when called, if the baseline is of other queries or of other
+            measures, or the model's similarity is neither cosine nor dot product.
     """
 
     def __init__(
@@ -127,6 +127,8 @@ class CollectionEvaluator(BaseEvaluator):
     def _metrics(self, found: Evaluation) -> dict[str, float]:
         metrics, self.comparisons = {}, {}
         baseline = {named(measure): values for measure, values in self.baseline.items()}
+        if baseline and baseline.keys().isdisjoint(found.per_query):
+            raise ArgumentError("baseline", f"{next(iter(baseline))!r} is not one of the measures")
         for measure, values in found.per_query.items():
             metrics[measure] = found.mean[measure]
             if len(values) > 1:
@@ -134,7 +136,7 @@ class CollectionEvaluator(BaseEvaluator):
                 metrics |= zip((f"{measure}_low", f"{measure}_high"), interval, strict=True)
             for group, mean in pd.Series(values).groupby(self.groups.get).mean().items():
                 metrics[f"{measure}_{group}"] = mean
-            if before := baseline.get(measure):
+            if (before := baseline.get(measure)) is not None:
                 if before.keys() != values.keys():
                     counts = f"its {len(before):,} queries are not the {len(values):,} judged ones"
                     raise ArgumentError("baseline", f"{measure}: {counts}")
