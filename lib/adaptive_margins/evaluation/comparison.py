@@ -22,7 +22,6 @@ from adaptive_margins.evaluation.significance import FEWEST, Comparison, compare
 from adaptive_margins.text_tables import aligned
 
 ALPHA = 0.05
-_FURTHER = ("p_t_adjusted", "p_tost_adjusted", "p_randomisation", "p_randomisation_adjusted")
 
 
 class ComparisonError(AdaptiveMarginsError, ValueError):
@@ -83,12 +82,14 @@ def compare_runs(
     names = list(itertools.combinations(runs, 2))
     if baseline:
         names = [(name, baseline) for name in runs if name != baseline]
-    tests, pairs = _tests(values, names, margin, baseline), []
-    for (a, b), found, p_values in zip(names, *tests, strict=True):
+    tests = [compare(values[a], values[b], margin=margin) for a, b in names]
+    rows = [[values[a][qid] - values[b][qid] for a, b in names] for qid in qrels]
+    p_values, pairs = _p_values(tests, np.array(rows), baseline), []
+    for (a, b), found, p in zip(names, tests, p_values, strict=True):
         doubt = doubts.get(a) or doubts.get(b, "")
         if not any(values[a].values()) and not any(values[b].values()):
             doubt = doubt or f"{measure} is 0 on each of the {found.n} queries"
-        pairs.append({"a": a, "b": b, **_pair(a, b, found, p_values, measure, len(names), doubt)})
+        pairs.append({"a": a, "b": b, **_pair(a, b, found, p, measure, len(names), doubt)})
     return {
         "measure": measure,
         "margin": margin,
@@ -107,22 +108,22 @@ def compare_runs(
     }
 
 
-def _tests(
-    values: Mapping[str, Mapping[str, float]],
-    names: Sequence[tuple[str, str]],
-    margin: float,
-    baseline: str,
-) -> tuple[list[Comparison], list[dict[str, float]]]:
-    """Each pair's tests, and its further p-values."""
-    tests = [compare(values[a], values[b], margin=margin) for a, b in names]
-    rows = [[values[a][qid] - values[b][qid] for qid in values[a]] for a, b in names]
-    random = significance.randomisation_test(np.array(rows).T)
-    p_values = [found.p_t for found in tests], [found.p_tost for found in tests], random
-    p_t, p_tost, p_random = (
-        significance.holm(p) if baseline else [min(1.0, x * len(p)) for x in p] for p in p_values
-    )
-    further = zip(p_t, p_tost, random, p_random, strict=True)
-    return tests, [dict(zip(_FURTHER, values, strict=True)) for values in further]
+def _p_values(
+    tests: Sequence[Comparison], differences: np.ndarray, baseline: str
+) -> list[dict[str, float]]:
+    """Each pair's corrected p-values, and those of the randomisation test."""
+
+    def adjusted(p: list[float]) -> list[float]:
+        return significance.holm(p) if baseline else [min(1.0, x * len(p)) for x in p]
+
+    random = significance.randomisation_test(differences)
+    columns = {
+        "p_t_adjusted": adjusted([found.p_t for found in tests]),
+        "p_tost_adjusted": adjusted([found.p_tost for found in tests]),
+        "p_randomisation": random,
+        "p_randomisation_adjusted": adjusted(random),
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _pair(

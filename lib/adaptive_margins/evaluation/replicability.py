@@ -16,8 +16,8 @@ def kendall_union(original: Sequence[str], replicated: Sequence[str]) -> float:
     """Kendall's τ-b of the positions of both rankings' documents in their union.
 
     The union has the original's documents first, in their order (the authors' repro_eval orders it
-    by docid, which changes τ), so disjoint rankings have τ = 1. The longer ranking is cut to the
-    length of the other. NaN with fewer than 2 documents.
+    by docid, which changes τ), so disjoint rankings have τ = 1. The longer ranking is truncated
+    to the length of the other. NaN with fewer than 2 documents.
     """
     from scipy.stats import kendalltau
 
