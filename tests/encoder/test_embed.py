@@ -227,20 +227,6 @@ def test_damaged_shards_are_named_and_embedded_again(
     assert len(seen) == len(set(seen))
 
 
-def test_shards_of_older_versions_are_used(bert, tokens, in_memory, tmp_path, monkeypatch):
-    folder = tmp_path / "e"
-    embed_shards(bert, tokens, folder, shard=50)
-    about = json.loads((folder / "shards.json").read_text())
-    del about["sha256"]
-    (folder / "shards.json").write_text(json.dumps(about))
-    with monkeypatch.context() as patch:
-        patch.setattr(encoder_embed, "embed", refuse)
-        assert np.array_equal(embed_shards(bert, tokens, folder, shard=50), in_memory)
-    (folder / "shards.json").write_text(json.dumps({**about, "done": [0, 1, 3]}))
-    embed_shards(bert, tokens, folder, shard=50)
-    assert sorted(json.loads((folder / "shards.json").read_text())["sha256"]) == list("01234")
-
-
 def test_a_damaged_list_of_shards_is_named(bert, tokens, tmp_path):
     embed_shards(bert, tokens, tmp_path / "e", shard=50)
     (tmp_path / "e" / "shards.json").write_text("{")

@@ -207,15 +207,14 @@ def embed_shards(
 def _intact_shards(path: Path, about: Path, settings: Mapping[str, Any]) -> dict[int, str]:
     """Shard → SHA-256 of the complete shards; damaged ones are left out, with a warning."""
     found = read_settings(about, settings)
-    done, known = found.get("done", []), found.get("sha256", {})  # older versions wrote none
+    done, known = found.get("done", []), found.get("sha256", {})
     intact: dict[int, str] = {}
     with suppress(OSError), path.open("rb") as file:
         for k in progress.bar("checking shards", done, unit="shards"):
             start, size = _place(k, settings)
             file.seek(start)
-            content = file.read(size)
-            sha256 = hashlib.sha256(content).hexdigest()
-            if len(content) == size and known.get(str(k), sha256) == sha256:
+            sha256 = hashlib.sha256(file.read(size)).hexdigest()
+            if sha256 == known.get(str(k)):
                 intact[k] = sha256
     if damaged := sorted(set(done) - set(intact)):
         warnings.warn(f"{path}: damaged shards {damaged} are embedded again", stacklevel=3)
