@@ -113,24 +113,6 @@ def test_exact_search_is_brute_force(n):
         }
 
 
-def test_exact_search_cuts_ties_as_trec_eval_does():
-    passages = np.repeat(clustered(40, 48, 5), 25, axis=0)  # each passage 25 times
-    order = np.random.default_rng(0).permutation(1000)
-    queries, qids, ids = clustered(60, 48, 6), names("q", 60), names("d", 1000)
-    run = exact_search(queries, passages[order], qids, ids, 30)
-    expected = brute_force(queries, passages[order], qids, ids, 30)
-    assert {q: list(h) for q, h in run.items()} == {q: list(h) for q, h in expected.items()}
-
-
-def test_exact_search_is_exact_where_single_precision_is_not():
-    rng = np.random.default_rng(4)
-    base = rng.normal(size=(1, 200))
-    passages = unit(base + 1e-6 * rng.normal(size=(400, 200)))
-    queries, qids, ids = clustered(50, 200, 6), names("q", 50), names("d", 400)
-    run = exact_search(queries, passages, qids, ids, 5)
-    assert run == brute_force(queries, passages, qids, ids, 5)
-
-
 @pytest.fixture(params=[24 * 7, 24 * 100])
 def small_blocks(request, monkeypatch):
     """Passages come in blocks of 7 or 100 rows of 24 numbers, scores in a few of each."""

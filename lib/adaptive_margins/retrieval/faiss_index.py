@@ -12,7 +12,7 @@ import numpy as np
 
 from adaptive_margins import progress
 from adaptive_margins.data.trec import Run
-from adaptive_margins.retrieval.exact import blocks, checked_queries, exact_hits
+from adaptive_margins.retrieval.exact import blocks, checked_queries, exact_hits, exact_search
 
 _BATCH = 256  # queries searched at a time, so that k_factor · depth hits of each fit in memory
 _LISTS = 1 << 18  # of an index at most, the paper's
@@ -179,13 +179,15 @@ def search_index(
     ``embeddings`` and ``ids`` are of the index's vectors, in their order; the other arguments and
     errors are those of `exact_search`.
     """
+    if settings.flat:
+        return exact_search(query_embeddings, embeddings, qids, ids, depth)
     queries = checked_queries(query_embeddings, qids, embeddings, ids, depth)
     wanted = min(depth, index.ntotal)
-    asked = index.ntotal if settings.flat else min(index.ntotal, settings.k_factor * wanted)
+    asked = min(index.ntotal, settings.k_factor * wanted)
     found: Run = {}
     todo, nprobe = list(range(len(qids))), settings.nprobe
     while todo:
-        parameters = None if settings.flat else _search_parameters(nprobe, settings.ef_search)
+        parameters = _search_parameters(nprobe, settings.ef_search)
         short: list[int] = []
         for start in range(0, len(todo), _BATCH):
             part = todo[start : start + _BATCH]
