@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from functools import cached_property
-from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,6 +60,7 @@ class DenseIndex:
         passages: docids and texts, in the order of the index's vectors.
         encoder: name of the encoder for `open_encoder`.
         identity: the encoder's `encoder_identity`.
+        options: that the encoder is opened with.
         settings: the index's kind and sizes.
         index: the FAISS index.
         embeddings: of the passages.
@@ -72,6 +72,7 @@ class DenseIndex:
         """Use `open` or `build`."""
         self.folder, self.about = folder, about
         self.encoder, self.identity = about["encoder"]["name"], about["encoder"]["identity"]
+        self.options = EncoderOptions(**about["options"])
         self.settings = IndexSettings(**about["index"])
         self.passages = StoredTexts(folder / "passages.arrow")
         self.embeddings = np.load(folder / "embeddings.npy", mmap_mode="r")
@@ -120,7 +121,7 @@ class DenseIndex:
         if not len(rows):
             count = len(retriever.passages)
             raise DataError(f"{collection_name}: none of the {count} passages has a text")
-        if Path(encoder).is_dir():
+        if encoder != "minilm" and Path(encoder).is_dir():
             encoder = str(Path(encoder).resolve())
         about: dict[str, Any] = {
             "format": _FORMAT,
@@ -198,9 +199,7 @@ class DenseIndex:
                 f"{self.folder} was built with encoder {self.encoder!r} ({self.identity}), but"
                 f" {name!r} is now {found}; build the index again"
             )
-        lengths = {"max_length": max(self.about["lengths"].values())}  # all that older ones have
-        options = EncoderOptions(**{**self.about.get("options", {}), **lengths})
-        return open_encoder(name, options, device=device)
+        return open_encoder(name, self.options, device=device)
 
     def search(self, model: Any, queries: Texts, depth: int, *, weight: float | None = 1.0) -> Run:
         """Return the ``depth`` best passages of each query by the index, ordered by exact cosine.
@@ -238,9 +237,10 @@ class DenseIndex:
     @cached_property
     def bm25(self) -> BM25:
         """BM25 over the passages. Raises DataError if the index was built without it."""
-        if "bm25.vocab.json" not in self.about["files"]:
+        if "bm25" not in self.about:
             raise DataError(f"{self.folder} has no BM25; build it again, or search mode dense")
-        return BM25(self.passages, folder=str(self.folder))
+        has_terms = "bm25.vocab.json" in self.about["files"]  # else, there was nothing to write
+        return BM25(self.passages, folder=str(self.folder) if has_terms else "")
 
     def _check_model(self, retriever: DenseRetriever) -> None:
         """Raise EncoderError if three passages are embedded differently than in the index."""
@@ -262,7 +262,7 @@ def _write_index_files(
     passages, rows, dtype = retriever.passages, retriever.rows, about["dtype"]
     stored = folder / "passages.arrow"
     pairs = zip(passages.ids, passages.texts, strict=True)
-    with_text = compress(pairs, np.isin(np.arange(len(passages)), rows))
+    with_text = ((docid, text) for docid, text in pairs if text.strip())
     BM25(write_texts(stored, with_text, what="passages", expected=len(rows))).save(str(folder))
     embeddings = retriever.stored_embeddings(work / digest([about, file_sha256(stored)]), dtype)
     _write_matrix(folder / "embeddings.npy", embeddings, np.dtype(dtype))
