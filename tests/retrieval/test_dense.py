@@ -19,14 +19,19 @@ from adaptive_margins.data.trec import top
 from adaptive_margins.encoder import embed as encoder_embed
 from adaptive_margins.encoder import tokens as encoder_tokens
 from adaptive_margins.encoder.checks import EncoderError
-from adaptive_margins.encoder.load import encoder_identity, open_encoder, save_encoder
+from adaptive_margins.encoder.load import (
+    MINILM_SHA256,
+    encoder_identity,
+    open_encoder,
+    save_encoder,
+)
 from adaptive_margins.files import WriteError, locked
 from adaptive_margins.retrieval import dense as retrieval_dense
 from adaptive_margins.retrieval import dense_index as retrieval_dense_index
 from adaptive_margins.retrieval.bm25 import BM25
 from adaptive_margins.retrieval.dense import DenseRetriever, hybrid
 from adaptive_margins.retrieval.dense_index import DenseIndex
-from adaptive_margins.retrieval.exact import approximation_recall
+from adaptive_margins.retrieval.exact import approximation_recall, exact_search
 from conftest import WORDS, in_child, write_encoder
 
 WORDS = WORDS[5:]
@@ -103,8 +108,10 @@ def test_embeddings_are_sentence_transformers_own(retriever, folder):
     plain = SentenceTransformer(str(folder), device="cpu")
     expected = plain.encode_document(list(PASSAGES.texts), normalize_embeddings=True)
     texts = [docid not in EMPTY for docid in PASSAGES.ids]
-    np.testing.assert_allclose(retriever.embeddings[texts], expected[texts], atol=1e-6)
-    assert not retriever.embeddings[np.logical_not(texts)].any()
+    np.testing.assert_allclose(retriever.embeddings, expected[texts], atol=1e-6)
+    expected[np.logical_not(texts)] = 0
+    rows = np.array([41, 3, 20, 0, 3])
+    np.testing.assert_allclose(retriever.of(rows), expected[rows], atol=1e-6)
     assert retriever.embeddings.dtype == np.float32
     assert retriever.rows.tolist() == np.flatnonzero(texts).tolist()
     found = retriever.embed_queries(QUERIES.texts)
@@ -139,7 +146,7 @@ def test_slices_change_nothing(retriever, model, monkeypatch, capsys):
 
 @pytest.mark.parametrize("depth", [1, 7, 40, 99])
 def test_search_finds_what_a_loop_finds(retriever, depth):
-    vectors, asked = retriever.embeddings, retriever.embed_queries(QUERIES.texts)
+    vectors, asked = retriever.of(np.arange(42)), retriever.embed_queries(QUERIES.texts)
     found = retriever.search(QUERIES, depth)
     same_run(found, naive(QUERIES, PASSAGES, asked, vectors, depth=depth))
     assert all(not EMPTY & set(hits) and len(hits) == min(depth, 40) for hits in found.values())
@@ -163,23 +170,13 @@ def test_candidates_are_ordered_as_by_a_loop_and_nothing_else_is_embedded(
     monkeypatch.setattr(retrieval_dense, "embed", embed)
     found = DenseRetriever(model, PASSAGES).rerank(QUERIES, candidates)
     assert embedded == [4, 3]  # passages, queries
-    expected = naive(
-        QUERIES, PASSAGES, retriever.embed_queries(QUERIES.texts), retriever.embeddings, candidates
-    )
+    asked, vectors = retriever.embed_queries(QUERIES.texts), retriever.of(np.arange(42))
+    expected = naive(QUERIES, PASSAGES, asked, vectors, candidates)
     same_run({qid: found[qid] for qid in QUERIES.ids}, expected)
     assert found["q3"] == {}
     embedded.clear()
     same_run(retriever.rerank(QUERIES, candidates), found)
     assert embedded == [3]  # its passages are embedded already
-
-
-def test_known_embeddings_are_used(retriever, model, monkeypatch):
-    known = DenseRetriever(model, PASSAGES, embeddings=retriever.embeddings)
-    expected = retriever.search(QUERIES, 5)
-    monkeypatch.setattr(known, "embed_passages", refuse)
-    assert known.search(QUERIES, 5) == expected
-    with pytest.raises(EncoderError, match=r"shape \(3, 16\), expected \(42, 16\)"):
-        DenseRetriever(model, PASSAGES, embeddings=retriever.embeddings[:3])
 
 
 @pytest.mark.parametrize(
@@ -281,6 +278,14 @@ def test_an_index_without_bm25_is_searched_by_the_encoder_alone(built, retriever
         old.search(model, QUERIES, 7, weight=old.weight)
 
 
+def test_passages_without_a_term_are_found_by_the_encoder_alone(model, folder, tmp_path):
+    retriever = DenseRetriever(model, Texts(["a", "b"], ["the", "of a"]))
+    built = DenseIndex.build(retriever, "S", str(folder), tmp_path / "index")
+    assert built.search(None, QUERIES, 2, weight=0) == {"q1": {}, "q2": {}, "q3": {}}
+    found, dense = (built.search(model, QUERIES, 2, weight=weight) for weight in (None, 1))
+    assert [list(hits) for hits in found.values()] == [list(hits) for hits in dense.values()]
+
+
 def test_what_made_it_is_written_down(built, folder):
     about = json.loads((built.folder / "index.json").read_text())
     assert about["encoder"] == {"name": str(folder), "identity": encoder_identity(str(folder))}
@@ -300,8 +305,8 @@ def test_a_larger_index_finds_nearly_all_and_scores_exactly(model, folder, tmp_p
     built = DenseIndex.build(retriever, "Sentences", str(folder), tmp_path / "index")
     assert built.settings.factory.startswith("OPQ16,IVF16_HNSW32")
     queries = Texts([f"q{i}" for i in range(30)], sentences(30, seed=6))
-    stored = DenseRetriever(model, passages, embeddings=np.load(built.folder / "embeddings.npy"))
-    found, exact = built.search(model, queries, 10), stored.search(queries, 10)
+    found, asked = built.search(model, queries, 10), retriever.embed_queries(queries.texts)
+    exact = exact_search(asked, built.embeddings, queries.ids, passages.ids, 10)
     assert approximation_recall(found, exact, 10) > 0.95
     for qid, hits in found.items():
         for docid in set(hits) & set(exact[qid]):
@@ -451,6 +456,9 @@ def test_the_encoder_is_found_from_any_folder(retriever, folder, tmp_path, monke
     built = DenseIndex.build(retriever, "S", folder.name, tmp_path / "index")
     monkeypatch.chdir(tmp_path)
     assert built.search(built.open_encoder(), QUERIES, 3) == retriever.search(QUERIES, 3)
+    (tmp_path / "minilm").mkdir()  # "minilm" is the shipped encoder all the same
+    shipped = DenseIndex.build(retriever, "S", "minilm", tmp_path / "shipped")
+    assert (shipped.encoder, shipped.identity) == ("minilm", MINILM_SHA256)
 
 
 # ---- fusion ----------------------------------------------------------------------------------------------------------

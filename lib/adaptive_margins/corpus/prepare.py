@@ -170,8 +170,8 @@ def cosines(retriever: DenseRetriever, queries: Texts) -> Similarity:
     embeddings = retriever.embed_queries(queries.texts)
 
     def similarity(qid: str, docids: list[str]) -> np.ndarray:
-        rows = [retriever.passages.row(docid) for docid in docids]
-        scores: np.ndarray = retriever.embeddings[rows] @ embeddings[queries.row(qid)]
+        rows = np.array([retriever.passages.row(docid) for docid in docids])
+        scores: np.ndarray = retriever.of(rows) @ embeddings[queries.row(qid)]
         return scores
 
     return similarity
@@ -263,7 +263,7 @@ def prepare(job: Job, work: Path, data: SplitCollection, encoder: Any, stages: S
         cache, precision = cache_folder(job.cache) or work / "embeddings", settings.precision
         options: dict[str, Any] = {"precision": precision, "cache": cache, "warn": False}
         zero_shot = DenseRetriever(encoder, collection.passages, **options)
-        assert len(zero_shot.embeddings) == len(collection.passages)
+        assert len(zero_shot.embeddings) == len(zero_shot.rows)
     with stages("ranking", "ranking with BM25 and with the zero-shot encoder"):
         test, validating = (collection.queries[name] for name in ("test", "validation"))
         bm25 = BM25(collection.passages)

@@ -46,7 +46,6 @@ class DenseRetriever:
             by default the model's.
         query_length: the same of queries.
         precision: of the model's matrix products.
-        embeddings: (n, D) float32 of length 1 of the passages in their order, if known.
         cache: a folder where they are looked up, and left (`cached_embeddings`), unless Ray embeds.
         ray: where `embed_into` embeds, if not here: see `embed_shards`.
         warn: whether ranking warns of truncated texts.
@@ -56,7 +55,7 @@ class DenseRetriever:
         lost: the same → tokens (not read, read) so far.
 
     Raises:
-        EncoderError: a length below 1, a prompt that fills it, or embeddings of another shape.
+        EncoderError: a length below 1, or a prompt that fills it.
     """
 
     def __init__(
@@ -67,7 +66,6 @@ class DenseRetriever:
         passage_length: int | None = None,
         query_length: int | None = None,
         precision: Precision = "fp32",
-        embeddings: np.ndarray | None = None,
         cache: Path | None = None,
         ray: str = "",
         warn: bool = True,
@@ -90,27 +88,25 @@ class DenseRetriever:
         for what, prompt, length in zip(_TEXTS, self._prompts, self._lengths, strict=True):
             check_prompt(model, what, prompt, length)
         self.truncated, self.lost = (dict.fromkeys(_TEXTS, (0, 0)) for _ in range(2))
-        shape = (len(passages), model.get_embedding_dimension())
-        if embeddings is not None and embeddings.shape != shape:
-            raise EncoderError(f"embeddings have shape {embeddings.shape}, expected {shape}")
-        self._embeddings = embeddings
 
     @cached_property
     def rows(self) -> np.ndarray:
         """Rows of the passages with a text, ascending (int64), which are searched."""
         return np.flatnonzero([bool(text.strip()) for text in self.passages.texts])
 
-    @property
+    @cached_property
     def embeddings(self) -> np.ndarray:
-        """(n, D) float32 of length 1 (0 without text), one row a passage; computed on first use."""
-        if self._embeddings is None:
-            some = cached_embeddings(self, self.cache)
-            some = self.embed_passages(self.rows) if some is None else some
-            self._embeddings = some
-            if len(some) < len(self.passages):
-                self._embeddings = np.zeros((len(self.passages), some.shape[1]), np.float32)
-                self._embeddings[self.rows] = some
-        return self._embeddings
+        """(len(rows), D) float32 of length 1, one for each of `rows`; computed on first use."""
+        found = cached_embeddings(self, self.cache)
+        return self.embed_passages(self.rows) if found is None else found
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """Return the embeddings of the passages in ``rows`` from `embeddings`; 0 without text."""
+        place = np.searchsorted(self.rows, rows)
+        has_text = np.take(self.rows, place, mode="clip") == rows
+        found = np.zeros((len(rows), self.embeddings.shape[1]), np.float32)
+        found[has_text] = self.embeddings[place[has_text]]
+        return found
 
     def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
         """Embed queries: (len(texts), D) float32 of length 1."""
@@ -122,8 +118,8 @@ class DenseRetriever:
 
     def stored_embeddings(self, folder: Path, dtype: Literal["float32", "float16"]) -> np.ndarray:
         """Return the embeddings of `rows`: known, cached, or computed in ``folder``."""
-        if (known := self._embeddings) is not None:
-            return known if len(self.rows) == len(known) else known[self.rows]
+        if "embeddings" in vars(self):
+            return self.embeddings
         cached = cached_embeddings(self, self.cache)
         return self.embed_into(folder, dtype) if cached is None else cached
 
@@ -147,8 +143,8 @@ class DenseRetriever:
         warning of truncated texts.
         """
         found, ids = self.embeddings, self.passages.ids
-        if len(self.rows) < len(self.passages):
-            found, ids = found[self.rows], [ids[row] for row in self.rows.tolist()]
+        if len(found) < len(ids):
+            ids = [ids[row] for row in self.rows.tolist()]
         embedded = self.embed_queries(queries.texts)
         if self.warn:
             self.warn_truncated()
@@ -172,8 +168,7 @@ class DenseRetriever:
                 raise DataError(f"{message}; {hint}" if hint else message)
         wanted = {self.passages.row(docid) for hits in candidates.values() for docid in hits}
         rows = np.array([r for r in sorted(wanted) if self.passages.texts[r].strip()], np.int64)
-        known = self._embeddings
-        found = self.embed_passages(rows) if known is None else known[rows]
+        found = self.of(rows) if "embeddings" in vars(self) else self.embed_passages(rows)
         docids = [self.passages.ids[row] for row in rows.tolist()]
         kept = set(docids)
         candidates = {
