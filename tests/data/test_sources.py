@@ -25,7 +25,9 @@ def test_a_folder_comes_before_everything_else(tmp_path: Path, monkeypatch) -> N
         open_collection("vaswani/corpus.jsonl")
 
 
-@pytest.mark.parametrize("source", ["vaswany", "/no/such/folder", "", "pydoc:numpy"])
+@pytest.mark.parametrize(
+    "source", ["vaswany", "/no/such/folder", "", "pydoc:numpy", "~no-such-user/x"]
+)
 def test_anything_else_lists_the_ways(source: str) -> None:
     with pytest.raises(DataError) as error:
         open_collection(source)
@@ -63,7 +65,7 @@ def test_pydocs(monkeypatch) -> None:
         "validation": built.qrels["validation"],
         "test": built.qrels["test1"] | built.qrels["test2"],
     }
-    with pytest.raises(DataError, match="pydocs:no_such_package: package 'no_such_package' is not"):
+    with pytest.raises(DataError, match="package 'no_such_package' is not"):
         open_collection("pydocs:no_such_package")
     with pytest.raises(DataError, match="names no package"):
         open_collection("pydocs:")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import Stemmer
 
+from adaptive_margins.data.text import DataError
 from adaptive_margins.data.words import STOP_WORDS, words_of
 
 QUERY_WORDS = (4, 30)
@@ -62,7 +63,7 @@ class Documented:
 
 
 def package_root(package: str) -> Path:
-    """Return the folder or file of a package's source; ValueError if there is none."""
+    """Return the folder or file of a package's source; DataError if there is none."""
     if package == "stdlib":
         return Path(sysconfig.get_path("stdlib"))
     try:
@@ -70,11 +71,11 @@ def package_root(package: str) -> Path:
     except ValueError:  # a module without a spec
         spec = None
     if spec is None:
-        raise ValueError(f"package {package!r} is not installed; try: pip install {package}")
+        raise DataError(f"package {package!r} is not installed; try: pip install {package}")
     if spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations)))
     if spec.origin is None or not spec.origin.endswith(".py"):
-        raise ValueError(f"package {package!r} has no Python source to read docstrings from")
+        raise DataError(f"package {package!r} has no Python source to read docstrings from")
     return Path(spec.origin)
 
 

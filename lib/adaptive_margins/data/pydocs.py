@@ -31,6 +31,7 @@ from adaptive_margins.data.docstrings import (
 )
 from adaptive_margins.data.docstrings import MIN_PROSE_WORDS as MIN_PROSE_WORDS  # for data sheets
 from adaptive_margins.data.docstrings import QUERY_WORDS as QUERY_WORDS
+from adaptive_margins.data.text import DataError
 from adaptive_margins.data.trec import Qrels
 from adaptive_margins.data.words import words_of
 
@@ -79,14 +80,10 @@ def build_pydocs(
     in the same set.
 
     Raises:
-        ValueError: a package that is not installed, or too few queries for the sets.
+        DataError: a package that is not installed, or too few queries for the sets.
     """
-    if isinstance(packages, str) or not packages:
-        raise ValueError(f"packages must be a non-empty list of names, not {packages!r}")
-    if validation < 1 or test < 1:
-        raise ValueError(f"validation and test must be at least 1, not {validation} and {test}")
     if max_words < MIN_PASSAGE_WORDS:
-        raise ValueError(f"max_words must be at least {MIN_PASSAGE_WORDS}, not {max_words}")
+        raise DataError(f"max_words must be at least {MIN_PASSAGE_WORDS}, not {max_words}")
     names = sorted(set(packages))
     roots = {name: package_root(name) for name in names}
     docs = [doc for name in names for doc in scan(name, roots[name], max_words)]
@@ -112,7 +109,7 @@ def build_pydocs(
         validation, test = (min(most, max(1, len(asked) // share)) for most, share in sizes)
     split = _split(parts, {"validation": validation, "test1": test, "test2": test})
     if not split["train"] or len(split["test2"]) < test:
-        raise ValueError(
+        raise DataError(
             f"too few queries: {', '.join(names)} give {len(asked)}, but validation {validation},"
             f" test1 {test}, test2 {test} and at least one to train on are wanted; name more"
             " packages, or raise max_passages"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from adaptive_margins.data import ir_datasets, pydocs
@@ -40,7 +41,7 @@ def open_collection(source: str | Path) -> Collection:
         DataError: the source is none of these; or the data are malformed.
         LicenceError, DownloadError: as `ir_datasets.read_collection`.
     """
-    source, path = str(source), Path(source).expanduser()
+    source, path = str(source), Path(os.path.expanduser(source))
     if source and (path.is_dir() or (path.is_symlink() and not path.exists())):
         return read_folder(path)
     if source.split(":")[0] == PYDOCS:
@@ -73,16 +74,13 @@ def _pydocs(source: str) -> Collection:
 
     say("building the collection from installed packages")
     validation, test = PYDOCS_SIZES
-    try:
-        collection = pydocs.build_pydocs(
-            packages or settings.packages,
-            seed=settings.seed,
-            validation=validation,
-            test=test,
-            max_passages=None if packages else settings.max_passages,
-            max_words=settings.max_words,
-            shares=PYDOCS_SHARES,
-        )
-    except ValueError as error:
-        raise DataError(f"{source}: {error}") from error
+    collection = pydocs.build_pydocs(
+        packages or settings.packages,
+        seed=settings.seed,
+        validation=validation,
+        test=test,
+        max_passages=None if packages else settings.max_passages,
+        max_words=settings.max_words,
+        shares=PYDOCS_SHARES,
+    )
     return standard_sets(collection, source)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from adaptive_margins.data.collection import Collection, Texts, Triple
+from adaptive_margins.data.text import DataError
 from adaptive_margins.data.trec import Qrels, Run, top
 
 log = logging.getLogger(__name__)
@@ -32,13 +33,9 @@ def sample_triples(
     logged. Fewer triples of a seed are a prefix of more.
 
     Raises:
-        ValueError: ``count`` or ``ranks`` out of range, or no query has an eligible negative.
+        DataError: no query has a positive and an eligible negative.
     """
     low, high = ranks
-    if count < 1:
-        raise ValueError(f"count must be at least 1, not {count}")
-    if not 1 <= low < high:
-        raise ValueError(f"ranks must be (low, high) with 1 ≤ low < high, not {ranks}")
     choices: dict[str, tuple[list[str], list[str]]] = {}
     for qid, judged in sorted(qrels.items()):
         ranked = [docid for docid, _ in top(candidates.get(qid, {}), high - 1)[low - 1 :]]
@@ -59,7 +56,7 @@ def sample_triples(
             high - 1,
         )
     if not choices:
-        raise ValueError(
+        raise DataError(
             f"no triples: none of {len(qrels)} queries has a passage of grade ≥ {min_grade} and an"
             f" unjudged candidate at ranks {low} to {high - 1}"
         )
@@ -83,7 +80,7 @@ def mine_triples(
     A positive has at least grade 1, and a text.
 
     Raises:
-        ValueError: ``count`` is below 1, or no query has a positive and a negative.
+        DataError: no query has a positive and a negative.
     """
     asked = {
         qid: {docid: g for docid, g in judged.items() if g < 1 or passages[docid].strip()}

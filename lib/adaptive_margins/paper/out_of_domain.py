@@ -63,8 +63,8 @@ class OutOfDomain:
         Raises:
             DataError: there is none; a package is in the training collection; a collection has
                 fewer than 2 judged test queries or no relevant passage, or its queries are
-                passages; the folder has the name of another collection.
-            ValueError: a package is not installed, or has too few docstrings.
+                passages; the folder has the name of another collection; a package is not installed,
+                or has too few docstrings.
             LicenceError, DownloadError: as `data.ir_datasets.read_collection`.
         """
         s, trained = self.settings, getattr(self.profile.collection, "packages", ())
