@@ -98,9 +98,9 @@ def test_what_a_line_cannot_hold_is_not_saved(tmp_path: Path) -> None:
         passages = Texts(["d1", "d2", "d3"], ["x", "y", text])
         with pytest.raises(ValueError, match="text of 'd3' must be non-empty and without tabs"):
             dataclasses.replace(small(), passages=passages).save(tmp_path / "c")
-    for identifier in ("d 1", "", "d\t1"):
+    for identifier in ("d 1", "", "d\t1", "\ufeffd1"):
         collection = Collection("c", Texts([identifier], ["x"]), {}, {})
-        with pytest.raises(ValueError, match="an id must be non-empty and without white space"):
+        with pytest.raises(ValueError, match="is empty or has white space or a byte"):
             collection.save(tmp_path / "c")
     assert os.listdir(tmp_path) == []
 
@@ -130,14 +130,10 @@ def test_inconsistent_parts_are_refused(changes: dict, message: str) -> None:
     ("name", "content", "message"),
     [
         ("collection.tsv", b"d1\tx\nd2\ty\nd1\tz\n", "collection.tsv:3: id 'd1' occurs already in line 1"),
-        ("collection.tsv", b"d1\tx\nd2 y\n", "collection.tsv:2: 2 tab-separated columns expected, 1 found"),
         ("queries.train.tsv", b"q1\t \n", "queries.train.tsv:1: the text of 'q1' is empty"),
         ("qrels.train.txt", b"q1 0 d1 3\nq1 0 d9 1\n", "qrels.train.txt:2: unknown passage 'd9'"),
-        ("qrels.train.txt", b"q2 0 d1 3\n", "qrels.train.txt:1: unknown query 'q2'"),
         ("triples.tsv", b"q2\td1\td2\n", "triples.tsv:1: unknown training query 'q2'"),
-        ("triples.tsv", b"q1\td1\td9\n", "triples.tsv:1: unknown passage 'd9'"),
         ("sources.json", b"{", "sources.json: not valid JSON"),
-        ("sources.json", b'{"name": "x"}', "sources.json: expected"),
         ("sources.json", b"[]", "sources.json: expected"),
     ],
 )  # fmt: skip

@@ -123,6 +123,19 @@ def test_trec(tmp_path: Path, zipped: bool) -> None:
     assert collection.titles == {}
 
 
+@pytest.mark.parametrize("called", ["validation", "dev", "valid", "val"])
+def test_names_of_sets(tmp_path: Path, called: str) -> None:
+    named = {f"queries_{called}.tsv": "v1\tgroß\n", f"qrels_{called}.txt": "v1 0 d2 1\n"}
+    named |= {"queries_test.tsv": TREC["queries.tsv"], "qrels_test.txt": TREC["qrels.txt"]}
+    passages = {"collection.tsv": TREC["collection.tsv"]}
+    assert read_folder(write(tmp_path / "a", {**passages, **named})).qrels == {
+        "validation": {"v1": {"d2": 1}}, "test": {"q1": {"d1": 3, "d2": 0}},
+    }  # fmt: skip
+    beir = {k: v for k, v in BEIR.items() if k != "qrels/dev.tsv"}
+    folder = write(tmp_path / "b", {**beir, f"qrels/{called}.tsv": BEIR["qrels/dev.tsv"]})
+    assert read_folder(folder).qrels["validation"] == {"q3": {"d4": 2}}
+
+
 def test_only_the_test_set_and_only_passages(tmp_path: Path) -> None:
     assert set(read_folder(write(tmp_path / "a", TREC)).queries) == {"test"}
     for name, files in (("b", TREC), ("c", BEIR)):
@@ -290,7 +303,7 @@ def test_unknown_ids_that_look_like_known_ones_are_shown_escaped(
     [
 
         ({"collection.tsv": "d1\tx\nd 2\ty\n\tz\n"},
-         ["collection.tsv:2: id 'd 2' is empty or has white space (and 1 more line like it)"]),
+         ["collection.tsv:2: id 'd 2' is empty or has white space or a byte order mark (and 1 more line like it)"]),
         ({"qrels.txt": "q1 0 d1 1\nq9 0 d1 1\nq1 0 d9 1\n"},
          ["qrels.txt:2: unknown query 'q9'", "qrels.txt:3: unknown passage 'd9'"]),
         ({"triples.tsv": "t9\td1\td2\nt1\td9\td1\nt1\td1\td1\nt1 d1 d2\n", **TRAIN},
@@ -349,6 +362,8 @@ D = '{"_id": "d1", "text": "x"}\n'
 
         ({"corpus.jsonl": D + '{"_id": 2, "title": 0, "text": null}\n'},
          "corpus.jsonl:2: 'title' must be a text, not 0; 'text' must be a text, not None"),
+        ({"corpus.jsonl": D + '{"_id": "\\ufeffd2", "text": "x"}\n'}, r"corpus.jsonl:2: id '\ufeffd2' is empty or has white space"),
+        ({"corpus.jsonl": D + f'{{"_id": {"9" * 5000}, "text": "x"}}\n'}, "corpus.jsonl:2: not valid JSON (Exceeds the limit"),
         ({"corpus.jsonl": D + '{"_id": "d2", "text": "\\ud83d"}\n'}, "corpus.jsonl:2: an escape in the JSON is half"),
         ({"queries.jsonl": '{"_id": "q1", "text": ""}\n'}, "queries.jsonl:1: the text of 'q1' is empty"),
         ({"qrels/test.tsv": "q1\td1\t1\n"},
@@ -369,16 +384,23 @@ def test_missing_files_of_beir(tmp_path: Path) -> None:
     files = {k: v for k, v in BEIR.items() if not k.startswith("qrels")}
     expected = ["qrels/test.tsv: file not found; it should judge queries.jsonl"]
     assert problems(write(tmp_path / "a", files)) == expected
-    files["qrels/valid.tsv"] = BEIR["qrels/test.tsv"]
-    with pytest.warns(UserWarning, match=r"valid\.tsv is not read"):
-        assert problems(write(tmp_path / "valid", files)) == expected
     files = {k: v for k, v in BEIR.items() if k != "queries.jsonl"}
     assert problems(write(tmp_path / "b", files)) == [
         f"qrels/{name}.tsv: there is no queries.jsonl, which it judges" for name in ("test", "train", "dev")
     ]  # fmt: skip
-    extra = write(tmp_path / "c", {**BEIR, "qrels/more.tsv": ""})
-    with pytest.warns(UserWarning, match=r"more\.tsv is not read"):
-        read_folder(extra)
+
+
+@pytest.mark.parametrize(
+    ("files", "unread"),
+    [
+        ({**BEIR, "qrels/more.jsonl": ""}, "qrels/more.jsonl"),
+        ({**TREC, "qrels_eval.txt": ""}, "qrels_eval.txt"),
+        ({"train.jsonl": '{"query": "a", "positive": "b"}', "eval.jsonl.gz": b""}, "eval.jsonl.gz"),
+    ],
+)  # fmt: skip
+def test_files_of_sets_with_another_name_are_told(tmp_path: Path, files: dict, unread: str) -> None:
+    with pytest.warns(UserWarning, match=f"{unread} is not read; known sets are train, valid"):
+        read_folder(write(tmp_path, files))
 
 
 def test_faults_of_a_kind_are_told_once_and_twenty_kinds_shown(tmp_path: Path) -> None:
@@ -406,6 +428,8 @@ def test_a_folder_without_a_collection_says_what_was_expected(tmp_path: Path) ->
         read_folder(tmp_path / "a" / "docs.csv")
     with pytest.raises(DataError, match=r"has both corpus\.jsonl and collection\.tsv"):
         read_folder(write(tmp_path / "b", {**TREC, **BEIR}))
+    with pytest.raises(DataError, match=r"has both collection\.tsv and state\.json"):
+        read_folder(write(tmp_path / "d", {**TREC, "state.json": "{}"}))
     write(tmp_path / "c", {"passages.arrow": "", "sources.json": ""})
     with pytest.raises(DataError, match="name its ir_datasets id"):
         read_folder(tmp_path / "c")
@@ -478,13 +502,22 @@ def test_datasets_of_another_form_are_refused(tmp_path: Path) -> None:
     )
     assert "dataset.select_columns([name, …])" in found
     (found,) = problems(saved("b", train=good, extra=good))
-    assert "split 'extra': expected train, validation or dev, and test" in found
+    assert (
+        "split 'extra': expected train, validation (or dev, valid, val) and test, each once"
+        in found
+    )
     bad = {"query": ["a", ""], "positive": ["x", "y"], "negative": ["y", None]}
     assert problems(saved("c", train=bad)) == [
         "train:2: 'query' must be a text that is not empty, not ''; 'negative' must be a text that is not empty, not None",
     ]  # fmt: skip
     (folder := saved("d", train=good)).joinpath("train", "state.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as a Hugging Face dataset"):
+        read_folder(folder)
+    (file,) = (folder := saved("e", test={"query": ["abcdef"], "positive": ["x"]})).glob(
+        "*/*.arrow"
+    )
+    file.write_bytes(file.read_bytes().replace(b"abcdef", b"abc\xffef"))
+    with pytest.raises(DataError, match="test cannot be read as a Hugging Face dataset: 'utf-8'"):
         read_folder(folder)
 
 
@@ -578,13 +611,15 @@ def test_beir_as_parquet_and_with_triples(tmp_path: Path) -> None:
     for name in ("corpus", "queries"):
         kept = [{k: r.get(k) for k in ("_id", "title", "text")} for r in BEIR[f"{name}.jsonl"]]
         Dataset.from_list(kept).to_parquet(str(folder / f"{name}.parquet"))
-    judged = {"query_id": ["q2", "q2"], "corpus_id": ["d3", "d1"], "score": [1.0, 0.0]}
+    judged = {"query_id": ["q2", "q2"], "corpus_id": ["d3", "d1"], "score": ["1.0", "0"]}
     write_rows(judged, folder / "qrels" / "train.parquet")
-    write_rows({"query-id": ["q1"], "corpus-id": ["d1"], "score": [1]}, folder / "qrels.parquet")
+    write_rows({"query-id": ["q1"], "corpus-id": ["d1"], "score": [1.0]}, folder / "qrels.parquet")
     assert read_folder(folder).fingerprint == expected.fingerprint
     write_rows({"query-id": ["q1", "q9"], "corpus-id": ["d1", "d1"]}, folder / "qrels.parquet")
     (folder / "corpus.parquet").write_bytes(b"PAR1 damaged")
     assert problems(folder)[0].startswith("corpus.parquet: cannot be read as Parquet (")
+    write_rows({"_id": [], "text": []}, folder / "corpus.parquet")
+    assert problems(folder) == ["corpus.parquet: the file is empty"]
 
 
 def test_judgements_as_records_are_checked_as_lines(tmp_path: Path) -> None:

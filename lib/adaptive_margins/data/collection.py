@@ -19,6 +19,11 @@ from adaptive_margins.markup import active
 Triple = tuple[str, str, str]
 """Query id, docid of the positive, docid of the negative."""
 
+SETS = {"train": ("train",), "validation": ("validation", "dev", "valid", "val"), "test": ("test",)}
+"""Name of a set → its names in files, Hugging Face datasets and ir_datasets."""
+STANDARD = {called: name for name, names in SETS.items() for called in names}
+"""Such a name → name of the set."""
+
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 
 
@@ -207,8 +212,8 @@ def tsv(texts: Texts) -> str:
     """Return lines of id, tab, text."""
     lines = []
     for identifier, text in zip(texts.ids, texts.texts, strict=True):
-        if identifier.split() != [identifier]:
-            raise DataError(f"an id must be non-empty and without white space, not {identifier!r}")
+        if fault := id_fault(identifier):
+            raise DataError(fault)
         if not text.strip() or re.search(r"[\t\n\r]", text):
             raise DataError(
                 f"text of {identifier!r} must be non-empty and without tabs or line breaks,"
@@ -216,6 +221,13 @@ def tsv(texts: Texts) -> str:
             )
         lines.append(f"{identifier}\t{text}\n")
     return "".join(lines)
+
+
+def id_fault(identifier: str) -> str:
+    """Why a line of a file cannot begin with an id; "" if it can."""
+    if identifier.split() == [identifier] and identifier[0] != "\ufeff":
+        return ""
+    return f"id {identifier!r} is empty or has white space or a byte order mark"
 
 
 def read_about(path: Path, problems: Problems) -> dict:
@@ -279,8 +291,8 @@ def read_texts(
     texts: dict[str, str] = {}
     for number, identifier, text in rows:
         before = next((file for file, known in lines.items() if identifier in known), None)
-        if identifier.split() != [identifier]:
-            problems.add(path, number, f"id {identifier!r} is empty or has white space")
+        if fault := id_fault(identifier):
+            problems.add(path, number, fault)
         elif before is not None:
             line = lines[before][identifier]
             at = f"line {line}" if before == path else f"{before.name}:{line}"

@@ -14,10 +14,13 @@ import warnings
 from collections import Counter
 from collections.abc import Collection as Container
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from adaptive_margins.data.collection import (
+    SETS,
+    STANDARD,
     Collection,
     Lines,
     Rows,
@@ -31,9 +34,9 @@ from adaptive_margins.data.trec import MAX_GRADE, Qrels, known_judgements, read_
 from adaptive_margins.markup import active
 from adaptive_margins.progress import bar
 
-SETS = {"train": ("train",), "validation": ("validation", "dev"), "test": ("test",)}
-"""Name of a set → names of its files and splits."""
-_STANDARD = {called: name for name, names in SETS.items() for called in names}
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 _DATASET = ("dataset_dict.json", "state.json")  # of save_to_disk
 _QUERY_COLUMNS = ("query", "anchor", "question")
 _TEXT_COLUMNS = re.compile(r"positive|negative(_\d+)?")
@@ -46,6 +49,7 @@ _COLUMNS = (
 )
 _HALF = re.compile("[\ud800-\udfff]")
 _EXAMPLES = 5  # ids named in a warning
+_KNOWN = "train, validation (or dev, valid, val) and test"
 
 EXPECTED = """\
   BEIR: corpus.jsonl; queries.jsonl and qrels/train.tsv, qrels/dev.tsv, qrels/test.tsv (any of them)
@@ -92,16 +96,18 @@ def read_folder(folder: Path) -> Collection:
         raise DataError(f"{folder} {what}")
     if (folder / "sources.json").exists() and trec:
         return standard_sets(Collection.load(folder), str(folder / "collection.tsv"))
-    if beir and trec:
-        raise DataError(f"{folder} has both {beir[0].name} and {trec[0].name}; remove one of them")
-    rows = () if beir or trec else (split + end for split in _STANDARD for end in RECORDS)
-    if _variants(folder, *_DATASET, *rows):
-        return read_dataset(folder)
-    if not beir and not trec:
+    layouts = [found[0] for found in (beir, trec, _variants(folder, *_DATASET)) if found]
+    if len(layouts) > 1:
+        one, other = layouts[0].name, layouts[1].name
+        raise DataError(f"{folder} has both {one} and {other}; remove one of them")
+    if beir or trec:
+        return _read_files(folder, bool(beir))
+    rows = (split + end for split in STANDARD for end in RECORDS)
+    if not layouts and not _variants(folder, *rows):
         names = [entry.name for entry in visible(folder)]
         found = ", ".join(names[:10]) + " …" * (len(names) > 10) or "nothing"
         raise DataError(f"{folder} has no collection (found: {found}). Expected:\n{EXPECTED}")
-    return _read_files(folder, bool(beir))
+    return read_dataset(folder)
 
 
 # ---- layouts -------------------------------------------------------------------------------------
@@ -113,7 +119,7 @@ def _names(beir: bool, part: str) -> tuple[list[str], list[str]]:
         places = [*(f"qrels/{called}" for called in SETS[part]), *["qrels"] * (part == "test")]
         judging = [f"{place}.{end}" for place in places for end in ("tsv", "jsonl", "parquet")]
         return ["queries.jsonl", "queries.parquet"], judging
-    ends = [""] if part == "test" else [f"_{called}" for called in SETS[part]]
+    ends = [*[""] * (part == "test"), *(f"_{called}" for called in SETS[part])]
     return [f"queries{end}.tsv" for end in ends], [f"qrels{end}.txt" for end in ends]
 
 
@@ -164,9 +170,10 @@ def _read_files(folder: Path, beir: bool) -> Collection:
         if name != "test" or not shared:
             asking, judging = _names(beir, name)
             problems.add(folder / judging[0], 0, f"file not found; it should judge {asking[0]}")
-    for extra in visible(folder / "qrels") if (folder / "qrels").is_dir() else ():
-        if beir and ".tsv" in extra.name and extra.name.split(".")[0] not in _STANDARD:
-            warnings.warn(f"{extra} is not read; known are train, dev and test", stacklevel=3)
+    if not beir:
+        _warn_of_others(folder, r"(?:queries|qrels)_([^.]*)\.(tsv|txt)")
+    elif (folder / "qrels").is_dir():
+        _warn_of_others(folder / "qrels", r"([^.]*)\.(tsv|jsonl|parquet)")
     layout = "BEIR" if beir else "TREC"
     return dataclasses.replace(_finish(folder, layout, path, passages, read), titles=titles)
 
@@ -211,11 +218,11 @@ def read_dataset(path: Path) -> Collection:
     problems, queries, qrels = read.problems, read.queries, read.qrels
     docids: dict[str, str] = {}
     layout, splits = _splits(path, problems)
-    order = [*_STANDARD, *sorted(splits)]
+    order = [*STANDARD, *sorted(splits)]
     for split in sorted(splits, key=order.index):
-        name = _STANDARD.get(split, "")
+        name = STANDARD.get(split, "")
         if not name or name in qrels:
-            what = f"split {split!r}: expected train, validation or dev, and test, each once"
+            what = f"split {split!r}: expected {_KNOWN}, each once"
             problems.add(path, 0, what)
             continue
         where, rows = splits[split]
@@ -242,24 +249,36 @@ def read_dataset(path: Path) -> Collection:
 
 def _splits(path: Path, problems: Problems) -> tuple[str, dict[str, tuple[Path, Any]]]:
     """The layout; and split → where its rows are, and their numbers and columns."""
-    files = {"train": path} if path.is_file() else {}
-    for split in () if files or _variants(path, *_DATASET) else _STANDARD:
-        if found := _only(path, f"{split}.jsonl", f"{split}.parquet", problems=problems):
-            files[split] = found
-    if files:
+    if not _variants(path, *_DATASET):
+        files = {"train": path}
+        if path.is_dir():
+            names = {split: (f"{split}.jsonl", f"{split}.parquet") for split in STANDARD}
+            found = {split: _only(path, *names[split], problems=problems) for split in names}
+            files = {split: file for split, file in found.items() if file}
+            _warn_of_others(path, r"([^.]*)\.(jsonl|parquet)")
         read = {split: (file, read_records(file, problems)) for split, file in files.items()}
         return "rows of texts", read
     import datasets
 
-    try:
+    with _readable(path):
         loaded = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever its readers raise about damaged files
-        raise DataError(f"{path} cannot be read as a Hugging Face dataset: {error}") from error
     one = not isinstance(loaded, datasets.DatasetDict)
     splits = {"train": loaded} if one else dict(loaded)
-    places = {split: path if one else path / split for split in splits}
-    read = {split: (places[split], enumerate(rows, start=1)) for split, rows in splits.items()}
-    return "Hugging Face dataset", read
+    places = ((split, path if one else path / split) for split in splits)
+    return "Hugging Face dataset", {s: (place, _numbered(splits[s], place)) for s, place in places}
+
+
+def _numbered(rows: Dataset, place: Path) -> Iterator[tuple[int, Any]]:
+    with _readable(place):
+        yield from enumerate(rows, start=1)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever the readers of datasets raise about damaged files
+        raise DataError(f"{path} cannot be read as a Hugging Face dataset: {error}") from error
 
 
 def _row(record: Mapping[str, Any]) -> list[tuple[str, int]] | str:
@@ -313,7 +332,7 @@ def standard_sets(collection: Collection, where: str) -> Collection:
     """
     parts: dict[str, list[str]] = {}
     for name in sorted(collection.queries):
-        parts.setdefault(_STANDARD.get(name, "test"), []).append(name)
+        parts.setdefault(STANDARD.get(name, "test"), []).append(name)
     queries, qrels = {}, {}
     for name, old in parts.items():
         try:
@@ -385,6 +404,13 @@ def _only(folder: Path, *names: str, problems: Problems) -> Path | None:
     for other in found[1:]:
         problems.add(other, 0, f"{found[0].name} exists, too; keep one of them")
     return found[0] if found else None
+
+
+def _warn_of_others(folder: Path, pattern: str) -> None:
+    """Warn of files of sets (``pattern`` has the set's name as its group) with unknown names."""
+    for path in visible(folder):
+        if (found := re.match(pattern, path.name)) and found[1] not in STANDARD:
+            warnings.warn(f"{path} is not read; known sets are {_KNOWN}", stacklevel=4)
 
 
 def _some(texts: Texts | None, wanted: Container[str]) -> Texts:

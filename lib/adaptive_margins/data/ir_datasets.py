@@ -9,7 +9,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from adaptive_margins.data.collection import Collection, Rows, Texts, Triple, read_texts
+from adaptive_margins.data.collection import (
+    SETS,
+    STANDARD,
+    Collection,
+    Rows,
+    Texts,
+    Triple,
+    read_texts,
+)
 from adaptive_margins.data.folder import one_line, warn
 from adaptive_margins.data.text import DataError, Problems
 from adaptive_margins.data.trec import Qrels, known_judgements
@@ -18,11 +26,6 @@ from adaptive_margins.progress import bar
 ACCEPT_VARIABLE = "ADAPTIVE_MARGINS_ACCEPT_LICENCE"
 MAX_TRIPLES = 1_000_000
 """Most triples that `read_collection` takes; MS MARCO has 270 million."""
-_SETS = {
-    "train": ("train",),
-    "validation": ("dev", "validation", "valid", "val"),
-    "test": ("test",),
-}
 _T = TypeVar("_T")
 
 
@@ -83,11 +86,11 @@ def read_collection(source: str) -> Collection:
 def _sets_around(source: str) -> dict[str, str]:
     """Set → ir_datasets id."""
     base, _, last = source.rpartition("/")
-    if not any(last in members for members in _SETS.values()):
+    if last not in STANDARD:
         base = source
     passages = handler_of(find_dataset("passages", source), "docs_handler")
     sets: dict[str, str] = {}
-    for name, members in _SETS.items():
+    for name, members in SETS.items():
         for identifier in (f"{base}/{member}" for member in members):
             if name not in sets and _is_judged(identifier):
                 # Siblings may have other passages with the same docids (those of LoTTE do).

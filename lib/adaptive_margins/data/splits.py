@@ -6,11 +6,10 @@ import dataclasses
 import random
 from collections import Counter
 
-from adaptive_margins.data.collection import Collection, Texts
+from adaptive_margins.data.collection import SETS, Collection, Texts
 from adaptive_margins.data.text import DataError
 from adaptive_margins.data.trec import Qrels
 
-SETS = ("train", "validation", "test")
 MOST_VALIDATION = 300
 """Most queries that `split_queries` takes for "validation"."""
 MOST_TEST = 1000

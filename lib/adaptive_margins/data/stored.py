@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from adaptive_margins.data.collection import Texts, Triple
+from adaptive_margins.data.collection import Texts, Triple, id_fault
 from adaptive_margins.data.text import DataError, Problems
 from adaptive_margins.files import atomic_file
 from adaptive_margins.progress import bar
@@ -88,14 +88,12 @@ class StoredTexts(Texts):
         DataError: the file is missing, damaged, or has other columns.
     """
 
-    path: Path
     ids: _Strings
     texts: _Strings
 
     def __init__(self, path: Path) -> None:
         table = _mapped(path, _TEXTS)
         # As frozen dataclasses set their fields.
-        object.__setattr__(self, "path", path)
         object.__setattr__(self, "ids", _Strings(table["id"]))
         object.__setattr__(self, "texts", _Strings(table["text"]))
 
@@ -127,10 +125,8 @@ def write_texts(
     def checked() -> Iterator[tuple[str, str]]:
         listed = bar(f"writing {what}", pairs, total=expected, unit="texts")
         for number, (identifier, text) in enumerate(listed, start=1):
-            fault = ""
-            if identifier.split() != [identifier]:
-                fault = f"id {identifier!r} is empty or has white space"
-            elif not isinstance(text, str):
+            fault = id_fault(identifier)
+            if not isinstance(text, str):
                 fault = f"expected a text, not {text!r}"
             if fault:
                 raise DataError(f"{what}, number {number}: {fault}")
@@ -249,8 +245,6 @@ def first_per_query(queries: np.ndarray, count: int) -> np.ndarray:
     ``queries`` is the (N,) column of query rows. The authors' released code selects its triples
     this way (count 128). Takes about 24 bytes a row.
     """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, not {count}")
     order = np.argsort(queries, kind="stable")
     _, starts, sizes = np.unique(queries[order], return_index=True, return_counts=True)
     enough = starts[sizes >= count]

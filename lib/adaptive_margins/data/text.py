@@ -154,9 +154,13 @@ def read_records(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str
     if path.suffix == ".parquet":
         from pyarrow import ArrowException, parquet
 
+        number = 0
         try:
             batches = parquet.ParquetFile(path).iter_batches()
-            yield from enumerate((row for b in batches for row in b.to_pylist()), start=1)
+            for number, row in enumerate((row for b in batches for row in b.to_pylist()), start=1):
+                yield number, row
+            if not number:
+                problems.add(path, 0, "the file is empty")
         except (ArrowException, OSError, OverflowError, ValueError) as error:
             problems.add(path, 0, f"cannot be read as Parquet ({' '.join(str(error).split())})")
         return
@@ -168,9 +172,12 @@ def read_records(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deep")
-            blank = r"a blank line; remove such lines: sed -i '/^\s*$/d' FILE"
-            problems.add(path, number, f"not valid JSON ({reason if line.strip() else blank})")
+            reason = getattr(error, "msg", str(error))
+            if isinstance(error, RecursionError):
+                reason = "nested too deep"
+            elif not line.strip():
+                reason = r"a blank line; remove such lines: sed -i '/^\s*$/d' FILE"
+            problems.add(path, number, f"not valid JSON ({reason})")
             continue
         if isinstance(record, dict):
             yield number, record

@@ -366,8 +366,7 @@ def _record_lines(path: Path, problems: Problems) -> Iterator[tuple[int, str]]:
     for number, record in read_records(path, problems):
         names = ((name, name.replace("-", "_")) for name in _BEIR_HEADER)
         qid, docid, grade = (record.get(one, record.get(other, "")) for one, other in names)
-        whole = isinstance(grade, float) and grade.is_integer()
-        yield number, f"{qid}\t{docid}\t{int(grade) if whole else grade}"
+        yield number, f"{qid}\t{docid}\t{re.sub(r'[.]0+$', '', str(grade))}"
 
 
 def _no_judgement(line: str, cells: list[str], beir: bool) -> str:
