@@ -296,6 +296,21 @@ def test_two_processes_make_it_once(mini, into, tmp_path: Path, monkeypatch) -> 
     assert len(_finished(tmp_path)) == 1
 
 
+def test_other_settings_with_the_same_content_may_be_faster(
+    mini, into, tmp_path, monkeypatch
+) -> None:
+    move = msmarco._move
+
+    def late(work: Path, target: Path) -> None:
+        shutil.copytree(work, target)
+        move(work, target)
+
+    monkeypatch.setattr(msmarco, "_move", late)
+    made = into(mini)
+    assert _finished(tmp_path) == [made.fingerprint]
+    assert [path.name for path in (tmp_path / "work" / "key").iterdir()] == ["fingerprint"]
+
+
 def test_a_wrong_count_is_an_error(mini, into, tmp_path: Path) -> None:
     for name in ("passages", "train", "triples", "dl19"):
         right = mini.counts[name]

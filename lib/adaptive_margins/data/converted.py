@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -193,7 +192,6 @@ def _write(settings: IrDatasetsSettings, work: Path) -> str:
         pairs = ((doc.doc_id, doc.default_text()) for doc in docs)
         write_texts(path, pairs, what="passages", expected=counts.get("passages"))
     passages = StoredTexts(path)
-    check_count("passages", len(passages), counts.get("passages"))
 
     problems = Problems()
     queries: dict[str, Texts] = {}
@@ -206,7 +204,7 @@ def _write(settings: IrDatasetsSettings, work: Path) -> str:
         write_text(work / f"qrels.{name}.txt", qrels_text(qrels))
         if name != "train" and find_dataset(key, identifier).has("scoreddocs"):
             run = _candidates(key, identifier, queries[name], passages)
-            write_run(run, work / f"candidates.{name}.run.gz", identifier.replace(" ", "-"))
+            write_run(run, work / f"candidates.{name}.run.gz", identifier)
     _write_triples(settings, work / "triples.arrow", queries.get("train", Texts([], [])), passages)
     return _write_about(settings, work)
 
@@ -268,14 +266,11 @@ def _write_triples(
 ) -> None:
     expected, per_query = settings.counts.get("triples"), settings.triples_per_query
     every = path if per_query is None else path.with_name(".every-triple.arrow")
-    if not path.is_file() and not every.is_file():
+    if not every.is_file() and not path.is_file():
         records = read_records("triples", settings.triples, "docpairs") if settings.triples else ()
         what = f"{settings.triples} docpairs"
         write_triples(every, records, queries, passages, what=what, expected=expected)
-    if per_query is None:
-        check_count("triples", len(StoredTriples(path, queries, passages)), expected)
-        return
-    if not path.is_file():
+    if per_query is not None and not path.is_file():
         stored = StoredTriples(every, queries, passages)
         chosen = first_per_query(stored.column("query"), per_query)
         if not len(chosen):
@@ -283,16 +278,15 @@ def _write_triples(
                 f"{settings.triples}: no query has triples_per_query = {per_query} triples"
             )
         select_triples(path, stored, chosen)
-    every.unlink(missing_ok=True)
+    if every != path:
+        every.unlink(missing_ok=True)
 
 
 def _move(work: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         work.rename(target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:  # another file system
-            raise
+    except OSError:  # another file system, or another process has made it meanwhile
         with atomic_folder(target) as partial:
             shutil.copytree(work, partial, dirs_exist_ok=True)
         shutil.rmtree(work)
