@@ -125,6 +125,7 @@ BROKEN = [
     ("measures.selection", "AP", ["measures", "'AP'", "nDCG@10"]),
     ("measures.rerank", ["nDCG@10", "Hits@5"], ["measures", "'Hits@5'", "ir_measures"]),
     ("measures.full", ["R(rel=2)@51"], ["measures", "'R(rel=2)@51'", "full_depth of 51, not 50"]),
+    ("measures.full", ["nDCG(cutoff=None)"], ["measures", "'nDCG(cutoff=None)' is not a measure"]),
     ("sets.validation", "dev", ["'dev'", "validation, test1, test2"]),
     ("sets.tests", ["test1", "train"], ["'train'", "validation, test1, test2"]),
     ("collection.kind", "msmarco-v9", ["collection", "'msmarco-v9'", "'kind'", "'pydocs'"]),
@@ -276,6 +277,10 @@ def test_extending_in_a_circle(tmp_path):
     write(tmp_path, {"extends": "./a.yaml"}, "b.yaml")
     with pytest.raises(ProfileError, match=r"circle: .*a\.yaml → .*b\.yaml → .*a\.yaml"):
         load_profile(tmp_path / "a.yaml")
+    for name, base in (("c", "smoke"), ("d", "c.yaml")):
+        (tmp_path / f"{name}.yaml").write_text(f"extends: {base}\nnotes: &a {{notes: *a}}\n")
+    with pytest.raises(ProfileError, match=r"d\.yaml: an alias .* stands for what it is part of"):
+        load_profile(tmp_path / "d.yaml")
     folder = tmp_path / "x"
     folder.mkdir()
     write(folder, {"extends": "../x/a.yaml"}, "a.yaml")

@@ -143,9 +143,10 @@ class MeasureSettings(Settings):
         for notation in (*self.rerank, *self.full):
             try:
                 cutoff = ir_measures.parse_measure(notation).params.get("cutoff", 0)
+                too_deep = notation in self.full and cutoff > self.full_depth
             except (NameError, ValueError, TypeError) as error:
                 raise ValueError(f"{notation!r} is not a measure of ir_measures: {error}") from None
-            if notation in self.full and cutoff > self.full_depth:
+            if too_deep:
                 depth = self.full_depth
                 raise ValueError(f"{notation!r} needs a full_depth of {cutoff}, not {depth}")
         return self

@@ -65,13 +65,14 @@ def load_profile(profile: str | Path, **overrides: Any) -> Profile:
     Raises:
         ProfileError: names the file, each bad key, its value and what is allowed.
     """
-    source, values = _read(str(profile))
-    for dotted, value in overrides.items():
-        if value is not None:
-            for key in reversed(dotted.split("__")):
-                value = {key: value}
-            values = _merged(values, value)
+    source = str(profile)
     try:
+        source, values = _read(source)
+        for dotted, value in overrides.items():
+            if value is not None:
+                for key in reversed(dotted.split("__")):
+                    value = {key: value}
+                values = _merged(values, value)
         if fault := active(values):
             raise ProfileError(f"{source}: {fault}")
         return Profile.model_validate(values)
