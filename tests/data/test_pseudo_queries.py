@@ -198,25 +198,6 @@ def test_collection_has_disjoint_sets_and_passages_without_their_queries() -> No
     assert collection.sources == {"source": "1", "pseudo-queries": "title, first sentence, inverse cloze; seed 1"}  # fmt: skip
 
 
-def test_held_out_passages_are_always_cut() -> None:
-    many = Texts(
-        [str(n) for n in range(800)],
-        [" ".join(fact(5 * n + k) for k in range(4)) for n in range(800)],
-    )
-    collection = pseudo_collection(
-        many, "many", {}, None, count=500, test=200, validation=100, seed=1
-    )
-    uncut = {
-        name: sum(collection.queries[name][qid] in collection.passages[next(iter(judged))] for qid, judged in qrels.items())
-        for name, qrels in collection.qrels.items()
-    }  # fmt: skip
-    assert uncut["test"] == uncut["validation"] == 0
-    assert 8 < uncut["train"] < 45  # a tenth of 250
-    sources = {docid for qrels in collection.qrels.values() for j in qrels.values() for docid in j}
-    others = [docid for docid in many.ids if docid not in sources]
-    assert not others  # 800 were asked for
-
-
 def test_more_queries_to_train_on_leave_the_other_sets_and_passages_without_a_query_as_they_are() -> None:  # fmt: skip
     few, more = build(count=10), build(count=20)
     assert few.queries["test"] == build(count=10).queries["test"]
