@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 
@@ -188,6 +189,20 @@ def test_commands_that_log_are_accepted(tmp_path, monkeypatch):
                 cli.main()
             assert not end.value.code, line
     assert asked == [("tensorboard",), ("wandb",), ("mlflow",), ("trackio",)]
+
+
+def test_commands_on_pages_have_the_options_that_they_name():
+    commands = typer.main.get_command(cli.app).commands
+    options = {name: {o for p in c.params for o in p.opts} for name, c in commands.items()}
+    pages = [ROOT / "README.md", *(ROOT / "book").glob("*.md"), *(ROOT / "examples").glob("*.py")]
+    found = 0
+    for page in pages:
+        text = page.read_text("utf-8").replace("\\\n", " ")
+        for name, rest in re.findall(r"adaptive-margins ([a-z-]+)([^\n`]*)", text):
+            found += 1
+            unknown = {*re.findall(r"\s(--[a-z-]+)", rest)} - options[name]
+            assert not unknown, f"{page.name}: {name} {unknown}"
+    assert found > 40
 
 
 # ---- the page ------------------------------------------------------------------------------------
