@@ -340,7 +340,7 @@ def test_the_figure_shows_sorted_differences_with_mean_interval_and_margin():
 
 
 def test_nothing_of_the_figure_is_cut_off():
-    long = "a very long name of a run, longer than a panel"
+    long = "a very long name of a run, longer than a $panel^$"  # which is no formula
     figure = per_query_figure(compare_runs(QRELS, {long: RUNS["good"], "b": RUNS["bad"]}))
     figure.savefig(io.BytesIO(), format="png", dpi=50)
     for axis in figure.axes:

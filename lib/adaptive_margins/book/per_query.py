@@ -62,7 +62,8 @@ def _panel(axis: Axes, pair: Mapping[str, Any], found: Mapping[str, Any]) -> Non
     axis.axhline(pair["difference"], color="black", linewidth=1.2, gid="mean")
     axis.set_xlim(0.5, count + 0.5)
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axis.set_title(f"{_short(pair['a'])} − {_short(pair['b'])}\n{pair['verdict']}")
+    title = f"{_short(pair['a'])} − {_short(pair['b'])}\n{pair['verdict']}"
+    axis.set_title(title, parse_math=False)  # $ in a name is no formula
     up, down = int((differences > 0).sum()), int((differences < 0).sum())
     axis.set_xlabel(f"{up:,} queries above 0, {down:,} below, {count - up - down:,} equal")
 
