@@ -134,13 +134,12 @@ class Experiments:
     def figure3_runs(self) -> list[TrainingRun]:
         """Static targets: ε × in-batch × encoders, with the further seeds."""
         s = self.profile.static
-        first = self.profile.seed if s.seed is None else s.seed
         return [
             self.static_run(e, target, in_batch, seed)
             for e in self.profile.encoders
             if e not in s.tuned
             for in_batch in (False, True)
-            for seed in dict.fromkeys([first, *s.seeds.get(e, ())])
+            for seed in self.profile.static_seeds(e)
             for target in s.targets
         ]
 

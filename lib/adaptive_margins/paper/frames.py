@@ -102,7 +102,8 @@ def figure3(opened: Opened, encoder: str | None = None) -> pd.DataFrame:
             rows.append((*key, *facts, run.run_id, start.run_id))
     frame = pd.DataFrame(rows, columns=_FIGURE3.split())
     highest = _is_first_maximum(frame, ["encoder", "in_batch", "seed", "measure"])
-    frame["maximum"] = highest & (frame["seed"] == opened.profile.seed)
+    first, *_ = opened.profile.static_seeds(opened.profile.reference_encoder)  # of all encoders
+    frame["maximum"] = highest & (frame["seed"] == first)
     return frame
 
 

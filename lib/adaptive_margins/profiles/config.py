@@ -381,6 +381,12 @@ class Profile(Settings):
                 raise ValueError(f"sets names {name!r}; the collection has {', '.join(known)}")
         return self
 
+    def static_seeds(self, encoder: str) -> tuple[int, ...]:
+        """Seeds of an encoder's points in Figure 3; the first is that of its line and its ε."""
+        s = self.static
+        first = self.seed if s.seed is None else s.seed
+        return tuple(dict.fromkeys([first, *s.seeds.get(encoder, ())]))
+
     def row_seeds(self, encoder: str) -> tuple[int, ...]:
         """Seeds of an encoder's rows in Tables 3 and 4."""
         s = self.comparison
