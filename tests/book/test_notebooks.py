@@ -12,17 +12,19 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
 import pytest
 
 import warm
+from adaptive_margins.book import context
 from adaptive_margins.book.claims import CHAPTERS, rules
 from adaptive_margins.book.context import PARAMETERS, ParameterError, check_parameters
 from adaptive_margins.book.execute import parameter_defaults
 from adaptive_margins.book.pages import OWN
-from adaptive_margins.profiles.load import ProfileError
+from adaptive_margins.profiles.load import ProfileError, load_profile
 from conftest import linked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,6 +104,35 @@ def test_good_parameters_pass_and_text_that_looks_like_a_number_has_a_way_out():
         check_parameters(values)
     with pytest.raises(ParameterError, match="2024 as text with -r"):
         check_parameters({"source": 2024})
+
+
+def set_up(profile: str, **values) -> dict[str, str]:
+    """Parts of the set-up with a collection that has two queries, of which one is judged."""
+    sets = ("validation", "TREC-DL19", "TREC-DL20")
+    some = {"name": "C", "passages": [], "triples": []}
+    some["queries"] = {name: ["q1", "q2"] for name in sets}
+    some["qrels"] = {name: {"q1": {"d": 1}} for name in sets}
+    inputs = SimpleNamespace(collection=SimpleNamespace(**some))
+    made = SimpleNamespace(profile=load_profile(profile, **values), inputs=inputs)
+    return context.setup(made).data["Here"].to_dict()
+
+
+def test_the_set_up_has_what_the_runs_have():
+    found = set_up("released", static__seeds={"mpnet": [2]})
+    assert "MPNet with seeds 166613, 2" in found["Static"]
+    assert found["Tuning"] == "TREC-DL19, 1 judged queries"
+    found = set_up("paper-night")
+    assert found["Static"] == "distilBERT: ε = 0.2, in-batch 0.2"
+    assert "static in-batch: 2,240,000 triples" in found["Comparison"]
+
+
+def test_links_lead_to_the_files(tmp_path):
+    frame = pd.DataFrame({"a": [1]})
+    for folder, link in (
+        (tmp_path / "my data", "my%20data/x.csv)"),
+        (tmp_path / "_executed" / ".data-01", "(../book/_executed/data/x.csv)"),
+    ):
+        assert link in context.save(folder, x=frame).data and (folder / "x.csv").is_file()
 
 
 def test_unknown_profile_in_the_first_cell():

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import pandas as pd
 from IPython.display import Markdown
@@ -103,12 +104,17 @@ def _setup(reproduction: Reproduction) -> dict[str, str]:
     t, s, comparison = p.training, p.static, p.comparison
     stopping = comparison.validation or p.sets.validation
     listed = "passages of BM25" if p.candidates.source == "bm25" else "official BM25 candidates"
-    seeds = _seeded({e: dict.fromkeys([p.seed, *more]) for e, more in s.seeds.items()})
-    goes_on = "" if comparison.stop_early else "; training goes on, for the rest of the curve"
-    static = f"ε in {', '.join(f'{x:g}' for x in s.targets)}; {s.triples:,} triples per run"
+    seeds = _seeded({e: p.static_seeds(e) for e in s.seeds})
+    kept = f"{comparison.keep} checkpoint"
+    kept += "" if comparison.stop_early else "; training goes on, for the rest of the curve"
+    static = [f"{encoder_label(e)}: ε = {a:g}, in-batch {b:g}" for e, (a, b) in s.tuned.items()]
+    if len(s.tuned) < len(p.encoders):
+        grid = f"ε in {', '.join(f'{x:g}' for x in s.targets)}; {s.triples:,} triples per run"
+        static.append(f"{grid}, batches of {s.batch_size}")
+    budgets = [f"{row}: {triples:,} triples" for row, triples in comparison.budgets.items()]
 
     def queries(names: Iterable[str]) -> str:
-        return "; ".join(f"{name}, {len(c.queries[name]):,} queries" for name in names)
+        return "; ".join(f"{name}, {len(c.qrels[name]):,} judged queries" for name in names)
 
     def measures(names: Iterable[str]) -> str:
         return ", ".join(map(measure_label, names))
@@ -127,7 +133,7 @@ def _setup(reproduction: Reproduction) -> dict[str, str]:
         f" {measures(p.measures.rerank)}",
         "full": "every passage is ranked, by a FAISS index sized for the collection and exact"
         f" re-ranking, to depth {p.measures.full_depth}; {measures(p.measures.full)}",
-        "static": "; ".join([f"{static}, batches of {s.batch_size}", *seeds]) + _own(s),
+        "static": "; ".join([*static, *seeds]) + _own(s),
         "adaptive": _curve(p.adaptive, p.adaptive.batch_sizes[:1]),
         "distributed": _curve(p.distributed, p.distributed.batch_sizes),
         "target_plot": f"rolling mean over {p.target_plot.window} batches, "
@@ -135,7 +141,7 @@ def _setup(reproduction: Reproduction) -> dict[str, str]:
         "comparison": f"{_curve(comparison, comparison.batch_sizes[:1])}, decay γ ="
         f" {comparison.decay:g} per step; early stopping after {comparison.patience} evaluations"
         f" without a gain in {measure_label(p.measures.selection)} on {stopping};"
-        f" {'; '.join([f'{comparison.keep} checkpoint{goes_on}', *_seeded(comparison.seeds)])}",
+        f" {'; '.join([kept, *budgets, *_seeded(comparison.seeds)])}",
         "reference": f"{encoder_label(p.reference_encoder)}; † against the underlined run",
     }
 
@@ -171,14 +177,17 @@ def _rate(value: float | str) -> str:
 
 def save(data_folder: str | Path, **frames: pd.DataFrame) -> Markdown:
     """Write frames to ``data_folder/NAME.csv``, unless the folder's name is empty; return links to
-    them.
+    them. What the build writes to a folder in ``_executed`` is moved to ``_executed/data``.
     """
     if not data_folder:
         return Markdown("*With a `data_folder`, the data are written there as CSV.*")
-    Path(data_folder).mkdir(parents=True, exist_ok=True)
+    folder = Path(data_folder)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, data in frames.items():
-        data.to_csv(Path(data_folder) / f"{name}.csv", index=False)
-    links = ", ".join(f"[{name}.csv](../book/_executed/data/{name}.csv)" for name in frames)
+        data.to_csv(folder / f"{name}.csv", index=False)
+    built = folder.parent.name == "_executed"
+    place = "../book/_executed/data" if built else quote(folder.as_posix())
+    links = ", ".join(f"[{name}.csv]({place}/{name}.csv)" for name in frames)
     return Markdown(
         f"Data: {links}. Rows of stored runs have the ids of these, which are listed in"
         " [Provenance](../book/_executed/provenance.md) and can be"

@@ -102,12 +102,12 @@ def _note(reproduction: Reproduction, data: pd.DataFrame) -> str:
         )
     rows = [measure_label(measure) for measure in data["measure"].unique()]
     places = ["Upper row", "lower row"] if len(rows) == 2 else ["Row"] * len(rows)
-    queries = len(reproduction.inputs.collection.queries[p.sets.validation])
+    queries = len(reproduction.inputs.collection.qrels[p.sets.validation])
     seeds = ", ".join(map(str, sorted(data["seed"].unique())))
     small = "" if data["seed"].nunique() == 1 else " (small marks: the others)"
     return (
         "; ".join(f"{place}: {row}" for place, row in zip(places, rows, strict=True))
-        + f". {queries:,} queries of {p.sets.validation}, {p.candidates.depth:,} candidates"
+        + f". {queries:,} judged queries of {p.sets.validation}, {p.candidates.depth:,} candidates"
         f" reranked, seed {seeds}{small}. Bands: 95 % confidence intervals of the gain over the"
         " zero-shot encoder, paired over the queries."
     )
