@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from adaptive_margins import paper
-from adaptive_margins.book import claims, edition
+from adaptive_margins.book import claims, edition, pages
+from adaptive_margins.profiles.load import load_profile
 from conftest import linked
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -56,7 +57,7 @@ def test_every_score_of_every_run_is_there(smoke, exported):
 
 
 def test_frames_claims_and_rankings_are_those_of_the_profile(smoke, exported):
-    found = edition.read("smoke", exported)
+    found = edition.read(exported)
     assert set(found) == {*script.FRAMES, "convergence", "equivalence", "claims"}
     for name in script.FRAMES:
         assert len(found[name]) == len(getattr(smoke, name)())
@@ -71,6 +72,16 @@ def test_frames_claims_and_rankings_are_those_of_the_profile(smoke, exported):
     assert max(pd.Series([qid for qid, *_ in short]).value_counts()) == 20
     about = json.loads((exported / "about.json").read_text())
     assert about["profile"]["name"] == "smoke" and "--profile smoke" in about["command"]
+
+
+def test_committed_results_decide_for_the_quick_profile_alone(tmp_path):
+    long = edition.committed("laptop")["claims"]
+    assert edition.committed("laptop-long") == {} == edition.committed("smoke")
+    long.assign(outcome="not decided").to_csv(tmp_path / "claims_1.csv", index=False)
+    own = pages.tested(load_profile("laptop-long"), tmp_path)["claims.md"]
+    assert own.count("**not decided**") == len(long)
+    quick = pages.tested(load_profile("laptop"), tmp_path)["claims.md"]
+    assert "quick run of this machine" in quick and quick.count("**supported**") > 1
 
 
 def test_an_unfinished_profile_is_not_exported(smoke, tmp_path):

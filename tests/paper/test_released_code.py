@@ -386,7 +386,7 @@ def test_summary_is_json_and_the_same_from_the_csv_files(frames, tmp_path):
     assert json.loads(text) == summary
     for name, frame in frames.items():
         frame.to_csv(tmp_path / f"{name}.csv", index=False)
-    assert report.summary(read("smoke", tmp_path), machine, "2026-01-31", "smoke") == summary
+    assert report.summary(read(tmp_path), machine, "2026-01-31", "smoke") == summary
     incomplete = {name: frame for name, frame in frames.items() if name != "optimism"}
     with pytest.raises(KeyError, match="optimism"):
         report.summary(incomplete, machine, "2026-01-31", "smoke")

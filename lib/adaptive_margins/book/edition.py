@@ -1,4 +1,4 @@
-"""Committed results of a long profile, which the book of any machine shows.
+"""Committed results of a long profile, which the book of a quick one shows.
 
 ``benchmarks/export_edition.py`` writes them: a frame per CSV file, ``claims.csv`` among them.
 """
@@ -19,8 +19,14 @@ def place(profile: str) -> Path:
     return BOOK / LONG.get(profile, profile).replace("-", "_")
 
 
-def read(profile: str, folder: Path | None = None) -> dict[str, pd.DataFrame]:
-    """The committed frames for a profile, by name; none if there are none."""
-    files = sorted((folder or place(profile)).glob("*.csv"))
-    texts = {"section": str, "run_id": str, "reference_run_id": str}
-    return {file.stem: pd.read_csv(file, dtype=texts) for file in files}
+def committed(profile: str) -> dict[str, pd.DataFrame]:
+    """The committed frames that decide a profile's claims, by name; none if there are none, or if
+    the profile is the long one itself.
+    """
+    return read(place(profile)) if profile in LONG else {}
+
+
+def read(folder: Path) -> dict[str, pd.DataFrame]:
+    """The frames in a folder, by name."""
+    texts = dict.fromkeys(("section", "paper", "run_id", "reference_run_id"), str)
+    return {file.stem: pd.read_csv(file, dtype=texts) for file in sorted(folder.glob("*.csv"))}

@@ -63,7 +63,7 @@ def texts(home: Path, profile: Profile, receipts: Receipts, summary: Path) -> di
         "provenance.md": provenance(profile, receipts, runs),
     }
     if LONG in receipts:
-        frames, receipt = edition.read(profile.name, folder / "data"), receipts[LONG]
+        frames, receipt = edition.read(folder / "data"), receipts[LONG]
         about = receipt["machine"], receipt["finished"], profile.name
         written = released_code.summary(frames, *about)
         found[SUMMARY] = json.dumps(written, indent=1, ensure_ascii=False) + "\n"
@@ -109,18 +109,17 @@ def cover(profile: Profile, table4: Path | None) -> str:
     return render("cover.md", profile=profile, scores=scores.reset_index())
 
 
-def tested(profile: Profile, data: Path, committed: Path | None = None) -> dict[str, str]:
+def tested(profile: Profile, data: Path) -> dict[str, str]:
     """``answer.md``, ``claims.md`` and two ``.svg`` for the front page; from ``data/claims_*.csv``.
 
-    Committed results (`edition`) decide, if there are any.
+    Committed results of a longer profile (`edition`) decide, if there are any.
     """
     found = {}
-    if long := edition.read(profile.name, committed):
-        found[edition.LONG.get(profile.name, profile.name)] = long["claims"]
-    files = sorted(data.glob("claims_*.csv"))
-    if files:
-        here = pd.concat(pd.read_csv(file, dtype={"section": str}) for file in files)
-        found.setdefault(profile.name, here)
+    if long := edition.committed(profile.name):
+        found[edition.LONG[profile.name]] = long["claims"]
+    here = [frame for name, frame in edition.read(data).items() if name.startswith("claims_")]
+    if here:
+        found[profile.name] = pd.concat(here)
     values = {"profiles": list(found), "long": edition.LONG.get(profile.name, "")}
     rows = claims.overview(found) if found else []
     answers = claims.answers(found) if found else []
