@@ -20,7 +20,12 @@ from adaptive_margins import device
 from adaptive_margins.book import build as build_module
 from adaptive_margins.book import pages
 from adaptive_margins.book.build import BuildError, Site, build, select
-from adaptive_margins.book.execute import NotebookError, execute, parameter_defaults
+from adaptive_margins.book.execute import (
+    NotebookError,
+    check_parameters,
+    execute,
+    parameter_defaults,
+)
 from adaptive_margins.files import WriteError, locked
 from adaptive_margins.profiles.load import load_profile
 from conftest import run_config
@@ -115,6 +120,12 @@ def test_a_finished_notebook_is_left_alone_until_something_changes(site, tmp_pat
         lambda: site.receipt(first).write_text(text[: len(text) // 2]),
         lambda: site.receipt(first).write_text(text),
     )
+    external = site.home / "supplied" / "test1" / "theirs.run"
+    external.parent.mkdir(parents=True)
+    external.write_text("q1 Q0 d1 1 2.0 x\n")
+    assert site.finished(first) is None
+    external.unlink()
+    assert site.finished(first) is not None
     assert Site(site.home, "laptop").finished(first) is None
 
 
@@ -221,7 +232,7 @@ def test_an_unknown_parameter_names_those_there_are(tmp_path):
     notebook = write_notebook(tmp_path / "01_a.ipynb", parameters='profile: str = "x"\nsteps = -1')
     assert parameter_defaults(notebook) == {"profile": "x", "steps": -1}
     with pytest.raises(NotebookError, match="has no parameter step; it has profile, steps"):
-        execute(notebook, tmp_path / "out.ipynb", {"step": 3}, cwd=tmp_path)
+        check_parameters(notebook, {"step": 3})
     (tmp_path / "02_b.ipynb").write_text(notebook.read_text()[:50])
     with pytest.raises(NotebookError, match=r"02_b\.ipynb is not a notebook"):
         parameter_defaults(tmp_path / "02_b.ipynb")

@@ -166,12 +166,14 @@ class Site:
     def key(self, notebook: Path) -> dict[str, Any]:
         """Inputs that determine an executed notebook, apart from results of runs."""
         about = edition.place(self.profile) / "about.json"
-        path = Path(self.profile)  # the packaged profiles are part of the library's hash
+        settings = load_profile(self.profile).model_dump_json()
+        supplied = [p for p in sorted((self.home / "supplied").rglob("*")) if p.is_file()]
         return {
             "notebook": file_sha256(notebook),
-            "profile": [self.profile, file_sha256(path) if path.suffix and path.is_file() else ""],
+            "profile": [self.profile, hashlib.sha256(settings.encode()).hexdigest()],
             "library": library_hash(),
             "edition": file_sha256(about) if about.is_file() else "",
+            "supplied": {str(p.relative_to(self.home)): file_sha256(p) for p in supplied},
             "versions": pages.versions(),
         }
 
@@ -383,7 +385,7 @@ def library_hash() -> str:
     """Hash of the library's files, as far as they can change a page."""
     digest = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*")):
-        if file.suffix in (".py", ".yaml", ".csv", ".md", ".html"):
+        if file.suffix in (".py", ".yaml", ".csv", ".md", ".html", ".mplstyle"):
             digest.update(f"{file.relative_to(_PACKAGE)} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
 

@@ -101,7 +101,6 @@ def execute(
     ``replacements`` are texts to replace throughout the page. The same by hand: ``papermill
     NOTEBOOK OUT.ipynb -k python3 --start-timeout 300 -p NAME VALUE``.
     """
-    check_parameters(notebook, parameters)
     page.parent.mkdir(parents=True, exist_ok=True)
     running, failed = (page.with_name(f"{page.stem}.{s}.ipynb") for s in ("running", "failed"))
     for old in (running, failed):
