@@ -27,7 +27,7 @@ DRAW = {
     "figure3": lambda: figures.figure3(frames.figure3(), references={frames.NDCG: 0.487}),
     "figure4": lambda: figures.figure4(frames.figure4(), references=REFERENCES),
     "figure5": lambda: figures.figure5(frames.figure5(), references=REFERENCES),
-    "figure6": lambda: figures.figure6(frames.figure6(encoders=PAPER, sizes=(64, 128), steps=60_000)),
+    "figure6": lambda: figures.figure6(frames.figure6(encoders=PAPER, sizes=(128,), steps=60_000)),
 }  # fmt: skip
 
 

@@ -52,8 +52,7 @@ def figure3(data: pd.DataFrame, *, references: References = None) -> Figure:
     line with its band is that of the seed with the maximum; other seeds are small marks, collapsed
     runs crosses. Raises ValueError on a curve without exactly one maximum.
     """
-    columns = {side: title for side, title in IN_BATCH.items() if side in set(data["in_batch"])}
-    figure = _panels(data, "target", "in_batch", columns, "static target ε", references)
+    figure = _panels(data, "target", "in_batch", _sides(data), "static target ε", references)
     figure.axes[0].xaxis.set_major_locator(MultipleLocator(0.2))
     return figure
 
@@ -64,8 +63,7 @@ def figure4(data: pd.DataFrame, *, references: References = None) -> Figure:
     ``data`` is the frame of ``Reproduction.figure4``, one row an evaluation and measure, with one
     batch size. Raises ValueError as `figure3`.
     """
-    columns = {side: title for side, title in IN_BATCH.items() if side in set(data["in_batch"])}
-    return _learning_curves(data, "in_batch", columns, references)
+    return _learning_curves(data, "in_batch", _sides(data), references)
 
 
 def figure5(data: pd.DataFrame, *, references: References = None) -> Figure:
@@ -81,40 +79,30 @@ def figure6(data: pd.DataFrame, *, published: float | None = None) -> Figure:
     """Mean, maximum and minimum of raw φ(d⁺, d⁻) over a batch, during training (Section 5.3).
 
     ``data`` is the frame of ``Reproduction.figure6``, one row a step and part: part is "all", or
-    "first" and "last"; mean, min and max in [-1, 1], smoothed. Columns are encoders, rows batch
-    sizes; first and last span stand side by side on a broken axis. The axis on the right is the
-    target T = (1 + φ) / 2. ``published`` is the mean to which the paper's batches settle, a hollow
-    mark at the end.
+    "first" and "last"; mean, min and max in [-1, 1], smoothed. Columns are encoders; first and last
+    span stand side by side on a broken axis. The axis on the right is the target T = (1 + φ) / 2.
+    ``published`` is the mean to which the paper's batches settle, a hollow mark at the end.
     """
-    encoders, sizes = data["encoder"].unique(), sorted(data["batch_size"].unique())
-    parts = [part for part in ("all", "first", "last") if part in set(data["part"])]
+    encoders = data["encoder"].unique()
     with drawing():
-        places, height = edges(len(sizes), left=0.75, right=0.75, panel=2.0, between=0.2)
+        places, height = edges(1, left=0.75, right=0.75, panel=2.0, between=0.2)
         figure = plt.figure(figsize=(WIDTH, height))
-        grid = figure.add_gridspec(len(sizes), len(encoders), wspace=0.12, **places)
-        for (row, size), (column, encoder) in product(enumerate(sizes), enumerate(encoders)):
-            rows = data[(data["encoder"] == encoder) & (data["batch_size"] == size)]
-            axes = _broken_panel(figure, grid[row, column], rows, parts, encoder, size)
-            if column == 0:
-                batch = f", batch size {size}" if len(sizes) > 1 else ""
-                axes[0].set_ylabel(f"φ(d⁺, d⁻){batch}")
-                axes[0].tick_params(axis="y", left=True, labelleft=True)
+        grid = figure.add_gridspec(1, len(encoders), wspace=0.12, **places)
+        for column, encoder in enumerate(encoders):
+            axes = _broken_panel(figure, grid[column], data[data["encoder"] == encoder], column)
             if published is not None:
                 hollow = {"color": GREY, "markerfacecolor": "white", "markersize": 7, "zorder": 5}
                 at = axes[-1].get_yaxis_transform()
                 axes[-1].plot(0.94, published, "D", transform=at, gid="published", **hollow)
-            for axis in axes:
-                _mark(axis, column)
-                axis.tick_params(axis="x", length=0, labelbottom=row == len(sizes) - 1)
-            if row == 0:
-                box = grid[row, column].get_position(figure)
-                middle, color = (box.x0 + box.x1) / 2, style(encoder).text
-                top = 1 - 0.06 / height
-                look = {"ha": "center", "va": "top", "color": color, "gid": f"column-{column}"}
-                figure.text(middle, top, encoder_label(encoder), **look)
+            box = grid[column].get_position(figure)
+            look = {"ha": "center", "va": "top", "color": style(encoder).text}
+            look["gid"] = f"column-{column}"
+            middle, top = (box.x0 + box.x1) / 2, 1 - 0.06 / height
+            figure.text(middle, top, encoder_label(encoder), **look)
         _room(figure.axes, 0.1)
-        for axis in figure.axes[len(parts) * len(encoders) - 1 :: len(parts) * len(encoders)]:
-            _target_axis(axis)
+        figure.axes[0].set_ylabel("φ(d⁺, d⁻)")
+        figure.axes[0].tick_params(axis="y", left=True, labelleft=True)
+        _target_axis(figure.axes[-1])
         below: dict[str, Any] = {"va": "bottom", "fontsize": 9, "gid": "xlabel"}
         figure.supxlabel("training step", x=0.5, y=0.06 / height, **below)
     return figure
@@ -129,7 +117,7 @@ def convergence(data: pd.DataFrame) -> Figure:
     a maximum at the end.
     """
     encoders = data["encoder"].unique()
-    sides = {side: title for side, title in IN_BATCH.items() if side in set(data["in_batch"])}
+    sides = _sides(data)
     looks = dict(
         zip(data["loss"].unique(), cycle(zip("osD^vPX", LOSSES, strict=True)), strict=False)
     )
@@ -164,6 +152,11 @@ def _seeds(axis: Axes, by_triples: Any, loss: str, marker: str, color: str) -> N
     face = "white" if best == band.index[-1] else color
     look = {"marker": marker, "markerfacecolor": face, "markersize": 6, "gid": f"maximum {loss}"}
     axis.plot([best], [band["mean"][best]], color=color, linestyle="", **look)
+
+
+def _sides(data: pd.DataFrame) -> dict[bool, str]:
+    """Those of `IN_BATCH` that a frame has."""
+    return {side: title for side, title in IN_BATCH.items() if side in set(data["in_batch"])}
 
 
 @contextmanager
@@ -342,28 +335,21 @@ def _starts(axis: Axes, panel: pd.DataFrame) -> list[End]:
 # --- Figure 6 -------------------------------------------------------------------------------------
 
 
-def _broken_panel(
-    figure: Figure,
-    cell: SubplotSpec,
-    data: pd.DataFrame,
-    parts: Sequence[str],
-    encoder: str,
-    size: int,
-) -> list[Axes]:
-    """One encoder and batch size: an axis for each part."""
+def _broken_panel(figure: Figure, cell: SubplotSpec, data: pd.DataFrame, column: int) -> list[Axes]:
+    """One encoder: an axis for each part."""
+    parts = list(data.groupby("part", sort=False))
     inner = cell.subgridspec(1, len(parts), wspace=0.08)
-    shared = figure.axes[0] if figure.axes else None
-    axes = []
-    for position, part in enumerate(parts):
+    for position, (part, rows) in enumerate(parts):
+        shared = figure.axes[0] if figure.axes else None
         axis = figure.add_subplot(inner[position], sharey=shared)
-        shared = shared or axis
+        _mark(axis, column)
+        encoder, size = rows[["encoder", "batch_size"]].iloc[0]
         axis.set_label(f"{encoder} | {size} | {part}")
         axis.tick_params(axis="y", left=False, labelleft=False)
-        rows = data[data["part"] == part].sort_values("step")
+        axis.tick_params(axis="x", length=0)
         _distribution(axis, rows, encoder)
         _broken(axis, rows["step"], position, len(parts))
-        axes.append(axis)
-    return axes
+    return figure.axes[-len(parts) :]
 
 
 def _distribution(axis: Axes, rows: pd.DataFrame, encoder: str) -> None:

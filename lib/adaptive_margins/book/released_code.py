@@ -25,17 +25,8 @@ from adaptive_margins.book.render import render
 from adaptive_margins.book.style import SMALL, measure_label, score, signed
 from adaptive_margins.paper.released_statistics import SUMMARY, summarise
 
-BLOCKS = {
-    "orientation": "Which query's margin stands in which row",
-    "stop_gradient": "A gradient through the target, or not",
-    "ideal": "Where the ideal ranking of nDCG comes from",
-    "checkpoint": "The best checkpoint or the last",
-    "pooling": "[CLS] + Linear, [CLS], or the mean",
-    "probes": "How many lists of the index are searched",
-    "choice": "Choosing on a test set",
-}
-"""The blocks with comparisons, in the order of the chapter, with their headings."""
-FRAMES = (*BLOCKS, "optimism")
+BLOCKS = ["orientation", "stop_gradient", "ideal", "checkpoint", "pooling", "probes", "choice"]
+"""The blocks with comparisons, in the order of the chapter."""
 STYLES = {
     "better": ("#009e73", "^"),
     "worse": ("#d55e00", "v"),
@@ -201,7 +192,7 @@ def summary(
     """What the default book shows of the chapter, as JSON can hold it.
 
     Args:
-        frames: by the names in `FRAMES`.
+        frames: by the names in `BLOCKS`, and "optimism".
         machine: what it ran on, as `device.machine` returns it.
         date: of the run, as text.
         profile: its name.
