@@ -1,12 +1,20 @@
 """The push of the loss on passages against finite differences of naive terms, and where targets are
-met.
+met; the two drawings of Figure 2, and the script that computes the same.
 """
+
+import io
+import json
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 
 from adaptive_margins.book import loss_figures
+from adaptive_margins.losses import margins_and_targets
 
 REGIMES = [
     (0.5, False),
@@ -52,13 +60,16 @@ def test_push_is_the_negative_gradient_of_the_querys_terms(batch, target, in_bat
             moved[index] += sign * step
             ends.append(terms(q, moved[0], moved[1:], row, target, in_batch))
         slope[index] = (ends[0] - ends[1]) / (2 * step)
-    found = loss_figures.push(*batch, row, target=target, in_batch=in_batch)
-    for number, text in enumerate(texts):
-        after = text - step * slope[number]
-        for axis, anchor in enumerate((positive[row], q)):
-            assert found.places[number, axis] == pytest.approx(cosine(anchor, text))
-            change = (cosine(anchor, after) - cosine(anchor, text)) / step
-            assert found.shifts[number, axis] == pytest.approx(change, abs=1e-4)
+    settings = {"target": target, "in_batch": in_batch}
+    found = loss_figures.push(*batch, row, **settings)
+    other = loss_figures.push(*batch, row, **settings, anchors=batch[0][:2])
+    for pushed, anchors in ((found, (positive[row], q)), (other, query[:2])):
+        for number, text in enumerate(texts):
+            after = text - step * slope[number]
+            for axis, anchor in enumerate(anchors):
+                assert pushed.places[number, axis] == pytest.approx(cosine(anchor, text))
+                change = (cosine(anchor, after) - cosine(anchor, text)) / step
+                assert pushed.shifts[number, axis] == pytest.approx(change, abs=1e-4)
     if not in_batch and target != "distributed":
         others = [i for i in range(1, 5) if i != row + 1]
         assert np.abs(found.shifts[others]).max() < 1e-9  # only the query's triple counts
@@ -97,3 +108,63 @@ def test_controls_draw_again(batch):
         lambda epsilon: drawn.append(epsilon), epsilon=("FloatSlider", {"value": 0.5, "max": 1.0})
     )
     assert drawn == [0.5]
+
+
+def test_the_figure_draws_on_white_and_texts_do_not_overlap():
+    file = io.BytesIO()
+    figure = loss_figures.targets()
+    figure.savefig(file, format="png", dpi=100)
+    file.seek(0)
+    pixels = imread(file)
+    assert pixels.shape[1] == 700
+    assert (pixels[..., 3] == 1).all()
+    assert (pixels < 0.5).any()
+    # White to the border: nothing reaches it, where it would be cut off.
+    assert (np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]) == 1).all()
+    figure.canvas.draw()
+    for axes in figure.axes:
+        boxes = [(t.get_text(), t.get_window_extent()) for t in axes.texts if t.get_text()]
+        for i, (text, box) in enumerate(boxes):
+            for other, another in boxes[:i]:
+                assert not box.overlaps(another), f"{text!r} overlaps {other!r}"
+
+
+# --- the same with points to drag ---
+
+SCRIPT = Path(__file__).resolve().parents[2] / "book" / "_static" / "figure2.js"
+with_node = pytest.mark.skipif(not shutil.which("node"), reason="there is no node")
+
+
+def in_node(code: str, **values) -> list:
+    """The value of an expression over ``f``, the script's functions, and ``x``, the values."""
+    text = f"const f = require({json.dumps(str(SCRIPT))}), x = {json.dumps(values)};"
+    text += f"console.log(JSON.stringify({code}))"
+    done = subprocess.run(["node", "-e", text], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+@with_node
+def test_the_script_computes_margins_and_targets():
+    parts = torch.randn(3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    cases = [(0.3, False), (0.3, True), ("adaptive", False), ("adaptive", True), ("distributed", False)]  # fmt: skip
+    code = "x.cases.map(([target, inBatch]) => f.marginsAndTargets(...x.parts, target, inBatch))"
+    for found, (target, in_batch) in zip(in_node(code, parts=parts.tolist(), cases=cases), cases, strict=True):  # fmt: skip
+        expected = margins_and_targets(*parts, target=target, in_batch=in_batch)
+        for name, tensor in zip(("margins", "targets"), expected, strict=True):
+            values = np.array(found[name], dtype=float)
+            assert values.shape == tuple(tensor.shape)
+            np.testing.assert_allclose(values, tensor.numpy(), rtol=0, atol=1e-12)
+
+
+@with_node
+def test_the_script_draws_what_the_figure_draws():
+    angles, targets = [90, 66, 140, 48, -18], [0.5, "adaptive", "distributed"]
+    code = "x.targets.map(t => [f.terms(x.angles, t), [2, 3, 4].map(i => f.slope(x.angles, t, i))])"
+    radians = np.deg2rad(angles[2:])
+    tangents = np.stack([-np.sin(radians), np.cos(radians)], axis=1)
+    for (terms, slopes), target in zip(in_node(code, angles=angles, targets=targets), targets, strict=True):  # fmt: skip
+        drawn = loss_figures.scene(target)
+        levels = terms["similarity"] - np.array(terms["wanted"])
+        np.testing.assert_allclose(levels, drawn.levels.repeat(3 // len(drawn.levels)), atol=1e-12)
+        along = (drawn.shifts[1:] * tangents).sum(axis=1)
+        np.testing.assert_allclose(-np.array(slopes), along * len(slopes), atol=1e-6)
