@@ -18,7 +18,7 @@ from bs4 import BeautifulSoup
 
 import report_frames as frames
 from adaptive_margins.book import latex, published, tables
-from adaptive_margins.book.comparison import comparison
+from adaptive_margins.book.comparison import comparison, printed_beside
 from adaptive_margins.book.shown import commands, records
 from adaptive_margins.data.trec import write_run
 from adaptive_margins.evaluation.measures import evaluate
@@ -66,7 +66,7 @@ def text(cell) -> str:
 
 
 def shown(value: float) -> str:
-    return f"{value:.3f}".replace("-", "−")
+    return f"{value:z.3f}".replace("-", "−")
 
 
 def check_score(cell, row, underlined=False) -> None:
@@ -153,6 +153,8 @@ def test_table3_cells():
         assert seen.get_text() == f"{one['triples']:,}"
     note = soup.select_one("p.am-note").get_text()
     assert "for 4 comparisons" in note and "the 97.5% confidence interval" in note
+    given = tables.table3(frames.table3().assign(sweep_seconds=0.0), heading="")
+    assert not [cells for cells in rows(parse(given)[1]) if "*" in cells[-2].get_text()]
     printed = PAPER.tables[3].drop(columns="key").replace(r"\*\*", "", regex=True).replace("", "—")
     assert [[c.get_text() for c in cells] for cells in rows(theirs)] == printed.to_numpy().tolist()
     assert len(theirs.select("td strong")) == 12
@@ -327,6 +329,18 @@ def test_published_values_stand_beside_ours():
     _, ours, _ = parse(drawn("table4"))
     found = [[x.get_text() for x in tr.select(".am-printed")] for tr in ours.select("tbody tr")]
     assert found[0] == ["0.53", "0.66", "0.55", "0.74"] and found[-1] == []
+
+
+def test_published_values_of_a_student_are_those_of_its_sources():
+    row = frames.table4().iloc[[0]].assign(loss="MarginMSE", in_batch="✗", measure=NDCG)
+    for sampling, source, printed in (
+        ("TAS-B", "as Hofstätter et al.", "0.69"),
+        ("TAS-B, hard", "as Wang and Zuccon", "0.67"),
+        ("Rand.", "as Hofstätter et al., Wang and Zuccon", "0.68–0.69"),
+    ):
+        assert printed_beside(row.assign(sampling=sampling, source=source), 4) == [printed]
+    other = row.assign(measure="RR(rel=2)@10", sampling="TAS-B", source="as Hofstätter et al.")
+    assert printed_beside(other, 4) == [""]  # no recall
 
 
 def test_the_command_that_checks_computes_the_score(tmp_path):

@@ -15,6 +15,8 @@ TOLERANCE = 0.02
 """The largest difference, rounded to three decimals, that is called "within"."""
 SUPPLIED = "supplied: "
 """How the source of a supplied run begins; its name follows."""
+SAME = {3: ["model", "target", "in_batch"], 4: ["loss", "sampling", "in_batch", "of"]}
+"""Table → the columns that are equal in a row of this run and the same row of the paper."""
 
 
 def comparison(
@@ -41,31 +43,31 @@ def comparison(
         where nothing matches.
     """
     printed = printed_scores(table, data if supplied is None else supplied)
-    ours = data[data["value"].notna()]
-    if table == 3:
-        same = ["model", "target", "in_batch"]
-        model = [(models or {}).get(e) or encoder_label(e) for e in ours["encoder"]]
-        ours = ours.assign(model=model, in_batch=in_batch(ours))
-        printed["name"] = printed["model"] + ", " + printed["target"]
-    else:
-        same = ["loss", "sampling", "in_batch", "of"]
-        ours = ours[~ours["source"].astype(str).str.startswith(SUPPLIED)]
-        # Rows of MarginMSE name the sources whose configuration they have.
-        of = ours["source"].where(ours["source"].str.startswith("as "), "").str.removeprefix("as ")
-        sampling = ours["sampling"].str.split(",").str[0]
-        ours = ours.assign(of=of.str.split(", "), sampling=sampling).explode("of")
-        taught = printed["loss"] == "MarginMSE"
-        printed["of"] = printed["source"].where(taught, "")
-        printed["sampling"] = printed["sampling"].str.strip("_")
-        printed["name"] = printed["loss"] + (", " + printed["source"]).where(taught, "")
+    printed["name"] = printed["model"] if table == 3 else printed["loss"]
+    more = printed["target"] if table == 3 else printed["of"]
+    printed["name"] += (", " + more).where(more != "", "")
+    ours = _with_keys(data[data["value"].notna()], table, models or {})
     ours = ours.assign(plain=ours["measure"].map(level_free), ours=ours["value"])
-    ours = ours[[*same, "set", "plain", "measure", "ours", "run_id"]]
-    found = printed.drop(columns="measure").merge(ours, on=[*same, "set", "plain"])
+    ours = ours[[*SAME[table], "set", "plain", "measure", "ours", "run_id"]]
+    found = printed.drop(columns="measure").merge(ours, on=[*SAME[table], "set", "plain"])
     theirs = found["computed"].fillna(found["value"])
     difference = found["ours"] - theirs
     verdict = [_verdict(value) for value in difference]
     replaced = found["key"].where(found["computed"].notna(), "")
     return found.assign(published=theirs, difference=difference, verdict=verdict, supplied=replaced)
+
+
+def _with_keys(data: pd.DataFrame, table: int, models: Mapping[str, str]) -> pd.DataFrame:
+    """The rows of this run's Table 3 or 4 with the columns `SAME`; those of MarginMSE once for each
+    source whose configuration they have.
+    """
+    if table == 3:
+        model = [models.get(encoder) or encoder_label(encoder) for encoder in data["encoder"]]
+        return data.assign(model=model, in_batch=in_batch(data))
+    source = data["source"].astype(str)
+    data = data[~source.str.startswith(SUPPLIED)]
+    of = source.where(source.str.startswith("as "), "").str.removeprefix("as ").str.split(", ")
+    return data.assign(of=of, sampling=data["sampling"].str.split(",").str[0]).explode("of")
 
 
 def _verdict(difference: float) -> str:
@@ -82,6 +84,9 @@ def printed_scores(table: int, supplied: pd.DataFrame | None) -> pd.DataFrame:
     """
     scores = load().scores(table)
     scores["plain"] = scores["measure"].map(level_free)
+    if table == 4:
+        scores["of"] = scores["source"].where(scores["loss"] == "MarginMSE", "")
+        scores["sampling"] = scores["sampling"].str.strip("_")
     if supplied is None or "source" not in supplied:
         return scores.assign(computed=float("nan"), tested=False)
     runs = supplied[supplied["source"].astype(str).str.startswith(SUPPLIED)].dropna(subset="value")
@@ -98,29 +103,28 @@ def printed_scores(table: int, supplied: pd.DataFrame | None) -> pd.DataFrame:
 
 
 def printed_beside(data: pd.DataFrame, table: Literal[3, 4]) -> list[str]:
-    """What the paper prints for the row of each score, or the range over its encoders; "" for none.
+    """What the paper prints for the row of each score, or the range over its encoders (Table 3) and
+    sources (Table 4); "" for none.
 
     Query sets correspond by their order, nDCG and recall by their names whatever the cut-off.
     """
-    scores = load().scores(table)
-    sets = dict(zip(data["set"].unique(), scores["set"].unique(), strict=False))
-    ticked = in_batch(data) if table == 3 else data["in_batch"]
-    found = []
-    for row, tick in zip(data.to_dict("records"), ticked, strict=True):
-        same = scores["measure"].str.startswith(row["measure"][0]) & (scores["in_batch"] == tick)
-        same &= scores["set"] == sets.get(row["set"])
-        if table == 3:
-            same &= scores["target"] == row["target"]
-            model = scores["model"] == encoder_label(row["encoder"])
-            same &= model | (not model.any())
-        else:
-            sampling = str(row["sampling"]).split(",")[0]
-            same &= (scores["loss"] == row["loss"]) & (
-                scores["sampling"].str.strip("_") == sampling
-            )
-        ends = scores[same].sort_values("value")["printed"].iloc[[0, -1] if same.any() else []]
-        found.append("–".join(dict.fromkeys(ends)))
-    return found
+    printed = printed_scores(table, None)
+    sets = dict(zip(data["set"].unique(), printed["set"].unique(), strict=False))
+    ours = _with_keys(data.reset_index(drop=True), table, {})
+    if table == 3:
+        models = list(printed["model"].unique())
+        ours["model"] = [[model] if model in models else models for model in ours["model"]]
+        ours = ours.explode("model")
+    ours = ours.assign(set=ours["set"].map(sets), kind=_kind(ours), at=ours.index)
+    keys = [*SAME[table], "set", "kind"]
+    found = ours[[*keys, "at"]].merge(printed.assign(kind=_kind(printed)), on=keys)
+    texts = found.sort_values("value").groupby("at")["printed"]
+    ranges = texts.agg(lambda texts: "–".join(dict.fromkeys(texts.iloc[[0, -1]])))
+    return ranges.reindex(range(len(data)), fill_value="").tolist()
+
+
+def _kind(scores: pd.DataFrame) -> pd.Series:
+    return scores["measure"].map(level_free).str.partition("@")[0]
 
 
 def level_free(measure: str) -> str:

@@ -22,30 +22,29 @@ def table(cells: pd.DataFrame, caption: str) -> str:
     """A table environment; the index of ``cells`` has the row headings. It needs the packages
     booktabs and amssymb.
     """
-    heads, depth = cells.index.to_frame(index=False), cells.columns.nlevels
-    same = heads.eq(heads.shift()).cummin(axis=1) if heads.shape[1] > 1 else heads.isna()
-    names = [("",) * (depth - 1) + (name,) for name in heads]
-    names += [column if isinstance(column, tuple) else (column,) for column in cells]
-    shown = heads.mask(same, "")
-    rows = [[*head, *row] for head, row in zip(shown.values, cells.values, strict=True)]
-    columns = pd.DataFrame(names).map(latex).T.values.tolist()
-    frame = pd.DataFrame(rows).map(latex).set_axis(columns if depth > 1 else columns[0], axis=1)
-    wide = ["p{6cm}" if name[-1] == "Text" else "r" for name in names[heads.shape[1] :]]
-    text = frame.style.hide(axis="index").to_latex(
+    count = cells.index.nlevels
+    frame = cells.reset_index(col_level=-1)
+    heads = frame.iloc[:, :count]
+    if count > 1:  # a heading is not repeated below itself
+        same = heads.eq(heads.shift()).cummin(axis=1)
+        frame.iloc[:, :count] = heads.mask(same, "")
+    wide = ["p{6cm}" if name == "Text" else "r" for name in frame.columns.get_level_values(-1)]
+    styler = frame.map(latex).style.hide(axis="index").format_index(latex, axis="columns")
+    text = styler.to_latex(
         hrules=True,
         multicol_align="c",
-        column_format="l" * heads.shape[1] + "".join(wide),
+        column_format="l" * count + "".join(wide[count:]),
         caption=latex(caption),
         position="htbp",
         position_float="centering",
     )
-    if heads.shape[1] == 1:
+    if count == 1:
         return text
     head, rule, body = text.partition("\\midrule")  # a rule above each group of rows
     return head + rule + re.sub(r"(?<=\\\\\n)(?=[^ \\&])", r"\\midrule\n", body)
 
 
-def latex(html: str) -> str:
+def latex(html: object) -> str:
     """A cell without what it opens to and its small print."""
     html = re.sub(r"<small>.*?</small>|<details>.*</details>", "", str(html), flags=re.DOTALL)
     found = []

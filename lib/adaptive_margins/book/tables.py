@@ -130,7 +130,7 @@ def table3(
         printed=printed_beside(data, 3),
     )
     runs = data.drop_duplicates("row")
-    static = runs["target"] == "static"
+    static, swept = runs["target"] == "static", runs["sweep_seconds"] > 0
     margins = "static, <i>ε</i> = " + runs["epsilon"].map("{:g}".format)
     cells, titles = _run_rows(
         data,
@@ -140,12 +140,12 @@ def table3(
         },
         before={"In-batch": in_batch(runs)},
         after={
-            "Training time": runs["seconds"].map(clock) + static.map({True: "*", False: ""}),
+            "Training time": runs["seconds"].map(clock) + swept.map({True: "*", False: ""}),
             "Triples": runs["triples"].map(triples),
         },
     )
     sweeps = "of which the sweep over ε: " + runs["sweep_seconds"].map(clock)
-    titles["", "Training time"] = sweeps.where(static, "").to_numpy()
+    titles["", "Training time"] = sweeps.where(swept, "").to_numpy()
     facts: dict[str, Any] = {"supplied": supplied, "opens": bool(opens), **_test(data)}
     return _page(3, cells, data, heading, titles, **facts)
 
@@ -347,7 +347,7 @@ def _test(data: pd.DataFrame) -> dict[str, Any]:
 
 
 def _score(value: Any, decimals: int = 3) -> str:
-    return NONE if pd.isna(value) else f"{value:.{decimals}f}".replace("-", "−")
+    return NONE if pd.isna(value) else f"{value:z.{decimals}f}".replace("-", "−")
 
 
 def millions(count: float) -> str:
