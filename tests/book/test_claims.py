@@ -10,10 +10,9 @@ import pytest
 
 from adaptive_margins.book import claim_conditions, claim_statistics, claims
 from adaptive_margins.book.claim_statistics import Evidence, halves, interval, published_frames
-from adaptive_margins.book.published import load
 
 NDCG, HITS = "nDCG@10", "Success(rel=2)@5"
-PAPER = Evidence(published_frames(load()))
+PAPER = Evidence(published_frames())
 
 
 class Runs:
@@ -153,7 +152,6 @@ def test_every_rule_is_complete():
         assert rule.supported[0] < rule.supported[1] and np.isfinite(rule.supported).any()
         assert rule.reason.endswith(".")
     assert sum(bool(rule.asks) for rule in claims.rules()) == 2
-    assert set(claims.ANSWERS) == set(claims.OUTCOMES)
     assert {name for rule in claims.rules() for name in rule.needs} > set(claim_conditions.FORCED)
 
 
@@ -303,7 +301,7 @@ def test_claims_of_table3_follow_its_runs(runs):
         for (target, in_batch), mean in means.items():
             asked = {name: {NDCG: mean, "R(rel=2)@20": mean} for name in ("test1", "test2")}
             for name, measure, value, run_id in runs.stored("full", asked):
-                rows.append(("a", target, in_batch, name, measure, value, run_id, 60.0, 1536))
+                rows.append(("a", target, in_batch, name, measure, value, run_id, 60.0, 6.0, 1536))
         columns = [
             "encoder",
             "target",
@@ -313,6 +311,7 @@ def test_claims_of_table3_follow_its_runs(runs):
             "value",
             "run_id",
             "seconds",
+            "sweep_seconds",
             "triples",
         ]
         return pd.DataFrame(rows, columns=columns)
@@ -326,6 +325,11 @@ def test_claims_of_table3_follow_its_runs(runs):
         assert (row["outcome"], row["paper"]) == (outcome, "−.020")
     timed = found[found["statistic"].str.startswith("training time")]
     assert set(timed["outcome"]) == {"cannot be tested here"}  # every run saw as many triples
+    assert timed["why"].str.contains("were trained to the end").all()
+    frames = {"table3": frames["table3"].assign(sweep_seconds=0.0)}
+    found_, why = claims.table("5.4", frames, runs.reproduction), "The profile gives ε"
+    timed = found_[found_["statistic"].str.startswith("training time")]
+    assert len(timed) == 2 and timed["why"].str.startswith(why).all()
     page = claims.show(found).to_html()
     assert "−.080 [−.080, −.080]" in page and page.count("<tr>") == 1 + len(found)
     with pytest.raises(KeyError, match="table3"):
@@ -337,11 +341,11 @@ def test_claims_about_rows_whose_curves_still_rise_cannot_be_seen(runs):
     for curve, seen in (([0.3, 0.5, 0.4], True), ([0.3, 0.4, 0.5], False)):
         runs.curve = curve
         rows = [
-            ("a", target, False, name, measure, value, run_id, 60.0, triples)
+            ("a", target, False, name, measure, value, run_id, 60.0, 6.0, triples)
             for target, mean, triples in (("static", 0.5, 9), ("distributed", 0.4, 8))
             for name, measure, value, run_id in runs.stored("full", {"test1": {NDCG: mean}})
         ]
-        columns = "encoder target in_batch set measure value run_id seconds triples"
+        columns = "encoder target in_batch set measure value run_id seconds sweep_seconds triples"
         frame = pd.DataFrame(rows, columns=columns.split())
         row = (
             claims.table("5.4", {"table3": frame}, runs.reproduction).set_index("claim").loc[claim]
@@ -383,6 +387,10 @@ def test_to_teacher_takes_the_student_that_was_trained_here(runs):
     evidence = runs.evidence(table4=pd.DataFrame(rows, columns=columns.split()))
     assert value_of(evidence, "to_teacher", measure=0) == pytest.approx([-0.05] * 3)
     assert claim_conditions.teacher_supplied(evidence) == ""
+    external = [("Distributed", "ours", "a", 0.5), ("Distributed", "ours", "b", 0.3)]
+    external.append(("wang-zuccon-tas-b", "supplied: wang-zuccon-tas-b", "a", 0.45))  # of one set
+    frame = pd.DataFrame(external, columns=["loss", "source", "set", "value"]).assign(measure=NDCG)
+    assert value_of(runs.evidence(table4=frame), "to_teacher", measure=0)[0] == pytest.approx(0.05)
     without = pd.DataFrame(rows[:1], columns=columns.split())
     assert claim_conditions.teacher_supplied(runs.evidence(table4=without)) != ""
 
@@ -404,11 +412,17 @@ def test_the_long_edition_decides_and_the_quick_one_stands_next_to_it():
     (answer,) = claims.answers({"laptop-long": long, "laptop": quick})
     assert answer["question"].endswith("?") and answer["verdict"].startswith("Yes")
     assert "−.020 [−.030, −.010] (profile `laptop-long`" in answer["text"]
-    for outcome in claims.OUTCOMES:
+    for outcome in claims.ANSWERS:
         (answer,) = claims.answers({"laptop": edition(outcome)})
         assert answer["text"].endswith(("the paper has −.020).", "The paper has −.020."))
         assert answer["text"].startswith("W.") == outcome.startswith("cannot")
     assert claims.answers({"laptop": quick.assign(claim="another")}) == []
+    (answer,) = claims.answers({"laptop": edition("not supported", 0.08)})
+    assert answer["verdict"].startswith("Yes") and "−" not in answer["text"].split("(")[0]
+    (answer,) = claims.answers(
+        {"paper": edition("not decided").assign(low=math.nan, high=math.nan)}
+    )
+    assert "no confidence interval" in answer["verdict"] and "CI" not in answer["text"]
 
 
 def test_the_figure_has_the_numbers_of_the_claims():
@@ -426,3 +440,10 @@ def test_the_figure_has_the_numbers_of_the_claims():
     ranges = [shade.get_paths()[0].get_extents() for shade in axis.collections]
     assert [(r.x0, r.x1) for r in ranges] == [(-0.05, 0.05)] * 2
     assert claims.figure(edition("cannot be tested here")) is None
+    far = edition("supported", 0.01).assign(paper="+.140")  # the paper's value is on the axis, too
+    assert claims.figure(far).axes[0].get_xlim()[1] > 0.14
+    for other in (  # differences in Hits@k, and in how much two measures gain
+        "The best ε depends on the measure.",
+        "Tuning the static target improves recall more than nDCG@10.",
+    ):
+        assert claims.figure(edition("supported").assign(claim=other)) is None

@@ -24,7 +24,7 @@ def maximum_seen(of: Evidence, figure: str, **which: Any) -> str:
 
 
 def rows_have_maximum(of: Evidence, frame: str, rows: Sequence[str]) -> str:
-    """Most curves of these rows, means over seeds, have to be highest before their end."""
+    """Half of these rows' curves at least, means over seeds, have a maximum before their end."""
     assert of.reproduction is not None
     selection = of.reproduction.profile.measures.selection
     table = of.frames[frame].drop_duplicates("run_id")
@@ -37,6 +37,14 @@ def _too_early(late: int, curves: int) -> str:
     return (
         f"Training ends too early: {late} of {curves} curves are highest at their last evaluation."
     )
+
+
+def sweep_included(of: Evidence) -> str:
+    """Where the profile gives ε, no time is spent on the search for it."""
+    rows = of.frames["table3"]
+    if (rows.loc[rows["target"] == "static", "sweep_seconds"] > 0).all():
+        return ""
+    return "The profile gives ε, so the time of static targets has no sweep."
 
 
 def training_stops_early(of: Evidence) -> str:
@@ -77,5 +85,5 @@ def student_has_maximum(of: Evidence) -> str:
     return "The teacher's student is highest at its last evaluation." if ends else ""
 
 
-FORCED = ("training_stops_early", "several_models")
+FORCED = ("sweep_included", "training_stops_early", "several_models")
 """Conditions about what the design forces; the others are about what the runs lack."""

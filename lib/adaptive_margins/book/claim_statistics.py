@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau, t
 
-from adaptive_margins.book.published import Published, count, minutes
+from adaptive_margins.book.published import count, load, minutes
 from adaptive_margins.paper import Reproduction
 from adaptive_margins.paper.frames import TAS_B
 from adaptive_margins.paper.store import StoredRun
@@ -53,8 +53,9 @@ def variants(frame: pd.DataFrame) -> pd.Series:
     return names.where(~in_batch, names + " in-batch")
 
 
-def published_frames(published: Published) -> dict[str, pd.DataFrame]:
+def published_frames() -> dict[str, pd.DataFrame]:
     """Tables 2 to 4 as printed, with the columns that the statistics use."""
+    published = load()
     instance = published.tables[2].set_index("role").loc[["d-max", "d-mid", "d-min"]]
     numbers = (
         instance[["rho", "target", "loss"]].astype(float).rename(columns={"loss": "loss_table"})
@@ -308,9 +309,8 @@ def fall_after_maximum(of: Evidence, figure: str, **which: Any) -> np.ndarray:
 
 
 def _ends(of: Evidence) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """First and last row of Figure 6 for each encoder, largest batch size."""
-    frame = of.frames["figure6"].sort_values("step")
-    groups = frame[frame["batch_size"] == frame["batch_size"].max()].groupby("encoder")
+    """First and last row of Figure 6 for each encoder."""
+    groups = of.frames["figure6"].sort_values("step").groupby("encoder")
     return groups.first(), groups.last()
 
 
@@ -375,13 +375,16 @@ def static_over(of: Evidence, column: str, target: str) -> pd.Series:
 
 
 def to_teacher(of: Evidence, measure: int) -> np.ndarray:
-    """Distributed targets minus the `STUDENT`, or an external run of it, mean over test sets."""
+    """Distributed targets minus the `STUDENT`, or an external run of it, mean over the test sets
+    for which both have a score.
+    """
     frame = of.frames["table4"]
     if TAS_B not in set(frame["loss"]):
         return difference(of, "table4", "Distributed", STUDENT, measure)
     frame = frame[frame["measure"] == list(dict.fromkeys(frame["measure"]))[measure]]
-    means = frame.groupby("loss")["value"].mean()
-    return np.array([means.get("Distributed", np.nan) - means.get(TAS_B, np.nan)])
+    by_set = frame.groupby(["set", "loss"])["value"].mean().unstack()
+    both = by_set.reindex(columns=["Distributed", TAS_B])
+    return np.array([(both["Distributed"] - both[TAS_B]).mean()])
 
 
 def after_share(of: Evidence, loss: str, in_batch: bool, share: float) -> Interval:

@@ -29,7 +29,6 @@ from pandas.io.formats.style import Styler
 from adaptive_margins.book import claim_conditions, claim_statistics
 from adaptive_margins.book.claim_statistics import Evidence, interval, published_frames
 from adaptive_margins.book.figures import GREY, WIDTH, drawing
-from adaptive_margins.book.published import load
 from adaptive_margins.book.style import signed
 from adaptive_margins.paper import Reproduction
 
@@ -42,7 +41,6 @@ ANSWERS = {
     UNSEEN: "It cannot be seen here.",
 }
 """Outcome of a claim → the answer to what it asks."""
-OUTCOMES = tuple(ANSWERS)
 CHAPTERS = {
     "1": "11_at_convergence",
     "5.1": "02_static_targets",
@@ -54,9 +52,9 @@ CHAPTERS = {
 """Section of the paper → the notebook with its claims."""
 FORMATS: dict[str, Callable[[float], str]] = {
     "difference": signed,
-    "share": lambda value: f"{value:.0%}".replace("-", "−"),
+    "share": lambda value: f"{value:z.0%}".replace("-", "−"),
     "times": lambda value: f"{value:.1f} ×",
-    "number": lambda value: f"{value:.2f}".replace("-", "−"),
+    "number": lambda value: f"{value:z.2f}".replace("-", "−"),
 }
 
 
@@ -108,7 +106,7 @@ def table(
     Raises:
         KeyError: a frame that a claim of the section needs is missing.
     """
-    evidence, printed = Evidence(frames, reproduction), Evidence(published_frames(load()))
+    evidence, printed = Evidence(frames, reproduction), Evidence(published_frames())
     rows = [_row(claim, evidence, printed) for claim in rules() if claim.section == section]
     return pd.DataFrame(rows)
 
@@ -129,8 +127,7 @@ def figure(claims: pd.DataFrame, *, narrow: bool = False) -> Figure | None:
     Pale bars are the ranges in which a claim is supported, hollow diamonds the paper's values.
     ``narrow`` has each claim above its row, for phones. None without such a claim and interval.
     """
-    tested = map(_rule, claims["claim"])
-    about = np.array([rule.format == "difference" and "nDCG@10" in rule.of for rule in tested])
+    about = np.array([_is_about_ndcg(_rule(claim)) for claim in claims["claim"]])
     rows = claims[about & claims["low"].notna() & (claims["outcome"] != UNTESTABLE)]
     if rows.empty:
         return None
@@ -139,8 +136,9 @@ def figure(claims: pd.DataFrame, *, narrow: bool = False) -> Figure | None:
         width, each, half = (3.8, 0.6, 0.2) if narrow else (WIDTH, 0.36, 0.4)
         size = width, 0.8 + each * len(rows)
         figure, axis = plt.subplots(figsize=size, layout="constrained")
-        span = np.nanmax(np.abs(rows[["low", "high"]].to_numpy())) * 1.15
-        for y, row in enumerate(rows.to_dict("records")):
+        papers = [_printed(text) for text in rows["paper"]]
+        span = np.nanmax(np.abs([*rows["low"], *rows["high"], *papers])) * 1.15
+        for y, (row, paper) in enumerate(zip(rows.to_dict("records"), papers, strict=True)):
             least, most = np.clip(_rule(row["claim"]).supported, -span, span)
             axis.fill_betweenx([y - half, y + half], least, most, color="#e3efe9", linewidth=0)
             if narrow:
@@ -151,8 +149,7 @@ def figure(claims: pd.DataFrame, *, narrow: bool = False) -> Figure | None:
             axis.plot([row["low"], row["high"]], [y, y], color=color, linewidth=2)
             seen = color if row["outcome"] != UNSEEN else "white"
             axis.plot(row["here"], y, "o", color=color, markerfacecolor=seen, markersize=6)
-            if number := re.fullmatch(r"[+−]?[\d.]+", row["paper"]):
-                axis.plot(float(number[0].replace("−", "-")), y, "D", color="black", mfc="none")
+            axis.plot(paper, y, "D", color="black", mfc="none")
         axis.axvline(0, color=GREY, linewidth=0.8)
         labels = [] if narrow else [textwrap.fill(claim, 56) for claim in rows["claim"]]
         axis.set_yticks(range(len(labels)), labels, fontsize=8)
@@ -160,6 +157,17 @@ def figure(claims: pd.DataFrame, *, narrow: bool = False) -> Figure | None:
         axis.set(xlim=(-span, span), ylim=ends, xlabel="difference in nDCG@10")
         axis.grid(visible=False)
     return figure
+
+
+def _printed(text: str) -> float:
+    """The paper's value of a statistic, as far as it is a number."""
+    number = re.fullmatch(r"[+−]?[\d.]+", text)
+    return float(text.replace("−", "-")) if number else math.nan
+
+
+def _is_about_ndcg(rule: Claim) -> bool:
+    """Whether the statistic is a difference in nDCG@10, and of no other measure ("@k")."""
+    return rule.format == "difference" and "nDCG@10" in rule.of and "@k" not in rule.of
 
 
 def _here(row: Mapping[Any, Any]) -> str:
@@ -203,14 +211,19 @@ def answers(editions: Mapping[str, pd.DataFrame]) -> list[dict[str, str]]:
     asked = {rule.claim: rule.asks for rule in rules() if rule.asks}
     found = []
     for row in claims[claims["claim"].isin(asked)].to_dict("records"):
-        asks, outcome = asked[row["claim"]], row["outcome"]
-        text = f"{asks['answer']} {_here(row)} (profile `{profile}`, {asks['over']}, 95 % CI; the"
-        text += f" paper has {row['paper']})."
-        if outcome == UNTESTABLE:
+        asks, outcome, verdict = asked[row["claim"]], row["outcome"], ANSWERS[row["outcome"]]
+        over = asks["over"] if np.isnan(row["low"]) else f"{asks['over']}, 95 % CI"
+        text = f"{asks['answer']} {_here(row)} (profile `{profile}`, {over}; the paper has"
+        text += f" {row['paper']})."
+        if outcome == "not supported" and row["low"] > 0:
+            verdict = "Yes, and it is better by more than .05."
+        elif outcome == "not decided" and np.isnan(row["low"]):
+            verdict = "Not decided: there is no confidence interval."
+        elif outcome == UNTESTABLE:
             text = f"The paper has {row['paper']}."
         if outcome in (UNSEEN, UNTESTABLE):
             text = f"{row['why']} {text}"
-        found.append({"question": asks["question"], "verdict": ANSWERS[outcome], "text": text})
+        found.append({"question": asks["question"], "verdict": verdict, "text": text})
     return found
 
 
@@ -249,8 +262,8 @@ def decide(low: float, high: float, supported: tuple[float, float]) -> str:
     """The outcome for the interval [low, high], NaN where there is none."""
     least, most = supported
     if low > least and high < most:
-        return OUTCOMES[0]
-    return OUTCOMES[1] if high < least or low > most else OUTCOMES[2]
+        return "supported"
+    return "not supported" if high < least or low > most else "not decided"
 
 
 def _in_words(supported: tuple[float, float], format_: Callable[[float], str]) -> str:
