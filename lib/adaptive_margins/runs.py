@@ -6,11 +6,11 @@ is the id of the run, and the run's ``config.json`` holds it; `read_run_config` 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+from adaptive_margins.files import digest
 
 CODE_VERSION = 6
 """Raised by hand when the same configuration would give other numbers; part of every run's id."""
@@ -52,8 +52,7 @@ class RunConfig(BaseModel):
     @property
     def run_id(self) -> str:
         """16 hex digits of the SHA-256 of the configuration as canonical JSON."""
-        values = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(values.encode()).hexdigest()[:16]
+        return digest(self.model_dump(mode="json"))
 
 
 class BM25Run(RunConfig):
@@ -113,11 +112,11 @@ class TrainingRun(EncoderRun):
 
     Attributes:
         loss: "margin" (`losses.margin_loss`), "softmax" (MultipleNegativesRankingLoss) or
-            "margin-mse", which cannot be trained yet.
+            "margin-mse" (`teachers.margin_mse`).
         target: ε, "adaptive" or "distributed"; None for the other losses.
         in_batch: whether the other negatives of a batch count too; False for "distributed".
         similarity: of two embeddings under MarginMSE; the margin loss always takes the cosine.
-        teacher: identity of the teacher's scores; None without a teacher.
+        teacher: identity of the teacher, for MarginMSE and all sampling but "random"; else None.
         sampling: how batches are drawn from the triples (`topics.sampled_order`): "random";
             "topics", each from one cluster of queries; "topics-balanced" (TAS-B), whose pairs are
             also drawn evenly over the bins of the teacher's margin; "topics-hard", without the
@@ -171,10 +170,9 @@ class TrainingRun(EncoderRun):
             raise ValueError("the last checkpoint can be selected only if training stops early")
         if (self.target is None) == (self.loss == "margin"):
             raise ValueError(f"target {self.target} does not go with loss {self.loss!r}")
-        balanced = self.sampling in ("topics-balanced", "topics-hard")
-        if (self.loss == "margin-mse" or balanced) and self.teacher is None:
-            what = "balanced sampling" if balanced else "MarginMSE"
-            raise ValueError(f"{what} needs the scores of a teacher")
+        if (self.loss == "margin-mse" or self.sampling != "random") and self.teacher is None:
+            what = "MarginMSE" if self.sampling == "random" else f"sampling {self.sampling!r}"
+            raise ValueError(f"{what} needs a teacher, which has scores and clusters of queries")
         return self
 
     @property
