@@ -377,8 +377,9 @@ def test_numbered_triples_name_each_text_once_and_with_its_prompt():
     rows, queries, texts = prepare.numbered(triples, collection, ("ask: ", "say: "))
     assert rows.shape == (3, 3)
     for (qid, positive, negative), (q, p, n) in zip(triples, rows.T, strict=True):
-        assert queries[q] == "ask: " + collection.queries["train"][qid]
-        assert (texts[p], texts[n]) == (f"say: {passages[positive]}", f"say: {passages[negative]}")
+        assert (queries.ids[q], texts.ids[p], texts.ids[n]) == (qid, positive, negative)
+        assert queries.texts[q] == "ask: " + collection.queries["train"][qid]
+        assert [texts.texts[row] for row in (p, n)] == [f"say: {passages[d]}" for d in (positive, negative)]  # fmt: skip
     assert (len(queries), len(texts)) == (2, 3)
 
 

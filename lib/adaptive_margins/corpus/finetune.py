@@ -350,6 +350,7 @@ def _train(
             report_to=job.report_to,
             run_name=job.output.name if len(job.targets) == 1 else f"{job.output.name}, {name}",
             on_check=on_check,
+            names=prepared.names,
             most=tokens_within(encoder, job.settings.memory, prepared.passages.lengths.max()),
         )
 

@@ -179,7 +179,7 @@ def cosines(retriever: DenseRetriever, queries: Texts) -> Similarity:
 
 def numbered(
     triples: Sequence[Triple], collection: Collection, prompts: tuple[str, str]
-) -> tuple[np.ndarray, list[str], list[str]]:
+) -> tuple[np.ndarray, Texts, Texts]:
     """Return triples as rows (3, n) of distinct texts, and these texts, with their prompts.
 
     The first row has rows of the queries' texts, the others of the passages' texts.
@@ -189,8 +189,8 @@ def numbered(
     pairs, docids = pd.factorize(ids[:, 1:].ravel())
     return (
         np.vstack([queries, pairs.reshape(-1, 2).T]).astype(np.int32),
-        [prompts[0] + collection.queries["train"][qid] for qid in qids],
-        [prompts[1] + collection.passages[docid] for docid in docids],
+        Texts(list(qids), [prompts[0] + collection.queries["train"][qid] for qid in qids]),
+        Texts(list(docids), [prompts[1] + collection.passages[docid] for docid in docids]),
     )
 
 
@@ -234,6 +234,7 @@ class Prepared:
     validating: dict[str, Run]  # "dense" (zero-shot) and "bm25" → that of the validation queries
     bm25: dict[str, int]  # queries, those without hits, and passages split into bigrams
     rows: np.ndarray  # (3, n) triples, as rows of the texts
+    names: tuple[Sequence[str], Sequence[str]]  # ids of the queries and of the passages
     queries: Tokens
     passages: Tokens
     facts: dict[str, Any]  # of the triples, for the report
@@ -282,11 +283,11 @@ def prepare(job: Job, work: Path, data: SplitCollection, encoder: Any, stages: S
         miner = bm25 if job.negatives == "bm25" else zero_shot
         chosen, facts = _triples(job, data, miner, zero_shot)
     rows, query_texts, passage_texts = numbered(chosen, collection, prompts(encoder))
-    queries = tokenize(encoder, query_texts, zero_shot.query_length)
+    queries = tokenize(encoder, query_texts.texts, zero_shot.query_length)
     zero_shot.truncated, zero_shot.lost = counted
-    zero_shot.count(query_texts, queries, "queries")
+    zero_shot.count(query_texts.texts, queries, "queries")
     zero_shot.warn_truncated()
-    passages = tokenize(encoder, passage_texts, zero_shot.passage_length)
+    passages = tokenize(encoder, passage_texts.texts, zero_shot.passage_length)
     tokens = queries.lengths[rows[0]] + passages.lengths[rows[1:]].sum(axis=0)
     mean = float(passages.lengths.mean())
     count = _affordable(job, tokens, mean * len(collection.passages))
@@ -301,6 +302,7 @@ def prepare(job: Job, work: Path, data: SplitCollection, encoder: Any, stages: S
         validating=ranked,
         bm25=bm25_facts,
         rows=rows[:, :count],
+        names=(query_texts.ids, passage_texts.ids),
         queries=queries,
         passages=passages,
         facts=facts,
