@@ -86,6 +86,26 @@ def test_the_first_of_two_folders_is_kept(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "y", "z"]
 
 
+def test_an_empty_folder_is_replaced(tmp_path, monkeypatch):
+    """Also by Windows, which renames to no folder that exists."""
+    rename = Path.rename
+
+    def renamed(self, target):
+        if target.exists():
+            raise FileExistsError(
+                errno.EEXIST, "Cannot create a file when that file already exists"
+            )
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    (tmp_path / "x").mkdir()
+    with atomic_folder(tmp_path / "x", same=lambda _: False) as partial:
+        (partial / "file").touch()
+    assert (tmp_path / "x" / "file").is_file()
+    fill_two(tmp_path / "y")
+    assert (tmp_path / "y" / "who").read_text() == "faster"
+
+
 def test_the_last_of_two_files_is_kept(tmp_path):
     with atomic_file(tmp_path / "x") as slower:
         slower.write_text("slower")
@@ -337,6 +357,18 @@ def test_a_killed_holder_does_not_block(tmp_path):
     with locked(path, wait=False):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_file_that_cannot_be_removed_while_it_is_open(tmp_path, monkeypatch):
+    """As on Windows."""
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "The process cannot access the file")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    for _ in range(2):
+        with locked(tmp_path / "out", wait=False):
+            pass
 
 
 def test_one_at_a_time(tmp_path):

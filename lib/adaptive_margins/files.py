@@ -98,6 +98,8 @@ def atomic_folder(path: Path, *, same: Callable[[Path], bool] = Path.is_dir) -> 
         with _named(partial, path):
             partial.mkdir()
             yield partial
+            with suppress(OSError):  # Windows renames to no folder that exists, even if it is empty
+                place.rmdir()
             try:
                 partial.rename(place)
             except OSError:
@@ -147,7 +149,8 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         # Removed while it is held: a process that waits for the removed file creates a new one.
-        Path(lock.lock_file).unlink(missing_ok=True)
+        with suppress(PermissionError):  # Windows removes no open file; there, release does
+            Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
