@@ -72,7 +72,9 @@ def sampled_order(
     if len(ids) < batch_size:
         raise TeacherError(
             f"sampling {sampling!r} has triples of {len(ids)} queries, fewer than a batch of"
-            f" {batch_size}; raise teacher.hard_margin or take smaller batches"
+            f" {batch_size}; take smaller batches"
+            + " or raise teacher.hard_margin"
+            * (sampling == "topics-hard")
         )
     place = query * bins + _bins(query, margins[kept], bins)
     by_place = kept[np.argsort(place, kind="stable")]
