@@ -94,7 +94,7 @@ def measured(model):
 
 def run(material, folder, evaluator=None, **values):
     """Train a copy of the tiny model; returns it with the result."""
-    names = ("initial", "checkpoint_every", "report_to", "run_name", "on_check", "names")
+    names = ("initial", "checkpoint_every", "device", "report_to", "run_name", "on_check", "names")
     options = {k: values.pop(k) for k in names if k in values}
     model = values.pop("model", None) or copy.deepcopy(material.model)
     rows = values.pop("rows", material.triples)
@@ -977,7 +977,8 @@ def test_only_the_rankings_of_the_best_and_the_last_evaluation_stay_in_memory(
 
 def test_a_checkpoint_writes_only_what_is_new(material, tmp_path):
     """Progress files are not rewritten; a checkpoint has a checksum more than the one before it."""
-    _, result = run(material, tmp_path, measured, evaluate_every=1, checkpoint_every=1, triples=40)
+    values = {"evaluate_every": 1, "checkpoint_every": 1, "triples": 40}
+    _, result = run(material, tmp_path, measured, **values, report_to=["tensorboard"])
     parts = [
         json.loads((tmp_path / "progress" / f"{step}.json").read_text()) for step in range(1, 10)
     ]
@@ -990,6 +991,8 @@ def test_a_checkpoint_writes_only_what_is_new(material, tmp_path):
     np.testing.assert_array_equal(written, result.targets[["mean", "min", "max"]].to_numpy()[:9])
     sizes = {(c / "progress.json").stat().st_size for c in tmp_path.glob("checkpoint-*")}
     assert max(sizes) < 400 + 100 * len(parts)
+    state = json.loads((tmp_path / "checkpoint-9" / "trainer_state.json").read_text())
+    assert (state["global_step"], state["log_history"]) == (9, [])
 
 
 class Bomb:
@@ -1102,9 +1105,12 @@ def test_workers_end_with_their_parent_and_the_rest_is_made_later(smoke, tmp_pat
         same_run(StoredRun(runs / config.run_id), smoke.store.get(config))
 
 
-def test_several_gpus_do_not_multiply_the_batch(material, tmp_path, monkeypatch):
-    """The trainer would give each GPU in sight a whole batch; the run's batch is what its configuration says."""
-    made, seen = training.SentenceTransformerTrainingArguments, []
+@pytest.mark.parametrize("device", ["cuda", "cuda:2"])
+def test_of_several_gpus_the_named_one_trains_on_the_whole_batch(
+    material, tmp_path, monkeypatch, device
+):
+    """The trainer would give each GPU in sight a whole batch, and take the first of them."""
+    made, seen, current = training.SentenceTransformerTrainingArguments, [], []
 
     def on_four(**values):
         arguments = made(**values)
@@ -1117,6 +1123,10 @@ def test_several_gpus_do_not_multiply_the_batch(material, tmp_path, monkeypatch)
 
     monkeypatch.setattr(training, "SentenceTransformerTrainingArguments", on_four)
     monkeypatch.setattr(training._Trainer, "__init__", stop)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     with pytest.raises(InterruptedError):
-        run(material, tmp_path)
+        run(material, tmp_path, device=device)
     assert seen[0].train_batch_size == 4
+    if device != "cuda":
+        assert (str(seen[0].device), current) == (device, [device])

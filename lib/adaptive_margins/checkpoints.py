@@ -89,7 +89,7 @@ class Progress:
         last = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
         for file in sorted(self.folder.glob("*.json"), key=lambda file: int(file.stem)):
             if int(file.stem) > last:
-                file.unlink()
+                file.unlink(missing_ok=True)  # each process of a run does this
                 continue
             part = json.loads(file.read_text())
             self.evaluations += part["evaluations"]

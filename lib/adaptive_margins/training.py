@@ -8,7 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +43,6 @@ from adaptive_margins.training_step import (
     TripleCollator,
     check_triples,
     not_finite,
-    settled_heap,
     training,
 )
 
@@ -67,7 +66,7 @@ class TrainingResult:
         triples: trained on until ``stop_step``.
         train_seconds: of training until ``stop_step``, without evaluations.
         eval_seconds: of all evaluations.
-        peak_bytes: largest memory after a step, of the GPU if there is one, else of the process.
+        peak_bytes: largest memory after a step: of the GPU that trains, else of the process.
         states: "selected" and "last" → the trained parameters after that step, on the CPU.
     """
 
@@ -85,34 +84,24 @@ class TrainingResult:
     states: dict[str, dict[str, Tensor]]
 
 
+@dataclass(eq=False)
 class _Callback(TrainerCallback):
     """Evaluation, the best checkpoint (step 0 included), early stopping, and two timers."""
 
-    def __init__(
-        self,
-        config: TrainingRun,
-        model: nn.Module,
-        evaluator: Callable[[Any], Evaluation],
-        folder: Path,
-        checkpoint_every: int,
-        on_check: Callable[[pd.DataFrame], None] | None,
-        in_batch: InBatchTeacher | None,
-    ) -> None:
-        self.config = config
-        self.model = model
-        self.loss = RecordedLoss(model, config, in_batch)
-        self.evaluator = evaluator
-        self.checkpoint_every = checkpoint_every
-        self.on_check = on_check
-        self.log: Callable[[dict[str, float]], None] | None = None  # to the reporters, if any
-        self.progress = Progress(folder / "progress")
-        self.best_state: dict[str, Tensor] = {}
-        self.best: Evaluation | None = None
-        self.last: Evaluation | None = None
-        self.failure: Callable[[int, str], TrainingError]  # of a step
-        self.evaluated: Evaluation | None = None  # in the first process, until it is recorded
-        self._process = psutil.Process()
-        self._since = time.perf_counter()
+    config: TrainingRun
+    model: nn.Module
+    evaluator: Callable[[Any], Evaluation]
+    loss: RecordedLoss
+    progress: Progress
+    checkpoint_every: int
+    on_check: Callable[[pd.DataFrame], None] | None
+    failure: Callable[[int, str], TrainingError]  # of a step
+    log: Callable[[dict[str, float]], None] | None = None  # to the reporters, if any
+    best_state: dict[str, Tensor] = field(default_factory=dict)
+    best: Evaluation | None = None
+    last: Evaluation | None = None
+    evaluated: Evaluation | None = None  # in the first process, until it is recorded
+    _since: float = field(default_factory=time.perf_counter)
 
     def timer(self, name: Literal["train_seconds", "eval_seconds"] | None) -> None:
         """Add the time since the last call to a timer; None, as for checkpoints, to neither."""
@@ -182,9 +171,10 @@ class _Callback(TrainerCallback):
         evaluate_every, save_every = self.config.evaluate_every, self.checkpoint_every
         control.should_evaluate = last or (evaluate_every > 0 and step % evaluate_every == 0)
         control.should_save = not last and save_every > 0 and step % save_every == 0
-        memory = self._process.memory_info().rss
-        if torch.cuda.is_available():
+        if args.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()
+        else:
+            memory = psutil.Process().memory_info().rss
         self.progress.peak_bytes = max(self.progress.peak_bytes, memory)
         due = control.should_evaluate or control.should_save
         if (due or processes() == 1) and shared(ending.asked):
@@ -271,6 +261,7 @@ class _Trainer(SentenceTransformerTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self.state.log_history.clear()  # it would grow with the steps; the reporters have it
         try:
             super()._save_checkpoint(model, trial)
             wait()  # for the others' random states
@@ -318,7 +309,7 @@ def train(
     on_check: Callable[[pd.DataFrame], None] | None = None,
     order: np.ndarray | None = None,
     in_batch: InBatchTeacher | None = None,
-    names: Sequence[Sequence[Any]] = (range(2**40), range(2**40)),
+    names: tuple[Sequence[Any], Sequence[Any]] = (range(2**40), range(2**40)),
     most: int = 2**40,
 ) -> TrainingResult:
     """Train ``model`` in place; a call that was interrupted is resumed.
@@ -355,17 +346,27 @@ def train(
     reporters = _reporters(report_to, folder)
     order = seeded_order(len(triples), config.seed) if order is None else order
     check_triples(config, triples, order, in_batch)
-    callback = _Callback(config, model, evaluator, folder, checkpoint_every, on_check, in_batch)
-    checkpoint = _resumed(callback.progress, folder)
+    callback = _Callback(
+        config,
+        model,
+        evaluator,
+        RecordedLoss(model, config, in_batch),
+        Progress(folder / "progress"),
+        checkpoint_every,
+        on_check,
+        failure=functools.partial(not_finite, config, triples, order, names),
+    )
+    checkpoint = shared(newest_checkpoint(folder) if is_first() else None)
+    callback.progress.load(checkpoint)
     if checkpoint is None:
         callback.timer(None)
         callback.record(0, _told((initial or evaluator(model)) if is_first() else None))
         callback.timer("eval_seconds")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # of earlier runs in this process
     arguments = _arguments(
         config, folder, device, order, reporting=bool(reporters), run_name=run_name
     )
+    if arguments.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of earlier runs in this process
     trainer = _Trainer(
         model=model,
         args=arguments,
@@ -378,21 +379,9 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.callback = callback
     callback.log = trainer.log if reporters else None
-    callback.failure = functools.partial(not_finite, config, triples, order, names)
-    with quiet(), training(config, checkpoint), settled_heap(device):
+    with quiet(), training(config, checkpoint):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return _result(callback, callback.progress.stopped_step or trainer.state.global_step)
-
-
-def _resumed(progress: Progress, folder: Path) -> Path | None:
-    """The checkpoint to go on from, if there is one; its progress is loaded."""
-    checkpoint = shared(newest_checkpoint(folder) if is_first() else None)
-    if is_first():
-        progress.load(checkpoint)  # removes what was written after the checkpoint
-    wait()
-    if not is_first():
-        progress.load(checkpoint)
-    return checkpoint
 
 
 def _arguments(
@@ -433,8 +422,12 @@ def _arguments(
         disable_tqdm=True,
         use_cpu=device == "cpu",
     )
-    # With several GPUs the trainer would split batches over them, each as large as one was to be.
+    # With several GPUs the trainer would split batches over them, each as large as one was to be,
+    # and it would take the first of them, whichever is named.
     arguments._n_gpu = min(arguments.n_gpu, 1)
+    if torch.device(device).index is not None:
+        arguments._setup_devices = torch.device(device)
+        torch.cuda.set_device(device)
     return arguments
 
 

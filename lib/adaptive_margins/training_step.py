@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -203,21 +202,3 @@ def training(config: TrainingRun, checkpoint: Path | None = None) -> Iterator[No
         ending.training = False
     if ending.asked:
         os._exit(TRY_AGAIN)
-
-
-@contextmanager
-def settled_heap(device: str) -> Iterator[None]:
-    """Leave what is there already out of the collections of garbage in the block, on the CPU.
-
-    accelerate collects before a training, which takes a third of a second where torch,
-    Transformers and a collection are loaded: longer than a short run. On a GPU it may free memory.
-    A caller who has frozen what was there gets it back frozen.
-    """
-    if device != "cpu" or gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
