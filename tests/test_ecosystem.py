@@ -16,8 +16,6 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.trec import top, write_run
@@ -26,7 +24,7 @@ from adaptive_margins.encoder.speed import packs
 from adaptive_margins.evaluation.evaluator import CollectionEvaluator
 from adaptive_margins.evaluation.measures import evaluate
 from adaptive_margins.evaluation.significance import compare
-from adaptive_margins.losses import CachedMarginLoss, MarginLoss
+from adaptive_margins.losses import MarginLoss
 from conftest import ROOT, WORDS
 
 EXAMPLE = ROOT / "examples" / "sentence_transformers_trainer.py"
@@ -87,44 +85,6 @@ def triples(count, seed):
         rows.append((f"the {one}", f"{one} of a {rng.choice(words)}", f"{other} of a {other}"))
     columns = zip(("anchor", "positive", "negative"), zip(*rows, strict=True), strict=True)
     return Dataset.from_dict(dict(columns))
-
-
-def test_trains_beside_other_losses_with_an_evaluator(encoder, tmp_path):
-    """Several data sets, of which one has a loss of Sentence Transformers' own."""
-    model = SentenceTransformer(str(encoder))
-    data = {"margin": triples(24, 1), "cached": triples(24, 2), "softmax": triples(24, 3)}
-    loss = {
-        "margin": MarginLoss(model, target="distributed"),
-        "cached": CachedMarginLoss(model, target=0.5, in_batch=True, mini_batch_size=3),
-        "softmax": MultipleNegativesRankingLoss(model),
-    }
-    queries, corpus = (
-        {"q1": "the graph", "q2": "the sort"},
-        {"d1": "graph", "d2": "sort", "d3": "a"},
-    )
-    evaluator = InformationRetrievalEvaluator(
-        queries, corpus, {"q1": {"d1"}, "q2": {"d2"}}, name="held-out", write_csv=False
-    )
-    trainer = SentenceTransformerTrainer(
-        model=model,
-        args=SentenceTransformerTrainingArguments(
-            output_dir=str(tmp_path), num_train_epochs=2, per_device_train_batch_size=8, learning_rate=3e-3,
-            eval_strategy="epoch", save_strategy="no", logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True,
-            seed=1,
-        ),
-        train_dataset=data,
-        eval_dataset=data,
-        loss=loss,
-        evaluator=evaluator,
-    )  # fmt: skip
-    before = trainer.evaluate()
-    trainer.train()
-    after = trainer.evaluate()
-    for name in data:
-        assert np.isfinite(after[f"eval_{name}_loss"])
-    assert after["eval_margin_loss"] < before["eval_margin_loss"]
-    assert len([row for row in trainer.state.log_history if "loss" in row]) == 18
-    assert 0 < after["eval_margin_held-out_cosine_ndcg@10"] <= 1
 
 
 def test_the_evaluator_selects_the_best_checkpoint(encoder, tmp_path):
