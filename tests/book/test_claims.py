@@ -423,6 +423,9 @@ def test_the_long_edition_decides_and_the_quick_one_stands_next_to_it():
         {"paper": edition("not decided").assign(low=math.nan, high=math.nan)}
     )
     assert "no confidence interval" in answer["verdict"] and "CI" not in answer["text"]
+    for here, verdict in ((-0.045, "It scores lower"), (0.045, "It scores higher"), (0.0, "Not")):
+        (answer,) = claims.answers({"laptop": edition("not decided", here)})
+        assert answer["verdict"].startswith(verdict)
 
 
 def test_the_figure_has_the_numbers_of_the_claims():

@@ -53,7 +53,7 @@ CHAPTERS = {
 FORMATS: dict[str, Callable[[float], str]] = {
     "difference": signed,
     "share": lambda value: f"{value:z.0%}".replace("-", "−"),
-    "times": lambda value: f"{value:.1f} ×",
+    "times": lambda value: f"{value:.1f} ×".replace("-", "−"),
     "number": lambda value: f"{value:z.2f}".replace("-", "−"),
 }
 
@@ -219,6 +219,9 @@ def answers(editions: Mapping[str, pd.DataFrame]) -> list[dict[str, str]]:
             verdict = "Yes, and it is better by more than .05."
         elif outcome == "not decided" and np.isnan(row["low"]):
             verdict = "Not decided: there is no confidence interval."
+        elif outcome == "not decided" and not row["low"] <= 0 <= row["high"]:
+            side = "lower" if row["high"] < 0 else "higher"
+            verdict = f"It scores {side}; whether by less than .05 is not decided."
         elif outcome == UNTESTABLE:
             text = f"The paper has {row['paper']}."
         if outcome in (UNSEEN, UNTESTABLE):
