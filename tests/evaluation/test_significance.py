@@ -182,7 +182,7 @@ def naive(d):
         return grand, ms_q / (q * s), q - 1
     total = ms_q + ms_s - ms_e
     freedom = total**2 / (ms_q**2 / (q - 1) + ms_s**2 / (s - 1) + ms_e**2 / ((q - 1) * (s - 1)))
-    return grand, total / (q * s), freedom
+    return grand, total / (q * s), max(freedom, 1)
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.02, 0.2])
@@ -204,6 +204,17 @@ def test_seeds_and_queries_are_both_random(spread):
         assert found.p_tost == pytest.approx(max(one_sided))
         assert paired_interval(seeds(a), seeds(b)) == pytest.approx((mean, *found.ci))
     assert True in both if spread == 0 else False in both
+
+
+def test_degrees_of_freedom_are_at_least_one():
+    """Where the queries differ less than chance would have them, Satterthwaite's are near 0."""
+    d = np.array([[0.11, 0.01], [0.08, 0.03], [0.10, 0.01], [0.07, 0.04]]) - 0.06
+    d[:, 1] += 0.05
+    mean, variance, freedom = naive(d)
+    assert freedom == 1
+    found = compare(seeds(d), seeds(np.zeros((4, 1))))
+    assert found.ci[1] - found.ci[0] == pytest.approx(2 * 12.7062 * math.sqrt(variance), rel=1e-4)
+    assert found.p_t == pytest.approx(2 * stats.t.sf(abs(mean) / math.sqrt(variance), 1))
 
 
 def test_one_seed_is_compared_with_each_of_the_others():

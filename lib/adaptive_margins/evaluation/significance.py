@@ -4,8 +4,9 @@ A system may have been trained with several seeds. The tests are then about othe
 other seeds. With differences D[q, s] = μ + query_q + seed_s + rest_qs, all three effects random,
 the variance of their mean is (MS_query + MS_seed − MS_rest) / (Q S), from the mean squares of a
 two-way layout without replication, and its degrees of freedom are Satterthwaite's (Biometrics
-Bulletin 2, 1946). Where seeds differ by no more than chance, the variance is MS_query / (Q S): that
-of the paired t test of each query's mean over the seeds.
+Bulletin 2, 1946), at least 1: as MS_rest is subtracted, they could be near 0, and the interval as
+wide as 10¹⁷. Where seeds differ by no more than chance, the variance is MS_query / (Q S): that of
+the paired t test of each query's mean over the seeds.
 """
 
 from __future__ import annotations
@@ -204,7 +205,7 @@ def _estimate(differences: np.ndarray) -> _Estimate:
             square = ms_query + ms_seed - ms_rest
             parts = ms_query**2 / (q - 1) + ms_seed**2 / (s - 1)
             parts += ms_rest**2 / ((q - 1) * (s - 1))
-            return _Estimate(mean, math.sqrt(square / (q * s)), square**2 / parts)
+            return _Estimate(mean, math.sqrt(square / (q * s)), max(1.0, square**2 / parts))
     return _Estimate(mean, math.sqrt(ms_query / (q * s)), q - 1)
 
 
