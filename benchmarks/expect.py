@@ -31,7 +31,8 @@ def trained(source: str, folder: Path, **given: Any) -> dict[str, Any]:
     if not (folder / "training.json").is_file():
         write_text(about, json.dumps(stamp()))
         finetune(source, folder, **given)
-    return Finetuned.load(folder).report | read_object(about)
+    place = read_object(about) or dict.fromkeys(("machine", "date"), "not recorded")
+    return Finetuned.load(folder).report | place
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
