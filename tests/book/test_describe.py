@@ -131,13 +131,18 @@ def test_the_data_sheet_of_a_profile() -> None:
         inputs=SimpleNamespace(
             collection=PYDOCS, evaluated_sets=("test1",), top_candidates=CANDIDATES.get
         ),
-        profile=SimpleNamespace(candidates=SimpleNamespace(source="bm25")),
+        profile=SimpleNamespace(
+            candidates=SimpleNamespace(source="bm25"),
+            measures=SimpleNamespace(rerank=["nDCG@10"], full=["nDCG@10", "R(rel=2)@20"]),
+        ),
         bm25=lambda: SimpleNamespace(result=stored),
     )
     scores = {"test1": {"nDCG@10": 0.12345, "R(rel=2)@20": 0.5}}
     assert describe.profile_datasheet(opened) == datasheet(
         PYDOCS, collection_facts(PYDOCS), CANDIDATES, scores
     )  # type: ignore[arg-type]
+    opened.profile.measures.full = ["nDCG@10", "R@20"]  # of binary judgements
+    assert "grade ≥ 1)" in describe.profile_datasheet(opened)
 
 
 @pytest.mark.usefixtures("warm_start")

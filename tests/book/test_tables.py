@@ -203,6 +203,16 @@ def test_incomplete_frames():
     assert text(rows(ours)[0][5]) == "—"
 
 
+def test_measures_that_differ_in_the_grade_alone_have_a_column_each():
+    data = frames.table3()
+    other = data[data["measure"] == RECALL].assign(measure="R(rel=1)@20", value=0.125)
+    both = pd.concat([data, other], ignore_index=True)
+    _, ours, _ = parse(tables.table3(both, heading=""))
+    heads = [th.get_text() for th in ours.select("thead th")]
+    assert heads.count("R(rel=2)@20") == heads.count("R(rel=1)@20") == 2 and "R@20" not in heads
+    assert [text(cell) for cell in rows(ours)[0][3:9]].count("0.125") == 2
+
+
 def test_numbers_and_texts_are_written_short():
     counts = [tables.triples(n) for n in (0, float("nan"), 768, 1536, 5_180_000)]
     assert counts == ["—", "—", "768", "1,536", "5.18M"]

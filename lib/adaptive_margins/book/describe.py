@@ -6,6 +6,7 @@ The words of the data sheet, after Gebru et al. (2021), are in ``templates/datas
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from adaptive_margins.book.render import html_page, plain, render
-from adaptive_margins.book.style import measure_label
+from adaptive_margins.book.style import measure_labels
 from adaptive_margins.book.tables import shorten
 from adaptive_margins.data import pydocs
 from adaptive_margins.data.collection import Collection, Texts
@@ -187,17 +188,23 @@ def runs_frame(runs: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def profile_datasheet(reproduction: Reproduction) -> str:
-    """The data sheet of a profile's collection, with its candidates and BM25's stored scores."""
+    """The data sheet of a profile's collection, with its candidates and BM25's stored scores.
+
+    A passage is relevant from the grade on that the profile's measures ask for.
+    """
     result, inputs = reproduction.bm25().result, reproduction.inputs
+    profile = reproduction.profile
     none: dict[str, Any] = {"mean": {}}
     scores = {
         name: result["rerank"].get(name, none)["mean"] | result["full"].get(name, none)["mean"]
         for name in inputs.evaluated_sets
     }
     candidates = {name: inputs.top_candidates(name) for name in inputs.evaluated_sets}
-    official = reproduction.profile.candidates.source == "official"
+    levels = re.findall(r"rel=(\d+)", " ".join([*profile.measures.rerank, *profile.measures.full]))
+    options: dict[str, Any] = {"relevant": max(map(int, levels), default=1)}
+    options["official"] = profile.candidates.source == "official"
     facts = collection_facts(inputs.collection)
-    return datasheet(inputs.collection, facts, candidates, scores, official=official)
+    return datasheet(inputs.collection, facts, candidates, scores, **options)
 
 
 def collection_page(collection: Collection, facts: Mapping[str, Any]) -> str:
@@ -383,7 +390,7 @@ def _bm25(
     scored: Mapping[str, Qrels],
     relevant: int,
 ) -> pd.DataFrame:
-    measures = dict.fromkeys(measure for values in bm25.values() for measure in values)
+    labels = measure_labels(measure for values in bm25.values() for measure in values)
     rows = []
     for name in (name for name in sets if name in candidates or name in bm25):
         qrels, run = scored[name], candidates.get(name, {})
@@ -392,8 +399,8 @@ def _bm25(
             for qid, judged in qrels.items()
         )
         share = f"{reachable / max(len(qrels), 1):.3f}" if run else ""
-        values = {m: bm25.get(name, {}).get(m) for m in measures}
-        cells = {measure_label(m): "" if v is None else f"{v:.3f}" for m, v in values.items()}
+        values = {label: bm25.get(name, {}).get(m) for m, label in labels.items()}
+        cells = {label: "" if v is None else f"{v:.3f}" for label, v in values.items()}
         rows.append({"set": name, "with a relevant candidate": share, **cells})
     return pd.DataFrame(rows)
 

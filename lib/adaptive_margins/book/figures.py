@@ -30,6 +30,7 @@ from adaptive_margins.book.style import (
     encoder_label,
     end_labels,
     measure_label,
+    measure_labels,
     score,
     style,
     value_labels,
@@ -233,7 +234,7 @@ def _panels(
             panel = data[(data["measure"] == measure) & (data[split] == value)]
             pending.append((axis, *_curves(axis, panel, x, references.get(measure))))
         for measure, axes_row in zip(measures, axes, strict=True):
-            axes_row[0].set_ylabel(measure_label(measure))
+            axes_row[0].set_ylabel(measure_labels(measures)[measure])
             _room(axes_row, 0.14)
         for axis, title in zip(axes[0], columns.values(), strict=True):
             axis.set_title(title)

@@ -20,7 +20,7 @@ import yaml
 from adaptive_margins.book import claims, describe, edition, figures, released_code
 from adaptive_margins.book.claim_statistics import variants
 from adaptive_margins.book.render import render
-from adaptive_margins.book.style import measure_label
+from adaptive_margins.book.style import measure_labels
 from adaptive_margins.paper import Reproduction
 from adaptive_margins.paper.out_of_domain import FOLDER
 from adaptive_margins.paper.runner import describe as describe_run
@@ -101,7 +101,7 @@ def cover(profile: Profile, table4: Path | None) -> str:
     frame = frame[~frame["source"].str.startswith("supplied")]
     frame = frame.assign(
         Loss=variants(frame).str.replace(" in-batch", ", in-batch"),
-        column=frame["measure"].map(measure_label) + ", " + frame["set"],
+        column=frame["measure"].map(measure_labels(frame["measure"])) + ", " + frame["set"],
         cell=frame["value"].map("{:.3f}".format),
     )
     rows, columns = frame["Loss"].unique(), frame["column"].unique()

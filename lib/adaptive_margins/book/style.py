@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -61,6 +62,13 @@ def encoder_label(encoder: str) -> str:
 def measure_label(measure: str) -> str:
     """How the paper writes a measure given in ir_measures' notation: Success(rel=2)@5 is Hits@5."""
     return re.sub(r"\([^)]*\)", "", measure).replace("Success@", "Hits@")
+
+
+def measure_labels(measures: Iterable[str]) -> dict[str, str]:
+    """Measure → `measure_label`, or its full notation where another measure has the same label."""
+    labels = {measure: measure_label(measure) for measure in measures}
+    count = Counter(labels.values())
+    return {m: label if count[label] == 1 else m for m, label in labels.items()}
 
 
 def score(value: float) -> str:

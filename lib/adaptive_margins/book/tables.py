@@ -25,7 +25,7 @@ from adaptive_margins.book.comparison import (
 )
 from adaptive_margins.book.published import load
 from adaptive_margins.book.render import data_uri, render
-from adaptive_margins.book.style import encoder_label, measure_label
+from adaptive_margins.book.style import encoder_label, measure_label, measure_labels
 from adaptive_margins.progress import clock, printable
 
 MARGIN, ALPHA = 0.05, 0.05
@@ -293,7 +293,8 @@ def _run_rows(
     """Cells and titles, a row for each ``row`` of ``data``; a score for each set and measure."""
     shown = [_score_cell(row, underline) for row in data.to_dict("records")]
     names = ["set", "measure"]
-    long = data[["row", *names]].assign(measure=data["measure"].map(measure_label))
+    labels = measure_labels(data["measure"])
+    long = data[["row", *names]].assign(measure=data["measure"].map(labels))
     pairs = long[names].drop_duplicates()
     pairs = pairs.sort_values("set", key=lambda sets: pd.factorize(sets)[0], kind="stable")
     cells, titles = (
