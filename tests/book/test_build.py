@@ -99,11 +99,11 @@ def test_a_finished_notebook_is_left_alone_until_something_changes(site, tmp_pat
     assert (site.pages / "01_data.ipynb").stat().st_mtime_ns == before
 
     def becomes_stale(change, undo):
-        assert site.finished(first) is not None
+        assert site.finished(first)
         change()
-        stale = site.finished(first) is None
+        stale = not site.finished(first)
         undo()
-        return stale and site.finished(second) is not None
+        return stale and site.finished(second)
 
     result = site.home / "runs" / "aa11" / "result.json"
     data = site.pages / "data" / "figure3.csv"
@@ -123,10 +123,10 @@ def test_a_finished_notebook_is_left_alone_until_something_changes(site, tmp_pat
     external = site.home / "supplied" / "test1" / "theirs.run"
     external.parent.mkdir(parents=True)
     external.write_text("q1 Q0 d1 1 2.0 x\n")
-    assert site.finished(first) is None
+    assert not site.finished(first)
     external.unlink()
-    assert site.finished(first) is not None
-    assert Site(site.home, "laptop").finished(first) is None
+    assert site.finished(first)
+    assert not Site(site.home, "laptop").finished(first)
 
 
 def test_other_code_or_versions_make_a_notebook_stale(site, tmp_path, monkeypatch):
@@ -154,7 +154,7 @@ def test_failed_and_killed_notebooks_are_kept_and_named_and_no_other_begins(site
         assert str(kept) in message
     assert "so far" in (site.pages / "08_error.failed.ipynb").read_text()
     for notebook in (waiting[0], error, killed):
-        assert site.finished(notebook) is None
+        assert not site.finished(notebook)
         assert not (site.pages / notebook.name).exists()
         assert not site.receipt(notebook).exists()
     assert not list(site.pages.glob("*.running.ipynb"))
@@ -183,11 +183,11 @@ def test_a_killed_build_leaves_nothing_that_counts_and_goes_on(site, tmp_path):
         child.join()
     kernel = int(pid.read_text())
     wait_for(lambda: not alive(kernel), 30)
-    assert site.finished(notebook) is None
+    assert not site.finished(notebook)
     assert not (site.pages / notebook.name).exists()
     (notebook.parent / "go").touch()
     site.execute([notebook])
-    assert site.finished(notebook) is not None
+    assert site.finished(notebook)
     assert not (site.pages / "01_sleeps.running.ipynb").exists()
 
 
@@ -259,7 +259,7 @@ def test_a_full_disk_leaves_no_page_and_no_receipt(site, tmp_path, monkeypatch):
         patch.setattr(build_module, "write_text", no_receipt)
         with pytest.raises(BuildError, match=r"01_x\.ipynb.*No space left on device"):
             site.execute([notebook])
-    assert site.finished(notebook) is None
+    assert not site.finished(notebook)
 
 
 def test_two_builds_do_not_mix(tmp_path):

@@ -185,22 +185,21 @@ class Site:
             found |= {run_id: file_sha256(p) for run_id, p in files.items() if p.is_file()}
         return found
 
-    def finished(self, notebook: Path) -> dict[str, Any] | None:
-        """The notebook's receipt if it matches what is on disk, else None."""
+    def finished(self, notebook: Path) -> bool:
+        """Whether the notebook's receipt matches what is on disk."""
         receipt = read_object(self.receipt(notebook))
         try:
-            matches = (
+            return (
                 receipt["key"] == self.key(notebook)
                 and receipt["results"] == self.results(list(receipt["results"]))
                 and all(file_sha256(self.pages / p) == h for p, h in receipt["outputs"].items())
             )
         except (KeyError, OSError, AttributeError):
-            return None
-        return receipt if matches else None
+            return False
 
     def execute(self, notebooks: Sequence[Path], *, force: bool = False) -> None:
         """Execute what is not finished, `WORKERS` at a time; a failure cancels those that wait."""
-        pending = [n for n in notebooks if force or self.finished(n) is None]
+        pending = [n for n in notebooks if force or not self.finished(n)]
         if len(pending) < len(notebooks):
             say(f"[notebooks] {len(notebooks) - len(pending)} of {len(notebooks)} are finished")
         if not pending:

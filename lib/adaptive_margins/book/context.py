@@ -92,7 +92,7 @@ def setup(reproduction: Reproduction, *parts: str) -> Styler:
         KeyError: an unknown part.
     """
     paper, here = load().setup, _setup(reproduction)
-    rows = {part: (paper[part]["text"], here[part]) for part in parts or paper}
+    rows = {part: (paper[part], here[part]) for part in parts or paper}
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=["Paper", "Here"])
     styler = frame.rename(index=lambda part: part.replace("_", " ").capitalize()).style
     caption = f"Set-up, profile {reproduction.profile.name}"

@@ -20,15 +20,15 @@ import yaml
 class Published:
     """The paper's tables as frames of text (marks included), and what it states in words.
 
-    ``paper``: title, short, collection, released_code. ``headings``: what the caption of each table
-    names. ``figure6_mean``: to which the targets of Figure 6 settle. ``setup``: part of the setting
-    → section and text.
+    ``paper``: short, released_code. ``headings``: what the caption of each table names.
+    ``figure6_mean``: to which the targets of Figure 6 settle. ``setup``: part of the setting →
+    text.
     """
 
     paper: Mapping[str, str]
     headings: Mapping[int, str]
     figure6_mean: float
-    setup: Mapping[str, Mapping[str, str]]
+    setup: Mapping[str, str]
     notes: tuple[Mapping[str, Any], ...]
     tables: Mapping[int, pd.DataFrame]
 
