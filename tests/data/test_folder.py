@@ -496,26 +496,17 @@ def test_datasets_of_another_form_are_refused(tmp_path: Path) -> None:
         return tmp_path / name
 
     good = {"query": ["a"], "positive": ["x"]}
-    (found,) = problems(saved("a", train={**good, "label": [1]}))
-    assert found.startswith(
-        "train:1: found the columns 'query', 'positive', 'label'; expected query"
-    )
-    assert "dataset.select_columns([name, …])" in found
-    (found,) = problems(saved("b", train=good, extra=good))
-    assert (
-        "split 'extra': expected train, validation (or dev, valid, val) and test, each once"
-        in found
-    )
-    bad = {"query": ["a", ""], "positive": ["x", "y"], "negative": ["y", None]}
-    assert problems(saved("c", train=bad)) == [
-        "train:2: 'query' must be a text that is not empty, not ''; 'negative' must be a text that is not empty, not None",
-    ]  # fmt: skip
+    (found,) = problems(saved("a", train=good, extra=good))
+    known = "expected train, validation (or dev, valid, val) and test, each once"
+    assert f"split 'extra': {known}" in found
+    bad = {"query": ["a", ""], "positive": ["x", "y"]}
+    (found,) = problems(saved("b", train=bad))
+    assert found == "train:2: 'query' must be a text that is not empty, not ''"
     (folder := saved("d", train=good)).joinpath("train", "state.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as a Hugging Face dataset"):
         read_folder(folder)
-    (file,) = (folder := saved("e", test={"query": ["abcdef"], "positive": ["x"]})).glob(
-        "*/*.arrow"
-    )
+    folder = saved("e", test={"query": ["abcdef"], "positive": ["x"]})
+    (file,) = folder.glob("*/*.arrow")
     file.write_bytes(file.read_bytes().replace(b"abcdef", b"abc\xffef"))
     with pytest.raises(DataError, match="test cannot be read as a Hugging Face dataset: 'utf-8'"):
         read_folder(folder)

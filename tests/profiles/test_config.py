@@ -56,20 +56,6 @@ def test_shipped_profiles_load(name):
     assert load_profile(str(SHIPPED / f"{name}.yaml")) == profile
 
 
-def test_the_two_laptop_profiles():
-    quick, long = load_profile("laptop"), load_profile("laptop-long")
-    for profile in (quick, long):
-        assert len(profile.encoders) == 3
-        assert profile.distributed.batch_sizes == (16, 32)
-        assert profile.collection.validation >= 150
-        assert profile.collection.test >= 600
-        assert not profile.comparison.stop_early  # so that figures and Table 3 share runs
-    assert quick.comparison.seeds == {quick.reference_encoder: (1, 2)}
-    assert long.comparison.seeds == long.static.seeds == dict.fromkeys(long.encoders, (1, 2, 3))
-    assert long.comparison.triples > 4 * quick.comparison.triples
-    assert quick.encoders == long.encoders and quick.lengths == long.lengths
-
-
 def test_the_device_is_by_default_the_best_there_is(tmp_path, values):
     del values["device"]
     assert load_profile(write(tmp_path, values)).device == default_device()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import gc
 import importlib.util
 import os
 import re
@@ -101,17 +100,12 @@ def scan(package: str, root: Path, max_words: int) -> Iterator[Documented]:
 def _docstrings(path: Path) -> list[tuple[str, str, str]]:
     """(qualified name, kind, docstring) of the public functions, methods and classes of a file."""
     source = path.read_bytes()
-    collecting = gc.isenabled()
-    gc.disable()  # a syntax tree is many small objects and no garbage: a third of the time
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
             tree = ast.parse(source)
     except (SyntaxError, ValueError):  # templates and files for other Python versions
         return []
-    finally:
-        if collecting:
-            gc.enable()
 
     found: dict[str, tuple[str, str, str]] = {}
 
