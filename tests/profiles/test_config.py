@@ -121,6 +121,7 @@ BROKEN = [
     ("seed", -1, ["seed", "-1", "greater than or equal to 0"]),
     ("differences.seeds", [1, 1 << 32], ["differences.seeds.1", "4294967296"]),
     ("comparison.budgets", {"statc": 64}, ["comparison", "'statc'", "static, static in-batch"]),
+    ("comparison.seeds", {"minilm-4": [1, 2, 1]}, ["comparison", "'minilm-4': [1, 2, 1]", "twice"]),
     ("comparison.budgets", {"distributed": 7}, ["comparison", "7 triples", "batch of 8"]),
 ]  # fmt: skip
 

@@ -246,6 +246,9 @@ class ComparisonSettings(CurveSettings):
             if triples < self.batch_sizes[0]:
                 size = self.batch_sizes[0]
                 raise ValueError(f"budgets: {triples} triples do not fill a batch of {size}")
+        for encoder, seeds in self.seeds.items():
+            if len({*seeds}) < len(seeds):  # two equal runs would count as two observations
+                raise ValueError(f"seeds of {encoder!r}: {list(seeds)} has one of them twice")
         if self.keep == "last" and not self.stop_early:
             raise ValueError("keep: last needs stop_early: true, the last checkpoint is there")
         return self
