@@ -204,8 +204,8 @@ def read_dataset(path: Path) -> Collection:
 
     ``path`` is a Hugging Face ``Dataset`` or ``DatasetDict`` on disk, a folder of ``train.jsonl``,
     ``validation.jsonl`` and ``test.jsonl`` (or other names of `SETS`), or a file, which is as a
-    Dataset the training set; files may be ``.parquet``. Distinct texts are passages (d1, d2, … by first
-    occurrence) or queries of their set (q1, q2, …). In the training set each positive makes a
+    Dataset the training set; files may be ``.parquet``. Distinct texts are passages (d1, d2, … by
+    first occurrence) or queries of their set (q1, q2, …). In the training set each positive makes a
     triple with each negative of its row; other negatives are passages. Of several grades of a
     passage for a query the highest counts. Tabs and line breaks become spaces.
 
