@@ -194,6 +194,15 @@ def test_a_second_call_reads(study, scores, home, monkeypatch):
     pd.testing.assert_frame_equal(again, study.scores())
 
 
+def test_shorter_passages_are_another_collection(study, home, monkeypatch):
+    built, package = [], OutOfDomain._package
+    monkeypatch.setattr(OutOfDomain, "_package", lambda *a: built.append(a) or package(*a))
+    for words in (30, 20):  # the profile has 30
+        values = {"collection__max_words": words, "out_of_domain__packages": ["jinja2"]}
+        _ = OutOfDomain(paper.open("smoke", home, **values)).collections
+    assert len(built) == 1
+
+
 def test_a_folder_of_the_readers(home, tmp_path, study):
     folder = tmp_path / "mine"
     folder.mkdir()

@@ -14,7 +14,7 @@ from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.encoder.load import encoder_identity, open_encoder
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.paper.reproduction import Reproduction
-from adaptive_margins.profiles.load import load_profile
+from adaptive_margins.profiles.load import ProfileError, load_profile
 from adaptive_margins.runs import ZeroShotRun
 from conftest import RANDOM_TEXTS, SPECIAL, WORDS, write_retriever
 
@@ -68,6 +68,7 @@ def reproduction(folders, tmp_path):
         "tas-b": {"base": folders["tas-b"], **retriever},
         "cosine": {"base": folders["tas-b"], "pooling": "own"},
         **{name: {"base": folders[name], **retriever} for name in ("old", "mirrored", "short")},
+        "short-cls": {"base": folders["short"], "pooling": "cls"},
         "wide": {"base": folders["passages"], "query_base": folders["wide"], "pooling": "own"},
         "prompted": {"base": folders["prompted"], "pooling": "own"},
     }
@@ -137,6 +138,8 @@ def test_a_retrievers_own_limit_is_stated_and_its_similarity_used(reproduction):
     assert sum("reads at most" in text for text in messages) == 2  # queries and passages
     assert not any("similarity" in text for text in messages)
     assert loaded.whole.similarity_fn_name == "dot"
+    longer = reproduction.inputs.encoder("short-cls")  # the same tokenizer
+    assert (longer.queries.lengths.max(), longer.passages.lengths.max()) == (9, 12)
     with pytest.warns(UserWarning, match="'dot'; here, the cosine is used"):
         open_encoder(
             reproduction.profile.untrained["short"].model_copy(update={"similarity": "cosine"})
@@ -169,29 +172,19 @@ def test_bad_retrievers_are_refused_before_anything_is_computed(reproduction, fo
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"encoders__minilm-4": {"query_base": "x", "layers": None, "trained_layers": None}},
+        ("encoders: {minilm-4: {layers: null, trained_layers: null, query_base: x}}",
          r"encoders\.minilm-4 has query_base: x, and cannot be trained; list it under untrained"),
-        ({"encoders__minilm-4": {"pooling": "own", "layers": None, "trained_layers": None}}, "pooling: own"),
-        ({"encoders__minilm-4": {"similarity": "dot", "layers": None, "trained_layers": None}}, "similarity: dot"),
-        ({"untrained__minilm": {"query_base": "x"}}, "trained_layers do not go with query_base: x"),
-        ({"untrained__minilm": {"query_revision": "abc"}}, "query_revision 'abc' needs a query_base"),
-        ({"untrained__minilm": {"similarity": "euclid"}}, "'cosine' or 'dot'"),
+        ("encoders: {minilm-4: {layers: null, trained_layers: null, pooling: own}}", "pooling: own"),
+        ("encoders: {minilm-4: {layers: null, trained_layers: null, similarity: dot}}", "similarity: dot"),
+        ("untrained: {minilm: {query_base: x}}", "trained_layers do not go with query_base: x"),
+        ("untrained: {minilm: {query_revision: abc}}", "query_revision 'abc' needs a query_base"),
+        ("untrained: {minilm: {similarity: euclid}}", "'cosine' or 'dot'"),
     ],
 )  # fmt: skip
-def test_settings_that_do_not_fit(values, expected):
-    cleaned = {}
-    for key, value in values.items():  # None leaves a value: these are written as YAML's null
-        for name, x in value.items():
-            cleaned[f"{key}__{name}"] = x
-    profile = load_profile("smoke").model_dump()
-    for key, value in cleaned.items():
-        *path, last = key.split("__")
-        place = profile
-        for part in path:
-            place = place[part]
-        place[last] = value
-    with pytest.raises(Exception, match=expected):
-        type(load_profile("smoke")).model_validate(profile)
+def test_settings_that_do_not_fit(tmp_path, values, expected):
+    (tmp_path / "my.yaml").write_text(f"extends: smoke\n{values}\n")
+    with pytest.raises(ProfileError, match=expected):
+        load_profile(tmp_path / "my.yaml")
 
 
 def test_minilm_at_its_own_length_reads_the_same_tokens(smoke):

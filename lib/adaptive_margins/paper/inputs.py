@@ -15,6 +15,7 @@ import numpy as np
 
 from adaptive_margins.data import converted, pydocs, stored
 from adaptive_margins.data.collection import Collection, Texts, Triple
+from adaptive_margins.data.text import DataError
 from adaptive_margins.data.trec import Qrels, Run, read_run, truncated, write_run
 from adaptive_margins.data.triples import sample_triples
 from adaptive_margins.encoder.checks import EncoderError
@@ -26,7 +27,7 @@ from adaptive_margins.profiles.config import IrDatasetsSettings, Profile, PyDocs
 from adaptive_margins.profiles.encoders import EncoderSettings
 from adaptive_margins.progress import say
 from adaptive_margins.retrieval.bm25 import BM25
-from adaptive_margins.runs import BM25_NAME
+from adaptive_margins.runs import BM25_NAME, CODE_VERSION
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -138,12 +139,21 @@ class Inputs:
 
     @functools.cached_property
     def queries(self) -> Texts:
-        """Training queries, then those of the evaluated sets: one numbering for all of them."""
+        """Training queries, then those of the evaluated sets: one numbering for all of them.
+
+        A query may be in several sets. Raises DataError if its texts differ.
+        """
         sets = self.collection.queries
         names = ["train", *self.evaluated_sets] if "train" in sets else self.evaluated_sets
-        ids = [qid for name in names for qid in sets[name].ids]
-        texts = [text for name in names for text in sets[name].texts]
-        return Texts(ids, texts)
+        found: dict[str, str] = {}
+        for name in names:
+            for qid, text in zip(sets[name].ids, sets[name].texts, strict=True):
+                if found.setdefault(qid, text) != text:
+                    raise DataError(
+                        f"query {qid!r} of {name!r} has another text in an earlier one of"
+                        f" {', '.join(names)}; expected the same, or another id"
+                    )
+        return Texts(list(found), list(found.values()))
 
     def query_rows(self, query_set: str) -> np.ndarray:
         """Rows of a set's queries in `queries`."""
@@ -181,8 +191,8 @@ class Inputs:
         return truncated(run, depth)
 
     def _cached_run(self, name: str, compute: Callable[[], Run]) -> Run:
-        """A ranking of BM25, computed once per version of bm25s and stored with the collection."""
-        name = f"{'-'.join(_versions('bm25s'))}.{name}"
+        """A ranking of BM25, computed once per version of it and stored with the collection."""
+        name = f"{'-'.join(_versions('bm25s', 'PyStemmer'))}.{CODE_VERSION}.{name}"
         path = self.home / "collections" / self.fingerprint / f"{name}.run.gz"
         if not path.is_file():
             write_run(compute(), path, BM25_NAME)
@@ -268,18 +278,19 @@ class Inputs:
 
         They are truncated at the encoder's own limit, with a warning, if that is lower.
         """
-        lengths, texts = self.profile.lengths, self.collection.passages.texts
-        length = lengths.passage
+        lengths = self.profile.lengths.model_dump()
+        texts, name = self.collection.passages.texts, "passage"
         if kind == "queries":
-            texts, length = self.queries.texts, lengths.query
+            texts, name = self.queries.texts, "query"
+        length = lengths[name]
         if (limit := model.max_seq_length) < length:
             warnings.warn(
                 f"encoder {settings.base!r} reads at most {limit} tokens: its {kind} are not"
                 f" truncated at {length}, as those of others, but at {limit}",
                 stacklevel=2,
             )
-            length = limit
-        key = [self.fingerprint, self.evaluated_sets, lengths.model_dump(), _tokenizer(settings)]
+            lengths[name] = length = limit
+        key = [self.fingerprint, self.evaluated_sets, lengths, _tokenizer(settings)]
         folder = self.home / "cache" / "tokens" / digest(key) / kind
         return stored_tokens(lambda: model.tokenizer, texts, length, folder)
 
@@ -305,7 +316,8 @@ def sampled_triples(
 def _longest_budget(profile: Profile) -> int:
     """Triples of the longest run; shorter runs use the first of the same triples."""
     curves = (profile.adaptive, profile.distributed, profile.comparison)
-    return max(profile.static.triples, *(curve.triples or 0 for curve in curves))
+    budgets = [*profile.comparison.budgets.values(), *(curve.triples or 0 for curve in curves)]
+    return max(profile.static.triples, *budgets)
 
 
 _weights = functools.cache(encoder_identity)

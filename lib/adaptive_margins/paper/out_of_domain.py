@@ -22,7 +22,7 @@ from adaptive_margins.data.words import words_of
 from adaptive_margins.evaluation.measures import MeasureError, relevant
 from adaptive_margins.evaluation.significance import compare
 from adaptive_margins.files import digest, read_object, write_text
-from adaptive_margins.paper.experiments import VARIANTS
+from adaptive_margins.paper.experiments import VARIANTS, tuning_runs
 from adaptive_margins.paper.inputs import shortener
 from adaptive_margins.paper.reproduction import Reproduction
 from adaptive_margins.paper.store import StoredRun
@@ -85,10 +85,15 @@ class OutOfDomain:
 
     def _cached(self, source: str) -> Collection:
         s, is_package = self.settings, source in self.settings.packages
-        versions = {"ir-datasets": importlib.metadata.version("ir-datasets")}
-        key = [pydocs.source_versions([source]) if is_package else versions, pydocs.RULES, source]
-        reference = self.reproduction.inputs.weights(self.profile.reference_encoder)
-        key += [s.queries, s.passages, self.profile.lengths.model_dump(), reference]
+        ir_datasets = {"ir-datasets": importlib.metadata.version("ir-datasets")}
+        key = {
+            "source": source,
+            "versions": pydocs.source_versions([source]) if is_package else ir_datasets,
+            "rules": pydocs.RULES,
+            "sizes": [s.queries, s.passages, self._max_words],
+            "lengths": self.profile.lengths.model_dump(),
+            "encoder": self.reproduction.inputs.weights(self.profile.reference_encoder),
+        }
         pointer = self.home / "cache" / "collections" / f"{digest(key)}.json"
         built = self.home / "collections" / str(read_object(pointer).get("fingerprint"))
         if built.is_dir():
@@ -100,6 +105,10 @@ class OutOfDomain:
     def _saved(self, collection: Collection) -> Collection:
         collection.save(self.home / "collections" / collection.fingerprint)
         return collection
+
+    @property
+    def _max_words(self) -> int:
+        return getattr(self.profile.collection, "max_words", 60)
 
     @cached_property
     def _shorten(self) -> Callable[[Literal["query", "passage"], list[str]], list[str]]:
@@ -113,7 +122,7 @@ class OutOfDomain:
             validation=1,
             test=1,
             max_passages=self.settings.passages,
-            max_words=getattr(self.profile.collection, "max_words", 60),
+            max_words=self._max_words,
             shorten=self._shorten,
         )
         asked = sorted((q, texts[q]) for texts in built.queries.values() for q in texts.ids)
@@ -178,7 +187,7 @@ class OutOfDomain:
     def _trained(self) -> list[tuple[str, bool, StoredRun[Any]]]:
         """Target, in-batch and run of each row of Table 3, for each seed."""
         e, runner = self.reproduction.experiments, self.reproduction.runner
-        runner.ensure([c for c in e.figure3_runs() if c.encoder in self._encoders])
+        runner.ensure(tuning_runs(e, self._encoders))
         rows = [
             (target, in_batch, e.variant_run(encoder, target, in_batch, seed))
             for encoder in self._encoders

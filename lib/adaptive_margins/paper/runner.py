@@ -120,6 +120,7 @@ class Runner:
             _worker,
             self.profile,
             self.inputs.home,
+            self.store.folder,
             self.place,
             owner=self.owner,
             one_gpu=bool(needs["num_gpus"] if address else gpus),
@@ -246,15 +247,16 @@ class Runner:
     def _train(
         self, config: TrainingRun, encoder: LoadedEncoder, model: Any, validate: Any, work: Path
     ) -> TrainingResult:
-        """Train ``model``. Step 0 is read from the zero-shot run if that is stored."""
+        """Train ``model``. Step 0 is read from the zero-shot run if that is stored.
+
+        Not on another set than that run's own: there, its embeddings may be of 16 bits.
+        """
         from adaptive_margins.training import train  # seconds, of no use to finished runs
 
         start = Experiments(self.inputs, self.store).zero_shot_run(config.encoder)
-        initial = None
-        if self.store.has(start) and config.similarity == "cosine":
-            stored = self.store.get(start)
-            if config.validation in stored.result["rerank"]:
-                initial = stored.evaluation("rerank", config.validation)
+        initial, same = None, (config.similarity, config.validation) == ("cosine", start.validation)
+        if same and self.store.has(start):
+            initial = self.store.get(start).evaluation("rerank", config.validation)
         triples, order, in_batch = self.inputs.triples, None, None
         if config.teacher is not None:
             triples, order, in_batch = self._distillation(config)
@@ -417,7 +419,7 @@ def describe(config: RunConfig, with_target: bool = True) -> str:
 
 
 def _worker(
-    profile: Profile, home: Path, place: tuple[str, str], *, owner: str, one_gpu: bool
+    profile: Profile, home: Path, folder: Path, place: tuple[str, str], *, owner: str, one_gpu: bool
 ) -> Runner:
     """A runner in a worker process, perhaps on a machine with another home folder."""
     if one_gpu:
@@ -425,4 +427,5 @@ def _worker(
         profile = profile.model_copy(update={"device": "cuda", "ranking": ranking})
     if place[1] not in ("", "local"):
         home = Path(os.environ.get(HOME_VARIABLE, home))
-    return Runner(Inputs(profile, home), open_store(place[0], home / "runs"), owner=owner)
+        folder = home / "runs"
+    return Runner(Inputs(profile, home), open_store(place[0], folder), owner=owner)
