@@ -19,6 +19,7 @@ from adaptive_margins.paper.convergence import (
     convergence,
     equivalence,
     lines,
+    rises,
 )
 from adaptive_margins.paper.store import StoredRun
 
@@ -121,6 +122,12 @@ def test_a_reference_that_still_rises_is_no_yardstick():
     frame = budgets(equivalence([rising, line("adaptive", run([0.3, 0.4, 0.61, 0.55, 0.5]))]))
     assert set(frame["state"]) == {UNSEEN}
     assert frame["budget"].notna().all()  # as far as the reference was trained
+
+
+def test_a_curve_rises_by_its_mean_over_all_seeds():
+    """Not by that over the seeds that are left at the end."""
+    assert not rises([run([0.3, 0.5]), run([0.8, 0.8, 0.79], seed=2)], NDCG)
+    assert rises([run([0.3, 0.5]), run([0.8, 0.8, 0.81], seed=2)], NDCG)
 
 
 def test_the_best_student_of_a_teacher_is_a_reference_too():

@@ -147,9 +147,12 @@ def test_the_papers_plan_needs_neither_data_nor_network(tmp_path, no_network):
     pinned = "distilbert/distilbert-base-uncased@12040accade4e8a0f71eabdb258fecc2e7e948be"
     assert fetched[pinned] == 4 * 66_363_648
     assert sum(fetched.values()) == pytest.approx(11.9e9, rel=0.05)
+    unknown = [what.partition("@")[0] for what, count in plan.downloads if not count]
+    assert unknown == ["colbert-ir/colbertv2.0", "cross-encoder/ms-marco-MiniLM-L6-v2"]
     text = plan.text()
     for part in ("108 runs, 0 are done", "39,780,811", "13.6 GB", "11.9 GB", "non-commercial"):
         assert part in text
+    assert "11.9 GB, and 2 of unknown size" in text
 
 
 def test_the_released_plan_has_its_own_grid(tmp_path, no_network):

@@ -18,7 +18,7 @@ from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.files import WriteError, write_checksums
 from adaptive_margins.paper import backends, runner
-from adaptive_margins.paper.experiments import fixed_runs
+from adaptive_margins.paper.experiments import fixed_runs, tuning_runs
 from adaptive_margins.paper.reproduction import Reproduction
 from adaptive_margins.paper.store import StoreError
 from adaptive_margins.profiles.load import load_profile
@@ -56,9 +56,9 @@ def test_an_unknown_run_is_refused_before_any_is_computed(tmp_path, monkeypatch)
     assert wanted == []
     e = reproduction.experiments
     tuned = e.comparison_run("minilm-4", target=0.5, in_batch=True)
-    with pytest.raises(AssertionError):  # the run is found once those of Figure 3 are finished
+    with pytest.raises(StoreError, match="is not in"):  # whether it is the run is decided by these
         reproduction.run_one(tuned.run_id)
-    assert wanted == e.figure3_runs()
+    assert wanted == tuning_runs(e, ["minilm-4"], [True])
     wanted.clear()
     curve = e.figure4_runs()[0]
     with pytest.raises(TypeError):  # what our ensure returns
@@ -105,6 +105,38 @@ def test_one_run_with_own_values(smoke, tmp_path):
         assert row["verdict"] in ("better", "worse", "equivalent", "undecided")
     softmax = other.train("minilm-3", loss="softmax", target=None, in_batch=True, triples=16)
     assert softmax.config.loss == "softmax"
+
+
+def test_step_0_is_read_only_of_the_zero_shot_runs_own_set(smoke, monkeypatch):
+    """Its candidates of other sets are ranked by stored embeddings, which may be of 16 bits."""
+    given = []
+    monkeypatch.setattr("adaptive_margins.training.train", lambda *_, **o: given.append(o))
+    for name in ("validation", "test1"):
+        config = smoke.experiments.comparison_run(
+            "minilm-3", target=0.25, in_batch=False, validation=name
+        )
+        smoke.runner._train(config, smoke.inputs.encoder("minilm-3"), None, None, None)
+    expected = smoke.zero_shot("minilm-3").evaluation("rerank", "validation")
+    assert [o["initial"] for o in given] == [expected, None]
+
+
+def test_workers_store_where_their_driver_does(smoke, tmp_path):
+    place = tmp_path / "elsewhere"
+    other = Reproduction(smoke.profile, smoke.home, runs=place)
+    worker = runner._worker(smoke.profile, smoke.home, place, ("", ""), owner="", one_gpu=False)
+    assert worker.store.folder == other.runner.store.folder == place
+
+
+def test_runs_need_no_estimate(smoke, tmp_path, monkeypatch, capsys):
+    """An encoder of the hub is fetched with its first run; until then, a plan needs its speeds."""
+    other = paper.open("smoke", linked(smoke.home, tmp_path, "cache", "collections"))
+    monkeypatch.setattr("adaptive_margins.paper.plan._has_weights", lambda _: False)
+    ensured = []
+    monkeypatch.setattr(other.runner, "ensure", ensured.append)
+    monkeypatch.setattr(other.experiments, "table3_runs", list)
+    other.run_all()
+    assert len(ensured) == 2
+    assert "no estimate: profile smoke: the weights of" in capsys.readouterr().err
 
 
 def test_cached_states_are_those_of_the_texts(smoke, tmp_path):

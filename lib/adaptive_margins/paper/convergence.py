@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from adaptive_margins.evaluation.significance import compare
-from adaptive_margins.paper.experiments import Experiments, fixed_runs
+from adaptive_margins.paper.experiments import Experiments, fixed_runs, tuning_runs
 from adaptive_margins.paper.runner import Runner
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.runs import TrainingRun
@@ -66,9 +66,12 @@ class Line:
 
 
 def rises(runs: Sequence[StoredRun[TrainingRun]], measure: str) -> bool:
-    """Whether the curve of a row, mean over its seeds, is highest at its end."""
+    """Whether the curve of a row, mean over its seeds, is highest at its end.
+
+    A seed that stopped early keeps its last value.
+    """
     curves = [run.curve.set_index("triples")[measure] for run in runs]
-    mean = pd.concat(curves, axis=1).sort_index().mean(axis=1)
+    mean = pd.concat(curves, axis=1).sort_index().ffill().mean(axis=1)
     return bool(mean.idxmax() == mean.index[-1])
 
 
@@ -78,16 +81,15 @@ def _by_query(scores: pd.DataFrame, row: int) -> dict[str, float]:
 
 def lines(experiments: Experiments, runner: Runner) -> list[Line]:
     """All trained rows of Tables 3 and 4; missing runs are computed."""
-    runner.ensure(experiments.figure3_runs())  # they decide on the tuned ε
-    configs = [*experiments.table3_runs(), *fixed_runs(experiments)]
-    rows = dict.fromkeys(c for c in configs if isinstance(c, TrainingRun) and c.test_sets)
+    runner.ensure(tuning_runs(experiments, experiments.profile.encoders))
+    of_table3 = dict.fromkeys(experiments.table3_runs())
+    others = (c for c in fixed_runs(experiments) if isinstance(c, TrainingRun) and c.test_sets)
     found: dict[tuple[str, str, bool], list[StoredRun[TrainingRun]]] = {}
-    for run in runner.ensure(rows):
+    for run in runner.ensure(of_table3 | dict.fromkeys(others)):
         c = run.config
         loss = {"margin-mse": f"MarginMSE ({c.similarity})"}.get(c.loss, str(c.target or c.loss))
         if isinstance(c.target, float):
-            tuned = experiments.tuned_target(c.encoder, c.in_batch) == c.target
-            loss = TUNED if tuned else f"static (ε = {c.target:g})"
+            loss = TUNED if c in of_table3 else f"static (ε = {c.target:g})"
         loss += f", {c.sampling}" * (c.sampling != "random")
         found.setdefault((c.encoder, loss, c.in_batch), []).append(run)
     return [Line(*key, tuple(runs)) for key, runs in found.items()]

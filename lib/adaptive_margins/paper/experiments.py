@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any
 
@@ -52,7 +52,7 @@ class Experiments:
         """
         p, t = self.profile, self.profile.training
         size = values.setdefault("batch_size", p.static.batch_size)
-        rate = values.pop("learning_rate", None) or t.learning_rate
+        rate = values.pop("learning_rate", t.learning_rate)
         if isinstance(rate, str):
             rate = float(rate.removesuffix("/B")) / size
         same = {"orientation", "weight_decay", "optimizer", "dropout", "chunks"}
@@ -84,9 +84,14 @@ class Experiments:
         batch_size: int | None = None,
         **values: Any,
     ) -> TrainingRun:
-        """Sections 5.2 and 5.3: a line of Figure 4 or 5; or another run with these settings."""
-        s = self.profile.adaptive if target == "adaptive" else self.profile.distributed
-        common = {**_overrides(s), **self._curve(s, batch_size or s.batch_sizes[-1])}
+        """Sections 5.2 and 5.3: a line of Figure 4 or 5; or another run with these settings.
+
+        The batch size is by default that of Figure 4, or the last one of Figure 5.
+        """
+        s, default = self.profile.distributed, -1
+        if target == "adaptive":
+            s, default = self.profile.adaptive, 0
+        common = {**_overrides(s), **self._curve(s, batch_size or s.batch_sizes[default])}
         loss = {"target": target, "in_batch": in_batch, "keep": "best"}
         return self.training_run(encoder, **{**common, **loss, **values})
 
@@ -99,21 +104,24 @@ class Experiments:
         return self.training_run(encoder, **{**own, **common, **values})
 
     def variant_run(
-        self, encoder: str, target: str, in_batch: bool, seed: int | None = None
+        self, encoder: str, target: float | str, in_batch: bool, seed: int | None = None
     ) -> TrainingRun:
         """A row of Table 3 with one seed, by default the first.
 
-        A static row needs the runs of Figure 3 (else StoreError).
+        A static row has the ε ``target``; with "static" the tuned one, which needs the runs of
+        Figure 3 (else StoreError).
         """
-        value: float | str = self.tuned_target(encoder, in_batch) if target == "static" else target
+        row = target if isinstance(target, str) else "static"
+        if target == "static":
+            target = self.tuned_target(encoder, in_batch)
         first, *_ = self.profile.row_seeds(encoder)
         seed = first if seed is None else seed
         reference = encoder == self.profile.reference_encoder and seed == first
         save = reference and target == "distributed"
-        budget = self.profile.comparison.budgets.get(target + " in-batch" * in_batch)
+        budget = self.profile.comparison.budgets.get(row + " in-batch" * in_batch)
         budgets = {"triples": budget} if budget else {}
         return self.comparison_run(
-            encoder, target=value, in_batch=in_batch, seed=seed, save_model=save, **budgets
+            encoder, target=target, in_batch=in_batch, seed=seed, save_model=save, **budgets
         )
 
     def tuned_target(self, encoder: str, in_batch: bool) -> float:
@@ -123,10 +131,9 @@ class Experiments:
         if encoder in (fixed := self.profile.static.tuned):
             return fixed[encoder][in_batch]
         name, measure = self.profile.sets.validation, self.profile.measures.selection
-        means = {}
-        for target in self.profile.static.targets:
-            run = self.store.get(self.static_run(encoder, target, in_batch))
-            means[target] = run.evaluation("rerank", name).mean[measure]
+        configs, means = tuning_runs(self, [encoder], [in_batch]), {}
+        for target, config in zip(self.profile.static.targets, configs, strict=True):
+            means[target] = self.store.get(config).evaluation("rerank", name).mean[measure]
         return max(means, key=lambda target: (means[target], -target))
 
     # ---- the runs of a figure or table ---------------------------------------------------------
@@ -154,16 +161,16 @@ class Experiments:
 
     def figure4_runs(self) -> list[TrainingRun]:
         """Adaptive targets with and without in-batch negatives."""
+        encoders = self.profile.encoders
         if self.profile.tables_only:
-            return _rows(self, VARIANTS[2:4])
-        size, encoders = self.profile.adaptive.batch_sizes[0], self.profile.encoders
+            return [self.variant_run(e, *row) for e, row in product(encoders, VARIANTS[2:4])]
         settings = product(encoders, (False, True))
-        return self.shown_by([self.curve_run(e, "adaptive", b, size) for e, b in settings])
+        return self.shown_by([self.curve_run(e, "adaptive", b) for e, b in settings])
 
     def figure5_runs(self) -> list[TrainingRun]:
         """Distributed targets by batch size."""
         if self.profile.tables_only:
-            return _rows(self, VARIANTS[4:])
+            return [self.variant_run(e, *VARIANTS[4]) for e in self.profile.encoders]
         settings = product(self.profile.encoders, self.profile.distributed.batch_sizes)
         return self.shown_by([self.curve_run(e, "distributed", False, n) for e, n in settings])
 
@@ -226,6 +233,16 @@ class Experiments:
         }
 
 
+def tuning_runs(
+    experiments: Experiments, encoders: Iterable[str], in_batch: Iterable[bool] = (False, True)
+) -> list[TrainingRun]:
+    """The runs of Figure 3 by which ε is tuned; none of an encoder whose ε the profile gives."""
+    static = experiments.profile.static
+    untuned = [name for name in encoders if name not in static.tuned]
+    settings = product(untuned, in_batch, static.targets)
+    return [experiments.static_run(name, target, other) for name, other, target in settings]
+
+
 def teacher_runs(experiments: Experiments) -> list[TrainingRun]:
     """The MarginMSE rows of Table 4, each with its seeds; none without a teacher."""
     profile, teacher = experiments.profile, teacher_of(experiments.inputs)
@@ -264,32 +281,33 @@ def _rows(experiments: Experiments, variants: Sequence[tuple[str, bool]]) -> lis
 
 def static_rows(experiments: Experiments) -> dict[tuple[str, bool], list[TrainingRun]]:
     """Table 3's static rows by encoder and in-batch, with each ε that Figure 3 may decide for."""
-    e = experiments
-    return {
-        (name, in_batch): [
-            e.comparison_run(name, target=target, in_batch=in_batch, seed=seed)
-            for target in e.profile.static.targets
+    e, static, found = experiments, experiments.profile.static, {}
+    for name, in_batch in product(e.profile.encoders, (False, True)):
+        targets = (static.tuned[name][in_batch],) if name in static.tuned else static.targets
+        found[name, in_batch] = [
+            e.variant_run(name, target, in_batch, seed)
+            for target in targets
             for seed in e.profile.row_seeds(name)
         ]
-        for name in e.profile.encoders
-        for in_batch in (False, True)
-    }
+    return found
 
 
-def find_run(experiments: Experiments, run_id: str) -> RunConfig | None:
-    """The run of an id, or of its beginning; None if it needs the runs of Figure 3 first.
+def find_run(
+    experiments: Experiments, run_id: str, ensure: Callable[[list[TrainingRun]], Any]
+) -> RunConfig:
+    """The run of an id, or of its beginning.
+
+    For a static row of Table 3, ``ensure`` is called with the runs by which its ε is tuned.
 
     Raises:
         StoreError: no run of the profile, or more than one, has an id that begins so.
     """
-    fixed = dict.fromkeys(fixed_runs(experiments))
-    tunable = [run for runs in static_rows(experiments).values() for run in runs]
-    found = [c for c in fixed if c.run_id.startswith(run_id)]
-    if not found and any(c.run_id.startswith(run_id) for c in tunable):
-        try:
-            found = [c for c in experiments.table3_runs() if c.run_id.startswith(run_id)]
-        except StoreError:
-            return None
+    found = [c for c in dict.fromkeys(fixed_runs(experiments)) if c.run_id.startswith(run_id)]
+    for (encoder, in_batch), rows in static_rows(experiments).items() if not found else ():
+        if tunable := [c for c in rows if c.run_id.startswith(run_id)]:
+            ensure(tuning_runs(experiments, [encoder], [in_batch]))
+            tuned = experiments.tuned_target(encoder, in_batch)
+            found += [c for c in tunable if c.target == tuned]
     if len(found) > 1:
         raise StoreError(f"{len(found)} runs begin with {run_id!r}; give more of the id")
     if not found:

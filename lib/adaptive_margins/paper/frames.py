@@ -22,7 +22,13 @@ from adaptive_margins.evaluation.external_runs import read_external_runs, score
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.evaluation.significance import compare, paired_interval
 from adaptive_margins.losses import margin_loss
-from adaptive_margins.paper.experiments import DISTILLED, VARIANTS, Experiments, teacher_runs
+from adaptive_margins.paper.experiments import (
+    DISTILLED,
+    VARIANTS,
+    Experiments,
+    teacher_runs,
+    tuning_runs,
+)
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.runner import Runner
 from adaptive_margins.paper.store import StoredRun
@@ -152,14 +158,14 @@ def gains(opened: Opened, configs: Sequence[TrainingRun] | None = None) -> pd.Da
     """
     e, rows = opened.experiments, []
     for run in opened.runner.ensure(configs or [*e.figure4_runs(), *e.figure5_runs()]):
-        c = run.config
-        start = _zero_shot(opened, c.encoder).evaluation("rerank", c.validation)
-        kept = run.evaluation("rerank", c.validation)
+        c, curve = run.config, run.curve.set_index("step")
+        step = run.result["kept_step"]
         for measure in c.rerank_measures:
             setting = (c.encoder, c.target, c.in_batch, c.batch_size, measure)
-            means = (start.mean[measure], kept.mean[measure])
-            interval = paired_interval(kept.per_query[measure], start.per_query[measure])
-            rows.append((*setting, *means, *interval, run.result["kept_step"], run.run_id))
+            queries: Any = run.validated(measure)
+            interval = paired_interval(queries.loc[step].to_dict(), queries.loc[0].to_dict())
+            means = curve.loc[[0, step], measure]
+            rows.append((*setting, *means, *interval, step, run.run_id))
     return pd.DataFrame(rows, columns=_GAINS.split())
 
 
@@ -168,8 +174,8 @@ def figure6(opened: Opened) -> pd.DataFrame:
     and last ``span`` where there are more.
     """
     window, span = opened.profile.target_plot.window, opened.profile.target_plot.span
-    size = max(opened.profile.distributed.batch_sizes)
     configs, frames = opened.experiments.figure5_runs(), []
+    size = max(c.batch_size for c in configs)
     for run in opened.runner.ensure([c for c in configs if c.batch_size == size]):
         smooth = run.targets[["mean", "min", "max"]].rolling(window, min_periods=1).mean()
         smooth.insert(0, "step", run.targets["step"])
@@ -271,7 +277,7 @@ def table3(opened: Opened) -> pd.DataFrame:
     first seed, and ``run_ids`` those of all, separated by spaces.
     """
     profile = opened.profile
-    opened.runner.ensure(opened.experiments.figure3_runs())
+    opened.runner.ensure(tuning_runs(opened.experiments, profile.encoders))
     stored = iter(opened.runner.ensure(opened.experiments.table3_runs()))
     rows = []
     for encoder in profile.encoders:
@@ -289,11 +295,9 @@ def table3(opened: Opened) -> pd.DataFrame:
 
 
 def _sweep_seconds(opened: Opened, encoder: str, in_batch: bool) -> float:
-    """Training time of the runs that the ε of a static row is chosen from, if it is not given."""
-    static = opened.profile.static
-    targets = () if encoder in static.tuned else static.targets
-    configs = [opened.experiments.static_run(encoder, t, in_batch) for t in targets]
-    return float(sum(run.result["train_seconds"] for run in opened.runner.ensure(configs)))
+    """Training time of the runs by which the ε of a static row is tuned, if it is not given."""
+    runs = opened.runner.ensure(tuning_runs(opened.experiments, [encoder], [in_batch]))
+    return float(sum(run.result["train_seconds"] for run in runs))
 
 
 def _cost(runs: Sequence[StoredRun[Any]], sweep: float) -> dict[str, Any]:
@@ -347,7 +351,7 @@ def _table4_rows(opened: Opened) -> Iterator[tuple[Any, ...]]:
     """Block, loss, sampling, in-batch, source and runs, one for each seed, of each row."""
     e, profile, ensure = opened.experiments, opened.profile, opened.runner.ensure
     encoder, seeds = profile.reference_encoder, profile.row_seeds(profile.reference_encoder)
-    ensure(e.figure3_runs())
+    ensure(tuning_runs(e, [encoder]))
     tuned_no, tuned_yes, adaptive_no, adaptive_yes, distributed = (
         ensure([e.variant_run(encoder, *v, seed) for seed in seeds]) for v in VARIANTS
     )
@@ -444,12 +448,12 @@ def _tested(
         for measure in profile.measures.full:
             means = [r.mean(name, measure) for r in group]
             best = group[int(np.nan_to_num(means, nan=-math.inf).argmax())]
-            against = reference or best
+            against, value = reference or best, ranked.mean(name, measure)
             yield {
                 "set": name,
                 "measure": measure,
-                "value": ranked.mean(name, measure),
-                "best": ranked.run_id == best.run_id,
+                "value": value,
+                "best": ranked.run_id == best.run_id and not math.isnan(value),
                 "comparisons": count,
                 "reference_run_id": against.run_id,
                 "refused": ranked.refused.get(name, {}).get(measure, ""),

@@ -66,7 +66,7 @@ class Plan:
         seconds: expected for all missing runs, with the profile's workers, and the teacher.
         teacher: seconds that are expected for the teacher, by the profile's speed.
         embeddings: bytes on disk of all passages' embeddings, per worker, while a run is ranked.
-        downloads: (what, bytes) that would be fetched first.
+        downloads: (what, bytes) that would be fetched first; 0 bytes are an unknown number.
         stated: encoders whose speed is the profile's, not measured.
     """
 
@@ -127,8 +127,11 @@ class Plan:
     def _sources(self) -> list[str]:
         lines = ["Nothing has to be fetched."]
         if self.downloads:
-            lines = [f"To be fetched: {size(sum(count for _, count in self.downloads))}."]
-            lines += [f"  {size(count):>9}  {what}" for what, count in self.downloads]
+            unknown = sum(count == 0 for _, count in self.downloads)
+            more = f", and {unknown} of unknown size" if unknown else ""
+            lines = [f"To be fetched: {size(sum(count for _, count in self.downloads))}{more}."]
+            sizes = [(what, size(count) if count else "?") for what, count in self.downloads]
+            lines += [f"  {count:>9}  {what}" for what, count in sizes]
             if licence := getattr(self.profile.collection, "licence", ""):
                 lines.append(f"Terms: {licence} (accept them with --accept-licence)")
         if self.stated:
@@ -190,12 +193,12 @@ def make_plan(inputs: Inputs, store: Store) -> Plan:
 def planned_runs(experiments: Experiments) -> list[RunConfig]:
     """The runs of a profile; of Table 3's static rows some ε until the runs of Figure 3 decide."""
     configs = fixed_runs(experiments)
-    for (encoder, in_batch), candidates in static_rows(experiments).items():
-        seeds = experiments.profile.row_seeds(encoder)
+    for row, candidates in static_rows(experiments).items():
         try:
-            configs += [experiments.variant_run(encoder, "static", in_batch, s) for s in seeds]
-        except StoreError:  # ε is not known before the runs of Figure 3 are finished
-            configs += candidates[: len(seeds)]
+            target: Any = experiments.tuned_target(*row)
+        except StoreError:  # it is not known before the runs of Figure 3 are finished
+            target = candidates[0].target
+        configs += [config for config in candidates if config.target == target]
     return list(dict.fromkeys(configs))  # the tuned ε may be 1, as in Table 4
 
 
@@ -391,11 +394,14 @@ def _downloads(inputs: Inputs) -> list[tuple[str, int]]:
     settings, found = inputs.profile.collection, []
     if isinstance(settings, IrDatasetsSettings) and not inputs.is_available:
         found += converted.downloads(settings)
-    for name in [*inputs.profile.encoders, *inputs.profile.untrained]:
-        encoder = inputs.settings(name)
-        for part in dict.fromkeys([encoder, encoder.of_queries]):
-            if not _has_weights(part) and part.stated is not None:
-                found.append((f"{part.base}@{part.revision}", 4 * part.stated.parameters))
+    models = [*inputs.profile.encoders.values(), *inputs.profile.untrained.values()]
+    if teacher := inputs.profile.teacher:
+        models += [teacher.in_batch]
+        models += [teacher.model] if teacher.model and not teacher.scores else []
+    for part in dict.fromkeys(x for model in models for x in (model, model.of_queries)):
+        if not _has_weights(part):
+            count = 4 * part.stated.parameters if part.stated else 0
+            found.append((f"{part.base}@{part.revision}", count))
     return found
 
 

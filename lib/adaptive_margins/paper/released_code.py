@@ -21,7 +21,7 @@ from adaptive_margins.encoder.embed import embed
 from adaptive_margins.encoder.tokens import tokenize
 from adaptive_margins.evaluation.measures import evaluate
 from adaptive_margins.paper import Reproduction
-from adaptive_margins.paper.experiments import baseline_runs
+from adaptive_margins.paper.experiments import baseline_runs, tuning_runs
 from adaptive_margins.paper.released_statistics import (
     COMPARED,
     Comparison,
@@ -74,7 +74,7 @@ class Differences:
 
     def _tune(self) -> None:
         """Compute the runs that ε is tuned on, which the configurations of static rows need."""
-        self._ensure(self.reproduction.experiments.figure3_runs())
+        self._ensure(tuning_runs(self.reproduction.experiments, self.profile.encoders))
 
     def variant(self, target: str, in_batch: bool, **values: Any) -> list[TrainingRun]:
         """A row of Table 3 for each seed, with ``values`` instead of the row's settings."""

@@ -11,7 +11,7 @@ from adaptive_margins.distributed import is_first, wait
 from adaptive_margins.files import home as default_home
 from adaptive_margins.paper.experiments import Experiments, find_run, fixed_runs
 from adaptive_margins.paper.inputs import Inputs
-from adaptive_margins.paper.plan import Plan, make_plan
+from adaptive_margins.paper.plan import Plan, PlanError, make_plan
 from adaptive_margins.paper.runner import Runner
 from adaptive_margins.paper.shared_store import open_store
 from adaptive_margins.paper.store import StoredRun
@@ -62,11 +62,15 @@ class Reproduction:
         if is_first():
             _ = self.inputs.collection
             self.store.damaged(aside=True)
-            plan = self.plan()
-            self.runner.memory = plan.memory
-            done, total = int(plan.runs["done"].sum()), len(plan.runs)
-            time = "" if done == total else f"; the others take about {clock(plan.seconds)}"
-            say(f"profile {self.profile.name}: {done} of {total} runs are done{time}")
+            try:
+                plan = self.plan()
+            except PlanError as error:  # it lacks a speed; nothing else does
+                say(f"there is no estimate: {error}")
+            else:
+                self.runner.memory = plan.memory
+                done, total = int(plan.runs["done"].sum()), len(plan.runs)
+                time = "" if done == total else f"; the others take about {clock(plan.seconds)}"
+                say(f"profile {self.profile.name}: {done} of {total} runs are done{time}")
         wait()
         with self.runner.workers():
             self.runner.ensure(fixed_runs(self.experiments))
@@ -78,11 +82,7 @@ class Reproduction:
         Raises:
             StoreError: no run of the profile, or more than one, has an id that begins so.
         """
-        config = find_run(self.experiments, run_id)
-        if config is None:  # a static row of Table 3
-            self.runner.ensure(self.experiments.figure3_runs())
-            config = find_run(self.experiments, run_id)
-        assert config is not None
+        config = find_run(self.experiments, run_id, self.runner.ensure)
         if isinstance(config, EncoderRun):
             self.zero_shot(config.encoder)
         if is_first():
