@@ -1,11 +1,13 @@
-"""Synthetic frames in the form that the experiments give to the book: realistic, seeded, small."""
+"""Frames in the form that the experiments give to the book: committed ones, and small synthetic ones."""
 
 import hashlib
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+EDITION = Path(__file__).resolve().parents[1] / "book" / "laptop_long"
 ENCODERS = ("minilm-3", "minilm-4", "minilm-5")
 NDCG, HITS, RECALL = "nDCG@10", "Success(rel=2)@5", "R(rel=2)@20"
 MEASURES = (NDCG, HITS)
@@ -32,74 +34,28 @@ def run_id(*what) -> str:
     return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
-def mark_maxima(frame: pd.DataFrame, by: list[str], seed: int = 1) -> pd.DataFrame:
-    """Set ``maximum`` on the first highest value of each curve, among the rows of ``seed``."""
-    best = frame[frame["seed"] == seed].groupby(by, sort=False)["value"].idxmax()
-    return frame.assign(maximum=frame.index.isin(best))
+def committed(name: str, encoders=ENCODERS) -> pd.DataFrame:
+    """A frame of the profile laptop-long, perhaps with other names for its encoders."""
+    frame = pd.read_csv(EDITION / f"{name}.csv")
+    return frame.assign(encoder=frame["encoder"].map(dict(zip(ENCODERS, encoders, strict=True))))
 
 
-def figure3(encoders=ENCODERS, targets=(0.0, 0.2, 0.4, 0.6, 0.8, 1.0), seeds=None) -> pd.DataFrame:
+def figure3(encoders=ENCODERS, seeds=None) -> pd.DataFrame:
+    """With the first seed, and those of ``seeds``; no run has collapsed, and all begin alike."""
     seeds = seeds or {encoders[0]: (1, 2, 3)}
-    rng = np.random.default_rng(3)
-    rows = []
-    for (e, encoder), in_batch in product(enumerate(encoders), (False, True)):
-        for seed, target in product(seeds.get(encoder, (1,)), targets):
-            for measure in MEASURES:
-                base = 0.442 if measure == NDCG else 0.655
-                peak = (0.2, 0.3, 0.4)[e % 3] + (0.2 if measure == HITS else 0)
-                value = base + 0.008 * e + 0.028 - 0.07 * (target - peak) ** 2
-                value += rng.normal(0, 0.0025) - (0.012 if in_batch else 0)
-                ids = run_id(encoder, target, in_batch, seed), run_id("start", encoder)
-                rows.append(
-                    (
-                        encoder,
-                        in_batch,
-                        target,
-                        seed,
-                        measure,
-                        value,
-                        value - 0.02,
-                        value + 0.03,
-                        base,
-                        False,
-                        False,
-                        *ids,
-                    )
-                )
-    columns = [
-        "encoder", "in_batch", "target", "seed", "measure", "value", "low", "high", "start", "maximum", "collapsed",
-        "run_id", "start_run_id",
-    ]  # fmt: skip
-    return mark_maxima(pd.DataFrame(rows, columns=columns), ["encoder", "in_batch", "measure"])
+    frame = committed("figure3", encoders)
+    pairs = zip(frame["encoder"], frame["seed"], strict=True)
+    frame = frame[[seed in seeds.get(encoder, (1,)) for encoder, seed in pairs]]
+    start = frame["measure"].map({NDCG: 0.442, HITS: 0.655})
+    return frame.assign(collapsed=False, start=start).reset_index(drop=True)
 
 
-def curves(kind: str, encoders=ENCODERS, sizes=(32,), in_batches=(False, True)) -> pd.DataFrame:
-    rng = np.random.default_rng(4)
-    rows = []
-    for (e, encoder), in_batch, size in product(enumerate(encoders), in_batches, sizes):
-        for triples, measure in product(range(0, 1537, 128), MEASURES):
-            x = triples / 1536
-            value = 0.442 if measure == NDCG else 0.655
-            value += (0.03 + 0.008 * e) * (1 - np.exp(-3 * x)) - 0.006 * x**3
-            value -= 0.01 * x if in_batch else 0
-            value += 0.004 * (kind == "distributed") * x
-            value += rng.normal(0, 0.002) if triples else 0
-            id = run_id(kind, encoder, in_batch, size)
-            rows.append((encoder, in_batch, size, 1, triples // size, triples, measure, value, value - 0.02 * x, value + 0.03 * x, False, id))  # fmt: skip
-    columns = [
-        "encoder", "in_batch", "batch_size", "seed", "step", "triples", "measure", "value", "low", "high", "maximum",
-        "run_id",
-    ]  # fmt: skip
-    by = ["encoder", "in_batch", "batch_size", "measure"]
-    return mark_maxima(pd.DataFrame(rows, columns=columns), by)
+def figure4(encoders=ENCODERS) -> pd.DataFrame:
+    return committed("figure4", encoders)
 
 
-def figure4(**kwargs) -> pd.DataFrame:
-    return curves("adaptive", **kwargs)
-
-
-def figure5(sizes=(16, 32), **kwargs) -> pd.DataFrame:
-    return curves("distributed", sizes=sizes, in_batches=(False,), **kwargs)
+def figure5() -> pd.DataFrame:
+    return committed("figure5")
 
 
 def figure6(encoders=ENCODERS, sizes=(32,), steps=48, span=20, window=4) -> pd.DataFrame:

@@ -176,7 +176,7 @@ def test_figures_4_and_5():
         rows = data[(data["batch_size"] == size) & (data["measure"] == frames.HITS)]
         check_curves(panel(figure, f"{frames.HITS} | batch size {size}"), rows, "triples")
     data = frames.figure4(encoders=PAPER)
-    figure = figures.figure4(data.assign(triples=data["triples"] * 20_000))
+    figure = figures.figure4(data.assign(triples=data["triples"] * 5_000))
     FigureCanvasAgg(figure).draw()
     assert "20M" in [t.get_text() for t in figure.axes[-1].get_xticklabels()]
 

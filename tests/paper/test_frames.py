@@ -17,8 +17,8 @@ from sentence_transformers import SentenceTransformer
 
 from adaptive_margins import paper
 from adaptive_margins.data.stored import seeded_order
+from adaptive_margins.paper import frames as module
 
-ENCODERS = ["minilm-3", "minilm-4"]
 SEEDS = {"minilm-3": [1], "minilm-4": [1, 2]}  # of the rows of Tables 3 and 4
 TARGETS = [0.0, 0.5, 1.0]
 TREC = {  # ours → trec_eval's, and the grade from which on a passage is relevant
@@ -104,39 +104,6 @@ def frames(smoke):
 
 
 # ---- runs ----------------------------------------------------------------------------------------
-
-
-def test_number_and_identity_of_runs(files):
-    tuned = {}
-    for encoder in ENCODERS:
-        assert files.one(encoder=encoder, kind="zero-shot")
-        seeds = [1, 2] if encoder == "minilm-3" else [1]
-        for in_batch in (False, True):
-            for target in TARGETS:
-                for seed in (1, 2):
-                    values = {"target": target, "in_batch": in_batch, "seed": seed, "patience": 0}
-                    assert len(files.having(encoder=encoder, **values)) == (seed in seeds)
-            row = {"encoder": encoder, "in_batch": in_batch, "patience": 2}
-            found = [files.config[i]["seed"] for i in files.having(target="adaptive", **row)]
-            assert sorted(found) == SEEDS[encoder]
-            values = {"encoder": encoder, "in_batch": in_batch, "patience": 2, "loss": "margin"}
-            targets = {files.config[i]["target"] for i in files.having(**values)}
-            tuned[encoder, in_batch] = targets - {"adaptive", "distributed"}
-        distributed = {"encoder": encoder, "target": "distributed"}
-        assert files.one(**distributed, batch_size=4, patience=0)
-        found = [files.config[i]["seed"] for i in files.having(**distributed, batch_size=8)]
-        assert sorted(found) == SEEDS[encoder]
-    assert files.one(encoder="bm25")
-    assert files.one(encoder="minilm", kind="zero-shot")
-    for seed in SEEDS["minilm-4"]:
-        row = {"encoder": "minilm-4", "patience": 2, "seed": seed}
-        assert files.one(loss="softmax", in_batch=True, **row)
-        assert files.one(target=1.0, in_batch=False, **row)
-    tuned_is_one = tuned.pop(("minilm-4", False)) == {1.0}  # then a row of Table 3 is Table 4's
-    assert all(len(targets) == 1 for targets in tuned.values())
-    distilled = [files.config[i] for i in files.having(loss="margin-mse")]
-    assert len(distilled) == 3 * 2 * 2 and {c["encoder"] for c in distilled} == {"minilm-4"}
-    assert len(files.runs) == 18 + 2 + 5 * 3 + 2 * 2 + 4 - 2 * tuned_is_one + len(distilled)
 
 
 def test_the_settings_of_each_section(files):
@@ -307,6 +274,7 @@ def test_gains(frames, files):
     frame = frames["gains"]
     assert len(frame) == 8 * 2
     for row in frame.itertuples():
+        assert row.step == files.result[row.run_id]["kept_step"]
         after = files.result[row.run_id]["rerank"]["validation"]["per_query"][row.measure]
         start = files.result[files.one(encoder=row.encoder, kind="zero-shot")]
         before = start["rerank"]["validation"]["per_query"][row.measure]
@@ -498,6 +466,12 @@ def test_runs_that_stop_early_are_not_shared(smoke, tmp_path):
     stopping = paper.open("smoke", smoke.home, comparison__stop_early=True).experiments
     figures = {run.run_id for run in (*stopping.figure4_runs(), *stopping.figure5_runs())}
     assert not figures & {run.run_id for run in stopping.table3_runs()}
+
+
+def test_nothing_is_the_best_of_rows_without_a_score(smoke):
+    refused = module._Ranked(("supplied: one",), {})
+    rows = list(module._tested(refused, [refused], None, smoke.profile))
+    assert len(rows) == 4 and not any(row["best"] for row in rows)
 
 
 def test_table_4(frames, files):

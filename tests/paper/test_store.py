@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gzip
 import json
 import multiprocessing
@@ -21,7 +20,6 @@ from pydantic import ValidationError
 from adaptive_margins import files
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.files import CHECKSUMS, WriteError, home
-from adaptive_margins.paper import store as store_module
 from adaptive_margins.paper.store import Store, StoredRun, StoreError
 from adaptive_margins.runs import CODE_VERSION, BM25Run, TrainingRun, ZeroShotRun, read_run_config
 from adaptive_margins.training import TrainingResult
@@ -214,30 +212,6 @@ def test_an_error_in_the_middle_leaves_nothing(store):
         put(store, save_model=lambda folder: 1 / 0)
     assert nothing_is_left(store.folder)
     assert not store.has(run_config())
-
-
-@pytest.mark.parametrize(
-    "writer", ["write_run", "to_parquet", "write_text", "rename", "save_model"]
-)
-def test_a_full_disk_leaves_nothing_and_says_so(store, monkeypatch, writer):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    options = {}
-    if writer == "write_run":
-        monkeypatch.setattr(store_module, "write_run", full)
-    elif writer == "to_parquet":
-        monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
-    elif writer == "save_model":
-        options["save_model"] = full
-    else:
-        monkeypatch.setattr(Path, writer, full)
-    path = store.path(run_config())
-    with pytest.raises(
-        StoreError, match=rf"{path} could not be written: .*No space left on device"
-    ):
-        put(store, **options)
-    assert nothing_is_left(store.folder)
 
 
 def test_a_full_disk_of_the_system(store):

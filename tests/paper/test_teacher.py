@@ -13,7 +13,6 @@ from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.paper.experiments import teacher_runs
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.profiles.load import ProfileError, load_profile
-from adaptive_margins.runs import TrainingRun
 from adaptive_margins.teachers import TeacherError, open_cross_encoder
 from conftest import in_child, kill_in, linked
 
@@ -151,19 +150,6 @@ def test_a_run_of_another_teacher(smoke):
     config = runs_of(smoke)[0].model_copy(update={"teacher": "another"})
     with pytest.raises(TeacherError, match=r"teacher another; the teacher of profile 'smoke' is"):
         smoke.runner._distillation(config)
-
-
-def test_marginmse_without_a_teacher():
-    assert load_profile("released").teacher is None
-    values = {**runs_values(), "loss": "margin-mse", "target": None}
-    with pytest.raises(ValueError, match="MarginMSE needs the scores of a teacher"):
-        TrainingRun.model_validate(values)
-
-
-def runs_values():
-    from conftest import TRAINING_VALUES
-
-    return TRAINING_VALUES
 
 
 def test_only_pydocs_gets_more_triples():
