@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import math
 
@@ -222,8 +223,8 @@ LINES = "1.5\t-2\tq1\t10\t30\n3e0\t.5\tq2\t30\t10\n9.25\t1\tq1\t10\t20\n"
 
 
 def test_published_scores_are_read_as_they_are(collection, tmp_path):
-    path = tmp_path / "scores.tsv"
-    path.write_text(LINES)
+    path = tmp_path / "scores.tsv.gz"
+    path.write_bytes(gzip.compress(LINES.encode()))
     found = read_scores(path, collection, TRIPLES)
     assert found.dtype == np.float32
     assert found.tolist() == [[9.25, 1], [3, 0.5], [1.5, -2]]
@@ -238,6 +239,7 @@ def test_published_scores_are_read_as_they_are(collection, tmp_path):
         ("1\t2\tq1\t10\t30\t4", "expected two finite scores"),
         ("q1\t10\t30\t1\t2", "expected two finite scores"),
         ("1\tnan\tq1\t10\t30", "expected two finite scores"),
+        ("1\t1e39\tq1\t10\t30", "expected two finite scores"),  # as float32
         ("1 2 q1 10 30", "expected two finite scores"),
         ("1\t2\tq9\t10\t30", "no text has the id 'q9'"),
         ("1\t2\tq1\t10\t99", "no text has the id '99'"),

@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 
 from adaptive_margins.data.collection import Collection, Texts
 from adaptive_margins.data.mining import Similarity
-from adaptive_margins.data.text import Problems
+from adaptive_margins.data.text import Problems, read_lines
 from adaptive_margins.encoder import checks
 from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.encoder.frozen import LoadedEncoder
@@ -313,20 +313,19 @@ def read_scores(path: Path, collection: Collection, triples: np.ndarray) -> np.n
 
     queries, passages = collection.queries["train"], collection.passages
     problems, rows, scores = Problems(), array.array("i"), array.array("f")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(bar(f"reading {path.name}", lines, unit="lines"), start=1):
-            try:
-                positive, negative, query, *both = line.rstrip("\r\n").split("\t")
-                values = float(positive), float(negative)
-                if len(both) != 2 or not all(map(math.isfinite, values)):
-                    raise ValueError
-                rows.extend((queries.row(query), *map(passages.row, both)))
-                scores.extend(values)
-            except ValueError:
-                expected = "two finite scores, query id, positive and negative docid, with tabs"
-                problems.add(path, number, f"expected {expected}, not {line.rstrip()!r}")
-            except KeyError as error:
-                problems.add(path, number, str(error.args[0]))
+    for number, line in read_lines(path, problems):
+        try:
+            positive, negative, query, *both = line.split("\t")
+            values = array.array("f", [float(positive), float(negative)])
+            if len(both) != 2 or not all(map(math.isfinite, values)):
+                raise ValueError
+            rows.extend((queries.row(query), *map(passages.row, both)))
+            scores.extend(values)
+        except ValueError:
+            expected = "two finite scores, query id, positive and negative docid, with tabs"
+            problems.add(path, number, f"expected {expected}, not {line!r}")
+        except KeyError as error:
+            problems.add(path, number, str(error.args[0]))
     problems.check()
     names = ["query", "positive", "negative"]
     found = pd.DataFrame(np.array(rows, np.int32).reshape(-1, 3), columns=names)
