@@ -1,7 +1,7 @@
 """Write an encoder as a Sentence Transformers folder with an ONNX graph, checked against PyTorch.
 
     pip install 'adaptive-margins[onnx]'
-    python examples/export_onnx.py my_encoder my_encoder.onnx
+    python examples/export_onnx.py my_encoder my_encoder_onnx
 
 The graph has inputs ``input_ids`` and ``attention_mask``, (B, L) int64, and outputs
 ``last_hidden_state`` (B, L, D) and ``sentence_embedding`` (B, D), float32. The folder has the names
