@@ -58,10 +58,13 @@ def export(reproduction: paper.Reproduction, folder: Path) -> int:
     runs = [StoredRun(store.folder / run_id) for run_id in ids]
     rows = {run_id for name in ("table3", "table4") for run_id in frames[name]["run_id"]}
     about = {"profile": p.model_dump(mode="json"), "collection": reproduction.inputs.fingerprint}
-    about |= {"machine": machine(), "command": command}
+    used = [run.result["machine"] for run in runs if "machine" in run.result] or [machine()]
+    used = {key: "; ".join(dict.fromkeys(each[key] for each in used)) for key in used[0]}
+    about |= {"machine": used, "command": command}
     depth = max(map(cutoff, p.measures.full))
     with atomic_folder(folder) as partial:
-        (partial / "about.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+        (partial / "about.json").write_text(text, "utf-8")
         for name, frame in frames.items():
             frame.to_csv(partial / f"{name}.csv", index=False)
         with (partial / "runs.jsonl").open("w") as file:

@@ -24,9 +24,10 @@ with pytest.MonkeyPatch.context() as _patch:
 @pytest.fixture(scope="module")
 def exported(smoke, tmp_path_factory):
     folder = tmp_path_factory.mktemp("edition") / "smoke"
-    assert script.export(smoke, folder) == sum(
-        f.stat().st_size for f in folder.rglob("*") if f.is_file()
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "machine", lambda: {"processor": "another"})
+        written = script.export(smoke, folder)
+    assert written == sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
     return folder
 
 
@@ -72,6 +73,9 @@ def test_frames_claims_and_rankings_are_those_of_the_profile(smoke, exported):
     assert max(pd.Series([qid for qid, *_ in short]).value_counts()) == 20
     about = json.loads((exported / "about.json").read_text())
     assert about["profile"]["name"] == "smoke" and "--profile smoke" in about["command"]
+
+    # Not the machine that exports.
+    assert about["machine"] == smoke.bm25().result["machine"]
 
 
 def test_committed_results_decide_for_the_quick_profile_alone(tmp_path):
