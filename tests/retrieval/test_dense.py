@@ -111,7 +111,7 @@ def test_embeddings_are_sentence_transformers_own(retriever, folder):
     np.testing.assert_allclose(retriever.embeddings, expected[texts], atol=1e-6)
     expected[np.logical_not(texts)] = 0
     rows = np.array([41, 3, 20, 0, 3])
-    np.testing.assert_allclose(retriever.of(rows), expected[rows], atol=1e-6)
+    np.testing.assert_allclose(retriever.embeddings_of(rows), expected[rows], atol=1e-6)
     assert retriever.embeddings.dtype == np.float32
     assert retriever.rows.tolist() == np.flatnonzero(texts).tolist()
     found = retriever.embed_queries(QUERIES.texts)
@@ -146,7 +146,7 @@ def test_slices_change_nothing(retriever, model, monkeypatch, capsys):
 
 @pytest.mark.parametrize("depth", [1, 7, 40, 99])
 def test_search_finds_what_a_loop_finds(retriever, depth):
-    vectors, asked = retriever.of(np.arange(42)), retriever.embed_queries(QUERIES.texts)
+    vectors, asked = retriever.embeddings_of(np.arange(42)), retriever.embed_queries(QUERIES.texts)
     found = retriever.search(QUERIES, depth)
     same_run(found, naive(QUERIES, PASSAGES, asked, vectors, depth=depth))
     assert all(not EMPTY & set(hits) and len(hits) == min(depth, 40) for hits in found.values())
@@ -170,7 +170,7 @@ def test_candidates_are_ordered_as_by_a_loop_and_nothing_else_is_embedded(
     monkeypatch.setattr(retrieval_dense, "embed", embed)
     found = DenseRetriever(model, PASSAGES).rerank(QUERIES, candidates)
     assert embedded == [4, 3]  # passages, queries
-    asked, vectors = retriever.embed_queries(QUERIES.texts), retriever.of(np.arange(42))
+    asked, vectors = retriever.embed_queries(QUERIES.texts), retriever.embeddings_of(np.arange(42))
     expected = naive(QUERIES, PASSAGES, asked, vectors, candidates)
     same_run({qid: found[qid] for qid in QUERIES.ids}, expected)
     assert found["q3"] == {}

@@ -63,15 +63,6 @@ def test_rerank_of_a_zero_embedding_is_zero_and_identical_embeddings_tie():
     assert list(hits) == sorted(hits, reverse=True)
 
 
-def test_rerank_from_disk(tmp_path):
-    passages, queries = clustered(700, 24, 2), clustered(5, 24, 1)
-    docids, qids = names("d", 700), names("q", 5)
-    candidates = {q: dict.fromkeys(docids[i::7], 1.0) for i, q in enumerate(qids)}
-    run = rerank(candidates, queries, qids, passages, docids)
-    stored = on_disk(tmp_path, passages)
-    assert as_lists(rerank(candidates, queries, qids, stored, docids)) == as_lists(run)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

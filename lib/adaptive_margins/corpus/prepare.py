@@ -171,7 +171,7 @@ def cosines(retriever: DenseRetriever, queries: Texts) -> Similarity:
 
     def similarity(qid: str, docids: list[str]) -> np.ndarray:
         rows = np.array([retriever.passages.row(docid) for docid in docids])
-        scores: np.ndarray = retriever.of(rows) @ embeddings[queries.row(qid)]
+        scores: np.ndarray = retriever.embeddings_of(rows) @ embeddings[queries.row(qid)]
         return scores
 
     return similarity

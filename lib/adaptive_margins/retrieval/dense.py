@@ -100,7 +100,7 @@ class DenseRetriever:
         found = cached_embeddings(self, self.cache)
         return self.embed_passages(self.rows) if found is None else found
 
-    def of(self, rows: np.ndarray) -> np.ndarray:
+    def embeddings_of(self, rows: np.ndarray) -> np.ndarray:
         """Return the embeddings of the passages in ``rows`` from `embeddings`; 0 without text."""
         place = np.searchsorted(self.rows, rows)
         has_text = np.take(self.rows, place, mode="clip") == rows
@@ -168,7 +168,8 @@ class DenseRetriever:
                 raise DataError(f"{message}; {hint}" if hint else message)
         wanted = {self.passages.row(docid) for hits in candidates.values() for docid in hits}
         rows = np.array([r for r in sorted(wanted) if self.passages.texts[r].strip()], np.int64)
-        found = self.of(rows) if "embeddings" in vars(self) else self.embed_passages(rows)
+        known = "embeddings" in vars(self)
+        found = self.embeddings_of(rows) if known else self.embed_passages(rows)
         docids = [self.passages.ids[row] for row in rows.tolist()]
         kept = set(docids)
         candidates = {
