@@ -121,10 +121,9 @@ def speed_table() -> str:
     rows = [row for row in read("latest") if any(peer in row["name"] for peer in PEERS)]
     rows = [row for row in rows if not row["setting"].startswith(SMALLER)]
     table_rows = [{"Setting": row["setting"]} | ratio(row) for row in rows]
-    shown = ["Setting", "This project / other", "Ratio"]
-    return (
-        COMMAND + machines(rows) + "\n" + table([{k: row[k] for k in shown} for row in table_rows])
-    )
+    shown = ["Setting", "This project / other", "Ratio", "Date"]
+    listed = [{k: row[k] for k in shown} for row in table_rows]
+    return COMMAND + machines(rows) + "\n" + table(listed)
 
 
 def faults_table() -> str:
@@ -153,6 +152,7 @@ def ratio(row: dict[str, Any]) -> dict[str, str]:
         "This project": f"{row['ours']:.3g}",
         "Other": f"{row['peer']:.3g}",
         "Unit": row["unit"],
+        "Date": row["date"],
     }
 
 
@@ -165,6 +165,7 @@ def grown(row: dict[str, Any]) -> dict[str, str]:
         "Values": f"{values[0]:.3g} … {values[-1]:.3g}",
         "Exponent": f"{round(row['exponent'], 2) + 0.0:.2f}",  # no minus before a zero
         "Setting": row["setting"],
+        "Date": row["date"],
     }
 
 
@@ -342,6 +343,7 @@ def training(row: dict[str, Any]) -> dict[str, str]:
         "Against BM25": row["comparisons"]["trained vs bm25"]["verdict"],
         "Hybrid against BM25": row["comparisons"]["hybrid vs bm25"]["verdict"],
         "Time": clock(sum(row["seconds"].values())),
+        "Date": row["date"],
     }
 
 

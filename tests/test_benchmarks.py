@@ -216,6 +216,7 @@ def test_the_page_on_trainings_counts_and_averages():
         "better",
         "better",
         "1:05",
+        "2026-01-02",
     ]
     assert each[2][5:7] == ["original kept", ""]
 
