@@ -560,22 +560,36 @@ def test_the_set_that_is_asked_for(answer, corpus, encoder, tmp_path):
     assert answer("evaluate", folder, *options)["set"] == "train"
 
 
-def test_an_encoder_is_not_tested_on_the_queries_it_was_trained_on(
-    answer, corpus, encoder, tmp_path
-):
+def test_an_encoder_is_not_tested_on_the_queries_it_was_trained_on(call, corpus, encoder, tmp_path):
     parts, split = split_queries(read_folder(corpus), seed=5)
+    tested = parts.queries["test"]
+    lines = "".join(f"{qid}\t{tested[qid]}\n" for qid in tested)
     trained = shutil.copytree(encoder, tmp_path / "trained")
-    about = {"fingerprint": parts.fingerprint, "split": split}
-    for values, queries in (
-        (about, len(parts.queries["test"])),
-        ({**about, "fingerprint": "0" * 16}, 40),  # of another collection
-        ({**about, "split": ""}, 40),  # on given training queries
+    grown, asked = (shutil.copytree(corpus, tmp_path / name) for name in ("grown", "asked"))
+    for path, line in (
+        (grown / "collection.tsv", "d120\tsort the graph\n"),  # the split is the same
+        (asked / "queries.tsv", "q40\tsort the graph\n"),
+        (asked / "qrels.txt", "q40 0 d1 1\n"),
     ):
-        (trained / "training.json").write_text(json.dumps({"seed": 5, "collection": values}))
-        options = ["--measures", "nDCG@10", "--run-out", tmp_path / "x.run"]
-        found = answer("evaluate", corpus, "--model", trained, *options)
-        assert found["queries"] == len(read_run(tmp_path / "x.run")) == queries
+        with path.open("a") as file:
+            file.write(line)
+    for source, how, stored, queries, warned in (
+        (corpus, split, lines, len(tested), False),
+        (grown, split, lines, len(tested), False),
+        (asked, split, lines, 41, True),
+        (corpus, split, "z1\tof another collection\n", 40, False),
+        (corpus, "", lines, 40, False),  # on given training queries
+    ):
+        report = {"seed": 5, "collection": {"split": how}}
+        (trained / "training.json").write_text(json.dumps(report))
+        (trained / "queries.test.tsv").write_text(stored)
+        run = tmp_path / "x.run"
+        options = ["--model", trained, "--measures", "nDCG@10", "--run-out", run, "--json"]
+        code, out, err = call("evaluate", source, *options)
+        found = json.loads(out)
+        assert code == 0 and found["queries"] == len(read_run(run)) == queries
         assert bool(found["split"]) == (queries < 40)
+        assert ("has changed since" in err) == warned
 
 
 def test_evaluate_fuses_with_bm25_and_compares(call, answer, corpus, encoder, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,17 +82,15 @@ def evaluate_encoder(
     if candidates and mode != "rerank":
         raise ArgumentError("candidates", f"candidates are reranked with mode rerank, not {mode}")
     collection, split = held_out(open_collection(source), model)
-    given, complete = read_marked_run(Path(candidates)) if candidates else (None, True)
     name = _set(collection, query_set)
-    queries, qrels = collection.queries[name], collection.qrels[name]
+    queries, qrels, passages = collection.queries[name], collection.qrels[name], collection.passages
     judged = _judged(qrels, measures, f"{source}: none of the queries of {name!r} is judged")
-    depth = _depth(depth, mode, given, measures, len(collection.passages))
-    if given is not None:
-        given = _checked(str(candidates), given, queries, collection.passages)
+    given, complete = _given(candidates, queries, passages)
+    depth = _depth(depth, mode, given, measures, len(passages))
     encoder = open_encoder(model, options or EncoderOptions(), device=device or default_device())
-    retriever = DenseRetriever(encoder, collection.passages, cache=cache_folder(cache))
+    retriever = DenseRetriever(encoder, passages, cache=cache_folder(cache))
     if not exclude_self:
-        warn_of_self(queries, collection.passages, "; --exclude-self leaves them out, as BEIR does")
+        warn_of_self(queries, passages, "; --exclude-self leaves them out, as BEIR does")
     fused: dict[str, Any] = {}
     if mode == "full":
         run = retriever.search(queries, depth or CANDIDATES, exclude_self=exclude_self)
@@ -102,13 +101,13 @@ def evaluate_encoder(
         run = retriever.rerank(queries, _candidates(collection, name, given, depth, exclude_self))
     # A ranking by this call is complete; external candidates may be truncated.
     complete = complete and not (candidates and depth)
-    passages = len(collection.passages) - exclude_self
-    scored = score(run, qrels, measures, passages=passages, complete=complete)
+    available = len(passages) - exclude_self
+    scored = score(run, qrels, measures, passages=available, complete=complete)
     _check_scores(scored, candidates, run, qrels, judged)
     most = max(map(len, run.values()))
     if run_out:
         asked = depth if depth and not candidates else most + complete
-        write_run(run, Path(run_out), run_tag("adaptive-margins", run, asked, passages))
+        write_run(run, Path(run_out), run_tag("adaptive-margins", run, asked, available))
     report = {
         "measures": scored.evaluation.mean,
         "queries": len(qrels),
@@ -134,24 +133,36 @@ def held_out(collection: Collection, model: str) -> tuple[Collection, str]:
     """Return the collection split as for the training of the encoder, and a sentence about it.
 
     `finetune` splits a collection without training queries. All of its queries would test such an
-    encoder on those that it was trained on. Any other collection is returned as it is, with "".
+    encoder on those that it was trained on. It is the same collection if the split gives the test
+    queries that are stored with the encoder. Any other collection is returned as it is, with "";
+    there is a warning if it has some of these queries, as a later version has.
     """
     if not (Path(model) / "training.json").is_file():
         return collection, ""
-    report = Finetuned.load(Path(model)).report
-    trained_on = report.get("collection", {})
-    if not trained_on.get("split"):
+    done = Finetuned.load(Path(model))
+    if not done.report.get("collection", {}).get("split"):
         return collection, ""
-    try:
-        if folds := report.get("folds"):
-            (*_, parts), split = fold_queries(collection, len(folds), seed=report["seed"])
+    seed, folds, tested = done.report["seed"], done.report.get("folds"), _asked(done.queries)
+    with suppress(DataError):  # too few queries: it is another collection
+        if folds:
+            (*_, parts), split = fold_queries(collection, len(folds), seed=seed)
         else:
-            parts, split = split_queries(collection, seed=report["seed"])
-    except DataError:
-        return collection, ""
-    if parts.fingerprint != trained_on["fingerprint"]:
-        return collection, ""
-    return parts, f"The encoder was trained on this collection. {split}"
+            parts, split = split_queries(collection, seed=seed)
+        if _asked(parts.queries["test"]) == tested:
+            return parts, f"The encoder was trained on this collection. {split}".rstrip()
+    here = set().union(*map(_asked, collection.queries.values()))
+    if here & tested and here - tested:
+        warnings.warn(
+            f"{model} was trained with queries of {collection.name}, which has changed since:"
+            " measures of them may be too high",
+            stacklevel=3,
+        )
+    return collection, ""
+
+
+def _asked(queries: Texts) -> set[tuple[str, str]]:
+    """Ids and texts, as they are stored with an encoder."""
+    return {(qid, " ".join(queries[qid].split())) for qid in queries.ids}
 
 
 def _set(collection: Collection, wanted: str | None) -> str:
@@ -188,8 +199,14 @@ def _depth(
     return depth
 
 
-def _checked(path: str, candidates: Run, queries: Texts, passages: Texts) -> Run:
-    """The candidates of the queries; DataError if there are none, or a passage is unknown."""
+def _given(path: Path | None, queries: Texts, passages: Texts) -> tuple[Run | None, bool]:
+    """The candidates of the queries in a file, if one is given, and whether they are complete.
+
+    DataError if there are none, or a passage is unknown.
+    """
+    if path is None:
+        return None, True
+    candidates, complete = read_marked_run(path)
     asked = {qid: hits for qid, hits in candidates.items() if qid in queries}
     if not asked:
         hint = alike(candidates, queries.ids)
@@ -203,7 +220,7 @@ def _checked(path: str, candidates: Run, queries: Texts, passages: Texts) -> Run
             f"{path}: {len(unknown):,} of {count:,} candidates are unknown passages, first"
             f" {unknown[0]!r}; {hint}"
         )
-    return asked
+    return asked, complete
 
 
 def _candidates(
