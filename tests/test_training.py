@@ -36,6 +36,7 @@ from adaptive_margins.encoder.frozen import hidden_states, upper_layers
 from adaptive_margins.encoder.load import open_encoder
 from adaptive_margins.encoder.speed import batcher
 from adaptive_margins.encoder.tokens import Tokens
+from adaptive_margins.errors import ArgumentError
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.losses import margin_loss
 from adaptive_margins.paper.reproduction import Reproduction
@@ -712,7 +713,7 @@ def test_an_unknown_reporter(material, tmp_path):
     script = Script()
     for name in ("all", "none", "", "TensorBoard"):
         expected = f"cannot report to '{name}'; expected any of tensorboard, wandb, mlflow, trackio"
-        with pytest.raises(TrainingError, match=expected):
+        with pytest.raises(ArgumentError, match=expected):
             run(material, tmp_path, script, report_to=["tensorboard", name])
     assert not script.seen
     assert not list(tmp_path.iterdir())
@@ -771,7 +772,7 @@ def test_a_gpu_that_lacks_memory(material, tmp_path, monkeypatch):
 def test_too_few_triples(material, tmp_path):
     for values, rows in (({"triples": 44}, TRIPLES), ({"triples": 3}, TRIPLES), ({}, 27), ({}, 0)):
         expected = rf"needs \d+ triples in batches of 4, there are {rows}"
-        with pytest.raises(TrainingError, match=expected):
+        with pytest.raises(ArgumentError, match=expected):
             run(material, tmp_path, rows=material.triples[:rows], **values)
     assert not list(tmp_path.iterdir())
 

@@ -23,7 +23,6 @@ from adaptive_margins.terminal import (
     expanded,
     new_file,
     new_folder,
-    offline,
     old_path,
     show,
     working,
@@ -388,7 +387,7 @@ def search(
         raise typer.BadParameter("give one of QUERY and --queries", param_hint="QUERY")
     if query is not None and not query.strip():
         raise typer.BadParameter("the query is empty", param_hint="QUERY")
-    with working(verbose):
+    with working(verbose, model or ""):
         from adaptive_margins.data.collection import Texts, read_queries
         from adaptive_margins.data.trec import top, write_run
         from adaptive_margins.encoder.load import default_device
@@ -398,7 +397,6 @@ def search(
         opened = DenseIndex.open(folder)
         mode = mode or ("hybrid" if "bm25" in opened.about else "dense")
         weight = opened.weight if mode == "hybrid" else float(mode == "dense")
-        offline(model or opened.encoder)
         encoder = weight != 0 and opened.open_encoder(model, device=device or default_device())
         run = opened.search(encoder, asked, depth, weight=weight)
         if run_out:

@@ -143,10 +143,13 @@ def show(result: Mapping[str, Any], as_json: bool, text: str, written: Path | No
     from adaptive_margins.files import is_stdout
 
     stream = sys.stderr if written and is_stdout(written) else sys.stdout
+    shown = printable(text)
     if as_json:
         unicode = (stream.encoding or "utf-8").lower().startswith("utf")
-        text = json.dumps(result, indent=1, ensure_ascii=not unicode, allow_nan=False)
-    print(text if as_json else printable(text), file=stream)
+        shown = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+        if not unicode or printable(shown) != shown:
+            shown = json.dumps(result, indent=1)
+    print(shown, file=stream)
 
 
 def prepare_streams() -> None:

@@ -32,6 +32,7 @@ from adaptive_margins.distributed import is_first, processes, shared, wait
 from adaptive_margins.encoder.load import quiet
 from adaptive_margins.encoder.speed import batcher
 from adaptive_margins.encoder.tokens import Tokens
+from adaptive_margins.errors import ArgumentError
 from adaptive_margins.errors import TrainingError as TrainingError
 from adaptive_margins.evaluation.measures import Evaluation
 from adaptive_margins.files import write_checksums
@@ -340,6 +341,7 @@ def train(
         most: tokens whose activations are in memory; a step of more computes them again.
 
     Raises:
+        ArgumentError: a reporter is unknown.
         TrainingError: there are fewer triples than one pass needs, MarginMSE has no scores, loss or
             parameters are not finite, memory is too small, or a reporter cannot be used.
     """
@@ -460,12 +462,11 @@ def _result(callback: _Callback, stop_step: int) -> TrainingResult:
 
 
 def check_reporters(names: Sequence[str]) -> None:
-    """TrainingError for a name that is none of `REPORTERS`, or whose package is not installed."""
+    """ArgumentError for a name that is none of `REPORTERS`; TrainingError without its package."""
     for name in names:
         if name not in REPORTERS:
-            raise TrainingError(
-                f"cannot report to {name!r}; expected any of {', '.join(REPORTERS)}"
-            )
+            expected = f"expected any of {', '.join(REPORTERS)}"
+            raise ArgumentError("report_to", f"cannot report to {name!r}; {expected}")
         if importlib.util.find_spec(name) is None:
             raise TrainingError(f"to report to {name!r} its package is needed: pip install {name}")
 

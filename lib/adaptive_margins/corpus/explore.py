@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython.display import Markdown, display
-from matplotlib import color_sequences
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from pandas.io.formats.style import Styler
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from adaptive_margins.book.figures import GREY, LOSSES, PALE, WIDTH, drawing
 from adaptive_margins.book.per_query import per_query_figure
-from adaptive_margins.book.style import measure_label, score
+from adaptive_margins.book.style import BLUE, ORANGE, measure_label, score
 from adaptive_margins.book.tables import shorten
 from adaptive_margins.corpus import finetuned
 from adaptive_margins.corpus.finetune import finetune
@@ -35,7 +34,7 @@ from adaptive_margins.data.stored import seeded_order
 from adaptive_margins.data.trec import top
 from adaptive_margins.data.triples import mine_triples
 from adaptive_margins.encoder.load import default_device, encoder_identity, open_encoder
-from adaptive_margins.evaluation.measures import evaluate
+from adaptive_margins.evaluation.measures import evaluate, relevant
 from adaptive_margins.losses import margin_loss, margins_and_targets
 from adaptive_margins.retrieval.dense import DenseRetriever
 
@@ -46,7 +45,6 @@ NAMES = {
     "hybrid": "after + BM25",
 }
 """Labels of `RUNS`. "After" is the encoder in the output folder, even if it is the original one."""
-_, _ORANGE, _, _GREEN, _, _BLUE, _, _ = color_sequences["okabe_ito"]
 
 Embeddings = tuple[Tensor, Tensor, Tensor]
 
@@ -129,7 +127,7 @@ def learning_curve(curve: pd.DataFrame, report: Mapping[str, Any] | None = None)
     with drawing():
         figure, axis = plt.subplots(figsize=(WIDTH, 2.6), layout="constrained")
         axis.axhline(values[0], color=GREY, linestyle=":", label="before training", gid="start")
-        axis.plot(steps, values, "o-", color=_BLUE, markerfacecolor="white", gid="curve")
+        axis.plot(steps, values, "o-", color=BLUE, markerfacecolor="white", gid="curve")
         if report:
             kept = "trained" if report["kept"] == "trained" else "original"
             title = f"stopped at step {report['stop_step']:,}; the {kept} encoder is kept"
@@ -137,7 +135,7 @@ def learning_curve(curve: pd.DataFrame, report: Mapping[str, Any] | None = None)
             needed = report["settings"]["standard_errors"] * error
             best = values[steps == report["best_step"]]
             axis.errorbar(
-                [report["best_step"]], best, yerr=[[needed], [0]], fmt="o", color=_BLUE, capsize=4
+                [report["best_step"]], best, yerr=[[needed], [0]], fmt="o", color=BLUE, capsize=4
             )
         axis.set(title=title, xlabel="training step", ylabel=f"{SELECTION}, validation")
         axis.margins(y=0.2)
@@ -174,7 +172,8 @@ def comparisons(done: Finetuned) -> pd.DataFrame:
     measures = list(report["measures"]["start"])
     scored = {name: evaluate(qrels, done.run(name), measures) for name in RUNS}
     for measure in measures:
-        tested = finetuned.comparisons(scored, measure, report["relevant_queries"], report["bm25"])
+        usable = len(relevant(qrels, measure))
+        tested = finetuned.comparisons(scored, measure, usable, report["bm25"])
         for pair, found in tested.items():
             a, b = pair.split(" vs ")
             low, high = found.pop("ci") or (np.nan, np.nan)
@@ -196,7 +195,7 @@ def comparison_figure(table: pd.DataFrame) -> Figure:
             at = rows["difference"]
             axis.axvline(0, color=PALE, linewidth=0.9)
             errors = [at - rows["low"], rows["high"] - at]
-            axis.errorbar(at, range(len(rows)), xerr=errors, fmt="o", color=_BLUE, capsize=3)
+            axis.errorbar(at, range(len(rows)), xerr=errors, fmt="o", color=BLUE, capsize=3)
             for y, (x, verdict) in enumerate(zip(at, rows["verdict"], strict=True)):
                 above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
                 axis.annotate(verdict, (x, y), fontsize=8, **above)
@@ -338,7 +337,7 @@ def batch_figure(embeddings: Embeddings, *, steps: int = 10, **loss: Any) -> Fig
         figure, (points, errors) = plt.subplots(1, 2, figsize=(WIDTH, 3.2), layout="constrained")
         points.axline((0, 0), slope=1, color=GREY, linewidth=0.9, linestyle=":")
         for (margins, targets), color, name in zip(
-            states, (_ORANGE, _BLUE), ("before", f"after {steps} steps"), strict=True
+            states, (ORANGE, BLUE), ("before", f"after {steps} steps"), strict=True
         ):
             points.plot(margins.ravel(), targets.ravel(), ".", color=color, label=name, gid=name)
         points.set(xlim=(-1, 1), ylim=(0, 1), xlabel="margin", ylabel="target")

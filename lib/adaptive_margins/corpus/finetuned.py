@@ -259,10 +259,13 @@ def _chosen(report: Mapping[str, Any]) -> str:
 
 def _kept(report: Mapping[str, Any]) -> str:
     """Why the trained encoder was not kept."""
-    (start, *others), errors = report["merge"]["values"], report["settings"]["standard_errors"]
+    start, *others = report["merge"]["values"]
+    limit = f"a gain of not more than {report['settings']['standard_errors']:g} standard error"
+    if report["merge"]["standard_error"] is None:
+        limit = "one query is too few to show a gain"
     why = (
         f"{SELECTION} {number(max(others))} at best, alone or mixed with the original, against"
-        f" {number(start)} at the start: a gain of not more than {errors:g} standard error"
+        f" {number(start)} at the start: {limit}"
     )
     measure, value = next(iter(report["measures"]["start"].items()))
     return (
@@ -277,6 +280,8 @@ def _compared(
     """A sentence on two of `RUNS`, or on the first two as ``also`` found on another collection."""
     found = also or report["comparisons"][f"{a} vs {b}"]
     trained = "the trained encoder" if b == "start" else "it"
+    if also and "folds" in report:  # whose encoders together are "the trained encoder"
+        trained = "the encoder in the folder"
     names = {
         "trained": trained if a == "trained" else "the encoder alone",
         "start": "the one it started from",

@@ -72,7 +72,7 @@ def mine_negatives(
     output, device = Path(output).expanduser(), device or default_device()
     asked: dict[str, Any] = {"retriever": retriever, "cross_encoder": cross_encoder}
     asked |= {"negatives": negatives, "depth": depth, "seed": seed, "output": str(output)}
-    scores = _checked(output, retriever, negatives, depth)
+    scores = _checked(source, output, retriever, negatives, depth)
     collection, split = open_collection(source), ""
     if not output.suffix:
         tsv(collection.passages)  # raises now if a folder cannot hold them
@@ -118,7 +118,7 @@ def mine_negatives(
     }
 
 
-def _checked(output: Path, retriever: str, negatives: int, depth: int) -> Path:
+def _checked(source: str, output: Path, retriever: str, negatives: int, depth: int) -> Path:
     """The file of ranks and scores, if the arguments are possible."""
     if retriever not in ("bm25", "encoder"):
         raise ArgumentError("retriever", f"expected 'bm25' or 'encoder', not {retriever!r}")
@@ -130,7 +130,9 @@ def _checked(output: Path, retriever: str, negatives: int, depth: int) -> Path:
     scores = output.with_name(f"{output.stem}.scores.tsv")
     check_output(output, folder=not output.suffix)
     check_output(scores)
-    if output.is_file() and not scores.exists():  # it may be the collection
+    if output.is_file() and output.resolve() == Path(source).expanduser().resolve():
+        raise WriteError(f"{output} is the collection; name another file")
+    if output.is_file() and not scores.exists():
         raise WriteError(f"{output} exists and was not mined (no {scores.name}); name another file")
     return scores
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 
 from adaptive_margins.encoder.embed import Precision
 from adaptive_margins.encoder.load import default_device
@@ -17,7 +16,7 @@ from adaptive_margins.encoder.options import EncoderOptions
 from adaptive_margins.errors import AdaptiveMarginsError, ArgumentError
 from adaptive_margins.evaluation.measures import cutoff, evaluate, named
 from adaptive_margins.losses import MarginLoss
-from adaptive_margins.training import REPORTERS, check_reporters
+from adaptive_margins.training import check_reporters
 
 Target = float | Literal["adaptive", "distributed", "softmax", "all"]
 ALL: tuple[Target, ...] = ("distributed", "adaptive", "softmax", 0.1, 0.3, 0.5)
@@ -138,11 +137,6 @@ class Job:
             raise ArgumentError("negatives", expected)
         if self.triples is not None and self.triples < 2:
             raise ArgumentError("triples", f"triples is {self.triples}; expected at least 2")
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ArgumentError("device", f"device is {self.device!r}, but torch finds no GPU here")
-        if unknown := set(self.report_to) - set(REPORTERS):
-            expected = f"cannot report to {min(unknown)!r}; expected any of {', '.join(REPORTERS)}"
-            raise ArgumentError("report_to", expected)
         check_reporters(self.report_to)
         return dataclasses.replace(self, measures=measures, report_to=tuple(self.report_to))
 
