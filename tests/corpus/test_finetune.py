@@ -268,6 +268,13 @@ def test_a_gain_that_chance_would_explain_does_not_count(helped, encoder, tmp_pa
     assert all(weights.equal(found[name]) for name, weights in expected.items())
 
 
+def test_a_training_that_ends_in_infinity_names_its_texts(helped, tmp_path):
+    settings = dataclasses.replace(SETTINGS, triples=32, learning_rate=float("inf"))
+    with pytest.raises(TrainingError, match=r"positive negative: train\d+ d\d+ d\d+; train"):
+        finetune(helped.source, tmp_path / "output", **{**helped.arguments, "settings": settings})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

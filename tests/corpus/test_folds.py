@@ -11,10 +11,12 @@ from test_finetune import SETTINGS, collection_of, encoder, saved  # noqa: F401
 from adaptive_margins.corpus import finetune as finetuning
 from adaptive_margins.corpus.evaluate import held_out
 from adaptive_margins.corpus.finetune import finetune
+from adaptive_margins.corpus.finetuned import verdict
 from adaptive_margins.corpus.prepare import open_parts
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.splits import fold_queries
+from adaptive_margins.encoder.options import EncoderOptions
 from conftest import in_child, kill_in
 
 FOLDS = 3
@@ -28,7 +30,8 @@ def folded(tmp_path_factory, encoder):  # noqa: F811
     whole = collection_of(train_on_chance=False)
     only = dataclasses.replace(whole, queries={"test": whole.queries["test"]}, qrels={"test": whole.qrels["test"]})  # fmt: skip
     source = saved(only, folder / "collection")
-    arguments = {"model": encoder, "device": "cpu", "settings": FEW, "folds": FOLDS}
+    options = EncoderOptions(max_length=8)  # of queries of 11 tokens
+    arguments = {"model": encoder, "device": "cpu", "settings": FEW, "folds": FOLDS, "options": options}  # fmt: skip
 
     def killed():
         kill_in(finetuning, "write_results", 2)
@@ -77,6 +80,15 @@ def test_report_verdict_and_card_name_the_folds(folded):
         assert found == {key: fold[key] for key in found}
         assert {"target", "merge", "hybrid", "measures"} <= found.keys()
     assert report["collection"]["sets"] == {"train": 54, "validation": 26, "test": 80}
+    assert report["truncated"]["queries"] == 80  # each counts once
+    also = {
+        **report["comparisons"]["trained vs start"],
+        "name": "other",
+        "start": 0.5,
+        "trained": 0.5,
+    }
+    said = verdict({**report, "also": also, "merge": {**report["merge"], "alpha": 1.0}})
+    assert "On other (80 queries)" in said and "the encoder in the folder" in said
     assert f"ranked by the one of {FOLDS} encoders" in report["verdict"]
     assert "over 80 test queries" in report["verdict"]
     card = (folded.done.folder / "README.md").read_text("utf-8")

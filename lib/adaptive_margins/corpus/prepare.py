@@ -180,17 +180,17 @@ def cosines(retriever: DenseRetriever, queries: Texts) -> Similarity:
 def numbered(
     triples: Sequence[Triple], collection: Collection, prompts: tuple[str, str]
 ) -> tuple[np.ndarray, Texts, Texts]:
-    """Return triples as rows (3, n) of distinct texts, and these texts, with their prompts.
+    """Return triples as rows (3, n) of distinct queries and passages, and these with prompts.
 
-    The first row has rows of the queries' texts, the others of the passages' texts.
+    The first row has rows of the queries, the others of the passages.
     """
     ids = np.array(triples, object)
     queries, qids = pd.factorize(ids[:, 0])
     pairs, docids = pd.factorize(ids[:, 1:].ravel())
     return (
         np.vstack([queries, pairs.reshape(-1, 2).T]).astype(np.int32),
-        Texts(list(qids), [prompts[0] + collection.queries["train"][qid] for qid in qids]),
-        Texts(list(docids), [prompts[1] + collection.passages[docid] for docid in docids]),
+        Texts(qids.tolist(), [prompts[0] + collection.queries["train"][qid] for qid in qids]),
+        Texts(docids.tolist(), [prompts[1] + collection.passages[docid] for docid in docids]),
     )
 
 
@@ -278,16 +278,14 @@ def prepare(job: Job, work: Path, data: SplitCollection, encoder: Any, stages: S
         }
         ranked = {"bm25": bm25.search(validating, deep)}
         ranked["dense"] = zero_shot.search(validating, deep)
-        counted = dict(zero_shot.truncated), dict(zero_shot.lost)
     with stages("triples", "choosing triples"):
         miner = bm25 if job.negatives == "bm25" else zero_shot
         chosen, facts = _triples(job, data, miner, zero_shot)
-    rows, query_texts, passage_texts = numbered(chosen, collection, prompts(encoder))
-    queries = tokenize(encoder, query_texts.texts, zero_shot.query_length)
-    zero_shot.truncated, zero_shot.lost = counted
-    zero_shot.count(query_texts.texts, queries, "queries")
+    rows, asked, read = numbered(chosen, collection, prompts(encoder))
+    queries = tokenize(encoder, asked.texts, zero_shot.query_length)
+    _count_queries(zero_shot, [test, validating], asked)
     zero_shot.warn_truncated()
-    passages = tokenize(encoder, passage_texts.texts, zero_shot.passage_length)
+    passages = tokenize(encoder, read.texts, zero_shot.passage_length)
     tokens = queries.lengths[rows[0]] + passages.lengths[rows[1:]].sum(axis=0)
     mean = float(passages.lengths.mean())
     count = _affordable(job, tokens, mean * len(collection.passages))
@@ -302,7 +300,7 @@ def prepare(job: Job, work: Path, data: SplitCollection, encoder: Any, stages: S
         validating=ranked,
         bm25=bm25_facts,
         rows=rows[:, :count],
-        names=(query_texts.ids, passage_texts.ids),
+        names=(asked.ids, read.ids),
         queries=queries,
         passages=passages,
         facts=facts,
@@ -310,6 +308,15 @@ def prepare(job: Job, work: Path, data: SplitCollection, encoder: Any, stages: S
         truncated=zero_shot.truncation,
         lengths=(zero_shot.query_length, zero_shot.passage_length),
     )
+
+
+def _count_queries(zero_shot: DenseRetriever, ranked: Sequence[Texts], trained_on: Texts) -> None:
+    """Count truncated queries again, each once: folds test those that they train on."""
+    prompt, _ = prompts(zero_shot.model)
+    texts = {qid: prompt + queries[qid] for queries in ranked for qid in queries}
+    every = list({**texts, **dict(zip(trained_on.ids, trained_on.texts, strict=True))}.values())
+    zero_shot.truncated["queries"] = zero_shot.lost["queries"] = (0, 0)
+    zero_shot.count(every, tokenize(zero_shot.model, every, zero_shot.query_length), "queries")
 
 
 def _triples(
