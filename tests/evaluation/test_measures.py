@@ -204,7 +204,7 @@ def test_other_measures_have_a_finite_value_of_each_judged_query(measure, capfd)
 @pytest.mark.parametrize(
     "bad",
     ["nDCG@10@5", "nDCG@-3", "nDCG@2.5", "Success(rel=2)", "R(rel=0)@5", "R(rel='x')@5", "R(foo=1)@5", "alpha_nDCG@10",
-     "ERR_IA@10", "STREC@10", "nERR@10", "SDCG@10", "SDCG(max_rel=3)@10", "INST(T=1)", "RBP(p=0.8)@10", "IPrec@2.0",
+     "ERR_IA@10", "STREC@10", "nERR@10", "SDCG@10", "SDCG(max_rel=3)@10", "INST(T=1)", "RBP(p=0.8)@10", "IPrec@2.0", "IPrec@0.101",
      "nDCG(gains={1:100000000})@10", "nDCG@10\0", "", None],
 )  # fmt: skip
 def test_a_bad_measure_is_named_with_examples_of_good_ones(bad):

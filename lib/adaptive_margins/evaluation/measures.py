@@ -172,6 +172,8 @@ def _check_parameters(measure: ir_measures.Measure) -> None:
     for name in ("p", "recall"):
         if not 0 <= (value := measure.params.get(name, 0)) <= 1:
             raise ValueError(f"{name} must be between 0 and 1, not {value}")
+    if (recall := measure.params.get("recall", 0)) != round(recall, 2):  # ir_measures rounds it
+        raise ValueError(f"recall must have at most two decimals, not {recall}")
     for gain in measure.params.get("gains", {}).values():
         if type(gain) is not int or gain > MAX_GRADE:
             raise ValueError(f"gains must be integers of at most {MAX_GRADE:,}, not {gain!r}")
