@@ -171,10 +171,11 @@ def search_index(
 ) -> Run:
     """Return the ``depth`` best passages of each query by an index from `build_index`.
 
-    ``k_factor`` · ``depth`` passages found by code are reranked by their exact inner product with
-    the query; the scores equal those of `exact_search`. With ``fill``, a query whose lists hold
-    fewer passages than wanted is searched again in twice as many lists, until it is filled; there
-    is a UserWarning if that takes more than all.
+    Of a flat index, they are ranked by `exact_search`, which is faster. Of others, ``k_factor`` ·
+    ``depth`` passages found by code are reranked by their exact inner product with the query; the
+    scores equal those of `exact_search`. With ``fill``, a query whose lists hold fewer passages
+    than wanted is searched again in twice as many lists, until it is filled; there is a UserWarning
+    if that takes more than all.
 
     ``embeddings`` and ``ids`` are of the index's vectors, in their order; the other arguments and
     errors are those of `exact_search`.
