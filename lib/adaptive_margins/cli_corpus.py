@@ -350,7 +350,7 @@ def index(
         "encoder": {"name": built.encoder, "identity": built.identity},
         "options": built.about["options"],
         "collection": built.about["collection"],
-        "bm25": built.about.get("bm25"),
+        "bm25": built.about["bm25"],
         "truncated": {
             "passages": retriever.truncated["passages"][0],
             "lost": retriever.truncation["lost"]["passages"],
@@ -372,7 +372,7 @@ def search(
     queries: Annotated[
         Path | None, Option(parser=old_path, help="A file of queries: id, tab, text per line.")
     ] = None,
-    mode: Annotated[Searched | None, Option(help="Default: hybrid, if it has BM25.")] = None,
+    mode: Annotated[Searched, Option(help="The encoder, BM25, or both fused.")] = "hybrid",
     depth: Annotated[int, Option(min=1, help="Passages per query.")] = 10,
     run_out: RunOut = None,
     model: Annotated[
@@ -395,7 +395,6 @@ def search(
 
         asked = read_queries(queries) if queries else Texts(["1"], [query or ""])
         opened = DenseIndex.open(folder)
-        mode = mode or ("hybrid" if "bm25" in opened.about else "dense")
         weight = opened.weight if mode == "hybrid" else float(mode == "dense")
         encoder = weight != 0 and opened.open_encoder(model, device=device or default_device())
         run = opened.search(encoder, asked, depth, weight=weight)

@@ -263,21 +263,6 @@ def test_the_index_fuses_what_its_parts_find(built, retriever, model, monkeypatc
         np.load(path, allow_pickle=False)
 
 
-def test_an_index_without_bm25_is_searched_by_the_encoder_alone(built, retriever, model):
-    """As older versions built them."""
-    for path in built.folder.glob("bm25.*"):
-        path.unlink()
-    path = built.folder / "index.json"
-    about = json.loads(path.read_text())
-    del about["bm25"]
-    about["files"] = {k: v for k, v in about["files"].items() if not k.startswith("bm25.")}
-    path.write_text(json.dumps(about))
-    old = DenseIndex.open(built.folder)
-    assert old.search(model, QUERIES, 7) == retriever.search(QUERIES, 7)
-    with pytest.raises(DataError, match="has no BM25; build it again, or search mode dense"):
-        old.search(model, QUERIES, 7, weight=old.weight)
-
-
 def test_passages_without_a_term_are_found_by_the_encoder_alone(model, folder, tmp_path):
     retriever = DenseRetriever(model, Texts(["a", "b"], ["the", "of a"]))
     built = DenseIndex.build(retriever, "S", str(folder), tmp_path / "index")

@@ -78,7 +78,7 @@ class DenseIndex:
         self.embeddings = np.load(folder / "embeddings.npy", mmap_mode="r")
         self.index = faiss.read_index(str(folder / "passages.faiss"), faiss.IO_FLAG_MMAP_IFC)
         self.truncated = (0, 0)
-        self.weight: float | None = about.get("bm25", {}).get("weight")
+        self.weight: float | None = about["bm25"]["weight"]
         hybrid({}, {}, 1, self.weight)  # a wrong weight is an error here
         self._checked: SentenceTransformer | None = None
 
@@ -209,7 +209,6 @@ class DenseIndex:
 
         Raises:
             EncoderError: ``model`` embeds passages of the index differently.
-            DataError: as `bm25`.
         """
         if weight != 1:
             deeper = max(depth, FUSED)
@@ -236,9 +235,7 @@ class DenseIndex:
 
     @cached_property
     def bm25(self) -> BM25:
-        """BM25 over the passages. Raises DataError if the index was built without it."""
-        if "bm25" not in self.about:
-            raise DataError(f"{self.folder} has no BM25; build it again, or search mode dense")
+        """BM25 over the passages."""
         has_terms = "bm25.vocab.json" in self.about["files"]  # else, there was nothing to write
         return BM25(self.passages, folder=str(self.folder) if has_terms else "")
 
