@@ -520,49 +520,22 @@ def test_cached_under_autocast(tiny_encoder):
         assert (found - reference).norm() < 0.02 * reference.norm()
 
 
-def wrapped(loss, model, kind):
-    """``loss`` in one of Sentence Transformers' losses that go around another."""
-    from sentence_transformers.sentence_transformer import losses
-
-    dims = [16, 8, 4]
-    return {
-        "all": lambda: losses.MatryoshkaLoss(model, loss, dims),
-        "weighted": lambda: losses.MatryoshkaLoss(model, loss, dims, [0.5, 2, 3]),
-        "one": lambda: losses.MatryoshkaLoss(model, loss, [4]),
-        "layers": lambda: losses.AdaptiveLayerLoss(model, loss),
-        "2d": lambda: losses.Matryoshka2dLoss(model, loss, dims),
-    }[kind]()
-
-
 def test_matryoshka_loss_around_the_cached_loss(tiny_encoder):
+    from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+
     model = tiny_encoder().double().train()
     features = features_of(model)
-    for kind, settings in (
-        ("all", {}), ("all", {"target": "adaptive", "in_batch": True}), ("weighted", {"target": 0.3}), ("one", {}),
+    dims = [16, 8, 4]
+    for wrapping, settings in (
+        ([dims], {}), ([dims], {"target": "adaptive", "in_batch": True}), ([dims, [0.5, 2, 3]], {"target": 0.3}), ([[4]], {}),
     ):  # fmt: skip
         found = []
         for inner in (MarginLoss(model, **settings), CachedMarginLoss(model, mini_batch_size=3, **settings)):  # fmt: skip
-            loss = wrapped(inner, model, kind)([dict(column) for column in features], None)
+            loss = MatryoshkaLoss(model, inner, *wrapping)([dict(f) for f in features], None)
             loss.backward()
             found.append((loss.item(), gradients(model)))
         assert found[1][0] == pytest.approx(found[0][0], rel=0, abs=1e-12)
         assert_equal(found[1][1], found[0][1], 1e-12)
-
-
-@pytest.mark.parametrize(("kind", "no_grad"), [("layers", True), ("2d", False)])
-def test_losses_around_layers_refuse_the_cached_loss(tiny_encoder, kind, no_grad):
-    model = tiny_encoder().train()
-    with pytest.warns(UserWarning, match="AdaptiveLayerLoss is not compatible with"):
-        loss = wrapped(CachedMarginLoss(model, mini_batch_size=3), model, kind)
-    with (
-        torch.set_grad_enabled(not no_grad),
-        pytest.raises(ValueError, match=r"do not support CachedMarginLoss.*MarginLoss"),
-    ):
-        loss(features_of(model), None)
-    assert all(parameter.grad is None for parameter in model.parameters())
-    plain = wrapped(MarginLoss(model), model, kind)(features_of(model), None)
-    plain.backward()
-    assert plain.isfinite()
 
 
 def test_cached_refuses_a_model_that_looks_up_embeddings():

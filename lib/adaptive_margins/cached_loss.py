@@ -39,8 +39,7 @@ class CachedMarginLoss(CachedLossMixin, MarginLoss):
             it, except for the random numbers of dropout.
 
     Raises:
-        ValueError: as `MarginLoss`; a `mini_batch_size` that is not an integer of at least 1; or an
-            `AdaptiveLayerLoss` around this loss.
+        ValueError: as `MarginLoss`; or a `mini_batch_size` that is not an integer of at least 1.
 
     References:
         - Gao et al. 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup,
@@ -48,7 +47,8 @@ class CachedMarginLoss(CachedLossMixin, MarginLoss):
 
     Relations:
         - :class:`MatryoshkaLoss` around this loss equals that around `MarginLoss`.
-        - :class:`AdaptiveLayerLoss` and :class:`Matryoshka2dLoss` need `MarginLoss`.
+        - :class:`AdaptiveLayerLoss` and :class:`Matryoshka2dLoss` need `MarginLoss`; around this
+          loss they warn, and fail in the first step.
     """
 
     def __init__(
@@ -89,15 +89,7 @@ class CachedMarginLoss(CachedLossMixin, MarginLoss):
     ) -> Tensor:
         """Embed the token features of the text columns and return their loss, a scalar tensor."""
         columns, orders = zip(*map(_longest_first, sentence_features), strict=True)
-        try:
-            return super().forward_cached(columns, orders)  # in place of labels
-        except KeyError as error:
-            if "all_layer_embeddings" not in error.args:
-                raise
-            raise ValueError(
-                "AdaptiveLayerLoss and Matryoshka2dLoss do not support CachedMarginLoss, "
-                "which embeds the texts again in the backward pass; give them MarginLoss"
-            ) from None
+        return super().forward_cached(columns, orders)  # in place of labels
 
     def calculate_loss(
         self, reps: list[list[Tensor]], orders: Any = None, *, with_backward: bool = False
