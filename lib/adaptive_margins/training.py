@@ -43,8 +43,8 @@ from adaptive_margins.training_step import (
     RecordedLoss,
     TripleCollator,
     check_triples,
+    interruptible,
     not_finite,
-    training,
 )
 
 REPORTERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -188,7 +188,7 @@ class _Callback(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        self.record(state.global_step, _told(self.evaluated))
+        self.record(state.global_step, _from_first(self.evaluated))
         self.evaluated = None
         self.timer("eval_seconds")
         self._report()
@@ -201,7 +201,7 @@ class _Callback(TrainerCallback):
         self.timer(None)
 
 
-def _told(evaluation: Evaluation | None) -> Evaluation:
+def _from_first(evaluation: Evaluation | None) -> Evaluation:
     """The first process's evaluation: itself there, its measures in the others."""
     measures = shared((evaluation.mean, evaluation.per_query) if evaluation else ({}, {}))
     return evaluation or Evaluation(*measures)
@@ -362,7 +362,7 @@ def train(
     callback.progress.load(checkpoint)
     if checkpoint is None:
         callback.timer(None)
-        callback.record(0, _told((initial or evaluator(model)) if is_first() else None))
+        callback.record(0, _from_first((initial or evaluator(model)) if is_first() else None))
         callback.timer("eval_seconds")
     arguments = _arguments(
         config, folder, device, order, reporting=bool(reporters), run_name=run_name
@@ -381,7 +381,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.callback = callback
     callback.log = trainer.log if reporters else None
-    with quiet(), training(config, checkpoint):
+    with quiet(), interruptible(config, checkpoint):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return _result(callback, callback.progress.stopped_step or trainer.state.global_step)
 

@@ -182,8 +182,8 @@ def not_finite(
 
 
 @contextmanager
-def training(config: TrainingRun, checkpoint: Path | None = None) -> Iterator[None]:
-    """Name what stops a training; a process that is asked to end does so after the block, only."""
+def interruptible(config: TrainingRun, checkpoint: Path | None) -> Iterator[None]:
+    """Errors in the block name the run; a process that is asked to end does so after the block."""
     ending.training = True
     try:
         yield
