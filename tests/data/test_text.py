@@ -171,6 +171,12 @@ def test_columns_say_how_many_were_expected_and_name_json(tmp_path):
         problems.check()
 
 
+def test_long_ids_take_milliseconds(tmp_path):
+    problems = Problems()
+    problems.unknown(tmp_path, 1, "passage", "'\"" + "(" * MAX_LINE, ["a"])
+    assert "unknown passage" in problems.text()
+
+
 @pytest.mark.parametrize(
     ("unknown", "known"),
     [
@@ -196,5 +202,6 @@ def test_ids_that_do_not_look_alike_are_not_told():
     assert alike(["d1", "-", "a-1"], ["d2", "_", "b-1"]) == ""
     assert alike(["145.0", "2-10"], ["0", "10", "45"]) == ""
     assert alike([], ["a"]) == alike(["a"], []) == ""
+    assert alike(["0" * MAX_LINE + "x"], ["-" * MAX_LINE + "1"]) == ""  # in milliseconds
     many = (f"d{i}" for i in itertools.count())  # only the first are compared
     assert alike(["D7"], many) == "'D7' is similar to the known 'd7'"

@@ -67,7 +67,7 @@ class Problems:
 
     def add(self, path: Path, line: int, what: str) -> None:
         """Note a fault in line ``line`` (from 1; 0 for the complete file) of ``path``."""
-        kind = path, re.sub(r"'[^']*'|\"[^\"]*\"|\d+|\(.*?\)", "", what)
+        kind = path, re.sub(r"'[^']*'|\"[^\"]*\"|\d+|\([^()]*\)", "", what)
         self._first.setdefault(kind, f"{path}:{line}: {what}" if line else f"{path}: {what}")
         self._count[kind] = self._count.get(kind, 0) + 1
 
@@ -232,7 +232,12 @@ def _form(identifier: str) -> str:
     """
     text = unicodedata.normalize("NFKC", identifier).casefold()
     text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Cc"))
-    return re.sub(r"0*([0-9]+?)(\.0*)?$", r"\1", re.sub(r"^[\W_]+|[\W_]+$", "", text))
+    places = [place for place, character in enumerate(text) if character.isalnum()]
+    text = text[places[0] : places[-1] + 1] if places else ""
+    text = re.sub(r"(?<=[0-9])\.0+$", "", text)
+    start = text.rstrip("0123456789")
+    number = text[len(start) :]
+    return start + (number.lstrip("0") or number[-1:])
 
 
 def _end(identifier: str) -> str:
