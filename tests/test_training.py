@@ -770,10 +770,13 @@ def test_a_gpu_that_lacks_memory(material, tmp_path, monkeypatch):
 
 
 def test_too_few_triples(material, tmp_path):
-    for values, rows in (({"triples": 44}, TRIPLES), ({"triples": 3}, TRIPLES), ({}, 27), ({}, 0)):
-        expected = rf"needs \d+ triples in batches of 4, there are {rows}"
-        with pytest.raises(ArgumentError, match=expected):
-            run(material, tmp_path, rows=material.triples[:rows], **values)
+    for triples, rows in ((44, TRIPLES), (28, 27), (28, 0)):
+        with pytest.raises(
+            TrainingError, match=f"{triples} triples in batches of 4, .* are {rows}"
+        ):
+            run(material, tmp_path, rows=material.triples[:rows], triples=triples)
+    with pytest.raises(TrainingError, match="has 3 triples, fewer than its batch size, 4"):
+        run(material, tmp_path, triples=3)
     assert not list(tmp_path.iterdir())
 
 

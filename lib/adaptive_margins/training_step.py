@@ -146,7 +146,12 @@ def check_triples(
             f"run {config.run_id} has batches of {config.batch_size} triples, which"
             f" {processes()} processes cannot share evenly; start another number of them"
         )
-    if config.steps * config.batch_size > len(order) or not config.steps:
+    if not config.steps:
+        raise TrainingError(
+            f"run {config.run_id} has {config.triples} triples, fewer than its batch size,"
+            f" {config.batch_size}"
+        )
+    if config.steps * config.batch_size > len(order):
         raise TrainingError(
             f"run {config.run_id} needs {config.triples} triples in batches of"
             f" {config.batch_size}, there are {len(order)}"
