@@ -19,6 +19,7 @@ from bs4 import BeautifulSoup
 import report_frames as frames
 from adaptive_margins.book import latex, published, tables
 from adaptive_margins.book.comparison import comparison, printed_beside
+from adaptive_margins.book.render import markdown
 from adaptive_margins.book.shown import commands, records
 from adaptive_margins.data.trec import write_run
 from adaptive_margins.evaluation.measures import evaluate
@@ -220,6 +221,13 @@ def test_numbers_and_texts_are_written_short():
     assert tables.shorten("one two  three\nfour", 11) == "one two […]"
     assert tables.shorten("one two", 7) == "one two"
     assert tables.shorten("x" * 50, 10) == "x" * 10 + " […]"
+
+
+def test_numbers_of_a_markdown_table_are_on_the_right():
+    frame = pd.DataFrame({"a": ["x | y", ""], "b": [".026", "−.012"], "c": [1536, 2], "d": "—"})
+    _, rule, first, _ = markdown(frame).splitlines()
+    assert re.sub("-+", "-", rule) == "|:-|-:|-:|-:|"
+    assert [cell.strip() for cell in first.split(" | ")][1:] == [".026", "1,536", "— |"]
 
 
 # --- commands ---

@@ -40,7 +40,7 @@ def plain(text: str) -> str:
 
 def markdown(frame: pd.DataFrame) -> str:
     """A frame as a Markdown table: numbers on the right, with separators; texts are escaped."""
-    number = re.compile(r"[-+−]?[\d,]+(\.\d+)?|[—]?")
+    number = re.compile(r"[-+−]?([\d,]+(\.\d+)?|\.\d+)|—?")
 
     def cell(value: Any) -> str:
         if isinstance(value, str):
