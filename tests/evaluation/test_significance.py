@@ -264,6 +264,16 @@ def test_error_rates_with_three_seeds():
         assert of_means > 0.07 if of_seeds == 0.02 else True
 
 
+def test_two_seeds_that_differ_much_err_more_often():
+    """As the page "Threats to validity" states."""
+    rng, cases, queries = np.random.default_rng(0), 400, 300
+    zero, wrong = seeds(np.zeros((queries, 2))), 0
+    for _ in range(cases):
+        d = rng.normal(0, 0.3, (queries, 1)) + rng.normal(0, 0.04, (1, 2))
+        wrong += compare(seeds(d + rng.normal(0, 0.1, (queries, 2))), zero).p_t < 0.05
+    assert 0.06 < wrong / cases < 0.14
+
+
 # ---- many comparisons, randomisation, and queries that would decide ------------------------------
 
 
