@@ -155,6 +155,16 @@ def in_child(work: Callable[[], object]) -> str:
         process.join()
 
 
+class Bomb:
+    """A pickle of it creates a file when it is loaded."""
+
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __reduce__(self):
+        return Path.touch, (self.flag,)
+
+
 def die() -> None:
     """The end of this process, as by kill -9."""
     os.kill(os.getpid(), signal.SIGKILL)

@@ -44,7 +44,7 @@ from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.processes import TRY_AGAIN, end_when_asked, ending
 from adaptive_margins.profiles.encoders import EncoderSettings
 from adaptive_margins.training import TrainingError, train, trainable
-from conftest import die, flip, in_child, kill_in, linked, run_config
+from conftest import Bomb, die, flip, in_child, kill_in, linked, run_config
 
 TRIPLES = 40
 HOME = ("collections", "cache", "runs")
@@ -997,16 +997,6 @@ def test_a_checkpoint_writes_only_what_is_new(material, tmp_path):
     assert max(sizes) < 400 + 100 * len(parts)
     state = json.loads((tmp_path / "checkpoint-9" / "trainer_state.json").read_text())
     assert (state["global_step"], state["log_history"]) == (9, [])
-
-
-class Bomb:
-    """A pickle of it creates a file when it is loaded."""
-
-    def __init__(self, flag: Path) -> None:
-        self.flag = flag
-
-    def __reduce__(self):
-        return Path.touch, (self.flag,)
 
 
 def test_a_checkpoint_of_somebody_else_runs_no_code(material, tmp_path):

@@ -44,20 +44,9 @@ from adaptive_margins.profiles.load import ProfileError, available, load_profile
 from adaptive_margins.retrieval.dense import DenseRetriever
 from adaptive_margins.retrieval.dense_index import DenseIndex
 from adaptive_margins.runs import BM25Run
-from conftest import RUN_VALUES
+from conftest import ROOT, RUN_VALUES, Bomb
 
-ROOT = Path(__file__).resolve().parents[1]
 NO_DATA = "collection.tsv"
-
-
-class Bomb:
-    """A pickle of it creates a file when it is loaded."""
-
-    def __init__(self, flag: Path) -> None:
-        self.flag = flag
-
-    def __reduce__(self):
-        return Path.touch, (self.flag,)
 
 
 @pytest.fixture
