@@ -427,7 +427,7 @@ def _arguments(
     # With several GPUs the trainer would split batches over them, each as large as one was to be,
     # and it would take the first of them, whichever is named.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    if torch.device(device).index is not None:
+    if device.startswith("cuda:") and processes() == 1:
         arguments._setup_devices = torch.device(device)
         torch.cuda.set_device(device)
     return arguments
