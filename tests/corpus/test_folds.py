@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -112,15 +113,24 @@ def test_who_trained_with_the_test_queries_is_said(folded, encoder, tmp_path):  
     source = saved(few, tmp_path / "few")
     once = finetune(source, tmp_path / "once", model=encoder, device="cpu", settings=FEW)
     assert once.report["merge"]["standard_error"] is None
+    assert "one query is too few to show a gain" in once.report["verdict"]
 
-    def said(source, model, seed=1, folds=None) -> bool:
+    def split(source, model, seed=1, folds=None) -> str:
         job = SimpleNamespace(
             source=source, model=str(model), seed=seed, folds=folds, triples=9, settings=FEW
         )
-        return "encoder to start from was trained" in open_parts(job)[-1].split
+        return open_parts(job)[-1].split
+
+    def said(*given, **options) -> bool:
+        return "encoder to start from was trained" in split(*given, **options)
 
     assert not said(source, once.folder)
     assert said(source, once.folder, seed=3)
     assert said(source, once.folder, folds=3)
+    # That of an encoder's own start is said by `evaluate`, and where a training begins with it.
+    once.report["collection"]["split"] = split(source, once.folder, seed=3)
+    (once.folder / "training.json").write_text(json.dumps(once.report))
+    assert "encoder to start from was trained" in held_out(few, str(once.folder))[1]
+    assert said(source, once.folder)
     assert said(folded.source, folded.done.folder)
     assert not said(folded.source, encoder)

@@ -140,16 +140,16 @@ def held_out(collection: Collection, model: str) -> tuple[Collection, str]:
     if not (Path(model) / "training.json").is_file():
         return collection, ""
     done = Finetuned.load(Path(model))
-    if not done.report.get("collection", {}).get("split"):
+    if not (split := done.report.get("collection", {}).get("split")):
         return collection, ""
     seed, folds, tested = done.report["seed"], done.report.get("folds"), _asked(done.queries)
     with suppress(DataError):  # too few queries: it is another collection
         if folds:
-            (*_, parts), split = fold_queries(collection, len(folds), seed=seed)
+            (*_, parts), _ = fold_queries(collection, len(folds), seed=seed)
         else:
-            parts, split = split_queries(collection, seed=seed)
+            parts, _ = split_queries(collection, seed=seed)
         if _asked(parts.queries["test"]) == tested:
-            return parts, f"The encoder was trained on this collection. {split}".rstrip()
+            return parts, f"The encoder was trained on this collection. {split}"
     here = set().union(*map(_asked, collection.queries.values()))
     if here & tested and here - tested:
         warnings.warn(

@@ -40,6 +40,11 @@ from adaptive_margins.runs import TrainingRun
 TRIPLE_COST = 6
 """Time of training on a triple, in passages embedded: it has two, and a step takes three times."""
 
+_USED = (
+    " The encoder to start from was trained or selected with some of the test queries: its"
+    " measures, before and after, are too high."
+)
+
 
 @dataclass(frozen=True)
 class SplitCollection:
@@ -94,11 +99,8 @@ def open_parts(job: Job) -> list[SplitCollection]:
     *folds, last = found
     known, trained = held_out(collection, job.model)
     used = {q for name in ("train", "validation") if trained for q in known.queries[name].ids}
-    if used & {*last.collection.queries["test"].ids}:
-        split += (
-            " The encoder to start from was trained or selected with some of the test queries:"
-            " its measures, before and after, are too high."
-        )
+    if trained.endswith(_USED) or used & {*last.collection.queries["test"].ids}:
+        split += _USED
     return [*folds, dataclasses.replace(last, split=split)]
 
 
