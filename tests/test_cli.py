@@ -245,7 +245,7 @@ def test_an_output_is_refused_before_anything_is_read(call, monkeypatch, tmp_pat
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "mine"]
 
 
-def test_control_characters_do_not_reach_the_terminal(call, tmp_path):
+def test_control_characters_do_not_reach_the_terminal(call, capsys, tmp_path):
     folder = tmp_path / "red\x1b[31m"
     folder.mkdir()
     bad = "\x07bell \x1b[2J \x9b1m \u202eright-to-left \x7f"
@@ -263,6 +263,10 @@ def test_control_characters_do_not_reach_the_terminal(call, tmp_path):
     )
     assert r"d\x1b[1m" in line and r"\x07bell \x1b[2J \x9b1m \u202er" in line
     assert progress.printable("a\tb\nc é 漢字") == "a\tb\nc é 漢字"
+    for text in ("é 漢字", "é \x9b1m \u202e"):
+        terminal.show({"text": text}, True, "")
+        out = capsys.readouterr().out
+        assert json.loads(out) == {"text": text} and progress.printable(out) == out
 
 
 def test_a_home_that_cannot_be_written(runs):

@@ -334,6 +334,8 @@ def test_a_corpus_alone_gets_pseudo_queries(tmp_path, capsys):
     for qid, judged in qrels["test"].items():
         assert queries["test"][qid] not in found.collection.passages[next(iter(judged))]
     assert "There are no real queries" in capsys.readouterr().err
+    found.collection.save(tmp_path / "saved")  # as `mine` does
+    assert prepare.open_split(str(tmp_path / "saved"), 30, seed=1).pseudo == found.pseudo
 
 
 # ---- triples -----------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.text import DataError
 from adaptive_margins.encoder.checks import EncoderError
 from adaptive_margins.encoder.load import open_encoder
+from adaptive_margins.encoder.options import EncoderOptions
 from adaptive_margins.errors import ArgumentError
 from adaptive_margins.files import WriteError
 from adaptive_margins.retrieval.bm25 import BM25
@@ -122,6 +123,8 @@ def test_triples_of_a_folder_with_ranks_and_scores(corpus, encoder, tmp_path):
 
 def test_tuples_by_the_encoder_as_texts_and_as_a_collection(corpus, encoder, tmp_path):
     asked = {"retriever": "encoder", "model": encoder, "negatives": 3, "depth": 60}
+    with pytest.warns(UserWarning, match="12 of 12 queries are longer than 3 tokens"):
+        mine_negatives(str(corpus), tmp_path / "short.tsv", options=EncoderOptions(max_length=3), **asked)  # fmt: skip
     for name in ("mined.jsonl", "mined.parquet", "mined"):
         report = mine_negatives(str(corpus), tmp_path / name, **asked)
     lines = pd.read_json(tmp_path / "mined.jsonl", lines=True)
@@ -197,6 +200,8 @@ def test_what_is_refused(corpus, encoder, reranker, tmp_path):
         mine("full")
     with pytest.raises(WriteError, match=r"exists and was not mined \(no rows.scores.tsv"):
         mine("full/rows.jsonl")
+    with pytest.raises(WriteError, match="is the collection; name another file"):
+        mine("full/rows.jsonl", source=tmp_path / "full" / "rows.jsonl")
     with pytest.raises(ArgumentError, match=r"in its name, not \.$"):
         mine_negatives(str(corpus), Path("."))
     with pytest.raises(EncoderError, match="classifier"):

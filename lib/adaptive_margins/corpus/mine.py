@@ -16,6 +16,7 @@ from adaptive_margins.corpus.prepare import cosines, open_split
 from adaptive_margins.corpus.validation import with_positive
 from adaptive_margins.data.collection import Collection, Texts, Triple, tsv
 from adaptive_margins.data.mining import filter_negatives
+from adaptive_margins.data.pseudo_queries import about
 from adaptive_margins.data.sources import open_collection
 from adaptive_margins.data.text import DataError
 from adaptive_margins.data.trec import Qrels, Run
@@ -62,8 +63,9 @@ def mine_negatives(
             of the encoder ``model`` in the filter.
 
     Returns:
-        The arguments; ``filtered`` (`FilterCounts`); ``too_few``, the positives of queries with
-        fewer than ``negatives``, which are left out; ``rows``, triples or n-tuples; ….
+        The arguments; ``split``, a sentence if queries were split or generated; ``filtered``
+        (`FilterCounts`); ``too_few``, the positives of queries with fewer than ``negatives``,
+        which are left out; ``rows``, triples or n-tuples; ….
 
     Raises:
         ArgumentError, WriteError: an argument is not one of these; the output cannot be written.
@@ -81,7 +83,7 @@ def mine_negatives(
             expected = "no training set for the ids of triples; expected a folder, .jsonl, .parquet"
             raise ArgumentError("output", f"{collection.name} has {expected}")
         data = open_split(collection, None, seed)
-        collection, split = data.collection, data.split
+        collection, split = data.collection, data.split or about(data.collection)
     passages, qrels = collection.passages, with_positive(collection.qrels["train"])
     queries = Texts(list(qrels), [collection.queries["train"][qid] for qid in qrels])
     dense: Any = None
@@ -93,6 +95,7 @@ def mine_negatives(
     if cross_encoder:
         similarity = pair_scores(cross_encoder, queries, passages, device)
     else:
+        dense.truncated["queries"] = dense.lost["queries"] = (0, 0)  # a search has counted them
         similarity = cosines(dense, queries)
     kept, counts = filter_negatives(found, qrels, passages, similarity=similarity, seed=seed)
     if dense:

@@ -68,7 +68,7 @@ def open_split(source: str | Collection, triples: int | None, seed: int) -> Spli
     """
     collection = source if isinstance(source, Collection) else open_collection(source)
     if any(len(queries) for queries in collection.queries.values()):
-        return SplitCollection(*split_queries(collection, seed=seed), None)
+        return SplitCollection(*split_queries(collection, seed=seed), _pseudo(collection))
     say(f"{collection.name} has no queries: generating pseudo-queries")
     collection = pseudo_collection(
         collection.passages,
@@ -81,10 +81,16 @@ def open_split(source: str | Collection, triples: int | None, seed: int) -> Spli
         seed=seed,
     )
     say(about(collection))
+    return SplitCollection(collection, "", _pseudo(collection))
+
+
+def _pseudo(collection: Collection) -> dict[str, Any] | None:
+    """Number and kinds of pseudo-queries, also of those that `mine_negatives` saved; else None."""
+    if "pseudo-queries" not in collection.sources:
+        return None
     qids = (qid for queries in collection.queries.values() for qid in queries.ids)
     kinds = Counter(qid.partition(":")[0] for qid in qids)
-    pseudo = {"queries": kinds.total(), "kinds": dict(sorted(kinds.items()))}
-    return SplitCollection(collection, "", pseudo)
+    return {"queries": kinds.total(), "kinds": dict(sorted(kinds.items()))}
 
 
 def open_parts(job: Job) -> list[SplitCollection]:
