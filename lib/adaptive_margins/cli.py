@@ -30,6 +30,7 @@ from adaptive_margins.errors import AdaptiveMarginsError
 from adaptive_margins.processes import end_when_asked
 from adaptive_margins.progress import printable
 from adaptive_margins.terminal import encoder_options, expanded, new_file, old_path, show, working
+from adaptive_margins.text_tables import aligned
 
 if TYPE_CHECKING:
     from adaptive_margins.paper import Reproduction
@@ -277,7 +278,6 @@ def mine(
     """
     with working(verbose, f"{model} {cross_encoder or ''}"):
         from adaptive_margins.corpus.mine import mine_negatives
-        from adaptive_margins.text_tables import aligned
 
         asked = retriever, model, negatives, depth, cross_encoder, seed, device, options
         found = mine_negatives(path, output, *asked)

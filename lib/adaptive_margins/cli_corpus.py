@@ -27,6 +27,7 @@ from adaptive_margins.terminal import (
     show,
     working,
 )
+from adaptive_margins.text_tables import aligned, size
 
 if TYPE_CHECKING:
     from adaptive_margins.data.collection import Texts
@@ -168,7 +169,6 @@ def train(
 def _train_text(report: Mapping[str, Any], path: str) -> str:
     """The report of `train` for a terminal."""
     from adaptive_margins.corpus.choice import choice_table
-    from adaptive_margins.text_tables import aligned
 
     folder, place = report["model_dir"], shlex.quote(report["model_dir"])
     runs = " ".join(f"{place}/runs/{name}.test.run.gz" for name in ("start", "trained"))
@@ -187,8 +187,6 @@ def _train_text(report: Mapping[str, Any], path: str) -> str:
 
 def _systems_text(found: Mapping[str, Any], title: str) -> list[str]:
     """A table of the systems' measures, and one of their comparisons."""
-    from adaptive_margins.text_tables import aligned
-
     measures = list(next(iter(found["measures"].values())))
     means = [[title, *measures]]
     for name, values in found["measures"].items():
@@ -237,7 +235,6 @@ def evaluate(
     with working(verbose, model):
         names = measure_names(measures)
         from adaptive_margins.corpus.evaluate import evaluate_encoder
-        from adaptive_margins.text_tables import aligned
 
         found = evaluate_encoder(
             path,
@@ -333,7 +330,6 @@ def index(
         from adaptive_margins.retrieval.dense import DenseRetriever
         from adaptive_margins.retrieval.dense_index import DenseIndex
         from adaptive_margins.retrieval.embedding_cache import cache_folder
-        from adaptive_margins.text_tables import size
 
         collection = open_collection(path)
         encoder = open_encoder(model, options, device=device or default_device())
@@ -425,8 +421,6 @@ def search(
 
 def _hits_text(queries: Texts, hits: Sequence[Mapping[str, Any]], *, titles: bool) -> str:
     """Rank, score, docid and as much of the passage as the terminal is wide."""
-    from adaptive_margins.text_tables import aligned
-
     if not hits:
         return "No passage was found."
     width = shutil.get_terminal_size().columns
