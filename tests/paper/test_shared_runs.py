@@ -18,6 +18,7 @@ import yaml
 
 from adaptive_margins import files, paper
 from adaptive_margins.paper import shared_runs
+from adaptive_margins.paper.out_of_domain import FOLDER
 from adaptive_margins.paper.shared_runs import SharingError, take
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,6 +93,18 @@ def test_needed_runs_of_a_folder_are_taken_and_others_named(smoke, configs, tmp_
 
 def export(reproduction, target: Path) -> Path:
     return export_runs.export(reproduction, "smoke", target, by="Jane Doe <b>")
+
+
+def test_all_runs_on_other_collections_are_taken(smoke, tmp_path, capsys):
+    """Not only those of trained encoders: BM25 and zero-shot encoders were ranked there, too."""
+    theirs = tmp_path / "theirs"
+    shutil.copytree(smoke.home / FOLDER, theirs / FOLDER)
+    (theirs / "runs").mkdir()
+    mine = home_of(smoke, tmp_path / "mine")
+    take(mine, str(theirs))
+    taken, given = ({p.name for p in (home / FOLDER).iterdir()} for home in (mine.home, theirs))
+    assert taken == given
+    assert f"{len(given)} runs are taken" in capsys.readouterr().err
 
 
 def test_an_archive_is_the_same_for_the_same_runs_and_others_start_from_it(

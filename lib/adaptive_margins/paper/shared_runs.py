@@ -165,8 +165,13 @@ def _why_not(run: StoredRun[Any], reproduction: Reproduction, needed: Container[
         config = run.config
     except StoreError:  # perhaps of another version
         return other
-    if getattr(config, "source", "") in needed and config.code_version == CODE_VERSION:
-        return ""
+    source, of_other_domains = getattr(config, "source", ""), run.path.parent.name == FOLDER
+    if (
+        of_other_domains
+        and config.code_version == CODE_VERSION
+        and (source in needed or not source)
+    ):
+        return ""  # if another collection is used here, it is never read
     here = {"collection": reproduction.inputs.fingerprint, "code_version": CODE_VERSION}
     same = config.model_copy(update=here)
     changed = differences(config.model_dump(mode="json"), same.model_dump(mode="json"))
