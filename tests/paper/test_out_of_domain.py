@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -201,6 +203,20 @@ def test_shorter_passages_are_another_collection(study, home, monkeypatch):
         values = {"collection__max_words": words, "out_of_domain__packages": ["jinja2"]}
         _ = OutOfDomain(paper.open("smoke", home, **values)).collections
     assert len(built) == 1
+
+
+def test_no_collection_stays_in_memory_with_its_encoders(study):
+    inputs = []
+
+    def runs(collection):
+        on = study._on(collection)
+        on.inputs.encoder("minilm-3")
+        inputs.append(weakref.ref(on.inputs))
+
+    for collection in study.collections.values():
+        runs(collection)
+    gc.collect()
+    assert [reference() for reference in inputs] == [None, None]
 
 
 def test_a_folder_of_the_readers(home, tmp_path, study):

@@ -42,6 +42,10 @@ class Inputs:
     def __init__(self, profile: Profile, home: Path) -> None:
         self.profile = profile
         self.home = home
+        self.teacher: Any = None  # see `teacher.teacher_of`
+        for name in ("bm25_ranking", "top_candidates", "candidate_rows", "encoder"):
+            # Decorated methods would keep this object, with its encoders, to the process's end.
+            setattr(self, name, functools.cache(getattr(self, name)))
 
     # ---- the collection ------------------------------------------------------------------------
 
@@ -164,14 +168,12 @@ class Inputs:
         """BM25 over all passages."""
         return BM25(self.collection.passages)
 
-    @functools.cache  # noqa: B019  (it lives as long as its process)
     def bm25_ranking(self, query_set: str) -> Run:
         """BM25's ranking of all passages, to the largest depth of the profile."""
         depth = max(self.profile.candidates.depth, self.profile.measures.full_depth)
         queries = self.collection.queries[query_set]
         return self._cached_run(f"{depth}.{query_set}", lambda: self.bm25.search(queries, depth))
 
-    @functools.cache  # noqa: B019
     def top_candidates(self, query_set: str) -> Run:
         """The candidates that are reranked: the best of BM25's, or of the collection's.
 
@@ -198,7 +200,6 @@ class Inputs:
             write_run(compute(), path, BM25_NAME)
         return read_run(path, trusted=True)
 
-    @functools.cache  # noqa: B019
     def candidate_rows(self, query_set: str) -> np.ndarray:
         """Rows of all passages among a set's candidates, each once."""
         run = self.top_candidates(query_set)
@@ -231,9 +232,8 @@ class Inputs:
             parts.append(settings.similarity)
         return ", ".join(parts)
 
-    @functools.cache  # noqa: B019
     def encoder(self, name: str) -> LoadedEncoder:
-        """Encoder ``name`` of the profile with its tokens, loaded once per process.
+        """Encoder ``name`` of the profile with its tokens, loaded once.
 
         Raises:
             EncoderError: as `open_encoder`; or two encoders do not fit each other.

@@ -276,6 +276,7 @@ class _Estimates:
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
         self.profile = inputs.profile
+        self._speeds: dict[str, _Speed] = {}
 
     def seconds(self, config: RunConfig) -> float:
         """Expected time of a run in one worker; a query counts as half a passage."""
@@ -312,9 +313,13 @@ class _Estimates:
         dimensions = max(self.speed(name).dimensions for name in self.profile.encoders)
         return self._count("passages") * dimensions * width
 
-    @functools.cache  # noqa: B019  (it lives as long as a plan is made)
     def speed(self, encoder: str) -> _Speed:
         """Measured if collection, weights and device are available, else as the profile states."""
+        if encoder not in self._speeds:
+            self._speeds[encoder] = self._speed(encoder)
+        return self._speeds[encoder]
+
+    def _speed(self, encoder: str) -> _Speed:
         settings = self.inputs.settings(encoder)
         available = {
             "the collection": self.inputs.is_available,

@@ -271,10 +271,12 @@ class Teacher:
         return {which: dict(evaluate(qrels, run, measures).mean) for which, run in runs.items()}
 
 
-@functools.cache
 def teacher_of(inputs: Inputs) -> Teacher | None:
     """The teacher of a profile, or None; the same for all callers: its files are hashed once."""
-    return Teacher(inputs) if inputs.profile.teacher is not None else None
+    if inputs.profile.teacher is not None and inputs.teacher is None:
+        inputs.teacher = Teacher(inputs)
+    found: Teacher | None = inputs.teacher
+    return found
 
 
 def _save(path: Path, array: np.ndarray) -> None:
