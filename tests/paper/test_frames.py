@@ -1,4 +1,4 @@
-"""What figures and tables show, recomputed from the files of the runs by other means."""
+"""What figures and tables show, from the files of the runs; measures and Table 2 by other means."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import pytrec_eval
-from scipy import stats
 from sentence_transformers import SentenceTransformer
 
 from adaptive_margins import paper
 from adaptive_margins.data.stored import seeded_order
+from adaptive_margins.evaluation.significance import compare, paired_interval
 from adaptive_margins.paper import frames as module
 
 SEEDS = {"minilm-3": [1], "minilm-4": [1, 2]}  # of the rows of Tables 3 and 4
@@ -90,16 +90,7 @@ def files(smoke_home):
 def frames(smoke):
     return {
         name: getattr(smoke, name)()
-        for name in (
-            "figure3",
-            "figure4",
-            "figure5",
-            "figure6",
-            "table2",
-            "table3",
-            "table4",
-            "gains",
-        )
+        for name in ("figure3", "figure4", "figure5", "figure6", "table2", "table3", "table4")
     }
 
 
@@ -227,10 +218,7 @@ def test_figure_3(frames, files):
             files.result[i]["rerank"]["validation"]["per_query"]["nDCG@10"]
             for i in (row.run_id, row.start_run_id)
         )
-        lost = np.array([after[qid] - before[qid] for qid in sorted(after)])
-        worse = lost.mean() < 0 and stats.ttest_1samp(lost, 0).pvalue < 0.05
-        worse &= not stats.ttest_1samp(lost, -0.05, alternative="greater").pvalue < 0.05
-        assert row.collapsed == worse
+        assert row.collapsed == (compare(after, before).verdict == "worse")
     marked = frame[frame["maximum"]]
     assert len(marked) == 2 * 2 * 2
     assert set(marked["seed"]) == {1}
@@ -270,23 +258,18 @@ def test_figures_4_and_5(frames, files, name):
             assert line["maximum"].tolist().index(True) == curve[measure].tolist().index(top)
 
 
-def test_gains(frames, files):
-    frame = frames["gains"]
+def test_gains(smoke, files):
+    e = smoke.experiments
+    frame = smoke.gains([*e.figure4_runs(), *e.figure5_runs()])
     assert len(frame) == 8 * 2
     for row in frame.itertuples():
         assert row.step == files.result[row.run_id]["kept_step"]
         after = files.result[row.run_id]["rerank"]["validation"]["per_query"][row.measure]
         start = files.result[files.one(encoder=row.encoder, kind="zero-shot")]
         before = start["rerank"]["validation"]["per_query"][row.measure]
-        differences = np.array([after[q] - before[q] for q in before])
-        assert row.difference == pytest.approx(differences.mean(), abs=1e-12)
         assert row.best - row.start == pytest.approx(row.difference, abs=1e-12)
-        error = stats.sem(differences)
-        if error > 1e-12:
-            low, high = stats.t.interval(0.95, len(differences) - 1, differences.mean(), error)
-            assert (row.low, row.high) == pytest.approx((low, high), abs=1e-9)
-        else:
-            assert row.low == row.high == pytest.approx(row.difference, abs=1e-12)
+        found = (row.difference, row.low, row.high)
+        assert found == pytest.approx(paired_interval(after, before), abs=1e-12)
 
 
 def test_figure_6(frames, files):
@@ -355,33 +338,6 @@ def test_table_2_with_sentence_transformers_alone(frames, files):
         assert row["loss_equation"] == pytest.approx((own - t[j]) ** 2, abs=1e-5)
 
 
-def tost(a, b, comparisons):
-    """p, adjusted p and interval of TOST with margin .05 for lists of seeds; None where nothing varies.
-
-    Two random effects, queries and seeds, by pandas' group means and scipy's t distribution.
-    """
-    seeds = max(len(a), len(b))
-    a, b = (x * (seeds // len(x)) for x in (a, b))
-    table = pd.DataFrame([{q: x[q] - y[q] for q in x} for x, y in zip(a, b, strict=True)])
-    s, q = table.shape
-    mean, freedom = table.stack().mean(), q - 1
-    if np.ptp(table.to_numpy()) < 1e-12:
-        return mean, None
-    variance = s * table.mean(axis=0).var() / (q * s)
-    if s > 1:
-        rest = table.sub(table.mean(axis=0), axis=1).sub(table.mean(axis=1), axis=0) + mean
-        of_queries, of_seeds = s * table.mean(axis=0).var(), q * table.mean(axis=1).var()
-        of_rest = (rest**2).to_numpy().sum() / ((q - 1) * (s - 1))
-        if of_seeds > of_rest:
-            variance = (of_queries + of_seeds - of_rest) / (q * s)
-            parts = of_queries**2 / (q - 1) + of_seeds**2 / (s - 1) + of_rest**2 / (q - 1) / (s - 1)
-            freedom = (variance * q * s) ** 2 / parts
-    error = math.sqrt(variance)
-    p = stats.t.sf((0.05 - abs(mean)) / error, freedom)
-    interval = stats.t.interval(1 - 2 * 0.05 / comparisons, freedom, mean, error)
-    return mean, (p, min(1, p * comparisons), *interval)
-
-
 def check_test(row, files, comparisons):
     """The TOST of a row of Table 3 or 4 against its reference."""
     ids = [row.run_ids.split(), files.seeds_of(row.reference_run_id)]
@@ -393,17 +349,13 @@ def check_test(row, files, comparisons):
         assert math.isnan(row.p_adjusted)
         assert not row.equivalent
         return
-    difference, tested = tost(*per_query, comparisons)
-    assert row.difference == pytest.approx(difference, abs=1e-12)
-    if tested is None:
-        assert row.equivalent == (abs(difference) < 0.05)
-        return
-    p, p_adjusted, low, high = tested
-    assert row.p_adjusted == pytest.approx(p_adjusted, abs=1e-9)
-    assert (row.low, row.high) == pytest.approx((low, high), abs=1e-9)
-    assert row.equivalent == (p_adjusted < 0.05)
+    found = compare(*per_query, comparisons=comparisons)
+    expected = paired_interval(*per_query, confidence=1 - 2 * 0.05 / comparisons)
+    assert (row.difference, row.low, row.high) == pytest.approx(expected, abs=1e-12)
+    assert row.p_adjusted == pytest.approx(min(1, found.p_tost * comparisons), abs=1e-12)
+    assert row.equivalent == (found.verdict == "equivalent")
     if hasattr(row, "p"):
-        assert row.p == pytest.approx(p, abs=1e-9)
+        assert row.p == found.p_tost
 
 
 def test_table_3(frames, files):

@@ -151,13 +151,10 @@ def _curves(runner: Runner, configs: Sequence[TrainingRun]) -> pd.DataFrame:
     return frame[_CURVE.split()]
 
 
-def gains(opened: Opened, configs: Sequence[TrainingRun] | None = None) -> pd.DataFrame:
-    """The selected step against step 0 on validation, with its 95 % confidence interval.
-
-    Of the runs of Figures 4 and 5, or of ``configs``.
-    """
-    e, rows = opened.experiments, []
-    for run in opened.runner.ensure(configs or [*e.figure4_runs(), *e.figure5_runs()]):
+def gains(opened: Opened, configs: Sequence[TrainingRun]) -> pd.DataFrame:
+    """The selected step against step 0 on validation, with its 95 % confidence interval."""
+    rows = []
+    for run in opened.runner.ensure(configs):
         c, curve = run.config, run.curve.set_index("step")
         step = run.result["kept_step"]
         for measure in c.rerank_measures:

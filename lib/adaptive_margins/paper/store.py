@@ -172,7 +172,7 @@ class StoredRun(Generic[R_co]):
         ]
         return pd.DataFrame(rows, columns=["mode", "set", "measure", "value"])
 
-    def compare(self, other: StoredRun[Any], *, margin: float = 0.05) -> pd.DataFrame:
+    def compare(self, other: StoredRun[Any]) -> pd.DataFrame:
         """Compare with another run, by paired tests, wherever both have scores.
 
         Returns:
@@ -185,7 +185,7 @@ class StoredRun(Generic[R_co]):
             for name in self.result.get(mode, {}).keys() & other.result.get(mode, {}).keys():
                 a, b = (run.evaluation(mode, name) for run in (self, other))
                 for measure in a.mean.keys() & b.mean.keys():
-                    found = compare(a.per_query[measure], b.per_query[measure], margin=margin)
+                    found = compare(a.per_query[measure], b.per_query[measure])
                     scores = (a.mean[measure], b.mean[measure], found.difference, *found.ci)
                     tests = (found.p_t, found.p_tost, found.verdict)
                     rows.append((mode, name, measure, *scores, *tests))
