@@ -252,23 +252,12 @@ def zero_shot(reproduction: Reproduction) -> pd.DataFrame:
     ``kind`` is "rerank" (validation) or "full" (test sets).
     """
     p = reproduction.profile
-    wanted = [("rerank", p.sets.validation, p.measures.rerank)]
-    wanted += [("full", name, p.measures.full) for name in p.sets.tests]
     runs = [reproduction.bm25(), *map(reproduction.zero_shot, [*p.encoders, *p.untrained])]
-    rows = [
-        (
-            run.config.encoder,
-            kind,
-            name,
-            measure,
-            run.evaluation(kind, name).mean[measure],
-            run.run_id,
-        )
-        for run in runs
-        for kind, name, measures in wanted
-        for measure in measures
-    ]
-    return pd.DataFrame(rows, columns=["encoder", "kind", "set", "measure", "value", "run_id"])
+    scores = [r.scores().assign(encoder=r.config.encoder, run_id=r.run_id) for r in runs]
+    data = pd.concat(scores, ignore_index=True).rename(columns={"mode": "kind"})
+    shown = (data["kind"] == "rerank") & (data["set"] == p.sets.validation)
+    shown |= (data["kind"] == "full") & data["set"].isin(p.sets.tests)
+    return data.loc[shown, ["encoder", "kind", "set", "measure", "value", "run_id"]]
 
 
 def index_cost(reproduction: Reproduction, data: pd.DataFrame) -> pd.DataFrame:
@@ -278,24 +267,14 @@ def index_cost(reproduction: Reproduction, data: pd.DataFrame) -> pd.DataFrame:
     compared), difference, recall (share of the exact search's passages that the index finds) and
     index (its kind).
     """
-    p = reproduction.profile
-    rows = []
+    p, frames = reproduction.profile, []
     for run_id, encoder in dict(zip(data["run_id"], data["encoder"], strict=True)).items():
         run: StoredRun = StoredRun(reproduction.store.folder / str(run_id))
         index = run.result["index"]
-        for name, measure in product(p.sets.tests, p.measures.full):
-            full, exact = (run.evaluation(kind, name).mean[measure] for kind in ("full", "exact"))
-            rows.append(
-                {
-                    "encoder": encoder,
-                    "run_id": run_id,
-                    "set": name,
-                    "measure": measure,
-                    "full": full,
-                    "exact": exact,
-                    "difference": full - exact,
-                    "recall": index["recall_of_exact"][name],
-                    "index": index["factory"],
-                }
-            )
-    return pd.DataFrame(rows)
+        scores = run.scores().pivot(index=["set", "measure"], columns="mode", values="value")
+        rows = scores.loc[list(product(p.sets.tests, p.measures.full))].reset_index()
+        recall = rows["set"].map(index["recall_of_exact"])
+        about = {"encoder": encoder, "run_id": run_id, "index": index["factory"]}
+        frames.append(rows.assign(difference=rows["full"] - rows["exact"], recall=recall, **about))
+    columns = "encoder run_id set measure full exact difference recall index"
+    return pd.concat(frames, ignore_index=True)[columns.split()]
