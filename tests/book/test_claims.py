@@ -72,8 +72,8 @@ class Runs:
                     asked = dict(zip(measures, (m + shift for m in means), strict=False))
                     for _, measure, mean, run_id in self.stored("rerank", {"validation": asked}):
                         rows.append((encoder, in_batch, target, seed, measure, mean, run_id))
-        columns = ["encoder", "in_batch", "target", "seed", "measure", "value", "run_id"]
-        return pd.DataFrame(rows, columns=columns)
+        columns = "encoder in_batch target seed measure value run_id"
+        return pd.DataFrame(rows, columns=columns.split())
 
     def curves(self, curves):
         """Figure 4 or 5 from {(encoder, in_batch, batch_size): [values, a step of 100 triples
@@ -92,17 +92,8 @@ class Runs:
                     )
             frame = pd.DataFrame(checks, columns=["step", "measure", "qid", "value"])
             frame.to_parquet(folder / "checks.parquet")
-        columns = [
-            "encoder",
-            "in_batch",
-            "batch_size",
-            "step",
-            "triples",
-            "measure",
-            "value",
-            "run_id",
-        ]
-        return pd.DataFrame(rows, columns=columns)
+        columns = "encoder in_batch batch_size step triples measure value run_id"
+        return pd.DataFrame(rows, columns=columns.split())
 
     def evidence(self, draws=300, **frames):
         return Evidence(frames, self.reproduction, draws)
@@ -302,19 +293,8 @@ def test_claims_of_table3_follow_its_runs(runs):
             asked = {name: {NDCG: mean, "R(rel=2)@20": mean} for name in ("test1", "test2")}
             for name, measure, value, run_id in runs.stored("full", asked):
                 rows.append(("a", target, in_batch, name, measure, value, run_id, 60.0, 6.0, 1536))
-        columns = [
-            "encoder",
-            "target",
-            "in_batch",
-            "set",
-            "measure",
-            "value",
-            "run_id",
-            "seconds",
-            "sweep_seconds",
-            "triples",
-        ]
-        return pd.DataFrame(rows, columns=columns)
+        columns = "encoder target in_batch set measure value run_id seconds sweep_seconds triples"
+        return pd.DataFrame(rows, columns=columns.split())
 
     claim = "Distributed targets are equivalent to tuned static ones in nDCG@10."
     for static, distributed, outcome in ((0.5, 0.48, "supported"), (0.5, 0.42, "not supported")):
