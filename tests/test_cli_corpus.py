@@ -26,7 +26,14 @@ from adaptive_margins.data import sources
 from adaptive_margins.data.collection import Texts
 from adaptive_margins.data.folder import read_folder
 from adaptive_margins.data.splits import split_queries
-from adaptive_margins.data.trec import read_qrels, read_run, top, truncated, write_run
+from adaptive_margins.data.trec import (
+    read_marked_run,
+    read_qrels,
+    read_run,
+    top,
+    truncated,
+    write_run,
+)
 from adaptive_margins.encoder.load import open_encoder
 from adaptive_margins.encoder.options import EncoderOptions
 from adaptive_margins.evaluation.comparison import compare_runs
@@ -472,6 +479,12 @@ def test_a_part_of_a_large_collection_is_not_complete(call, corpus, encoder, tmp
     shutil.copy(*runs)
     code, out, err = call("compare", "--qrels", corpus / "qrels.txt", *runs, "--measure", "R@100")
     assert (code, out) == (1, "") and "the run has at most 10" in err
+    folder = shutil.copytree(corpus, tmp_path / "full")
+    text = (folder / "collection.tsv").read_text()
+    (folder / "collection.tsv").write_text(text.replace("d7\t\n", "d7\tsort\n"))
+    options = ["--depth", "119", "--run-out", runs[0], "--exclude-self"]  # no query is a passage
+    assert call("evaluate", folder, "--model", encoder, *options)[0] == 0
+    assert not read_marked_run(runs[0])[1]
 
 
 def test_evaluate_refuses_judgements_without_a_relevant_passage(call, few, encoder):

@@ -107,7 +107,7 @@ def evaluate_encoder(
     most = max(map(len, run.values()))
     if run_out:
         asked = depth if depth and not candidates else most + complete
-        write_run(run, Path(run_out), run_tag("adaptive-margins", run, asked, available))
+        write_run(run, Path(run_out), run_tag("adaptive-margins", run, asked, len(passages)))
     report = {
         "measures": scored.evaluation.mean,
         "queries": len(qrels),
