@@ -231,11 +231,6 @@ def test_figure_3(frames, files):
         assert row.target == curve.loc[curve["value"] == row.value, "target"].min()
 
 
-def test_the_line_of_figure_3_has_the_seed_of_its_section(smoke):
-    frame = paper.open("smoke", smoke.home, static__seed=2).figure3("minilm-3")
-    assert set(frame["seed"]) == {1, 2} and set(frame.loc[frame["maximum"], "seed"]) == {2}
-
-
 @pytest.mark.parametrize("name", ["figure4", "figure5"])
 def test_figures_4_and_5(frames, files, name):
     frame = frames[name]
