@@ -75,7 +75,7 @@ being the folder of the collection.
 EXTRAPOLATED = (8_841_823, 768), (138_364_198, 768)  # passages of MS MARCO v1 and v2, BERT base
 HNSW_LINKS = 272  # bytes of a list's links, FAISS's HNSW32
 SMALLER = "B 32, 384 dimensions"  # the loss alone in a smaller batch: in RESULTS.md only
-PEERS = ("a forward a column", "SentenceTransformer.encode", "MarginMSELoss", "pair by pair")
+PEERS = ("a forward pass per column", "SentenceTransformer.encode", "MarginMSELoss", "pair by pair")
 VERDICTS = {
     "better": "better on the test queries",
     "worse": "**worse** on the test queries",

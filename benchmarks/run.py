@@ -35,10 +35,12 @@ Rows = list[dict[str, Any]]
 CHUNKS = 1
 CONTESTANTS: dict[str, Step] = {
     "ours": ours(CHUNKS),
-    "Sentence Transformers, a forward a column": sentence_transformers(merged=False),
-    "Sentence Transformers, merged forward": sentence_transformers(merged=True),
+    "Sentence Transformers, a forward pass per column": sentence_transformers(merged=False),
+    "Sentence Transformers, positives and negatives in one pass": sentence_transformers(
+        merged=True
+    ),
     "every text padded to its limit": padded(),
-    "merged, not sorted": merged(),
+    "all texts in one batch, not sorted": merged(),
 }
 REPEATS, EPSILON = 100, 0.3
 MEMORY_LIMIT = 16 << 30
@@ -115,7 +117,7 @@ def encoding(encoder: Callable[[float], Any], name: str, count: int, number: int
     contestants = {"ours": mine, "peer": theirs}
     rates = {n: lambda r, f=f: count / seconds(partial(f, r)) for n, f in contestants.items()}
     found = rounds(rates, number)
-    setting = f"{name}, {count} passages of mean 80 tokens, batch size 32 there"
+    setting = f"{name}, {count} passages of mean 80 tokens, the other in batches of 32"
     what = "encoding / SentenceTransformer.encode"
     return [row(what, found["ours"], found["peer"], "passages/s", setting)]
 
@@ -263,7 +265,7 @@ def training_growth(sizes: tuple[int, ...] = (16, 32, 64, 128, 256)) -> Rows:
             raise RuntimeError(f"B {size}: {found}")
         rates.append(size / found[0])
         gigabytes.append(found[1] / 1e9)
-    unit, setting = "triples a batch", f"MiniLM, dropout 0, {CHUNKS} chunks"
+    unit, setting = "triples a batch", f"MiniLM, dropout 0, {CHUNKS} chunk"
     return [
         growth("training", list(sizes), rates, unit, "triples/s", setting),
         growth("peak memory of a step", list(sizes), gigabytes, unit, "GB", setting),
