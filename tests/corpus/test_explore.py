@@ -204,6 +204,13 @@ def test_one_test_query_is_too_few_and_withheld_stays_so(helped, tmp_path):
     assert len(table) == 1
     for figure in (explore.comparison_figure(pairs), explore.changes_figure(table, pairs)):
         figure.canvas.draw()
+    graded = (helped.done.folder / "qrels.test.txt").read_text().splitlines()
+    lines = [f"{line[:-1]}2\n" for line in graded[:5]] + [f"{line}\n" for line in graded[5:]]
+    qrels.write_text("".join(lines))  # five queries have a passage of grade 2
+    measures = {"start": {"nDCG@10": 0.5, "R(rel=2)@10": 0.5}}
+    pairs = explore.comparisons(Finetuned(folder, {**helped.done.report, "measures": measures}))
+    few = pairs["verdict"] == "too few queries"
+    assert (few == (pairs["measure"] == "R(rel=2)@10")).all()
     report = {**helped.done.report, "bm25": {"queries": 9, "without_hits": 5}}
     pairs = explore.comparisons(Finetuned(helped.done.folder, report))
     assert set(pairs[pairs["b"] != "start"]["verdict"]) == {"withheld"}

@@ -137,7 +137,8 @@ def held_out(collection: Collection, model: str) -> tuple[Collection, str]:
     queries that are stored with the encoder. Any other collection is returned as it is, with "";
     there is a warning if it has some of these queries, as a later version has.
     """
-    if not (Path(model) / "training.json").is_file():
+    files = ("training.json", "queries.test.tsv")
+    if not all((Path(model) / name).is_file() for name in files):
         return collection, ""
     done = Finetuned.load(Path(model))
     if not (split := done.report.get("collection", {}).get("split")):
