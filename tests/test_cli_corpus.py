@@ -512,6 +512,8 @@ def test_evaluate_reranks(call, answer, corpus, encoder, tmp_path):
     for qid, hits in candidates.items():
         assert run[qid] == pytest.approx({d: everything[qid][d] for d in hits}, abs=2e-6)
 
+    assert answer("evaluate", corpus, *options, "--measures", "R@110")["depth"] == 110
+
     # A file of candidates, some of queries that are not asked, cut at a depth.
     given = {**{qid: hits for qid, hits in list(candidates.items())[:30]}, "z9": {"d1": 1.0}}
     write_run(given, path, "x")

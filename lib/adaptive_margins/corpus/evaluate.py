@@ -26,8 +26,8 @@ from adaptive_margins.retrieval.dense import FUSED, DenseRetriever, hybrid
 from adaptive_margins.retrieval.embedding_cache import cache_folder
 from adaptive_margins.retrieval.exact import count_self, without_self
 
-CANDIDATES = 100
-"""Passages of BM25 that are reranked for a query, if no depth is given."""
+DEPTH = 100
+"""Passages that are ranked for a query, at least, if no depth is given."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,16 @@ def evaluate_encoder(
     queries, qrels, passages = collection.queries[name], collection.qrels[name], collection.passages
     judged = _judged(qrels, measures, f"{source}: none of the queries of {name!r} is judged")
     given, complete = _given(candidates, queries, passages)
-    depth = _depth(depth, mode, given, measures, len(passages))
+    depth = _depth(depth, given, measures, len(passages))
     encoder = open_encoder(model, options or EncoderOptions(), device=device or default_device())
     retriever = DenseRetriever(encoder, passages, cache=cache_folder(cache))
     if not exclude_self:
         warn_of_self(queries, passages, "; --exclude-self leaves them out, as BEIR does")
     fused: dict[str, Any] = {}
     if mode == "full":
-        run = retriever.search(queries, depth or CANDIDATES, exclude_self=exclude_self)
+        run = retriever.search(queries, depth or DEPTH, exclude_self=exclude_self)
     elif mode == "hybrid":
-        settings = (depth or CANDIDATES, exclude_self, measures)
+        settings = (depth or DEPTH, exclude_self, measures)
         run, fused["hybrid"] = _hybrid(retriever, collection, name, model, *settings)
     else:
         run = retriever.rerank(queries, _candidates(collection, name, given, depth, exclude_self))
@@ -188,12 +188,12 @@ def _judged(qrels: Qrels, measures: Sequence[str], unjudged: str) -> dict[str, Q
 
 
 def _depth(
-    depth: int | None, mode: str, given: Run | None, measures: Sequence[str], passages: int
+    depth: int | None, given: Run | None, measures: Sequence[str], passages: int
 ) -> int | None:
     """Passages to rank for a query; None for all candidates of a given run."""
     needed = max(map(cutoff, measures))
     if depth is None and given is None:
-        depth = CANDIDATES if mode == "rerank" else max(CANDIDATES, needed)
+        depth = max(DEPTH, needed)
     if depth is not None and depth < min(needed, passages):
         short = f"{depth} passages a query are too few for {' '.join(measures)}"
         raise ArgumentError("depth", f"{short}: {needed} are needed")
@@ -229,7 +229,7 @@ def _candidates(
 ) -> Run:
     """The best ``depth`` passages of each query, by the given run or by BM25."""
     if given is None:
-        more = (depth or CANDIDATES) + exclude_self
+        more = (depth or DEPTH) + exclude_self
         given = BM25(collection.passages).search(collection.queries[name], more)
         without_hits({qid: hits for qid, hits in given.items() if qid in collection.qrels[name]})
     if exclude_self:
