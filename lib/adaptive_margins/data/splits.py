@@ -125,8 +125,8 @@ def _assigned(
     if not all(parts.values()):
         raise DataError(
             f"{collection.name}: {len(qids)} judged queries of the set {name}, of {len(same)}"
-            f" different texts, are too few to split into {len(parts)} parts; at least as many of"
-            " different text are needed, better hundreds"
+            f" different texts, are too few to split into {len(parts)} parts; equal texts are in"
+            " one part, and each part needs some, better hundreds"
         )
     return parts
 
