@@ -217,6 +217,11 @@ def _message(error: Exception) -> str | None:
     no_memory = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
     if no_memory or (isinstance(error, RuntimeError) and "can't allocate memory" in message):
         return f"out of memory; try a smaller collection, batch or encoder. {message}".rstrip()
+    if type(error).__module__ == "obstore.exceptions":
+        return (
+            f"the store does not answer: {str(error).splitlines()[0]}; finished runs are kept in"
+            " the home folder, and the same command goes on from there"
+        )
     if isinstance(error, OSError):
         message = error.strerror or message or type(error).__name__
         return message if error.filename is None else f"{error.filename}: {message}"

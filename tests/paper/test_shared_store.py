@@ -38,7 +38,7 @@ def bucket(monkeypatch) -> str:
     """A bucket in memory, or of an S3-compatible server: $ADAPTIVE_MARGINS_TEST_S3, as http://127.0.0.1:5000."""
     if not (server := os.environ.get("ADAPTIVE_MARGINS_TEST_S3")):
         in_memory = functools.cache(lambda url: obstore.store.MemoryStore())
-        monkeypatch.setattr(obstore.store, "from_url", in_memory)
+        monkeypatch.setattr(obstore.store, "from_url", lambda url, retry_config: in_memory(url))
         return "s3://bucket/runs"
     for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "ENDPOINT": server, "ALLOW_HTTP": "true"}.items():  # fmt: skip
         monkeypatch.setenv(f"AWS_{name}", value)

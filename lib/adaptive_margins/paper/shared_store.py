@@ -16,6 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -29,6 +30,8 @@ from adaptive_margins.progress import say
 from adaptive_margins.runs import RunConfig
 
 RENEWED, EXPIRY = 20.0, 120.0
+PATIENT: Any = {"max_retries": 60, "retry_timeout": timedelta(minutes=10)}
+"""How long calls wait for a bucket that does not answer; but not the first one, of `open_store`."""
 
 
 def open_store(url: str, folder: Path) -> Store:
@@ -43,15 +46,16 @@ def open_store(url: str, folder: Path) -> Store:
         return Store(folder)
     try:
         if "://" in url:
-            store: Store = SharedStore(folder, obstore.store.from_url(url))
-        else:
-            store = Store(folder)
-            store.leases = Leases(obstore.store.LocalStore(url, mkdir=True))
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):
-                folder.symlink_to(os.path.abspath(url), target_is_directory=True)
-            if not folder.samefile(url):
-                raise FileExistsError(f"{folder} exists; move its runs to {url}, and remove it")
+            first = obstore.store.from_url(url, retry_config={"max_retries": 3})
+            with Leases(first).held(f"probe-{uuid4().hex}", ""):
+                return SharedStore(folder, obstore.store.from_url(url, retry_config=PATIENT))
+        store = Store(folder)
+        store.leases = Leases(obstore.store.LocalStore(url, mkdir=True))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            folder.symlink_to(os.path.abspath(url), target_is_directory=True)
+        if not folder.samefile(url):
+            raise FileExistsError(f"{folder} exists; move its runs to {url}, and remove it")
         with store.leases.held(f"probe-{uuid4().hex}", ""):
             return store
     except Exception as error:  # of any of its kinds
