@@ -175,7 +175,7 @@ def test_what_is_no_fault_of_the_program_is_one_line_and_a_bug_is_traced(call, m
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (OSError(errno.ENOENT, "No such file", "a\x1b[31m.run"), r"a\x1b[31m.run: No such file"),
         (OSError("no answer\nfrom the hub"), "no answer from the hub"),
-        (GenericError("no route\nDebug source: …"), "the store does not answer: no route; finished"),
+        (GenericError("no route\nDebug: …"), "store does not answer: no route; finished"),
         (UnicodeEncodeError("utf-8", "\udc80", 0, 1, "surrogates not allowed"), r"'\udc80'"),
     ):
         monkeypatch.setattr(cli, "_open", raising(error))
