@@ -15,6 +15,7 @@ import pytest
 import typer
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
+from torch.distributed.run import parse_args
 
 from adaptive_margins import cli
 from adaptive_margins.corpus import finetune as finetuning
@@ -203,6 +204,9 @@ def test_commands_on_pages_have_the_options_that_they_name():
             unknown = {*re.findall(r"\s(--[a-z-]+)", rest)} - options[name]
             assert not unknown, f"{page.name}: {name} {unknown}"
     assert found > 40
+    for page in pages:
+        for words in re.findall(r"torchrun (-[^\n`]*)", page.read_text("utf-8")):
+            assert parse_args(shlex.split(words)).training_script == "adaptive_margins.cli"
 
 
 # ---- the page ------------------------------------------------------------------------------------
