@@ -143,6 +143,20 @@ def faults_table() -> str:
     return COMMAND + machines(rows) + "\n" + table(listed)
 
 
+def hosts_table() -> str:
+    """What hosts.py tried, for a page of the book."""
+    rows = list(read("hosts").values())
+    listed = [
+        {
+            "Work": row["what"],
+            "What happened": "; ".join(row["events"]),
+            "Runs equal to undisturbed ones": f"{row['equal']} of {row['runs']}",
+        }
+        for row in rows
+    ]
+    return COMMAND + machines(rows) + "\n" + table(listed)
+
+
 def ratio(row: dict[str, Any]) -> dict[str, str]:
     """A row of latest.json."""
     low, high = row["spread"]
@@ -353,6 +367,7 @@ def main() -> None:
     write_text(BOOK / "speed_table.md", speed_table())
     write_text(BOOK / "scale_table.md", large())
     write_text(BOOK / "faults_table.md", faults_table())
+    write_text(BOOK / "hosts_table.md", hosts_table())
     write_text(BOOK / "what_to_expect.md", expect(trainings()))
 
 

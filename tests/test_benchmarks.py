@@ -164,6 +164,7 @@ def test_the_books_pages_are_written_from_the_measurements():
         FOLDER / "RESULTS.md": pages.speed(),
         book / "speed_table.md": pages.speed_table(),
         book / "faults_table.md": pages.faults_table(),
+        book / "hosts_table.md": pages.hosts_table(),
         book / "what_to_expect.md": pages.expect(pages.trainings()),
     }
     for path, text in expected.items():
