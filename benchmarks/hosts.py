@@ -59,6 +59,7 @@ def content(run: Path) -> str:
     """What a stored run of any kind gives, but for times and memory."""
     result = json.loads((run / "result.json").read_text())
     numbers = {key: value for key, value in result.items() if key not in TIMES}
+    numbers["teacher"] = {k: v for k, v in result.get("teacher", {}).items() if "seconds" not in k}
     frames = [
         pd.read_parquet(file).drop(columns="seconds", errors="ignore").to_csv()
         for file in sorted(run.glob("*.parquet"))
