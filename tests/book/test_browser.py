@@ -273,7 +273,7 @@ def test_figures_on_a_phone(tab, visit):
     assert tab.evaluate(PANELS)["lefts"] == 2
     for width in (390, 320):
         tab.set_viewport_size({"width": width, "height": 900})
-        tab.wait_for_function(f"({PANELS})().lefts === 1")
+        tab.wait_for_function(f"(p => p.lefts === 1 && p.more === p.sign)(({PANELS})())")
         found = tab.evaluate(PANELS)
         assert (
             found["tops"] == 4
