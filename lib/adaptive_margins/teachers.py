@@ -313,7 +313,8 @@ def read_scores(path: Path, collection: Collection, triples: np.ndarray) -> np.n
 
     queries, passages = collection.queries["train"], collection.passages
     problems, rows, scores = Problems(), array.array("i"), array.array("f")
-    for number, line in read_lines(path, problems):
+    lines = bar(f"reading {path.name}", read_lines(path, problems), unit="lines")
+    for number, line in lines:
         try:
             positive, negative, query, *both = line.split("\t")
             values = array.array("f", [float(positive), float(negative)])

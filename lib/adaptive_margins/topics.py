@@ -70,11 +70,10 @@ def sampled_order(
         bins = 1
     ids, first, query = np.unique(queries[kept], return_index=True, return_inverse=True)
     if len(ids) < batch_size:
+        more = " or raise teacher.hard_margin" if sampling == "topics-hard" else ""
         raise TeacherError(
             f"sampling {sampling!r} has triples of {len(ids)} queries, fewer than a batch of"
-            f" {batch_size}; take smaller batches"
-            + " or raise teacher.hard_margin"
-            * (sampling == "topics-hard")
+            f" {batch_size}; take smaller batches{more}"
         )
     place = query * bins + _bins(query, margins[kept], bins)
     by_place = kept[np.argsort(place, kind="stable")]

@@ -46,17 +46,18 @@ def open_store(url: str, folder: Path) -> Store:
         return Store(folder)
     try:
         if "://" in url:
-            first = obstore.store.from_url(url, retry_config={"max_retries": 3})
-            with Leases(first).held(f"probe-{uuid4().hex}", ""):
-                return SharedStore(folder, obstore.store.from_url(url, retry_config=PATIENT))
-        store = Store(folder)
-        store.leases = Leases(obstore.store.LocalStore(url, mkdir=True))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            folder.symlink_to(os.path.abspath(url), target_is_directory=True)
-        if not folder.samefile(url):
-            raise FileExistsError(f"{folder} exists; move its runs to {url}, and remove it")
-        with store.leases.held(f"probe-{uuid4().hex}", ""):
+            bucket = obstore.store.from_url(url, retry_config={"max_retries": 3})
+            store: Store = SharedStore(folder, obstore.store.from_url(url, retry_config=PATIENT))
+        else:
+            bucket = obstore.store.LocalStore(url, mkdir=True)
+            store = Store(folder)
+            store.leases = Leases(bucket)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                folder.symlink_to(os.path.abspath(url), target_is_directory=True)
+            if not folder.samefile(url):
+                raise FileExistsError(f"{folder} exists; move its runs to {url}, and remove it")
+        with Leases(bucket).held(f"probe-{uuid4().hex}", ""):
             return store
     except Exception as error:  # of any of its kinds
         reason = str(error).partition("\n")[0]
