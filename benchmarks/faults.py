@@ -36,7 +36,6 @@ from adaptive_margins.encoder.load import open_encoder
 from adaptive_margins.files import file_sha256, read_object, write_text
 from adaptive_margins.paper.inputs import Inputs
 from adaptive_margins.paper.reproduction import RAY_VARIABLE, STORE_VARIABLE, Reproduction
-from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.profiles.config import IrDatasetsSettings
 from adaptive_margins.profiles.load import load_profile
 from adaptive_margins.retrieval.dense import DenseRetriever
@@ -48,11 +47,13 @@ TIMES = ("train_seconds", "eval_seconds", "peak_bytes", "index", "finished")
 
 
 def run_result(path: Path) -> Any:
-    """What a stored run gives: rankings and weights by their bytes."""
-    run: StoredRun[Any] = StoredRun(path)
+    """What a stored run of any kind gives, but for times and memory: rankings and weights by their bytes."""
+    result = json.loads((path / "result.json").read_text())
+    numbers = {key: value for key, value in result.items() if key not in TIMES}
+    numbers["teacher"] = {k: v for k, v in result.get("teacher", {}).items() if "seconds" not in k}
+    tables = {file.name: pd.read_parquet(file) for file in sorted(path.glob("*.parquet"))}
+    frames = {k: t.drop(columns="seconds", errors="ignore").to_csv() for k, t in tables.items()}
     binary = [*path.rglob("*.gz"), *path.rglob("*.safetensors")]
-    frames = [f.to_csv() for f in (run.curve.drop(columns="seconds"), run.checks, run.targets)]
-    numbers = {key: value for key, value in run.result.items() if key not in TIMES}
     return numbers, frames, {file.name: file_sha256(file) for file in binary}
 
 

@@ -10,13 +10,11 @@ those of one undisturbed process, bit by bit, all but times and memory. Needs ro
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,13 +24,12 @@ from typing import Any
 
 import numpy as np
 import obstore
-import pandas as pd
-from faults import TIMES
+from faults import run_result
 from timing import stamp
 
-from adaptive_margins.files import file_sha256, write_text
+from adaptive_margins.files import write_text
 from adaptive_margins.paper.reproduction import Reproduction
-from adaptive_margins.paper.shared_store import EXPIRY
+from adaptive_margins.paper.shared_store import EXPIRY, SharedStore
 from adaptive_margins.paper.store import StoredRun
 from adaptive_margins.profiles.load import load_profile
 
@@ -53,19 +50,6 @@ S3 = {
 def sh(*words: object) -> None:
     """Run a command that must succeed."""
     subprocess.run([str(word) for word in words], check=True)
-
-
-def content(run: Path) -> str:
-    """What a stored run of any kind gives, but for times and memory."""
-    result = json.loads((run / "result.json").read_text())
-    numbers = {key: value for key, value in result.items() if key not in TIMES}
-    numbers["teacher"] = {k: v for k, v in result.get("teacher", {}).items() if "seconds" not in k}
-    frames = [
-        pd.read_parquet(file).drop(columns="seconds", errors="ignore").to_csv()
-        for file in sorted(run.glob("*.parquet"))
-    ]
-    binary = sorted([*run.rglob("*.gz"), *run.rglob("*.safetensors")])
-    return repr((numbers, frames, [(file.name, file_sha256(file)) for file in binary]))
 
 
 class Host:
@@ -219,14 +203,11 @@ class Trial:
     def row(self, what: str) -> dict[str, Any]:
         """What came of it."""
         self.happens("end")
-        equal, names = 0, sorted(p.name for p in (self.one / "runs").glob("[0-9a-f]*"))
-        for name in set(names).intersection(self.finished()):
-            place = self.net.folder / "fetched" / name
-            file = io.BytesIO(self.bucket.get(f"{name}.tar").bytes())
-            with tarfile.open(fileobj=file) as archive:
-                archive.extractall(place, filter="data")
-            equal += content(place) == content(self.one / "runs" / name)
-        return {"what": what, "events": self.events, "runs": len(names), "equal": equal}
+        runs = [StoredRun[Any](p) for p in sorted((self.one / "runs").glob("[0-9a-f]*"))]
+        store = SharedStore(self.net.folder / "fetched", self.bucket)
+        there = {run.path: store.get(run.config) for run in runs if store.has(run.config)}
+        equal = sum(run_result(path) == run_result(run.path) for path, run in there.items())
+        return {"what": what, "events": self.events, "runs": len(runs), "equal": equal}
 
 
 def ray(net: Network, trial: Trial) -> dict[str, Any]:
